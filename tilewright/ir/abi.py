@@ -1,0 +1,87 @@
+"""The launch contract between a compiled kernel and the runtime.
+
+Kernel arguments are passed in this order, nothing else is implied:
+
+1. for each parameter of the Python function, in order:
+   - a tensor: the data pointer, then every run-time dimension (int32, elements), then every
+     run-time stride (int64, elements);
+   - a scalar: its value;
+2. the launch grid (three int32), which a persistent kernel walks and a direct one never reads
+   unless the program asks for ``num_programs``;
+3. the tensor maps (128-byte CUtensorMap values, NVIDIA only), in the order of ``tensor_maps``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TensorParam:
+    """A view of global memory. ``None`` in ``shape`` or ``strides`` is passed at run time."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    strides: tuple[int | None, ...]
+    #: every run-time stride and the pointer are multiples of this many bytes (1 = nothing known)
+    alignment: int = 1
+
+
+@dataclass(frozen=True)
+class ScalarParam:
+    """A run-time scalar, passed by value. ``dtype`` is one of i1 i8 i16 i32 i64 f16 bf16 f32 f64."""
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TensorMapParam:
+    """A TMA descriptor that the runtime encodes from a tensor argument at launch.
+
+    ``box`` is in the tensor's own dimension order (outermost first, elements); ``order`` lists the
+    tensor's dimensions from the contiguous one outwards, which is the order CUtensorMap wants.
+    ``swizzle`` is 0, 32, 64 or 128 bytes.
+    """
+
+    param: str
+    box: tuple[int, ...]
+    order: tuple[int, ...]
+    swizzle: int
+
+
+@dataclass(frozen=True)
+class KernelABI:
+    """Everything that the runtime must know to launch one entry point of a binary."""
+
+    name: str
+    params: tuple[TensorParam | ScalarParam, ...]
+    threads: int
+    shared_bytes: int
+    tensor_maps: tuple[TensorMapParam, ...] = ()
+    #: launch min(product of the grid, resident blocks of the device) one-dimensional blocks
+    persistent: bool = False
+    #: blocks of this kernel that fit on one SM or CU at once (for persistent launches)
+    blocks_per_unit: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form; `from_json` is its inverse."""
+        params = [dict(asdict(p), kind=type(p).__name__) for p in self.params]
+        return dict(asdict(self), params=params)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> KernelABI:
+        def param(entry: dict[str, Any]) -> TensorParam | ScalarParam:
+            fields = {k: v for k, v in entry.items() if k != "kind"}
+            if entry["kind"] == "ScalarParam":
+                return ScalarParam(**fields)
+            fields["shape"], fields["strides"] = tuple(fields["shape"]), tuple(fields["strides"])
+            return TensorParam(**fields)
+
+        maps = tuple(
+            TensorMapParam(m["param"], tuple(m["box"]), tuple(m["order"]), m["swizzle"]) for m in data["tensor_maps"]
+        )
+        rest = {k: v for k, v in data.items() if k not in ("params", "tensor_maps")}
+        return KernelABI(params=tuple(param(p) for p in data["params"]), tensor_maps=maps, **rest)
