@@ -1,0 +1,226 @@
+"""Scheduled asynchronous code (``async.*``): shared buffers, rings, tokens, roles and fences.
+
+A buffer is a group of slots in shared memory. A ring passes its stages from producers to
+consumers: the producer ``acquire``s a free stage, starts copies into it and ``publish``es their
+tokens; the consumer ``await``s the stage, reads it and ``release``s it. Ring operations take the
+running count of uses; stage = count mod stages, parity = (count div stages) mod 2.
+"""
+
+from __future__ import annotations
+
+from tilewright.ir.core import Effect, Operation, Region, Value, attribute, operand, operands, operation, optional, region
+from tilewright.ir.types import BufferType, SlotType, TileType, TokenType, ViewType, element_type
+
+
+@operation("async.alloc", effect=Effect.SYNC)
+class Alloc(Operation):
+    """Shared memory for a buffer. With ``ring``, one slot for each stage of the ring.
+
+    The shared-memory plan sets ``offset`` (bytes) and, for elastic rings, the number of stages.
+    """
+
+    ring: Value | None = optional()
+    offset: int | None = attribute(default=None)
+
+
+@operation("async.ring", effect=Effect.SYNC)
+class MakeRing(Operation):
+    """Full and empty barriers. ``producers``/``consumers`` are the arrivals that complete a phase.
+
+    An ``elastic`` ring gets as many stages as shared memory allows. The shared-memory plan sets
+    ``offset`` (bytes) of the barriers, 8 bytes each: full[stages], then empty[stages].
+    """
+
+    producers: int = attribute(default=1)
+    consumers: int = attribute(default=1)
+    elastic: bool = attribute(default=False)
+    offset: int | None = attribute(default=None)
+
+
+@operation("async.slot")
+class Slot(Operation):
+    """The slot of a buffer for a use count: slot number count mod stages."""
+
+    buffer: Value = operand()
+    count: Value = operand()
+
+    def verify(self) -> None:
+        self.require(isinstance(self.buffer.type, BufferType), "takes a buffer")
+        self.require(self.buffer.type.slot == self.result.type, "gives the buffer's slot")
+
+
+@operation("async.transpose_slot")
+class TransposeSlot(Operation):
+    """The same shared memory seen with permuted dimensions."""
+
+    slot: Value = operand()
+    perm: tuple[int, ...] = attribute()
+
+
+@operation("async.acquire", effect=Effect.SYNC)
+class Acquire(Operation):
+    """Wait until the stage for ``count`` is free."""
+
+    ring: Value = operand()
+    count: Value = operand()
+
+
+@operation("async.copy", effect=Effect.READ | Effect.WRITE | Effect.SYNC)
+class Copy(Operation):
+    """Start copying the tile at ``index`` of a global view into a slot; parts outside read as ``pad``.
+
+    The token's kind says who copies: ``tma`` (bulk copy engine, pad must be 0) or ``threads``.
+    """
+
+    view: Value = operand()
+    index: list[Value] = operands()
+    slot: Value = operand()
+    pad: float = attribute(default=0)
+
+    def verify(self) -> None:
+        view, slot = self.view.type, self.slot.type
+        self.require(isinstance(view, ViewType) and isinstance(slot, SlotType), "copies from a view to a slot")
+        self.require(view.rank == len(self.index) == slot.rank, "index, view and slot have one rank")
+        self.require(view.dtype == slot.dtype, "view and slot have one dtype")
+
+
+@operation("async.publish", effect=Effect.SYNC)
+class Publish(Operation):
+    """Announce the stage for ``count``; it becomes full when all ``tokens`` have completed."""
+
+    ring: Value = operand()
+    count: Value = operand()
+    tokens: list[Value] = operands()
+
+
+@operation("async.await", effect=Effect.SYNC)
+class Await(Operation):
+    """Wait until the stage for ``count`` is full."""
+
+    ring: Value = operand()
+    count: Value = operand()
+
+
+@operation("async.release", effect=Effect.SYNC)
+class Release(Operation):
+    """Give the stage for ``count`` back: this thread group has finished reading it."""
+
+    ring: Value = operand()
+    count: Value = operand()
+
+
+@operation("async.dot", effect=Effect.SYNC | Effect.READ)
+class AsyncDot(Operation):
+    """Issue ``acc + a @ b`` as one group on the matrix unit. Gives the accumulator in flight and a token.
+
+    ``a`` is a slot or a tile in registers, ``b`` a slot. The result may only be read through `Wait`
+    or accumulated into by the next group.
+    """
+
+    a: Value = operand()
+    b: Value = operand()
+    acc: Value = operand()
+
+    def verify(self) -> None:
+        a, b, acc = self.a.type, self.b.type, self.acc.type
+        self.require(isinstance(a, SlotType | TileType) and isinstance(b, SlotType), "a is a slot or tile, b a slot")
+        self.require(isinstance(acc, TileType), "the accumulator is a tile")
+        self.require(a.shape[1] == b.shape[0] and acc.shape == (a.shape[0], b.shape[1]), "shapes do not agree")
+        self.require(element_type(a) == element_type(b), "a and b have one dtype")
+        self.require([v.type for v in self.results] == [acc, TokenType("mma")], "gives the accumulator and a token")
+
+
+@operation("async.wait", effect=Effect.SYNC)
+class Wait(Operation):
+    """Wait until at most ``pending`` younger groups of the token's unit are in flight.
+
+    ``values`` are results of the groups waited for, passed through: only the results of this
+    operation may be read.
+    """
+
+    token: Value = operand()
+    values: list[Value] = operands()
+    pending: int = attribute(default=0)
+
+    def verify(self) -> None:
+        self.require(isinstance(self.token.type, TokenType), "takes a token")
+        self.require([v.type for v in self.values] == [r.type for r in self.results], "passes its values through")
+
+
+@operation("async.local_load", effect=Effect.READ)
+class LocalLoad(Operation):
+    """Read a slot into a tile."""
+
+    slot: Value = operand()
+
+    def verify(self) -> None:
+        slot, tile = self.slot.type, self.result.type
+        self.require(isinstance(slot, SlotType) and isinstance(tile, TileType), "reads a slot into a tile")
+        self.require(slot.shape == tile.shape and slot.dtype == tile.dtype, "slot and tile agree")
+
+
+@operation("async.local_store", effect=Effect.WRITE)
+class LocalStore(Operation):
+    """Write a tile to a slot with the threads' own stores."""
+
+    value: Value = operand()
+    slot: Value = operand()
+
+    def verify(self) -> None:
+        slot, tile = self.slot.type, self.value.type
+        self.require(isinstance(slot, SlotType) and isinstance(tile, TileType), "writes a tile to a slot")
+        self.require(slot.shape == tile.shape and slot.dtype == tile.dtype, "slot and tile agree")
+
+
+@operation("async.fence", effect=Effect.SYNC)
+class Fence(Operation):
+    """Order this thread's shared-memory writes before the ``async`` proxy (copy engine, matrix unit) reads them."""
+
+    proxy: str = attribute(default="async")
+
+
+@operation("async.barrier", effect=Effect.SYNC)
+class Barrier(Operation):
+    """All threads of ``scope`` meet: ``block``, ``role``, or ``warpgroup`` (each warpgroup on its own)."""
+
+    scope: str = attribute(default="block")
+
+
+@operation("async.bulk_store", effect=Effect.READ | Effect.WRITE | Effect.SYNC)
+class BulkStore(Operation):
+    """Start copying a slot to the tile at ``index`` of a global view; parts outside are dropped.
+
+    With ``scope`` warpgroup each warpgroup copies the rows that its own threads wrote.
+    """
+
+    slot: Value = operand()
+    view: Value = operand()
+    index: list[Value] = operands()
+    scope: str = attribute(default="role")
+
+
+@operation("async.bulk_wait", effect=Effect.SYNC)
+class BulkWait(Operation):
+    """Wait until at most ``pending`` bulk stores of this thread are unfinished.
+
+    ``read``: it is enough that their shared-memory source has been read (the slot is reusable).
+    """
+
+    pending: int = attribute(default=0)
+    read: bool = attribute(default=True)
+    scope: str = attribute(default="role")
+
+
+@operation("async.role", effect=Effect.SYNC)
+class Role(Operation):
+    """Code of one group of warps; all roles of a kernel run side by side.
+
+    ``warps``: how many warps; ``registers``: per thread after redistribution (0: leave);
+    ``single_thread``: one elected thread runs the body.
+    """
+
+    kind: str = attribute()
+    warps: int = attribute()
+    registers: int = attribute(default=0)
+    single_thread: bool = attribute(default=False)
+    body: Region = region()

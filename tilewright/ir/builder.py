@@ -1,0 +1,258 @@
+"""Builds operations at the end of a block and infers their result types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from tilewright.ir import async_ops, tile_ops
+from tilewright.ir.core import UNKNOWN, Block, IRError, Location, Operation, Region, Value
+from tilewright.ir.layout import LinearLayout
+from tilewright.ir.types import (
+    BufferType,
+    DType,
+    RingType,
+    ScalarType,
+    SlotType,
+    TileType,
+    TokenType,
+    Type,
+    ViewType,
+    i1,
+    i32,
+    like,
+)
+
+Op = TypeVar("Op", bound=Operation)
+
+
+class Builder:
+    """Appends to ``block`` (or inserts before ``position``); every operation gets ``loc``."""
+
+    def __init__(self, block: Block, loc: Location = UNKNOWN):
+        self.block, self.loc = block, loc
+        self.position: int | None = None
+
+    def insert(self, op: Op) -> Op:
+        """Place an operation at the insertion point and return it."""
+        if op.loc == UNKNOWN:
+            op.loc = self.loc
+        if self.position is None:
+            self.block.append(op)
+        else:
+            self.block.insert(self.position, op)
+            self.position += 1
+        return op
+
+    @contextmanager
+    def at(self, block: Block, position: int | None = None) -> Iterator[None]:
+        """Build elsewhere for the length of a ``with``."""
+        saved = self.block, self.position
+        self.block, self.position = block, position
+        try:
+            yield
+        finally:
+            self.block, self.position = saved
+
+    # --- values -----------------------------------------------------------------------------
+
+    def constant(self, value: int | float | bool, type_: Type | DType) -> Value:
+        """A scalar (dtype or scalar type) or a tile of one value."""
+        full = ScalarType(type_) if isinstance(type_, DType) else type_
+        return self.insert(tile_ops.Constant(types=[full], value=value)).result
+
+    def index(self, value: int) -> Value:
+        """An i32 constant."""
+        return self.constant(value, i32)
+
+    def iota(self, size: int, start: int = 0, dtype: DType = i32) -> Value:
+        return self.insert(tile_ops.Iota(types=[TileType((size,), dtype)], start=start)).result
+
+    def splat(self, source: Value, shape: Sequence[int]) -> Value:
+        type_ = TileType(tuple(shape), _scalar(source).dtype)
+        return self.insert(tile_ops.Splat(source, types=[type_])).result
+
+    def expand_dims(self, source: Value, axis: int) -> Value:
+        shape = list(_tile(source).shape)
+        shape.insert(axis, 1)
+        type_ = TileType(tuple(shape), _tile(source).dtype)
+        return self.insert(tile_ops.ExpandDims(source, types=[type_], axis=axis)).result
+
+    def broadcast(self, source: Value, shape: Sequence[int]) -> Value:
+        if _tile(source).shape == tuple(shape):
+            return source
+        return self.insert(tile_ops.Broadcast(source, types=[TileType(tuple(shape), _tile(source).dtype)])).result
+
+    def reshape(self, source: Value, shape: Sequence[int]) -> Value:
+        return self.insert(tile_ops.Reshape(source, types=[TileType(tuple(shape), _tile(source).dtype)])).result
+
+    def transpose(self, source: Value, perm: Sequence[int]) -> Value:
+        tile = _tile(source)
+        type_ = TileType(tuple(tile.shape[p] for p in perm), tile.dtype)
+        return self.insert(tile_ops.Transpose(source, types=[type_], perm=tuple(perm))).result
+
+    def extract(self, source: Value, offsets: Sequence[int], sizes: Sequence[int]) -> Value:
+        type_ = TileType(tuple(sizes), _tile(source).dtype)
+        return self.insert(tile_ops.Extract(source, types=[type_], offsets=tuple(offsets))).result
+
+    def unary(self, fn: str, source: Value) -> Value:
+        return self.insert(tile_ops.Unary(source, types=[source.type], fn=fn)).result
+
+    def binary(self, fn: str, lhs: Value, rhs: Value) -> Value:
+        return self.insert(tile_ops.Binary(lhs, rhs, types=[lhs.type], fn=fn)).result
+
+    def add(self, lhs: Value, rhs: Value) -> Value:
+        return self.binary("add", lhs, rhs)
+
+    def sub(self, lhs: Value, rhs: Value) -> Value:
+        return self.binary("sub", lhs, rhs)
+
+    def mul(self, lhs: Value, rhs: Value) -> Value:
+        return self.binary("mul", lhs, rhs)
+
+    def compare(self, fn: str, lhs: Value, rhs: Value) -> Value:
+        return self.insert(tile_ops.Compare(lhs, rhs, types=[like(lhs.type, i1)], fn=fn)).result
+
+    def select(self, condition: Value, on_true: Value, on_false: Value) -> Value:
+        return self.insert(tile_ops.Select(condition, on_true, on_false, types=[on_true.type])).result
+
+    def cast(self, source: Value, dtype: DType) -> Value:
+        type_ = like(source.type, dtype)
+        return source if type_ == source.type else self.insert(tile_ops.Cast(source, types=[type_])).result
+
+    def bitcast(self, source: Value, dtype: DType) -> Value:
+        return self.insert(tile_ops.Bitcast(source, types=[like(source.type, dtype)])).result
+
+    def reduce(self, fn: str, source: Value, axis: int) -> Value:
+        """Reduce a tile over ``axis``; a rank-one tile gives a scalar."""
+        tile = _tile(source)
+        shape = tile.shape[:axis] + tile.shape[axis + 1 :]
+        type_: Type = TileType(shape, tile.dtype) if shape else ScalarType(tile.dtype)
+        return self.insert(tile_ops.Reduce(source, types=[type_], fn=fn, axis=axis)).result
+
+    def dot(self, a: Value, b: Value, acc: Value, precision: str = "default") -> Value:
+        return self.insert(tile_ops.Dot(a, b, acc, types=[acc.type], precision=precision)).result
+
+    def convert(self, source: Value, layout: LinearLayout) -> Value:
+        return self.insert(tile_ops.Convert(source, types=[_tile(source).with_layout(layout)])).result
+
+    # --- views and memory -------------------------------------------------------------------
+
+    def dim(self, view: Value, axis: int) -> Value:
+        """The size along an axis; a constant where it is static."""
+        size = _view(view).shape[axis]
+        if size is not None:
+            return self.index(size)
+        return self.insert(tile_ops.Dim(view, types=[ScalarType(i32)], axis=axis)).result
+
+    def subview(self, view: Value, index: Sequence[Value]) -> Value:
+        type_, n = _view(view), len(index)
+        result = ViewType(type_.shape[n:], type_.dtype, type_.strides[n:], type_.align)
+        return self.insert(tile_ops.Subview(view, index, types=[result])).result
+
+    def permute_view(self, view: Value, perm: Sequence[int]) -> Value:
+        type_ = _view(view)
+        shape, strides = tuple(type_.shape[p] for p in perm), tuple(type_.strides[p] for p in perm)
+        result = ViewType(shape, type_.dtype, strides, type_.align)
+        return self.insert(tile_ops.PermuteView(view, types=[result], perm=tuple(perm))).result
+
+    def offset_view(self, view: Value, offsets: Sequence[Value]) -> Value:
+        """Move the origin by elements. The alignment of the base is no longer known; the bounds stay."""
+        type_ = _view(view)
+        result = ViewType(type_.shape, type_.dtype, type_.strides, type_.dtype.bytes)
+        return self.insert(tile_ops.OffsetView(view, offsets, types=[result])).result
+
+    def load(self, view: Value, index: Sequence[Value], shape: Sequence[int], pad: float = 0) -> Value:
+        type_ = TileType(tuple(shape), _view(view).dtype)
+        return self.insert(tile_ops.Load(view, index, types=[type_], pad=pad)).result
+
+    def store(self, view: Value, index: Sequence[Value], value: Value) -> None:
+        self.insert(tile_ops.Store(view, index, value))
+
+    # --- control flow -----------------------------------------------------------------------
+
+    def program_id(self, axis: int) -> Value:
+        return self.insert(tile_ops.ProgramId(types=[ScalarType(i32)], axis=axis)).result
+
+    def num_programs(self, axis: int) -> Value:
+        return self.insert(tile_ops.NumPrograms(types=[ScalarType(i32)], axis=axis)).result
+
+    def for_loop(self, lo: Value, hi: Value, step: Value, inits: Sequence[Value], hints: Sequence[str] = ()) -> tile_ops.For:
+        """An empty loop; fill ``body.block`` and end it with `yield_`. ``hints`` name index and carried values."""
+        names = [*hints, *[""] * (1 + len(inits) - len(hints))]
+        block = Block(list(zip(names, [lo.type, *(v.type for v in inits)], strict=True)))
+        types = [v.type for v in inits]
+        return self.insert(tile_ops.For(lo, hi, step, inits, types=types, regions=[Region(block)], hints=names[1:]))
+
+    def if_else(self, condition: Value, types: Sequence[Type] = ()) -> tile_ops.If:
+        """An empty conditional; fill both blocks and end each with `yield_`."""
+        return self.insert(tile_ops.If(condition, types=types, regions=[Region(), Region()]))
+
+    def while_loop(self, inits: Sequence[Value], hints: Sequence[str] = ()) -> tile_ops.While:
+        """An empty while; the condition block yields i1, the body the next carried values."""
+        names = [*hints, *[""] * (len(inits) - len(hints))]
+        parts = [Region(Block([(n, v.type) for n, v in zip(names, inits, strict=True)])) for _ in range(2)]
+        return self.insert(tile_ops.While(inits, types=[v.type for v in inits], regions=parts, hints=names))
+
+    def yield_(self, values: Sequence[Value] = ()) -> None:
+        self.insert(tile_ops.Yield(list(values)))
+
+    # --- asynchronous code --------------------------------------------------------------------
+
+    def alloc(self, slot: SlotType, ring: Value | None = None, hint: str = "") -> Value:
+        """A buffer of one slot, or of one slot for each stage of ``ring``."""
+        stages = ring.type.stages if ring is not None and isinstance(ring.type, RingType) else 1
+        return self.insert(async_ops.Alloc(ring, types=[BufferType(stages, slot)], hints=[hint])).result
+
+    def ring(self, stages: int, hint: str = "", **attributes: Any) -> Value:
+        return self.insert(async_ops.MakeRing(types=[RingType(stages)], hints=[hint], **attributes)).result
+
+    def slot(self, buffer: Value, count: Value) -> Value:
+        assert isinstance(buffer.type, BufferType)
+        return self.insert(async_ops.Slot(buffer, count, types=[buffer.type.slot])).result
+
+    def transpose_slot(self, slot: Value, perm: Sequence[int]) -> Value:
+        type_ = slot.type
+        assert isinstance(type_, SlotType)
+        shape = tuple(type_.shape[p] for p in perm)
+        result = SlotType(shape, type_.dtype, type_.layout.transpose(tuple(perm)))
+        return self.insert(async_ops.TransposeSlot(slot, types=[result], perm=tuple(perm))).result
+
+    def copy(self, view: Value, index: Sequence[Value], slot: Value, engine: str, pad: float = 0) -> Value:
+        return self.insert(async_ops.Copy(view, index, slot, types=[TokenType(engine)], pad=pad)).result
+
+    def async_dot(self, a: Value, b: Value, acc: Value) -> tuple[Value, Value]:
+        """(accumulator in flight, token)."""
+        op = self.insert(async_ops.AsyncDot(a, b, acc, types=[acc.type, TokenType("mma")]))
+        return op.results[0], op.results[1]
+
+    def wait(self, token: Value, values: Sequence[Value] = (), pending: int = 0) -> list[Value]:
+        op = async_ops.Wait(token, values, types=[v.type for v in values], pending=pending)
+        return self.insert(op).results
+
+    def local_load(self, slot: Value, layout: LinearLayout | None = None) -> Value:
+        type_ = slot.type
+        assert isinstance(type_, SlotType)
+        return self.insert(async_ops.LocalLoad(slot, types=[TileType(type_.shape, type_.dtype, layout)])).result
+
+    def bulk_store(self, slot: Value, view: Value, index: Sequence[Value], scope: str = "role") -> None:
+        self.insert(async_ops.BulkStore(slot, view, index, scope=scope))
+
+
+def _tile(value: Value) -> TileType:
+    if not isinstance(value.type, TileType):
+        raise IRError(f"expected a tile, got {value.type}")
+    return value.type
+
+
+def _view(value: Value) -> ViewType:
+    if not isinstance(value.type, ViewType):
+        raise IRError(f"expected a view of global memory, got {value.type}")
+    return value.type
+
+
+def _scalar(value: Value) -> ScalarType:
+    if not isinstance(value.type, ScalarType):
+        raise IRError(f"expected a scalar, got {value.type}")
+    return value.type

@@ -1,0 +1,41 @@
+"""Tile layouts: the one import for `LinearLayout`, fragment constructors and shared-memory layouts."""
+
+from tilewright.ir.layout_fragments import (
+    blocked,
+    mfma_accumulator,
+    mfma_operand,
+    mma_sync_accumulator,
+    mma_sync_operand_a,
+    mma_sync_operand_b,
+    wgmma_accumulator,
+    wgmma_operand_a,
+)
+from tilewright.ir.layout_linear import LayoutInverse, LinearLayout, conversion_kind
+from tilewright.ir.layout_shared import (
+    SharedLayout,
+    bank_conflicts,
+    choose_shared_layout,
+    shared_candidates,
+    shared_cycles,
+    shared_vector_bytes,
+)
+
+__all__ = [
+    "LayoutInverse",
+    "LinearLayout",
+    "SharedLayout",
+    "bank_conflicts",
+    "blocked",
+    "choose_shared_layout",
+    "conversion_kind",
+    "mfma_accumulator",
+    "mfma_operand",
+    "mma_sync_accumulator",
+    "mma_sync_operand_a",
+    "mma_sync_operand_b",
+    "shared_candidates",
+    "shared_cycles",
+    "shared_vector_bytes",
+    "wgmma_accumulator",
+    "wgmma_operand_a",
+]

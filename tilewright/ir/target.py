@@ -1,0 +1,76 @@
+"""Target descriptions. Passes and backends ask a `Target`; nothing compares target names.
+
+Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; PTX ISA 8.x;
+AMD Instinct MI300 and CDNA4 ISA guides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a compiler must know of one GPU architecture.
+
+    ``units`` is the number of SMs or CUs of the usual part, a default for cost decisions only:
+    the runtime asks the device. Sizes are bytes.
+    """
+
+    name: str
+    vendor: str  # "nvidia" or "amd"
+    warp_size: int
+    shared_bytes: int  # most that one block may use
+    registers_per_thread: int
+    units: int
+    triple: str
+    cpu: str
+    llvm_features: str
+    #: bank model of `tilewright.ir.layout.bank_conflicts`: nvidia, cdna3 or cdna4
+    banks: str
+    features: frozenset[str] = frozenset()
+    #: k of the 16-bit matrix instruction by (m, n), AMD only
+    mfma_k: tuple[tuple[tuple[int, int], int], ...] = ()
+    registers_per_unit: int = 65536
+
+    def has(self, feature: str) -> bool:
+        """Whether the hardware has a feature: tma, wgmma, mbarrier, setmaxnreg, cp_async, mma_sync, mfma."""
+        return feature in self.features
+
+
+_NVIDIA: dict[str, Any] = dict(
+    vendor="nvidia", warp_size=32, registers_per_thread=255, triple="nvptx64-nvidia-cuda", banks="nvidia"
+)
+_AMD: dict[str, Any] = dict(
+    vendor="amd", warp_size=64, registers_per_thread=512, triple="amdgcn-amd-amdhsa", llvm_features="",
+    features=frozenset({"mfma"}), registers_per_unit=131072,
+)  # fmt: skip
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target(
+            "sm_90a", shared_bytes=232448, units=132, cpu="sm_90a", llvm_features="+ptx83",
+            features=frozenset({"tma", "wgmma", "mbarrier", "setmaxnreg", "cp_async", "mma_sync"}), **_NVIDIA,
+        ),
+        Target(
+            "gfx942", shared_bytes=65536, units=304, cpu="gfx942", banks="cdna3",
+            mfma_k=(((32, 32), 8), ((16, 16), 16)), **_AMD,
+        ),
+        Target(
+            "gfx950", shared_bytes=163840, units=256, cpu="gfx950", banks="cdna4",
+            mfma_k=(((32, 32), 16), ((16, 16), 32)), **_AMD,
+        ),
+    )
+}  # fmt: skip
+
+
+def get_target(name: str) -> Target:
+    """The target of that name; ValueError lists the known ones."""
+    if name in TARGETS:
+        return TARGETS[name]
+    close = get_close_matches(name, TARGETS, 1)
+    guess = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown target {name!r}{guess} (known: {', '.join(TARGETS)})")
