@@ -132,18 +132,18 @@ class AsyncDot(Operation):
 
 @operation("async.wait", effect=Effect.SYNC)
 class Wait(Operation):
-    """Wait until at most ``pending`` younger groups of the token's unit are in flight.
+    """Wait until at most ``pending`` groups of the matrix unit are in flight, the youngest ones.
 
-    ``values`` are results of the groups waited for, passed through: only the results of this
-    operation may be read.
+    ``token`` names the group that is waited for where it is known in this block. ``values`` are
+    accumulators of the groups waited for, passed through: only the results may be read.
     """
 
-    token: Value = operand()
     values: list[Value] = operands()
+    token: Value | None = optional()
     pending: int = attribute(default=0)
 
     def verify(self) -> None:
-        self.require(isinstance(self.token.type, TokenType), "takes a token")
+        self.require(self.token is None or isinstance(self.token.type, TokenType), "takes a token")
         self.require([v.type for v in self.values] == [r.type for r in self.results], "passes its values through")
 
 

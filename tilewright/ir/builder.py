@@ -227,8 +227,10 @@ class Builder:
         op = self.insert(async_ops.AsyncDot(a, b, acc, types=[acc.type, TokenType("mma")]))
         return op.results[0], op.results[1]
 
-    def wait(self, token: Value, values: Sequence[Value] = (), pending: int = 0) -> list[Value]:
-        op = async_ops.Wait(token, values, types=[v.type for v in values], pending=pending)
+    def wait(self, values: Sequence[Value] = (), token: Value | None = None, pending: int = 0) -> list[Value]:
+        """Wait until at most ``pending`` dots are in flight; gives ``values`` as readable tiles."""
+        hints = [v.hint for v in values]
+        op = async_ops.Wait(values, token, types=[v.type for v in values], pending=pending, hints=hints)
         return self.insert(op).results
 
     def local_load(self, slot: Value, layout: LinearLayout | None = None) -> Value:

@@ -142,9 +142,7 @@ class LinearLayout:
                 if len(vector) != len(shape) or any(not 0 <= c < size for c, size in zip(vector, shape, strict=True)):
                     raise ValueError(f"basis vector {list(vector)} of {name} does not fit core shape {list(shape)}")
 
-    def _fold_even_repetitions(
-        self, bases: dict[str, list[Vector]], shape: list[int], repeat: list[int]
-    ) -> list[int]:
+    def _fold_even_repetitions(self, bases: dict[str, list[Vector]], shape: list[int], repeat: list[int]) -> list[int]:
         """Turn even innermost repetitions into register bits of the core; returns the dims still repeated."""
         order = list(self.repeat_order) or list(range(len(shape)))
         if len(set(order)) != len(order) or any(r > 1 and d not in order for d, r in enumerate(repeat)):
@@ -174,7 +172,7 @@ class LinearLayout:
     ) -> LinearLayout:
         """Build from plain lists; repeat defaults to all ones."""
         frozen = tuple((name, tuple(tuple(v) for v in vectors)) for name, vectors in bases.items())
-        return cls(frozen, tuple(shape), tuple(repeat) if repeat is not None else (1,) * len(shape), tuple(repeat_order))
+        return cls(frozen, tuple(shape), tuple(repeat or [1] * len(shape)), tuple(repeat_order))
 
     def __str__(self) -> str:
         fields: list[tuple[str, Any]] = [*self.bases, ("shape", self.shape)]
@@ -193,8 +191,7 @@ class LinearLayout:
         fields = parse_fields(match[1])
         if "shape" not in fields:
             raise ValueError(f"linear<...> without shape: {text!r}")
-        shape, repeat = fields.pop("shape"), fields.pop("repeat", None)
-        order = fields.pop("repeat_order", ())
+        shape, repeat, order = fields.pop("shape"), fields.pop("repeat", None), fields.pop("repeat_order", ())
         try:
             return cls.make(fields, shape, repeat, order)
         except TypeError as error:
@@ -382,7 +379,8 @@ class LinearLayout:
             count = self.repeat[repeated[0]]
             outermost = next(d for d in old_dims if self.tile_shape[d] > 1)
             core[target] //= count
-            if repeated != [outermost] or new_shape[target] % count or any(not is_power_of_two(core[d]) for d in new_dims):
+            whole = new_shape[target] % count == 0 and all(is_power_of_two(core[d]) for d in new_dims)
+            if repeated != [outermost] or not whole:
                 raise ValueError(
                     f"cannot reshape {list(self.tile_shape)} to {list(new_shape)}: dim {repeated[0]} is {count} "
                     f"repetitions of {self.shape[repeated[0]]}, which must stay whole at the front of one new dim"

@@ -105,7 +105,7 @@ class SharedLayout:
         """Bytes the base must be a multiple of, for address bits and offset bits to agree."""
         return max(128, 8 * self.swizzle)
 
-    # ---- the map ------------------------------------------------------------------------------------------------------
+    # ---- the map ----------------------------------------------------------------------------------------------------
 
     def offset_of(self, *coords: npt.ArrayLike) -> IntArray:
         """Element offsets of coordinate arrays, one per tile dim."""
@@ -259,7 +259,8 @@ def _instruction_addresses(registers: LinearLayout, shared: SharedLayout, vector
         raise ValueError(f"register tile {list(registers.tile_shape)} is not shared tile {list(shared.shape)}")
     width = vector_bytes * 8 // shared.element_bits
     if width < 1 or registers.num_registers % width:
-        raise ValueError(f"{registers.num_registers} registers of {shared.element_bits} bits: no {vector_bytes}-byte vectors")
+        count = registers.num_registers
+        raise ValueError(f"{count} registers of {shared.element_bits} bits make no {vector_bytes}-byte vectors")
     groups, warps = registers.num_registers // width, registers.num_warps
     linear = not registers.is_repeated and shared.core_shape == shared.shape
 
@@ -325,7 +326,9 @@ def shared_vector_bytes(register_layout: LinearLayout, shared_layout: SharedLayo
     return width
 
 
-def shared_cycles(register_layout: LinearLayout, shared_layout: SharedLayout, max_bytes: int, target: str, op: str) -> int:
+def shared_cycles(
+    register_layout: LinearLayout, shared_layout: SharedLayout, max_bytes: int, target: str, op: str
+) -> int:
     """Cycles a warp needs to move its part of the tile: instructions * (phases + worst conflicts)."""
     width = shared_vector_bytes(register_layout, shared_layout, max_bytes)
     _, phases = access_phases(target, width, op)
@@ -333,9 +336,7 @@ def shared_cycles(register_layout: LinearLayout, shared_layout: SharedLayout, ma
     return instructions * (len(phases) + bank_conflicts(register_layout, shared_layout, width, target, op))
 
 
-def shared_candidates(
-    shape: Sequence[int], element_bits: int, order: Sequence[int], target: str
-) -> list[SharedLayout]:
+def shared_candidates(shape: Sequence[int], element_bits: int, order: Sequence[int], target: str) -> list[SharedLayout]:
     """The swizzles of a target that fit the tile, in order of preference."""
     settings: list[dict[str, int]] = [{"swizzle": size} for size in (128, 64, 32, 0)]
     if target != "nvidia":

@@ -1,0 +1,143 @@
+"""A stand-in for ``cuda.bindings.driver`` that records calls and reads launches back as bytes."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+CONTEXT, OTHER_CONTEXT = 0xC0, 0xD0
+
+
+class CUresult(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_NOT_FOUND = 500
+    CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES = 701
+
+
+class _Names:
+    """An enumeration of which only the names matter: ``CUtensorMapSwizzle.X`` is "X"."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+class FakeDriver:
+    """Two GPUs of compute capability 9.0; ``failures`` maps a function's name to the error it returns."""
+
+    CUresult = CUresult
+    cuuint32_t = cuuint64_t = int
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.failures: dict[str, CUresult] = {}
+        self.current = CONTEXT
+        self._stack: list[int] = []
+        self.launch_contexts: list[int] = []
+        self.attributes = {
+            "COMPUTE_CAPABILITY_MAJOR": 9,
+            "COMPUTE_CAPABILITY_MINOR": 0,
+            "MULTIPROCESSOR_COUNT": 132,
+            "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 232448,
+            "L2_CACHE_SIZE": 50 * 2**20,
+        }
+        for names in ("CUdevice_attribute", "CUfunction_attribute", "CUtensorMapDataType", "CUtensorMapInterleave"):
+            setattr(self, names, _Names())
+        for names in ("CUtensorMapSwizzle", "CUtensorMapL2promotion", "CUtensorMapFloatOOBfill"):
+            setattr(self, names, _Names())
+        self._values: dict[str, Any] = {
+            "cuDeviceGetCount": 2,
+            "cuDeviceTotalMem": 80 * 2**30,
+            "cuDeviceGetName": b"NVIDIA Fake 80GB" + bytes(16),
+            "cuDevicePrimaryCtxRetain": CONTEXT,
+            "cuModuleLoadData": 0x100,
+            "cuModuleGetFunction": 0x200,
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor": 2,
+            "cuMemAlloc": 0xEE00,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def function(*args: Any) -> tuple[Any, ...]:
+            self.calls.append((name, args))
+            status = self.failures.get(name, CUresult.CUDA_SUCCESS)
+            return (status, self._values[name]) if name in self._values else (status,)
+
+        return function
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        """The arguments of every call of the function ``name``."""
+        return [args for called, args in self.calls if called == name]
+
+    def cuDeviceGet(self, ordinal: int) -> tuple[CUresult, int]:
+        return CUresult.CUDA_SUCCESS, ordinal
+
+    def cuDeviceGetAttribute(self, attribute: str, device: int) -> tuple[CUresult, int]:
+        return CUresult.CUDA_SUCCESS, self.attributes[attribute.removeprefix("CU_DEVICE_ATTRIBUTE_")]
+
+    def cuCtxGetCurrent(self) -> tuple[CUresult, int]:
+        return CUresult.CUDA_SUCCESS, self.current
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[CUresult]:
+        self.current = context
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPushCurrent(self, context: int) -> tuple[CUresult]:
+        self._stack.append(self.current)
+        self.current = context
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self) -> tuple[CUresult, int]:
+        popped, self.current = self.current, self._stack.pop()
+        return CUresult.CUDA_SUCCESS, popped
+
+    def cuTensorMapEncodeTiled(self, *args: Any) -> tuple[CUresult, Any]:
+        self.calls.append(("cuTensorMapEncodeTiled", args))
+        memory = ctypes.create_string_buffer(bytes([len(self.named("cuTensorMapEncodeTiled"))]) * 128, 128)
+        value = SimpleNamespace(getPtr=lambda: ctypes.addressof(memory))
+        return self.failures.get("cuTensorMapEncodeTiled", CUresult.CUDA_SUCCESS), value
+
+    def cuLaunchKernel(self, *args: Any) -> tuple[CUresult]:
+        self.calls.append(("cuLaunchKernel", args))
+        self.launch_contexts.append(self.current)
+        return (self.failures.get("cuLaunchKernel", CUresult.CUDA_SUCCESS),)
+
+    def arguments(self, sizes: list[int], launch: int = -1) -> list[bytes]:
+        """What the driver would copy from the launch's void*[], given each argument's size."""
+        array = (ctypes.c_void_p * len(sizes)).from_address(self.named("cuLaunchKernel")[launch][9])
+        return [ctypes.string_at(pointer, size) for pointer, size in zip(array, sizes, strict=True)]
+
+
+class FakeTensor:
+    """What the runtime asks of a torch tensor in CUDA memory."""
+
+    def __init__(
+        self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, device: int = 0
+    ) -> None:
+        self.address, self.shape, self.strides, self.device = address, shape, strides, device
+        self.dtype = f"torch.{dtype}"
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device >= 0
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+    def get_device(self) -> int:
+        return self.device
+
+
+def fake_torch(stream: int) -> Any:
+    """A torch module whose current stream on every GPU is ``stream`` plus the ordinal."""
+    raw = SimpleNamespace(_cuda_getCurrentRawStream=lambda ordinal: stream + ordinal)
+    return SimpleNamespace(Tensor=FakeTensor, _C=raw)

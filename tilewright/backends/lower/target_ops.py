@@ -1,0 +1,88 @@
+"""What the shared lowerings ask of a GPU: threads, shuffles, barriers, math functions, predicated stores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mlir import ir as mlir
+
+from tilewright.ir.target import Target
+from tilewright.ir.types import DType
+
+if TYPE_CHECKING:
+    from tilewright.backends.lower.context import Lowering
+
+
+class TargetOps(ABC):
+    """Hooks of one GPU vendor. Methods emit operations at the lowering's insertion point."""
+
+    def __init__(self, target: Target):
+        self.target = target
+
+    # --- where this code runs -----------------------------------------------------------------
+
+    @abstractmethod
+    def thread_id(self, lw: Lowering) -> mlir.Value:
+        """Index of the thread in its block (i32)."""
+
+    @abstractmethod
+    def warp_index(self, lw: Lowering, thread: mlir.Value) -> mlir.Value:
+        """``thread // warp_size`` as a value that the hardware knows to be the same in all lanes (i32)."""
+
+    @abstractmethod
+    def block_id(self, lw: Lowering, axis: int) -> mlir.Value:
+        """Index of the block along axis 0, 1 or 2 of the launch (i32)."""
+
+    @abstractmethod
+    def num_blocks(self, lw: Lowering, axis: int) -> mlir.Value:
+        """Number of blocks launched along an axis (i32)."""
+
+    @abstractmethod
+    def is_leader(self, lw: Lowering) -> mlir.Value:
+        """i1: true in one thread of the current warp. All threads of the warp must arrive together."""
+
+    # --- threads talking to each other ----------------------------------------------------------
+
+    @abstractmethod
+    def shuffle_xor(self, lw: Lowering, value: mlir.Value, mask: int) -> mlir.Value:
+        """The i32 that lane ``lane ^ mask`` of the warp holds."""
+
+    @abstractmethod
+    def shuffle(self, lw: Lowering, value: mlir.Value, lane: mlir.Value) -> mlir.Value:
+        """The i32 that another lane of the warp holds."""
+
+    @abstractmethod
+    def barrier(self, lw: Lowering, scope: str) -> None:
+        """All threads of ``block``, ``role`` or ``warpgroup`` meet; shared-memory accesses before are visible after."""
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def shared_base(self, lw: Lowering) -> mlir.Value:
+        """Byte address of the block's shared memory in address space 3 (i32)."""
+
+    @abstractmethod
+    def store_if(
+        self, lw: Lowering, accesses: Sequence[tuple[mlir.Value | None, mlir.Value, mlir.Value, int]]
+    ) -> None:
+        """Global stores ``(predicate or None, pointer, value, alignment)``, each done where its predicate holds."""
+
+    # --- arithmetic -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def math(self, lw: Lowering, fn: str, x: mlir.Value) -> mlir.Value:
+        """A function of `tilewright.ir.tile_ops.FLOAT_ONLY` on an f32; see `lower.math_f32` for the errors."""
+
+    @abstractmethod
+    def maximum(self, lw: Lowering, a: mlir.Value, b: mlir.Value) -> mlir.Value:
+        """NaN-propagating maximum of f32 values."""
+
+    @abstractmethod
+    def minimum(self, lw: Lowering, a: mlir.Value, b: mlir.Value) -> mlir.Value:
+        """NaN-propagating minimum of f32 values."""
+
+    def round_pairs(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value] | None:
+        """f32 values rounded to f16 or bf16 two at a time; None where that gains nothing."""
+        return None

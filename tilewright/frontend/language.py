@@ -1,0 +1,332 @@
+"""The public surface of the language, as markers.
+
+Nothing here computes: the frontend recognises these objects in the program's globals (under any
+alias) and builds operations. The implementations are in ``tilewright.frontend.builtins``.
+Signatures below are what a kernel may write; the docstrings are the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tilewright.frontend.definition import FunctionDefinition, function
+from tilewright.frontend.markers import Builtin, Symmetric, TensorSpec, as_dtype, row_major_strides
+from tilewright.frontend.markers import builtin as _builtin
+from tilewright.frontend.markers import unsupported as _unsupported
+from tilewright.ir.types import DType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i1, i8, i16, i32, i64
+
+if TYPE_CHECKING:  # annotations of kernels read as "anything" to a type checker
+    Tensor = Any
+    constexpr = Any
+else:
+    from tilewright.frontend.markers import Tensor, constexpr
+
+int8, int16, int32, int64 = i8, i16, i32, i64
+float16, bfloat16, float32, float64 = f16, bf16, f32, f64
+float8_e4m3, float8_e5m2 = f8e4m3, f8e5m2
+bool_ = i1
+
+
+def spec(
+    dtype: DType | str,
+    shape: Sequence[int | str],
+    strides: Sequence[int | str | None] | None = None,
+    align: int | None = None,
+) -> TensorSpec:
+    """Describe a tensor argument for `tw.compile`.
+
+    ``shape``: ints, or names for dimensions known at run time. ``strides`` count elements and
+    default to row-major; a name or None is known at run time. ``align`` (bytes, default 16): the
+    address and every run-time stride are multiples of it; a launch checks that they are.
+    """
+    known = tuple(n if isinstance(n, int) else None for n in shape)
+    if strides is None:
+        steps = row_major_strides(known)
+    else:
+        steps = tuple(s if isinstance(s, int) else None for s in strides)
+    if len(steps) != len(known):
+        raise ValueError(f"spec: {len(steps)} strides for {len(known)} dimensions")
+    return TensorSpec(as_dtype(dtype), tuple(shape), steps, 16 if align is None else align)
+
+
+# --- the grid -----------------------------------------------------------------------------------
+
+
+@_builtin
+def program_id(axis):
+    """The index of this program along a grid axis 0, 1 or 2 (int32)."""
+
+
+@_builtin
+def num_programs(axis):
+    """The number of programs along a grid axis (int32)."""
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@_builtin
+def load(view, index, shape, pad=0):
+    """Read the tile of ``shape`` at ``index``, counted in tiles. Parts outside the tensor read as ``pad``.
+
+    A rank-one view takes a single number for ``index`` and ``shape``.
+    """
+
+
+@_builtin
+def store(view, index, value):
+    """Write a tile at ``index``, counted in tiles; parts outside the tensor are dropped.
+
+    The value's dtype must be the tensor's. A scalar is a tile of one element.
+    """
+
+
+# --- making tiles -------------------------------------------------------------------------------
+
+
+@_builtin
+def zeros(shape, dtype=f32):
+    """A tile of zeros."""
+
+
+@_builtin
+def full(shape, value, dtype=None):
+    """A tile with ``value`` in every element. Without ``dtype``: that of the value (float32, int32 or bool)."""
+
+
+@_builtin
+def arange(start, end=None, dtype=i32):
+    """``start, start + 1, ..., end - 1`` as a rank-one tile; ``arange(n)`` counts from zero. Any size."""
+
+
+@_builtin
+def broadcast_to(x, shape):
+    """``x`` repeated to ``shape`` by NumPy's broadcasting rules."""
+
+
+@_builtin
+def cast(x, dtype):
+    """``x.to(dtype)``: round to nearest even to floats, truncate to integers, compare with zero to bool."""
+
+
+@_builtin
+def bitcast(x, dtype):
+    """The same bits as another dtype of the same width."""
+
+
+# --- elementwise ---------------------------------------------------------------------------------
+
+
+@_builtin
+def where(condition, x, y):
+    """``x`` where the condition holds, else ``y``; all three broadcast."""
+
+
+@_builtin
+def maximum(x, y):
+    """The larger of two, elementwise; NaN if either is NaN."""
+
+
+@_builtin
+def minimum(x, y):
+    """The smaller of two, elementwise; NaN if either is NaN."""
+
+
+@_builtin
+def exp(x):
+    """e to the power x. Integers become float32; so for all functions below."""
+
+
+@_builtin
+def exp2(x):
+    """2 to the power x."""
+
+
+@_builtin
+def log(x):
+    """Natural logarithm."""
+
+
+@_builtin
+def log2(x):
+    """Logarithm to base 2."""
+
+
+@_builtin
+def sqrt(x):
+    """Square root."""
+
+
+@_builtin
+def rsqrt(x):
+    """1 / sqrt(x)."""
+
+
+@_builtin
+def sin(x):
+    """Sine."""
+
+
+@_builtin
+def cos(x):
+    """Cosine."""
+
+
+@_builtin
+def tanh(x):
+    """Hyperbolic tangent."""
+
+
+@_builtin
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+
+
+@_builtin
+def erf(x):
+    """The error function."""
+
+
+@_builtin
+def floor(x):
+    """Round down; the dtype stays."""
+
+
+@_builtin
+def ceil(x):
+    """Round up; the dtype stays."""
+
+
+@_builtin
+def abs(x):
+    """Absolute value."""
+
+
+def _host_cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def _cdiv(x, y):
+    """``x / y`` rounded up, for integers and positive ``y``. Works on the host too."""
+
+
+_cdiv.__name__ = _cdiv.__qualname__ = "cdiv"
+cdiv = Builtin(_cdiv, host=_host_cdiv)
+
+
+# --- reductions and matrix products ----------------------------------------------------------------
+
+
+@_builtin
+def sum(x, axis=None, keepdims=False):
+    """Sum over an axis, several (a tuple) or all (None: a scalar).
+
+    float16 and bfloat16 accumulate in float32 and round once; bool, int8 and int16 give int32.
+    """
+
+
+@_builtin
+def prod(x, axis=None, keepdims=False):
+    """Product over axes; dtypes as for `sum`."""
+
+
+@_builtin
+def max(x, axis=None, keepdims=False):
+    """Largest element over axes (None: all). Two values: `maximum`."""
+
+
+@_builtin
+def min(x, axis=None, keepdims=False):
+    """Smallest element over axes (None: all). Two values: `minimum`."""
+
+
+@_builtin
+def dot(a, b, acc=None, precision="default"):
+    """``acc + a @ b`` for tiles (M, K) and (K, N) of one dtype.
+
+    ``acc`` defaults to zeros: float32, float64 for float64, int32 for integers.
+    ``precision``: "default", "ieee" or "tf32" (float32 operands).
+    """
+
+
+# --- control ------------------------------------------------------------------------------------
+
+
+@_builtin
+def range(start, stop=None, step=1):
+    """A run-time loop, as Python's range; the step is positive."""
+
+
+@_builtin
+def static_range(start, stop=None, step=1):
+    """A loop that is unrolled: the bounds and the index are compile-time values."""
+
+
+@_builtin
+def static_assert(condition, message=""):
+    """Fail the compilation unless a compile-time condition holds."""
+
+
+# --- in the contract, not supported yet --------------------------------------------------------------
+
+
+@_unsupported
+def gather(view, index, axis=0): ...
+@_unsupported
+def scatter(view, index, value, axis=0): ...
+@_unsupported
+def atomic_add(view, index, value): ...
+@_unsupported
+def atomic_max(view, index, value): ...
+@_unsupported
+def atomic_min(view, index, value): ...
+@_unsupported
+def atomic_and(view, index, value): ...
+@_unsupported
+def atomic_or(view, index, value): ...
+@_unsupported
+def atomic_xor(view, index, value): ...
+@_unsupported
+def atomic_cas(view, index, expected, value): ...
+@_unsupported
+def atomic_exchange(view, index, value): ...
+@_unsupported
+def cumsum(x, axis=0): ...
+@_unsupported
+def cat(tiles, axis=0): ...
+@_unsupported
+def argmax(x, axis): ...
+@_unsupported
+def argmin(x, axis): ...
+@_unsupported
+def device_print(*values): ...
+@_unsupported
+def device_assert(condition, message=""): ...
+@_unsupported
+def assume(condition): ...
+@_unsupported
+def rank(): ...
+@_unsupported
+def world_size(): ...
+@_unsupported
+def put(*args, **kwargs): ...
+@_unsupported
+def reduce_put(*args, **kwargs): ...
+@_unsupported
+def signal(flag, peer, after=None): ...
+@_unsupported
+def wait(flag): ...
+
+
+bool = i1  # last: from here on the name is the dtype
+
+#: every builtin by name; the public package re-exports all of `EXPORTS`
+BUILTINS: dict[str, Builtin] = {name: value for name, value in list(globals().items()) if isinstance(value, Builtin)}
+DTYPE_EXPORTS = (
+    "bool", "bool_", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64",
+    "float8_e4m3", "float8_e5m2",
+)  # fmt: skip
+EXPORTS: tuple[str, ...] = (*BUILTINS, *DTYPE_EXPORTS, "Tensor", "Symmetric", "constexpr", "function", "spec")
+
+__all__ = ["BUILTINS", "EXPORTS", "FunctionDefinition", "Symmetric", "Tensor", "constexpr", "function", "spec"]

@@ -1,0 +1,324 @@
+"""layouts: give every tile a layout, and insert conversions where neighbours disagree.
+
+Values that elementwise operations, loops and conditionals tie together form a class with one layout.
+Matrix accumulators and operands fix theirs first, then loads and stores (coalesced along the
+contiguous axis); each choice spreads through reductions, broadcasts and transpositions before the
+next weaker one is made, and what is left gets a plain blocked layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tilewright.ir.async_ops import AsyncDot, LocalLoad, Role, Wait
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Function, IRError, Operation, Region, Value
+from tilewright.ir.layout import LinearLayout, blocked
+from tilewright.ir.target import Target
+from tilewright.ir.tile_ops import (
+    Binary,
+    Bitcast,
+    Broadcast,
+    Cast,
+    Compare,
+    Dot,
+    ExpandDims,
+    Extract,
+    For,
+    If,
+    Load,
+    Reduce,
+    Reshape,
+    Select,
+    Store,
+    Transpose,
+    Unary,
+    While,
+    Yield,
+)
+from tilewright.ir.types import TileType, ViewType
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.matrix import MatrixUnit, matrix_unit
+
+#: elements of the largest tile that one thread of a kernel without dots should hold
+ELEMENTS_PER_THREAD, MOST_WARPS = 32, 8
+
+
+@register_pass("layouts")
+class Layouts(FunctionPass):
+    """Sets the layout of every tile type and, where it is still open, ``num_warps``."""
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        tiles = [v for v in _values(function.body) if isinstance(v.type, TileType)]
+        if "num_warps" not in function.attributes:
+            function.attributes["num_warps"] = context.options.num_warps or default_warps(tiles, context.target)
+        warps = int(function.attributes["num_warps"])
+        function.attributes.setdefault("threads", warps * context.target.warp_size)
+        if tiles:
+            _Assignment(function, context.target, warps).run()
+
+
+def default_warps(tiles: list[Value], target: Target) -> int:
+    """A power of two such that threads hold about `ELEMENTS_PER_THREAD` elements of the largest tile."""
+    largest = max((v.type.size for v in tiles if isinstance(v.type, TileType)), default=1)
+    warps = 1
+    while warps < MOST_WARPS and largest > warps * target.warp_size * ELEMENTS_PER_THREAD:
+        warps *= 2
+    return max(warps, 4) if largest >= 4 * target.warp_size else warps
+
+
+def _values(region: Region) -> Iterator[Value]:
+    yield from region.block.args
+    for op in region.block.ops:
+        yield from op.results
+        for nested in op.regions:
+            yield from _values(nested)
+
+
+def _tile(value: Value) -> TileType:
+    assert isinstance(value.type, TileType)
+    return value.type
+
+
+class _Assignment:
+    """Classes of values, their layouts, and the rules that spread layouts between classes."""
+
+    def __init__(self, function: Function, target: Target, warps: int):
+        self.function, self.target, self.warps = function, target, warps
+        self.parent: dict[Value, Value] = {}
+        self.layout: dict[Value, LinearLayout] = {}
+        self.ops = [op for op in function.walk() if not isinstance(op, Role)]
+        has_dots = any(isinstance(op, Dot | AsyncDot) for op in self.ops)
+        self.unit: MatrixUnit | None = matrix_unit(target) if has_dots else None
+
+    def run(self) -> None:
+        for op in self.ops:
+            self._tie(op)
+        for anchor in (self._matrix_anchor, self._operand_anchor, self._memory_anchor, self._default_anchor):
+            for op in self.ops:
+                anchor(op)
+                self._spread()
+        for value in _values(self.function.body):
+            if isinstance(value.type, TileType):
+                value.type = value.type.with_layout(self.of(value))
+        for op in list(self.function.walk()):
+            self._convert(op)
+
+    # --- classes --------------------------------------------------------------------------------
+
+    def find(self, value: Value) -> Value:
+        """The representative of a value's class."""
+        root = value
+        while root in self.parent:
+            root = self.parent[root]
+        while value is not root:
+            self.parent[value], value = root, self.parent[value]
+        return root
+
+    def _union(self, *values: Value) -> None:
+        tiles = [v for v in values if isinstance(v.type, TileType)]
+        for other in tiles[1:]:
+            a, b = self.find(tiles[0]), self.find(other)
+            if a is not b:
+                self.parent[b] = a
+
+    def _tie(self, op: Operation) -> None:
+        if isinstance(op, Unary | Binary | Compare | Select | Cast | Bitcast):
+            self._union(op.result, *op.operands)
+        elif isinstance(op, For):
+            for group in zip(op.results, op.carried, op.inits, _yielded(op.body), strict=True):
+                self._union(*group)
+        elif isinstance(op, While):
+            carried = zip(op.results, op.inits, op.condition.block.args, op.body.block.args, strict=True)
+            for group, value in zip(carried, _yielded(op.body), strict=True):
+                self._union(*group, value)
+        elif isinstance(op, If):
+            for group in zip(op.results, _yielded(op.then_body), _yielded(op.else_body), strict=True):
+                self._union(*group)
+        elif isinstance(op, Dot | AsyncDot):
+            self._union(op.results[0], op.acc)
+        elif isinstance(op, Wait):
+            for value, result in zip(op.values, op.results, strict=True):
+                self._union(value, result)
+
+    def of(self, value: Value) -> LinearLayout:
+        """The layout of a value's class."""
+        return self.layout[self.find(value)]
+
+    def known(self, value: Value) -> bool:
+        return self.find(value) in self.layout
+
+    def _assign(self, value: Value, layout: LinearLayout) -> None:
+        if not self.known(value):
+            self.layout[self.find(value)] = layout
+
+    # --- anchors ----------------------------------------------------------------------------------
+
+    def _matrix_anchor(self, op: Operation) -> None:
+        if isinstance(op, Dot | AsyncDot) and self.unit is not None:
+            self._assign(op.acc, self.unit.accumulator(_tile(op.acc).shape, self.warps))
+
+    def _operand_anchor(self, op: Operation) -> None:
+        """Tiles read from shared memory for a matrix operand arrive in the operand's layout."""
+        if isinstance(op, Dot | AsyncDot):
+            for which in ("a", "b"):
+                value = op.a if which == "a" else op.b
+                if isinstance(value.op, LocalLoad):
+                    self._assign(value, self._operand_layout(op, which))
+
+    def _memory_anchor(self, op: Operation) -> None:
+        if isinstance(op, Load):
+            self._assign(op.result, self._coalesced(op.result, op.view))
+        elif isinstance(op, Store):
+            self._assign(op.value, self._coalesced(op.value, op.view))
+
+    def _default_anchor(self, op: Operation) -> None:
+        for value in [*op.results, *(a for r in op.regions for a in r.block.args)]:
+            if isinstance(value.type, TileType) and not self.known(value):
+                self._assign(value, self._blocked(value, value.type.rank - 1))
+
+    def _operand_layout(self, op: Dot | AsyncDot, which: str) -> LinearLayout:
+        assert self.unit is not None
+        return self.unit.operand(which, op, self.warps)
+
+    def _coalesced(self, value: Value, view: Value) -> LinearLayout:
+        assert isinstance(view.type, ViewType)
+        axis = view.type.contiguous_axis
+        return self._blocked(value, _tile(value).rank - 1 if axis is None else axis)
+
+    def _blocked(self, value: Value, fastest: int) -> LinearLayout:
+        tile = _tile(value)
+        order = (fastest, *(a for a in reversed(range(tile.rank)) if a != fastest))
+        return blocked(tile.shape, tile.dtype.bits, self.warps, self.target.warp_size, order)
+
+    # --- rules between classes ----------------------------------------------------------------------
+
+    def _spread(self) -> None:
+        changed = True
+        while changed:
+            changed = False
+            for op in self.ops:
+                rule = RULES.get(type(op))
+                if rule is None or not all(isinstance(v.type, TileType) for v in (op.operands[0], op.result)):
+                    continue
+                source, result = op.operands[0], op.result
+                forward, backward = rule
+                if self.known(result) and not self.known(source):
+                    layout = backward(op, self.of(result))
+                    changed |= layout is not None
+                    if layout is not None:
+                        self._assign(source, layout)
+                elif self.known(source) and not self.known(result) and forward is not None:
+                    layout = forward(op, self.of(source))
+                    changed |= layout is not None
+                    if layout is not None:
+                        self._assign(result, layout)
+
+    # --- conversions --------------------------------------------------------------------------------
+
+    def _convert(self, op: Operation) -> None:
+        rule = RULES.get(type(op))
+        if rule is not None and all(isinstance(v.type, TileType) for v in (op.operands[0], op.result)):
+            self._convert_derived(op)
+        elif isinstance(op, Dot | AsyncDot):
+            for f, which in zip(op.operand_fields[:2], "ab", strict=True):
+                value = op.groups[f.position][0]
+                if isinstance(value.type, TileType):
+                    op.groups[f.position] = [self._converted(op, value, self._operand_layout(op, which))]
+
+    def _convert_derived(self, op: Operation) -> None:
+        """Make the result's layout what the operation derives from its source's."""
+        source, result = op.operands[0], op.result
+        forward, backward = RULES[type(op)]
+        wanted = _tile(result).layout
+        assert wanted is not None and _tile(source).layout is not None and forward is not None
+        if forward(op, _tile(source).layout) == wanted:
+            return
+        needed = backward(op, wanted)
+        if needed is not None and forward(op, needed) == wanted:
+            op.groups[0] = [self._converted(op, source, needed)]
+            return
+        derived = forward(op, _tile(source).layout)
+        if derived is None:
+            raise IRError(f"'{op.name}': no layout for the result of this shape", op.loc)
+        self._convert_result(op, derived, wanted)
+
+    def _convert_result(self, op: Operation, derived: LinearLayout, wanted: LinearLayout) -> None:
+        result, block = op.result, op.parent
+        assert block is not None
+        b = Builder(block, op.loc)
+        with b.at(block, block.ops.index(op) + 1):
+            converted = b.convert(result, wanted)
+        result.type = _tile(result).with_layout(derived)
+        for user in self.function.walk():
+            if user is not converted.op:
+                user.replace_operands({result: converted})
+
+    def _converted(self, op: Operation, value: Value, layout: LinearLayout) -> Value:
+        if _tile(value).layout == layout:
+            return value
+        assert op.parent is not None
+        b = Builder(op.parent, op.loc)
+        with b.at(op.parent, op.parent.ops.index(op)):
+            return b.convert(value, layout)
+
+
+def _yielded(region: Region) -> list[Value]:
+    terminator = region.block.terminator
+    return terminator.values if isinstance(terminator, Yield) else []
+
+
+Rule = Callable[[Operation, LinearLayout], LinearLayout | None]
+
+
+def _collapse(op: Operation, layout: LinearLayout) -> LinearLayout:
+    """The layout of a broadcast's source: size one along the repeated dimensions."""
+    for axis, (size, full) in enumerate(zip(_tile(op.operands[0]).shape, _tile(op.result).shape, strict=True)):
+        if size != full:
+            layout = layout.slice_dim(axis).expand_dim(axis)
+    return layout
+
+
+def _unreduced(op: Operation, layout: LinearLayout) -> LinearLayout | None:
+    return None  # a reduction's source is never laid out by its result
+
+
+def _transposed(op: Operation, layout: LinearLayout) -> LinearLayout:
+    return layout.transpose(op.attributes["perm"])
+
+
+def _untransposed(op: Operation, layout: LinearLayout) -> LinearLayout:
+    perm = op.attributes["perm"]
+    return layout.transpose([perm.index(axis) for axis in range(len(perm))])
+
+
+def _reshaped(shape_of: Callable[[Operation], Value]) -> Rule:
+    def rule(op: Operation, layout: LinearLayout) -> LinearLayout | None:
+        try:
+            return layout.reshape(_tile(shape_of(op)).shape)
+        except ValueError:
+            return None
+
+    return rule
+
+
+def _extracted(op: Operation, layout: LinearLayout) -> LinearLayout | None:
+    try:
+        return layout.extract(op.attributes["offsets"], _tile(op.result).shape)[0]
+    except ValueError:
+        return None
+
+
+#: operation -> (layout of the result from the source's, layout of the source from the result's)
+RULES: dict[type[Operation], tuple[Rule | None, Rule]] = {
+    Reduce: (lambda op, layout: layout.slice_dim(op.attributes["axis"]), _unreduced),
+    ExpandDims: (
+        lambda op, layout: layout.expand_dim(op.attributes["axis"]),
+        lambda op, layout: layout.slice_dim(op.attributes["axis"]),
+    ),
+    Broadcast: (lambda op, layout: layout.broadcast(_tile(op.result).shape), _collapse),
+    Transpose: (_transposed, _untransposed),
+    Reshape: (_reshaped(lambda op: op.result), _reshaped(lambda op: op.operands[0])),
+    Extract: (_extracted, _unreduced),
+}
+

@@ -1,0 +1,134 @@
+"""Matrix units: which dots they take, and the layouts of their operands and accumulators.
+
+Passes ask the unit of the target; they hold no knowledge of an instruction set themselves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from tilewright.ir.core import IRError
+from tilewright.ir.layout import (
+    LinearLayout,
+    SharedLayout,
+    choose_shared_layout,
+    shared_candidates,
+    wgmma_accumulator,
+    wgmma_operand_a,
+)
+from tilewright.ir.target import Target
+from tilewright.ir.tile_ops import Dot
+from tilewright.ir.types import DType, SlotType, TileType, bf16, f16, f32
+
+
+class MatrixUnit(ABC):
+    """What scheduling and layout passes must know of a matrix instruction."""
+
+    #: operands that the instruction reads from shared memory itself
+    reads_slots: bool
+    #: issued work runs on while the warps go on; results need a wait
+    asynchronous: bool
+
+    def __init__(self, target: Target):
+        self.target = target
+
+    @abstractmethod
+    def check(self, dot: Dot) -> None:
+        """Raise `IRError` where the unit cannot compute this dot."""
+
+    @abstractmethod
+    def warps(self, dots: Sequence[Dot]) -> int:
+        """How many warps should share these dots."""
+
+    @abstractmethod
+    def accumulator(self, shape: tuple[int, ...], warps: int) -> LinearLayout:
+        """Registers of an accumulator (M, N)."""
+
+    @abstractmethod
+    def operand(self, which: str, dot: Dot, warps: int) -> LinearLayout:
+        """Registers of operand ``a`` (M, K) or ``b`` (K, N)."""
+
+    @abstractmethod
+    def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
+        """Shared memory of operand ``a`` or ``b`` whose global memory runs along axis ``contiguous``.
+
+        None where the operand cannot travel through shared memory.
+        """
+
+
+def operand_shape(dot: Dot, which: str) -> tuple[int, ...]:
+    """The shape of operand ``a`` or ``b``, tile or slot."""
+    type_ = (dot.a if which == "a" else dot.b).type
+    assert isinstance(type_, TileType | SlotType)
+    return type_.shape
+
+
+def operand_dtype(dot: Dot) -> DType:
+    """The dtype of both operands."""
+    type_ = dot.a.type
+    assert isinstance(type_, TileType | SlotType)
+    return type_.dtype
+
+
+class Wgmma(MatrixUnit):
+    """Hopper's warpgroup MMA: m64nNk16, operands in shared memory (A also in registers).
+
+    PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
+    """
+
+    reads_slots = True
+    asynchronous = True
+
+    def check(self, dot: Dot) -> None:
+        (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
+        dtype = operand_dtype(dot)
+        if dtype not in (bf16, f16):
+            raise IRError(f"dot of {dtype} is not supported on {self.target.name} yet", dot.loc, "cast to bf16 or f16")
+        acc = dot.acc.type
+        if not isinstance(acc, TileType) or acc.dtype != f32:
+            raise IRError("dot accumulates in float32", dot.loc, "make the accumulator with tw.zeros(shape, tw.float32)")
+        if m % 64 or k % 16 or n % 8 or n < 8:
+            raise IRError(
+                f"dot of ({m}, {k}) @ ({k}, {n}) does not fit {self.target.name}",
+                dot.loc,
+                "M must be a multiple of 64, K of 16 and N of 8",
+            )
+
+    def warps(self, dots: Sequence[Dot]) -> int:
+        """Two warpgroups where every dot has 128 rows or more; more only if accumulators demand it."""
+        rows = min(operand_shape(dot, "a")[0] for dot in dots)
+        largest = max(operand_shape(d, "a")[0] * operand_shape(d, "b")[1] for d in dots)
+        groups = 2 if rows >= 128 else 1
+        while groups * 128 * 160 < largest and rows % (groups * 2 * 64) == 0:
+            groups *= 2
+        return 4 * groups
+
+    def accumulator(self, shape: tuple[int, ...], warps: int) -> LinearLayout:
+        return wgmma_accumulator(shape, warps // 4)
+
+    def operand(self, which: str, dot: Dot, warps: int) -> LinearLayout:
+        if which != "a":
+            raise IRError("the matrix unit reads operand b from shared memory only", dot.loc)
+        return wgmma_operand_a(operand_shape(dot, "a"), operand_dtype(dot).bits, warps // 4)
+
+    def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
+        """The widest TMA swizzle that divides a line: all of them are conflict free for the unit's 8 x 16-byte reads."""
+        shape, bits = operand_shape(dot, which), operand_dtype(dot).bits
+        fastest = contiguous if contiguous is not None else (1 if which == "a" else 0)
+        order = (fastest, 1 - fastest)
+        swizzled = [c for c in shared_candidates(shape, bits, order, self.target.banks) if c.swizzle]
+        if not swizzled:
+            return None
+        return choose_shared_layout(shape, bits, order, [], [], self.target.banks, swizzled)
+
+
+def matrix_unit(target: Target) -> MatrixUnit:
+    """The matrix unit of a target."""
+    if target.has("wgmma"):
+        return Wgmma(target)
+    if target.has("mfma"):
+        from tilewright.passes.matrix_mfma import Mfma
+
+        return Mfma(target)
+    raise IRError(f"{target.name} has no matrix unit that tilewright knows")

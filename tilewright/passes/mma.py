@@ -1,0 +1,176 @@
+"""mma: issue matrix products asynchronously and keep groups in flight.
+
+On a unit that reads shared memory and runs beside the warps (wgmma), a `tile.dot` becomes an issue
+and a wait. Where a loop only accumulates, the wait moves one iteration on: the groups of iteration i
+run while iteration i + 1 is issued, so the stages they read are released one iteration later too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilewright.ir.async_ops import Barrier, LocalStore, Release
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Block, Function, IRError, Value, replace_uses, uses_of
+from tilewright.ir.tile_ops import Dot, For, Yield
+from tilewright.ir.types import SlotType, TileType
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.matrix import MatrixUnit, matrix_unit
+
+
+@register_pass("mma")
+class Mma(FunctionPass):
+    """``in_flight``: let accumulating loops keep one iteration's groups in flight."""
+
+    in_flight: bool = True
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        dots = [op for op in function.walk() if isinstance(op, Dot)]
+        if not dots:
+            return
+        unit = matrix_unit(context.target)
+        if not unit.asynchronous:
+            return
+        warps = int(function.attributes["num_warps"])
+        for dot in dots:
+            _share_operand(function, dot, unit, warps)
+        for block in list({id(d.parent): d.parent for d in dots}.values()):
+            assert block is not None
+            loop = _accumulating_loop(function, block) if self.in_flight else None
+            if loop is not None:
+                _keep_in_flight(function, loop)
+            else:
+                _issue_and_wait(function, block)
+
+
+def _share_operand(function: Function, dot: Dot, unit: MatrixUnit, warps: int) -> None:
+    """Operand b lies in shared memory; one that was computed in registers is written there first."""
+    if isinstance(dot.b.type, SlotType):
+        return
+    layout = unit.shared("b", dot, None, warps)
+    tile = dot.b.type
+    assert isinstance(tile, TileType) and dot.parent is not None
+    if layout is None:
+        raise IRError("operand b is too narrow for shared memory", dot.loc, "make K a multiple of 16")
+    top = Builder(function.body.block, dot.loc)
+    with top.at(function.body.block, 0):
+        buffer = top.alloc(SlotType(tile.shape, tile.dtype, layout), hint=dot.b.hint)
+    b = Builder(dot.parent, dot.loc)
+    with b.at(dot.parent, dot.parent.ops.index(dot)):
+        slot = b.slot(buffer, b.index(0))
+        b.insert(Barrier(scope="role"))  # earlier readers of the buffer have finished
+        b.insert(LocalStore(dot.b, slot))
+        b.insert(Barrier(scope="role"))
+    dot.b = slot
+
+
+def _issue_and_wait(function: Function, block: Block) -> None:
+    mapping: dict[Value, Value] = {}
+    for dot in [op for op in block.ops if isinstance(op, Dot)]:
+        position = block.ops.index(dot)
+        b = Builder(block, dot.loc)
+        with b.at(block, position):
+            flying, token = b.async_dot(dot.a, dot.b, dot.acc)
+            flying.hint = dot.result.hint
+            (mapping[dot.result],) = b.wait([flying], token)
+        block.ops.remove(dot)
+    replace_uses(function.body, mapping)
+
+
+@dataclass
+class _Accumulation:
+    """A loop whose only use of its dots' results is to accumulate, and the releases that follow them."""
+
+    loop: For
+    dots: list[Dot]
+    releases: list[Release]
+
+
+def _accumulating_loop(function: Function, block: Block) -> _Accumulation | None:
+    """The loop around ``block`` if each dot's accumulator is carried, untouched, to its own next issue."""
+    region = block.parent
+    loop = region.parent if region is not None else None
+    if not isinstance(loop, For):
+        return None
+    inside = [op for op in loop.body.walk() if isinstance(op, Dot)]
+    dots = [op for op in block.ops if isinstance(op, Dot)]
+    if len(inside) != len(dots):
+        return None
+    uses = uses_of(function.body)
+    terminator = block.terminator
+    assert isinstance(terminator, Yield)
+    for dot in dots:
+        if dot.acc not in loop.carried or not isinstance(dot.a.type, SlotType):
+            return None
+        position = loop.carried.index(dot.acc)
+        if uses[dot.acc] != [dot] or uses[dot.result] != [terminator] or terminator.values[position] is not dot.result:
+            return None
+    releases = [op for op in block.ops if isinstance(op, Release)]
+    if any(r.count not in loop.carried for r in releases):
+        return None
+    after_dots = block.ops.index(dots[-1])
+    if any(block.ops.index(r) < after_dots for r in releases) and len(dots) > 1:
+        return None
+    return _Accumulation(loop, dots, releases)
+
+
+def _keep_in_flight(function: Function, found: _Accumulation) -> None:
+    block = found.loop.body.block
+    mapping: dict[Value, Value] = {}
+    b = Builder(block)
+    for dot in found.dots:
+        b.loc = dot.loc
+        with b.at(block, block.ops.index(dot)):
+            flying, _ = b.async_dot(dot.a, dot.b, dot.acc)
+            flying.hint = dot.result.hint
+            mapping[dot.result] = flying
+        last = block.ops.index(dot)
+        block.ops.remove(dot)
+    replace_uses(function.body, mapping)
+    with b.at(block, last):
+        b.wait(pending=len(found.dots))
+    _delay_releases(b, found)
+    _finish(function, found)
+
+
+def _delay_releases(b: Builder, found: _Accumulation) -> None:
+    """Release the stage of the previous iteration, whose groups the wait has retired."""
+    loop, block = found.loop, found.loop.body.block
+    for release in found.releases:
+        with b.at(block, block.ops.index(release)):
+            started = b.compare("gt", loop.index, loop.lo)
+            branch = b.if_else(started)
+            with b.at(branch.then_body.block):
+                b.insert(Release(release.ring, b.sub(release.count, b.index(1))))
+                b.yield_()
+            with b.at(branch.else_body.block):
+                b.yield_()
+        block.ops.remove(release)
+
+
+def _finish(function: Function, found: _Accumulation) -> None:
+    """Behind the loop: wait for the last groups, release the last stage."""
+    loop = found.loop
+    outer = loop.parent
+    assert outer is not None
+    results = [loop.results[loop.carried.index(d.acc)] for d in found.dots]
+    b = Builder(outer, loop.loc)
+    position = outer.ops.index(loop) + 1
+    with b.at(outer, position):
+        waited = b.wait(results)
+        if found.releases:
+            branch = b.if_else(b.compare("gt", loop.hi, loop.lo))
+            with b.at(branch.then_body.block):
+                for release in found.releases:
+                    count = loop.results[loop.carried.index(release.count)]
+                    b.insert(Release(release.ring, b.sub(count, b.index(1))))
+                b.yield_()
+            with b.at(branch.else_body.block):
+                b.yield_()
+        wait = waited[0].op
+    mapping = dict(zip(results, waited, strict=True))
+    for op in function.walk():
+        if op is not wait:
+            op.replace_operands(mapping)
+
+

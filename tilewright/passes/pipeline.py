@@ -1,0 +1,224 @@
+"""pipeline: turn placed loads into asynchronous copies that travel through rings.
+
+Loads of one block whose tiles are first and last used by the same operations share a ring. Each use
+of the ring is numbered by a running count that is carried through all loops around it, so that the
+ring never drains between iterations of outer loops::
+
+    async.acquire %ring, %n              // producer: stage n mod stages is free
+    %t = async.copy %A, [%m, %k], %slot
+    async.publish %ring, %n, [%t]        // full when the copy has landed
+    async.await %ring, %n                // consumer, before the first use
+    ...
+    async.release %ring, %n              // after the last use
+
+The result is still one program; `roles` splits it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tilewright.ir.async_ops import Acquire, Await, Publish, Release
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Block, Function, Operation, Region, Value, replace_uses, uses_of
+from tilewright.ir.tile_ops import For, If, Load, Transpose, While, Yield
+from tilewright.ir.types import ScalarType, SlotType, TileType, i32
+from tilewright.passes.analysis import ancestor_in, enclosing_operations
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+
+
+@dataclass
+class Group:
+    """Loads that share a ring, and the operations of their block between which they are read."""
+
+    block: Block
+    loads: list[Load]
+    first_use: Operation
+    last_use: Operation
+    elastic: bool
+    ring: Value | None = None
+    buffers: list[Value] = field(default_factory=list)
+
+
+@register_pass("pipeline")
+class Pipeline(FunctionPass):
+    """``num_stages`` fixes the depth of all rings in loops; None leaves it to the shared-memory plan."""
+
+    num_stages: int | None = None
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        if not context.target.has("mbarrier"):
+            return
+        groups = find_groups(function)
+        if not groups:
+            return
+        stages = self.num_stages or context.options.num_stages
+        self._allocate(function, groups, stages)
+        rewriter = _Rewriter(groups)
+        top = Builder(function.body.block, function.loc)
+        with top.at(function.body.block, position=_after_allocations(function)):
+            counts = {id(g): top.index(0) for g in groups}
+        rewriter.rewrite(function.body.block, counts)
+        _use_slots(function, rewriter.slots)
+
+    def _allocate(self, function: Function, groups: list[Group], stages: int | None) -> None:
+        b = Builder(function.body.block, function.loc)
+        with b.at(function.body.block, position=0):
+            for group in groups:
+                fixed = 1 if not group.elastic else stages
+                group.ring = b.ring(fixed or 1, hint="ring", elastic=fixed is None)
+                for load in group.loads:
+                    group.buffers.append(b.alloc(_slot_type(load), group.ring, hint=load.result.hint))
+
+
+def find_groups(function: Function) -> list[Group]:
+    """Placed loads by block and by the operations that first and last read them."""
+    uses, loops = uses_of(function.body), enclosing_operations(function)
+    groups: dict[tuple[int, int, int], Group] = {}
+    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]:
+        block = load.parent
+        assert block is not None
+        readers = [ancestor_in(op, block) for op in _readers(load.result, uses)]
+        positions = {id(op): i for i, op in enumerate(block.ops)}
+        inside = sorted((op for op in readers if op is not None), key=lambda op: positions[id(op)])
+        if not inside:
+            continue
+        first, last = inside[0], inside[-1]
+        in_loop = _in_inner_loop(block, loops, function)
+        group = groups.setdefault((id(block), id(first), id(last)), Group(block, [], first, last, in_loop))
+        group.loads.append(load)
+    return list(groups.values())
+
+
+def _readers(value: Value, uses: dict[Value, list[Operation]]) -> list[Operation]:
+    """Operations that read the tile, looking through transpositions."""
+    found: list[Operation] = []
+    for op in uses.get(value, []):
+        found += _readers(op.result, uses) if isinstance(op, Transpose) else [op]
+    return found
+
+
+def _in_inner_loop(block: Block, loops: dict[Block, Operation], function: Function) -> bool:
+    """Inside a loop other than the persistent one."""
+    depth = 0
+    while block in loops:
+        depth += isinstance(loops[block], For | While)
+        parent = loops[block].parent
+        assert parent is not None
+        block = parent
+    return depth > (1 if function.attributes.get("persistent") else 0)
+
+
+def _slot_type(load: Load) -> SlotType:
+    tile = load.result.type
+    assert isinstance(tile, TileType) and load.shared is not None
+    return SlotType(tile.shape, tile.dtype, load.shared)
+
+
+def _after_allocations(function: Function) -> int:
+    ops = function.body.block.ops
+    return sum(1 for op in ops if op.base_name in ("async.ring", "async.alloc"))
+
+
+class _Rewriter:
+    """Replaces loads by ring operations and threads the counts through the control flow."""
+
+    def __init__(self, groups: list[Group]):
+        self.groups = groups
+        self.slots: dict[Value, Value] = {}  # load result -> slot
+
+    def rewrite(self, block: Block, counts: dict[int, Value]) -> dict[int, Value]:
+        """Rewrite a block; ``counts`` maps a group to its running count, as does the result."""
+        here = [g for g in self.groups if g.block is block]
+        old = list(block.ops)
+        block.set_ops([])
+        b = Builder(block)
+        counts = dict(counts)
+        for op in old:
+            b.loc = op.loc
+            for group in here:
+                if op is group.first_use:
+                    b.insert(Await(group.ring, counts[id(group)]))
+            if isinstance(op, Load) and any(op in g.loads for g in here):
+                (group,) = [g for g in here if op in g.loads]
+                if op is group.loads[-1]:
+                    self._produce(b, group, counts[id(group)])
+            else:
+                counts.update(self._nested(b, op, counts))
+            for group in here:
+                if op is group.last_use:
+                    self._release(b, group, counts)
+        return counts
+
+    def _produce(self, b: Builder, group: Group, count: Value) -> None:
+        assert group.ring is not None
+        b.insert(Acquire(group.ring, count))
+        tokens = []
+        for load, buffer in zip(group.loads, group.buffers, strict=True):
+            b.loc = load.loc
+            slot = b.slot(buffer, count)
+            slot.hint = load.result.hint
+            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad))
+            self.slots[load.result] = slot
+        b.insert(Publish(group.ring, count, tokens))
+
+    def _release(self, b: Builder, group: Group, counts: dict[int, Value]) -> None:
+        assert group.ring is not None
+        b.insert(Release(group.ring, counts[id(group)]))
+        counts[id(group)] = b.add(counts[id(group)], b.index(1))
+
+    def _nested(self, b: Builder, op: Operation, counts: dict[int, Value]) -> dict[int, Value]:
+        """Place an operation; if loads lie inside it, carry their counts through it."""
+        inside = [g for g in self.groups if any(_contains(r, g.block) for r in op.regions)]
+        if not inside:
+            b.insert(op)
+            return {}
+        keys = [id(g) for g in inside]
+        for g in inside:
+            count = Value(ScalarType(i32), op, "count")
+            op.results.append(count)
+        if isinstance(op, For | While):
+            op.inits = [*op.inits, *(counts[k] for k in keys)]
+            args = [[Value(ScalarType(i32), r.block, "count") for _ in keys] for r in op.regions]
+            for r, new in zip(op.regions, args, strict=True):
+                r.block.args += new
+            after = self.rewrite(op.regions[-1].block, {**counts, **dict(zip(keys, args[-1], strict=True))})
+            _extend_yield(op.regions[-1], [after[k] for k in keys])
+        else:
+            assert isinstance(op, If)
+            for r in op.regions:
+                after = self.rewrite(r.block, counts)
+                _extend_yield(r, [after[k] for k in keys])
+        b.insert(op)
+        return dict(zip(keys, op.results[-len(keys) :], strict=True))
+
+
+def _contains(region: Region, block: Block) -> bool:
+    return region.block is block or any(_contains(r, block) for op in region.block.ops for r in op.regions)
+
+
+def _extend_yield(region: Region, values: list[Value]) -> None:
+    terminator = region.block.terminator
+    if isinstance(terminator, Yield):
+        terminator.values = [*terminator.values, *values]
+    else:
+        region.block.append(Yield(values))
+
+
+def _use_slots(function: Function, slots: dict[Value, Value]) -> None:
+    """Let the dots read slots; transpositions become views of the slot."""
+    block_of: dict[Value, Value] = dict(slots)
+    doomed: list[Operation] = []
+    for op in list(function.walk()):
+        if isinstance(op, Transpose) and op.source in block_of:
+            assert op.parent is not None
+            b = Builder(op.parent, op.loc)
+            with b.at(op.parent, op.parent.ops.index(op)):
+                block_of[op.result] = b.transpose_slot(block_of[op.source], op.perm)
+            doomed.append(op)
+    replace_uses(function.body, block_of)
+    for op in doomed:
+        assert op.parent is not None
+        op.parent.ops.remove(op)
+
+

@@ -1,0 +1,108 @@
+"""placement: which loads travel through shared memory, in which layout, and who copies them.
+
+A load whose tile feeds a matrix product goes through shared memory: the unit reads it there, or the
+warps share it. The shared layout comes from the matrix unit and the layout algebra; the copy engine
+takes the copy when the view's strides and alignment allow, else threads do. A load stays an ordinary
+register load when its address depends on results of the matrix unit or on tiles (the copying warps
+could not compute it), or when the program also writes its tensor (order must be kept).
+"""
+
+from __future__ import annotations
+
+from tilewright.ir.core import Block, Function, Operation, Value, uses_of
+from tilewright.ir.target import Target
+from tilewright.ir.tile_ops import Dot, Load, Store, Transpose
+from tilewright.ir.types import TileType, ViewType
+from tilewright.passes.analysis import backward_slice, control_values, enclosing_operations, view_root
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.matrix import matrix_unit
+
+#: cuTensorMapEncodeTiled: base address and strides are multiples of 16 bytes, rank at most 5
+TMA_ALIGNMENT, TMA_MAX_RANK = 16, 5
+
+
+@register_pass("placement")
+class Placement(FunctionPass):
+    """Sets ``shared`` and ``engine`` of loads, and ``num_warps`` of functions with dots."""
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        dots = [op for op in function.walk() if isinstance(op, Dot)]
+        if not dots:
+            return
+        unit = matrix_unit(context.target)
+        for dot in dots:
+            unit.check(dot)
+        warps = context.options.num_warps or unit.warps(dots)
+        function.attributes["num_warps"] = warps
+        loops, uses = enclosing_operations(function), uses_of(function.body)
+        written = {view_root(op.view) for op in function.walk() if isinstance(op, Store)}
+        for dot in dots:
+            for which, value in (("a", dot.a), ("b", dot.b)):
+                load, perm = trace_load(value)
+                if load is None or load.shared is not None or view_root(load.view) in written:
+                    continue
+                if not early_address(load, loops) or not only_dots(load, uses):
+                    continue
+                view = load.view.type
+                assert isinstance(view, ViewType)
+                axis = view.contiguous_axis
+                contiguous = axis if axis is None or perm is None else perm.index(axis)
+                layout = unit.shared(which, dot, contiguous, warps)
+                if layout is None:
+                    continue
+                load.shared = layout if perm is None else layout.transpose(_inverse(perm))
+                load.engine = copy_engine(load, context.target)
+
+
+def trace_load(value: Value) -> tuple[Load | None, tuple[int, ...] | None]:
+    """The load behind a dot operand and the transposition between them."""
+    perm: tuple[int, ...] | None = None
+    while isinstance(value.op, Transpose):
+        outer, perm_ = perm, value.op.perm
+        perm = perm_ if outer is None else tuple(perm_[p] for p in outer)
+        value = value.op.source
+    return (value.op, perm) if isinstance(value.op, Load) else (None, None)
+
+
+def only_dots(load: Load, uses: dict[Value, list[Operation]]) -> bool:
+    """Every use, through transpositions, is an operand of a dot."""
+    pending = [load.result]
+    while pending:
+        value = pending.pop()
+        for op in uses.get(value, []):
+            if isinstance(op, Transpose):
+                pending.append(op.result)
+            elif not isinstance(op, Dot) or op.acc is value:
+                return False
+    return True
+
+
+def early_address(load: Load, loops: dict[Block, Operation]) -> bool:
+    """The address and the control flow around the load need scalars only."""
+    assert load.parent is not None
+    values = backward_slice([load.view, *load.index, *control_values(load.parent, loops)], loops)
+    return not any(isinstance(v.type, TileType) for v in values)
+
+
+def copy_engine(load: Load, target: Target) -> str:
+    """``tma`` where the bulk copy engine can fill the slot, else ``threads``."""
+    return "tma" if load.pad == 0 and bulk_copyable(load.view, target) else "threads"
+
+
+def bulk_copyable(view: Value, target: Target) -> bool:
+    """Whether the copy engine can move tiles of a view: its tensor needs a descriptor (CUtensorMap)."""
+    root = view_root(view).type
+    assert isinstance(root, ViewType) and isinstance(view.type, ViewType)
+    static = [s for s in root.strides if s is not None and s != 1]
+    return (
+        target.has("tma")
+        and view.type.contiguous_axis is not None
+        and root.align % TMA_ALIGNMENT == 0
+        and root.rank <= TMA_MAX_RANK
+        and root.strides.count(1) == 1
+        and all(s * root.dtype.bytes % TMA_ALIGNMENT == 0 for s in static)
+    )
+
+
+def _inverse(perm: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(perm.index(axis) for axis in range(len(perm)))

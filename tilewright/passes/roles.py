@@ -1,0 +1,108 @@
+"""roles: split a kernel with rings into a producer of copies and consumers that compute.
+
+Every operation belongs to the roles that need its result: the producer keeps what fills rings and
+the scalar code and control flow behind it, the consumers keep all the rest. Both are cloned from the
+one program and what a role does not need is dead code there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tilewright.ir.async_ops import Acquire, Alloc, Copy, MakeRing, Publish, Role
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Block, Effect, Function, Operation, Region, Value
+from tilewright.ir.target import Target
+from tilewright.ir.types import TokenType
+from tilewright.passes.dce import eliminate_dead_code
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+
+#: registers a thread needs for the address arithmetic of copies: by the engine alone, or by its own loads and stores
+PRODUCER_REGISTERS = {"tma": 40, "threads": 96}
+WARPGROUP = 4
+#: setmaxnreg takes multiples of 8 between 24 and 256 (PTX ISA, "setmaxnreg")
+REGISTER_STEP, MOST_REGISTERS = 8, 240
+
+
+@register_pass("roles")
+class Roles(FunctionPass):
+    """Needs hardware barriers between warps and registers that move between them (`Target.has`)."""
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        copies = [op for op in function.walk() if isinstance(op, Copy)]
+        if not copies or not context.target.has("setmaxnreg"):
+            return
+        body = function.body.block
+        shared = [op for op in body.ops if isinstance(op, Alloc | MakeRing)]
+        program = Region(Block())
+        program.block.set_ops([op for op in body.ops if op not in shared])
+        engines = {op.result.type.kind for op in copies if isinstance(op.result.type, TokenType)}
+        consumers = int(function.attributes["num_warps"])
+        registers = distribute_registers(context.target, consumers, "tma" if engines == {"tma"} else "threads")
+        body.set_ops(shared)
+        b = Builder(body, function.loc)
+        produce = _slice(program, is_producer)
+        consume = _slice(program, lambda op: not is_producer(op))
+        alone = engines == {"tma"}
+        b.insert(
+            Role(regions=[produce], kind="producer", warps=WARPGROUP, registers=registers[0], single_thread=alone)
+        )
+        b.insert(Role(regions=[consume], kind="consumer", warps=consumers, registers=registers[1]))
+        function.attributes["threads"] = (WARPGROUP + consumers) * context.target.warp_size
+        _count_arrivals(function, consumers, context.target)
+        eliminate_dead_code(function)
+
+
+def is_producer(op: Operation) -> bool:
+    """Operations with effects that belong to the producer."""
+    return isinstance(op, Acquire | Copy | Publish)
+
+
+def _slice(program: Region, keep: Callable[[Operation], bool]) -> Region:
+    """A clone of the program without the effects that the role does not have."""
+    mapping: dict[Value, Value] = {}
+    clone = program.clone(mapping)
+    _drop(clone.block, keep)
+    return clone
+
+
+def _drop(block: Block, keep: Callable[[Operation], bool]) -> None:
+    kept = []
+    for op in block.ops:
+        own_effect = bool(op.effect & ~Effect.READ) and not op.regions
+        if not own_effect or keep(op):
+            kept.append(op)
+            for r in op.regions:
+                _drop(r.block, keep)
+    block.set_ops(kept)
+
+
+def distribute_registers(target: Target, consumers: int, engine: str) -> tuple[int, int]:
+    """Registers per thread of producer and consumers: the kernel starts with equal shares of the file."""
+    producer = PRODUCER_REGISTERS[engine]
+    size = target.warp_size
+    equal = min(target.registers_per_unit // ((WARPGROUP + consumers) * size) // REGISTER_STEP * REGISTER_STEP, 248)
+    if producer >= equal:
+        return 0, 0
+    spare = (equal - producer) * WARPGROUP
+    return producer, min(MOST_REGISTERS, equal + spare // consumers // REGISTER_STEP * REGISTER_STEP)
+
+
+def _count_arrivals(function: Function, consumers: int, target: Target) -> None:
+    """How many arrivals fill and free a stage.
+
+    Full: one (the elected thread announces the bytes) where the engine copies everything, else every
+    producing thread. Free: one of each consumer warpgroup.
+    """
+    engines: dict[Value, set[str]] = {}
+    for op in function.walk():
+        if isinstance(op, Publish):
+            kinds = {t.type.kind for t in op.tokens if isinstance(t.type, TokenType)}
+            engines.setdefault(op.ring, set()).update(kinds)
+    for op in function.walk():
+        if isinstance(op, MakeRing):
+            by_engine = engines.get(op.result, set()) == {"tma"}
+            op.producers = 1 if by_engine else WARPGROUP * target.warp_size
+            op.consumers = consumers // WARPGROUP
+
+

@@ -1,0 +1,113 @@
+"""What every device offers, and which devices this machine has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tilewright.ir.abi import KernelABI
+from tilewright.runtime.errors import DeviceError
+
+
+class Module(ABC):
+    """A binary loaded on a device."""
+
+    @abstractmethod
+    def function(self, name: str) -> Any:
+        """The entry point ``name``, in the form that the device's `launch` takes."""
+
+
+class Device(ABC):
+    """One place where compiled kernels run."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How users write it: "cuda:0", "hip:0", "cpu", "emulate:gfx942"."""
+
+    @property
+    @abstractmethod
+    def target(self) -> str:
+        """What the compiler must target for it: "sm_90a", "gfx942"."""
+
+    @abstractmethod
+    def load(self, binary: bytes) -> Module:
+        """Put a binary on the device."""
+
+    @abstractmethod
+    def launch(
+        self,
+        function: Any,
+        abi: KernelABI,
+        grid: int | Sequence[int],
+        args: Sequence[Any],
+        stream: Any = None,
+    ) -> None:
+        """Start ``function`` over ``grid`` with one argument per parameter of ``abi``.
+
+        Returns before the kernel has finished. A grid with a zero in it starts nothing.
+        """
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything launched on this device has finished; its late errors raise here."""
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device that exists, described without opening it.
+
+    ``units`` counts its SMs or CUs, ``memory`` its bytes; 0 where that means nothing.
+    """
+
+    name: str
+    target: str
+    description: str
+    units: int = 0
+    memory: int = 0
+
+
+def nvidia_target(major: int, minor: int) -> str:
+    """The compiler target of a compute capability.
+
+    From 9.0 on the architecture-specific set ("a": wgmma, tcgen05, setmaxnreg) is what we use.
+    """
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def devices() -> list[DeviceInfo]:
+    """The devices of this machine, GPUs first. Never raises and creates no context."""
+    return [*_cuda_devices(), DeviceInfo("cpu", "cpu", "interpreter on NumPy arrays")]
+
+
+def _cuda_devices() -> list[DeviceInfo]:
+    from tilewright.runtime import cuda
+
+    try:
+        return cuda.enumerate_devices()
+    except DeviceError:
+        return []
+
+
+def open_device(name: str) -> Device:
+    """The device called ``name`` ("cuda" means "cuda:0"), the same object at every call."""
+    kind, _, index = name.partition(":")
+    if kind != "cuda":
+        raise DeviceError(f"No runtime opens the device '{name}'. This machine has: {_names()}.")
+    if index and not index.isdecimal():
+        raise DeviceError(f"'{name}' names no device: write cuda:0, cuda:1, ...")
+    return _open_cuda(int(index or 0))
+
+
+@cache
+def _open_cuda(ordinal: int) -> Device:
+    from tilewright.runtime import cuda
+
+    return cuda.CudaDevice(ordinal)
+
+
+def _names() -> str:
+    return ", ".join(info.name for info in devices())
