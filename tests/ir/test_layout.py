@@ -28,6 +28,7 @@ from tilewright.ir.layout import (
     wgmma_accumulator,
     wgmma_operand_a,
 )
+from tilewright.ir.layout_shared import access_phases
 
 
 def threads(layout):
@@ -714,6 +715,13 @@ RULES = [
     ("cdna3", 16, "read", 32, CDNA3_READ_16),
     ("cdna3", 16, "write", 32, [list(range(i, i + 8)) for i in range(0, 64, 8)]),
 ]
+
+
+@pytest.mark.parametrize(("target", "vector_bytes", "op", "banks", "phases"), RULES)
+def test_phases_are_the_published_ones(target, vector_bytes, op, banks, phases):
+    found_banks, found = access_phases(target, vector_bytes, op)
+    assert found_banks == banks
+    assert {frozenset(phase) for phase in found} == {frozenset(phase) for phase in phases}
 
 
 @pytest.mark.parametrize(("target", "vector_bytes", "op", "banks", "phases"), RULES)

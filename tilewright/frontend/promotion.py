@@ -38,7 +38,9 @@ def promote(a: Any, b: Any) -> DType:
         return _with_literal(dtype_of(a), b)
     if isinstance(b, Value):
         return _with_literal(dtype_of(b), a)
-    return literal_dtype(float(a) if isinstance(b, float) else a if isinstance(b, bool) else b)
+    if isinstance(a, float) or isinstance(b, float):
+        return f32
+    return max(literal_dtype(a), literal_dtype(b), key=lambda t: t.bits)
 
 
 def promote_dtypes(a: DType, b: DType) -> DType:

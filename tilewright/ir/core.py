@@ -113,6 +113,7 @@ class Field:
             op.attributes[self.name] = value
         elif self.kind == "region":
             op.regions[self.position] = value
+            value.parent = op
         elif self.kind == "operands":
             op.groups[self.position] = list(value)
         else:
@@ -161,8 +162,8 @@ def operation(name: str, effect: Effect = Effect.PURE, terminator: bool = False,
             for position, f in enumerate(group):
                 f.position = position
         cls.family = tuple(family)
-        for mnemonic, fn in [(f"{name}.{fn}", fn) for fn in family] or [(name, None)]:
-            REGISTRY[mnemonic] = (cls, fn)
+        for fn in family or (None,):
+            REGISTRY[name if fn is None else f"{name}.{fn}"] = (cls, fn)
         return cls
 
     return register

@@ -73,7 +73,8 @@ def parse_module(text: str, filename: str = "<text>", *, text_locations: bool = 
     """
     reader = _Reader(text, filename, text_locations)
     try:
-        return reader.file(_lark().parse(text, start="file"))
+        file: Any = _lark().parse(text, start="file")
+        return reader.file(file)
     except UnexpectedInput as error:
         raise _syntax_error(error, text, filename) from None
     except RecursionError:
@@ -378,7 +379,7 @@ class _Reader:
         written = list(head.operands)
         if cls in (For, While):
             written.append([init for _, init in head.carried])
-        groups = []
+        groups: list[list[Value]] = []
         for f in cls.operand_fields:
             item = written[0] if written else None
             if not _fits(f, item):

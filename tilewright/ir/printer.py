@@ -10,13 +10,17 @@ One operation a line::
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from tilewright.ir.async_ops import Role
-from tilewright.ir.core import UNKNOWN, Block, Function, Module, Operation, Value
+from tilewright.ir.core import UNKNOWN, Block, Function, Location, Module, Operation, Value
 from tilewright.ir.layout import LinearLayout, SharedLayout
 from tilewright.ir.tile_ops import For, If, While
 from tilewright.ir.types import DType, SlotType, TileType, Type
+
+_NOT_NAME = re.compile(r"[^\w.$]")
+_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
 def print_module(module: Module, locations: bool = False) -> str:
@@ -120,7 +124,7 @@ class _Printer:
 
     def _define(self, value: Value) -> str:
         if value not in self.names:
-            hint = "" if value.hint.isdigit() else value.hint
+            hint = "" if value.hint.isdigit() else _NOT_NAME.sub("_", value.hint)
             name, n = hint or str(self._next_number()), 0
             while name in self.taken:
                 n += 1
@@ -150,7 +154,7 @@ class _Printer:
         return " {" + ", ".join(f"{k} = {attribute_text(v)}" for k, v in attributes.items()) + "}"
 
     def _loc(self, op: Operation | Function) -> str:
-        return f" loc({op.loc})" if self.locations and op.loc != UNKNOWN else ""
+        return f" loc({_place(op.loc)})" if self.locations and op.loc != UNKNOWN else ""
 
 
 def attribute_text(value: Any) -> str:
@@ -162,12 +166,17 @@ def attribute_text(value: Any) -> str:
     if isinstance(value, float):
         return _float(value)
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        return '"' + value.translate(_ESCAPES) + '"'
     if isinstance(value, tuple | list):
         return "[" + ", ".join(attribute_text(v) for v in value) + "]"
     if isinstance(value, int | DType | LinearLayout | SharedLayout | SlotType):
         return str(value)
     raise TypeError(f"no text form for attribute {value!r}")
+
+
+def _place(loc: Location) -> str:
+    here = f"{attribute_text(loc.file)}:{loc.line}:{loc.column}"
+    return here if loc.caller is None else f"{here} at {_place(loc.caller)}"
 
 
 def _float(value: float) -> str:

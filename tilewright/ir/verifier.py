@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from tilewright.ir.async_ops import Role
@@ -155,7 +155,8 @@ def check_declaration(op: Operation) -> None:
 
 
 def _check_attributes(op: Operation) -> None:
-    kinds = _attribute_kinds(type(op))
+    cls: Any = type(op)  # mypy takes no class for a Hashable
+    kinds = _attribute_kinds(cls)
     for name in op.attributes:
         op.require(name in kinds or (name == "fn" and bool(op.family)), f"has no attribute '{name}'")
     for f in op.attribute_fields:
@@ -165,7 +166,7 @@ def _check_attributes(op: Operation) -> None:
             op.require(_is_kind(value, kinds[f.name]), f"attribute '{f.name}' cannot be {value!r}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _attribute_kinds(cls: type[Operation]) -> dict[str, Any]:
     """The annotated type of each declared attribute."""
     hints = typing.get_type_hints(cls)

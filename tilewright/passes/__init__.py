@@ -1,0 +1,33 @@
+"""Passes over the Tile IR. Importing this package registers all of them by name."""
+
+from tilewright.passes import (
+    canonicalize,
+    cse,
+    dce,
+    fences,
+    layouts,
+    licm,
+    mma,
+    pipeline,
+    placement,
+    roles,
+    shared_plan,
+    staging,
+    tile_order,
+)
+
+__all__ = [
+    "canonicalize",
+    "cse",
+    "dce",
+    "fences",
+    "layouts",
+    "licm",
+    "mma",
+    "pipeline",
+    "placement",
+    "roles",
+    "shared_plan",
+    "staging",
+    "tile_order",
+]

@@ -75,7 +75,9 @@ class ViewRef:
     strides: tuple[IntLike, ...]
     offset: IntLike = 0
     origin: tuple[IntLike, ...] = ()
-    align: int = 1  # `ViewType.align` of the view
+    #: bytes that divide the address of the view's element 0 (origin included), and every run-time stride
+    align: int = 1
+    stride_align: int = 1
     #: the kernel parameter, and which of its dims each dim of the view is
     root: str = ""
     root_rank: int = 0

@@ -1,0 +1,977 @@
+"""Builds one kernel in MLIR's ``llvm`` dialect and hands it on as LLVM IR text.
+
+``Module`` holds types, globals and functions; ``FunctionBuilder`` appends operations to the block
+it is positioned at. Operations are made by ``ir.Operation.create`` with cached types and
+attributes, which is more than twice as fast as the generated operation classes.
+
+Operands may be Python numbers wherever another operand fixes the type. Constants live in the entry
+block, one operation each, so every block can use them. Integer operations on constants and with
+neutral operands fold at once; everything else is left to LLVM.
+
+MLIR aborts or crashes on some malformed input that verification lets through (unknown intrinsics'
+operand types, for one): run it in a worker process where that must not take the caller down.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tilewright.backends.errors import BackendError
+
+
+def _preload_libllvm() -> None:
+    """Load the ``llvm`` package's libLLVM.so globally: the MLIR extension modules link against it."""
+    spec = importlib.util.find_spec("llvm")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for library in sorted(Path(folder, "lib").glob("libLLVM.so*")):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            return
+    # No such package: the bindings may find libLLVM by themselves, and say so if they cannot.
+
+
+_preload_libllvm()
+
+import mlir.ir as ir  # noqa: E402
+from mlir.dialects import llvm as llvm_dialect  # noqa: E402
+from mlir.passmanager import PassManager  # noqa: E402
+
+# The bindings carry no type information.
+Value = Any
+Type = Any
+Block = Any
+Number = int | float
+
+#: GEP index that stands for "take the next operand" (``LLVM::GEPOp::kDynamicIndex``).
+_DYNAMIC_INDEX = -(2**31)
+#: Constant GEP indices are stored in this many bits (``LLVM::kGEPConstantBitWidth``), signed.
+_GEP_CONSTANT_BITS = 29
+
+_ICMP = {p: i for i, p in enumerate(["eq", "ne", "slt", "sle", "sgt", "sge", "ult", "ule", "ugt", "uge"])}
+_FCMP = {
+    p: i
+    for i, p in enumerate(
+        ["false", "oeq", "ogt", "oge", "olt", "ole", "one", "ord"]
+        + ["ueq", "ugt", "uge", "ult", "ule", "une", "uno", "true"]
+    )
+}
+_ORDERING = {"monotonic": 2, "acquire": 4, "release": 5, "acq_rel": 6, "seq_cst": 7}
+_ATOMIC_OPS = {
+    op: i
+    for i, op in enumerate(
+        ["xchg", "add", "sub", "and", "nand", "or", "xor", "max", "min", "umax", "umin"]
+        + ["fadd", "fsub", "fmax", "fmin", "uinc_wrap", "udec_wrap"]
+    )
+}
+_OVERFLOW = {"nsw": 1, "nuw": 2}
+_GEP_INBOUNDS = 3
+
+
+class Types:
+    """The LLVM types of one context, made once."""
+
+    def __init__(self, context: ir.Context):
+        def integer(bits: int) -> Type:
+            return ir.IntegerType.get_signless(bits, context=context)
+
+        self._context = context
+        self._parsed: dict[str, Type] = {}
+        self.i1, self.i8, self.i16, self.i32, self.i64 = (integer(n) for n in (1, 8, 16, 32, 64))
+        self.i128 = integer(128)
+        self.f16, self.bf16 = ir.F16Type.get(context=context), ir.BF16Type.get(context=context)
+        self.f32, self.f64 = ir.F32Type.get(context=context), ir.F64Type.get(context=context)
+
+    def dtype(self, name: str) -> Type:
+        """The type of a Tile IR element type. 8-bit floats are plain bytes to LLVM."""
+        return self.i8 if name.startswith("f8") else getattr(self, name)
+
+    def ptr(self, space: int = 0) -> Type:
+        return self.parse(f"!llvm.ptr<{space}>" if space else "!llvm.ptr")
+
+    def vec(self, count: int, element: Type) -> Type:
+        return self.parse(f"vector<{count}x{element}>")
+
+    def struct(self, elements: Sequence[Type]) -> Type:
+        return self.parse(f"!llvm.struct<({', '.join(map(str, elements))})>")
+
+    def array(self, count: int, element: Type) -> Type:
+        return self.parse(f"!llvm.array<{count} x {element}>")
+
+    def parse(self, text: str) -> Type:
+        """Any MLIR type by its text."""
+        if text not in self._parsed:
+            self._parsed[text] = ir.Type.parse(text, context=self._context)
+        return self._parsed[text]
+
+
+class Module:
+    """An MLIR module for one ``triple``. ``finish`` gives its LLVM IR and ends its life."""
+
+    def __init__(self, triple: str, file: str = "<unknown>", line: int = 1):
+        self.context = ir.Context()
+        self.context.enable_multithreading(False)
+        self.types = Types(self.context)
+        self.unknown_location = ir.Location.unknown(context=self.context)
+        #: where the kernel is defined; debug information names this file for every line
+        self.location = ir.Location.file(file, line, 0, context=self.context)
+        self._attributes: dict[str, Any] = {}
+        self._symbols: dict[str, int] = {}
+        self._module = ir.Module.create(self.unknown_location)
+        self._module.operation.attributes["llvm.target_triple"] = self.string(triple)
+        self._top = ir.InsertionPoint(self._module.body)
+
+    def attribute(self, text: str) -> Any:
+        """Any MLIR attribute by its text, cached: ``"array<i32: 128, 1, 1>"``, ``"unit"``."""
+        if text not in self._attributes:
+            self._attributes[text] = ir.Attribute.parse(text, context=self.context)
+        return self._attributes[text]
+
+    def integer(self, bits: int, value: int) -> Any:
+        return self.attribute(f"{value} : i{bits}")
+
+    def string(self, text: str) -> Any:
+        return ir.StringAttr.get(text, context=self.context)
+
+    def type_attribute(self, type_: Type) -> Any:
+        return ir.TypeAttr.get(type_, context=self.context)
+
+    def _create_top(self, name: str, attributes: dict[str, Any], regions: int = 0) -> Any:
+        return ir.Operation.create(name, attributes=attributes, regions=regions, loc=self.location, ip=self._top)
+
+    def shared_global(self, name: str = "smem", size: int | None = None, align: int = 1024, space: int = 3) -> str:
+        """Declare shared memory; returns ``name`` for ``FunctionBuilder.address_of``.
+
+        ``size`` None is an external array of size zero, which the launch sizes (NVIDIA's dynamic
+        shared memory); a number of bytes is an internal array (AMD's LDS, sized in the kernel).
+        """
+        linkage = "external" if size is None else "internal"
+        self._create_top(
+            "llvm.mlir.global",
+            {
+                "sym_name": self.string(name),
+                "global_type": self.type_attribute(self.types.array(size or 0, self.types.i8)),
+                "linkage": self.attribute(f"#llvm.linkage<{linkage}>"),
+                "addr_space": self.integer(32, space),
+                "alignment": self.integer(64, align),
+            },
+            regions=1,
+        )
+        self._symbols[name] = space
+        return name
+
+    def address_space(self, symbol: str) -> int:
+        return self._symbols[symbol]
+
+    def flag(self, behaviour: str, name: str, value: int) -> None:
+        """Add an LLVM module flag, e.g. ``("error", "amdhsa_code_object_version", 500)``."""
+        text = f'[#llvm.mlir.module_flag<{behaviour}, "{name}", {value} : i32>]'
+        self._create_top("llvm.module_flags", {"flags": self.attribute(text)})
+
+    def function(
+        self,
+        name: str,
+        argument_types: Sequence[Type],
+        attributes: Mapping[str, str] | None = None,
+        argument_attributes: Sequence[Mapping[str, str]] | None = None,
+        result: Type | None = None,
+    ) -> FunctionBuilder:
+        """Define a function and return the builder at its first block.
+
+        Attributes are MLIR attribute text by name: ``{"nvvm.kernel": "unit", "nvvm.maxntid":
+        "array<i32: 384, 1, 1>"}``, ``{"passthrough": '[["amdgpu-waves-per-eu", "1,1"]]'}``;
+        of an argument ``{"llvm.byval": "!llvm.array<128 x i8>", "llvm.align": "64 : i64"}``.
+        """
+        arguments = ", ".join(str(t).removeprefix("!llvm.") for t in argument_types)
+        signature = self.types.parse(f"!llvm.func<{str(result) if result else 'void'} ({arguments})>")
+        table = {key: self.attribute(text) for key, text in (attributes or {}).items()}
+        table["sym_name"] = self.string(name)
+        table["function_type"] = self.type_attribute(signature)
+        table["linkage"] = self.attribute("#llvm.linkage<external>")
+        if argument_attributes is not None:
+            table["arg_attrs"] = self._argument_attributes(argument_attributes)
+        operation = self._create_top("llvm.func", table, regions=1)
+        return FunctionBuilder(self, operation, argument_types)
+
+    def _argument_attributes(self, tables: Sequence[Mapping[str, str]]) -> Any:
+        dictionaries = [
+            ir.DictAttr.get({key: self.attribute(text) for key, text in table.items()}, context=self.context)
+            for table in tables
+        ]
+        return ir.ArrayAttr.get(dictionaries, context=self.context)
+
+    def text(self) -> str:
+        """The MLIR text as built so far, for dumps."""
+        return str(self._module)
+
+    def verify(self) -> None:
+        _checked("the kernel is not valid MLIR", self._module.operation.verify)
+
+    def finish(self, debug_info: bool = False) -> str:
+        """Verify, lower what NVVM operations remain, and translate to LLVM IR text.
+
+        ``debug_info`` keeps the locations as line tables (``.loc`` in PTX).
+        """
+        self.verify()
+        passes = ["convert-nvvm-to-llvm"]
+        if debug_info:
+            passes.append("ensure-debug-info-scope-on-llvm-func{emission-kind=LineTablesOnly}")
+        pipeline = PassManager.parse(f"builtin.module({','.join(passes)})", context=self.context)
+        _checked("lowering NVVM operations failed", lambda: pipeline.run(self._module.operation))
+        self.verify()
+        # A failed translation is a null string, which the bindings do not survive: hence the
+        # second verification, after which it has not been seen to fail.
+        return llvm_dialect.translate_module_to_llvmir(self._module.operation)
+
+
+def _checked(message: str, action: Callable[[], Any]) -> None:
+    try:
+        action()
+    except ir.MLIRError as error:
+        diagnostics = [f"{d.location}: {d.message}" for d in error.error_diagnostics]
+        raise BackendError("mlir", message, diagnostics) from error
+
+
+# --- integer folding ------------------------------------------------------------------------
+
+
+def _truncating_division(x: int, y: int) -> int:
+    quotient = abs(x) // abs(y)
+    return quotient if (x < 0) == (y < 0) else -quotient
+
+
+def _signed(value: int, bits: int) -> int:
+    """``value`` wrapped to ``bits`` bits and read as two's complement."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+#: What an operation does to two signed constants of equal width (and whether it is defined).
+_FOLD: dict[str, Callable[[int, int, int], int]] = {
+    "add": lambda x, y, bits: x + y,
+    "sub": lambda x, y, bits: x - y,
+    "mul": lambda x, y, bits: x * y,
+    "and": lambda x, y, bits: x & y,
+    "or": lambda x, y, bits: x | y,
+    "xor": lambda x, y, bits: x ^ y,
+    "shl": lambda x, y, bits: x << y,
+    "ashr": lambda x, y, bits: x >> y,
+    "lshr": lambda x, y, bits: (x % (1 << bits)) >> y,
+    "sdiv": lambda x, y, bits: _truncating_division(x, y),
+    "srem": lambda x, y, bits: x - y * _truncating_division(x, y),
+    "udiv": lambda x, y, bits: (x % (1 << bits)) // (y % (1 << bits)),
+    "urem": lambda x, y, bits: (x % (1 << bits)) % (y % (1 << bits)),
+}
+_SHIFTS = frozenset({"shl", "ashr", "lshr"})
+_DIVISIONS = frozenset({"sdiv", "srem", "udiv", "urem"})
+_COMMUTATIVE = frozenset({"add", "mul", "and", "or", "xor"})
+#: x op neutral == x
+_NEUTRAL = {
+    **dict.fromkeys(["add", "sub", "or", "xor", "shl", "ashr", "lshr"], 0),
+    **dict.fromkeys(["mul", "sdiv", "udiv"], 1),
+    "and": -1,
+}
+#: x op absorbing == 0
+_ABSORBING = {"mul": 0, "and": 0, "urem": 1, "srem": 1}
+
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    "eq": lambda x, y: x == y,
+    "ne": lambda x, y: x != y,
+    "lt": lambda x, y: x < y,
+    "le": lambda x, y: x <= y,
+    "gt": lambda x, y: x > y,
+    "ge": lambda x, y: x >= y,
+}
+
+
+def _fold_integers(name: str, x: int, y: int, bits: int) -> int | None:
+    """The value of ``x name y``, or None where LLVM calls it poison or undefined."""
+    if name in _SHIFTS and not 0 <= y < bits:
+        return None
+    if name in _DIVISIONS and (y == 0 or (x, y) == (-(1 << (bits - 1)), -1)):
+        return None
+    return _FOLD[name](x, y, bits)
+
+
+def _fold_compare(predicate: str, x: int, y: int, bits: int) -> bool:
+    if predicate in ("eq", "ne"):
+        return _COMPARE[predicate](x, y)
+    if predicate[0] == "u":
+        x, y = x % (1 << bits), y % (1 << bits)
+    return _COMPARE[predicate[1:]](x, y)
+
+
+@dataclass
+class Loop:
+    """A loop under construction. Call ``yields`` with the next carried values, once."""
+
+    index: Value
+    values: list[Value]
+    #: the carried values after the last iteration; use them after the ``with``
+    results: list[Value] = field(default_factory=list)
+    next_values: list[Value] | None = None
+
+    def yields(self, values: Sequence[Value]) -> None:
+        self.next_values = list(values)
+
+
+class FunctionBuilder:
+    """Appends operations to the current block of one function.
+
+    The entry block is kept for constants and allocas; ``arguments`` are the function's.
+    """
+
+    def __init__(self, module: Module, operation: Any, argument_types: Sequence[Type]):
+        self.module, self.types, self.operation = module, module.types, operation
+        self._create = ir.Operation.create
+        self._location = module.location
+        self._blocks = operation.regions[0].blocks
+        self._constants: dict[Any, Value] = {}
+        self._integers: dict[Value, int] = {}
+        self._once: dict[Any, Value] = {}
+        self._flags: dict[str, dict[str, Any]] = {}
+        entry = self.block(*argument_types)
+        self.arguments = list(entry.arguments)
+        #: whether the current block has its terminator
+        self.terminated = False
+        body = self.block()
+        self.position_at_end(entry)
+        self.br(body)
+        self._entry_point = ir.InsertionPoint(entry.operations[len(entry.operations) - 1])
+        self.position_at_end(body)
+
+    # --- raw operations and locations -------------------------------------------------------
+
+    def op(
+        self,
+        name: str,
+        results: Sequence[Type] = (),
+        operands: Sequence[Value] = (),
+        attributes: dict[str, Any] | None = None,
+        successors: Sequence[Block] | None = None,
+    ) -> Any:
+        """Append any operation (an ``nvvm`` or ``rocdl`` one, say); returns the operation."""
+        return self._create(
+            name,
+            results=results,
+            operands=operands,
+            attributes=attributes,
+            successors=successors,
+            loc=self._location,
+            ip=self._point,
+        )
+
+    def _value(self, name: str, type_: Type, operands: Sequence[Value], attributes: dict[str, Any]) -> Value:
+        return self._create(
+            name, results=[type_], operands=operands, attributes=attributes, loc=self._location, ip=self._point
+        ).result
+
+    def set_location(self, file: str | None, line: int = 0, column: int = 0) -> None:
+        """Give the operations that follow this source location; ``None`` is the kernel's own."""
+        if file is None:
+            self._location = self.module.location
+        else:
+            self._location = ir.Location.file(file, line, column, context=self.module.context)
+
+    # --- constants --------------------------------------------------------------------------
+
+    def const(self, value: Number | bool, type_: Type) -> Value:
+        """An integer or float constant, or the splat of one for a vector type.
+
+        Integers wrap to the type's width; floats round to it.
+        """
+        vector = isinstance(type_, ir.VectorType)
+        element = type_.element_type if vector else type_
+        if isinstance(element, ir.IntegerType):
+            number = _signed(int(value), element.width)
+            key: Any = (type_, number)
+        else:
+            key = (type_, struct.pack("<d", value))  # by bits: -0.0 is not 0.0, a NaN equals itself
+        found = self._constants.get(key)
+        if found is not None:
+            return found
+        if isinstance(element, ir.IntegerType):
+            attribute = ir.IntegerAttr.get(element, number)
+        else:
+            attribute = ir.FloatAttr.get(element, float(value), loc=self.module.unknown_location)
+        if vector:
+            attribute = ir.DenseElementsAttr.get_splat(type_, attribute)
+        result = self._entry("llvm.mlir.constant", type_, {"value": attribute})
+        self._constants[key] = result
+        if not vector and isinstance(element, ir.IntegerType):
+            self._integers[result] = number
+        return result
+
+    def const_value(self, value: Value) -> int | None:
+        """The number behind a scalar integer constant of this function, else None. Signed."""
+        return self._integers.get(value)
+
+    def _entry(self, name: str, type_: Type, attributes: dict[str, Any], operands: Sequence[Value] = ()) -> Value:
+        return self._create(
+            name,
+            results=[type_],
+            operands=operands,
+            attributes=attributes,
+            loc=self.module.location,
+            ip=self._entry_point,
+        ).result
+
+    def _entry_once(self, name: str, type_: Type, attributes: dict[str, Any], key: Any = None) -> Value:
+        cache_key = (name, type_, key)
+        if cache_key not in self._once:
+            self._once[cache_key] = self._entry(name, type_, attributes)
+        return self._once[cache_key]
+
+    def i32(self, value: int) -> Value:
+        return self.const(value, self.types.i32)
+
+    def i64(self, value: int) -> Value:
+        return self.const(value, self.types.i64)
+
+    def i1(self, value: bool) -> Value:
+        return self.const(value, self.types.i1)
+
+    def f32(self, value: float) -> Value:
+        return self.const(value, self.types.f32)
+
+    def undef(self, type_: Type) -> Value:
+        return self._entry_once("llvm.mlir.undef", type_, {})
+
+    def poison(self, type_: Type) -> Value:
+        return self._entry_once("llvm.mlir.poison", type_, {})
+
+    def zero(self, type_: Type) -> Value:
+        """All bits zero: null pointers, zero structs and vectors."""
+        return self._entry_once("llvm.mlir.zero", type_, {})
+
+    def address_of(self, symbol: str) -> Value:
+        """The address of a global declared by ``Module.shared_global``."""
+        attribute = ir.FlatSymbolRefAttr.get(symbol, context=self.module.context)
+        pointer = self.types.ptr(self.module.address_space(symbol))
+        return self._entry_once("llvm.mlir.addressof", pointer, {"global_name": attribute}, symbol)
+
+    def alloca(self, type_: Type, count: int = 1, align: int | None = None, space: int = 0) -> Value:
+        """Stack memory, made in the entry block. AMD's private memory is address space 5."""
+        attributes = {"elem_type": self.module.type_attribute(type_)}
+        if align is not None:
+            attributes["alignment"] = self.module.integer(64, align)
+        return self._entry("llvm.alloca", self.types.ptr(space), attributes, [self.i32(count)])
+
+    # --- integers ---------------------------------------------------------------------------
+
+    def _pair(self, x: Value | Number, y: Value | Number) -> tuple[Value, Value, Type]:
+        """Both operands as values of one type; a Python number takes the other's type."""
+        if isinstance(y, int | float):
+            type_ = x.type  # two plain numbers have no type: the caller computes those itself
+            return x, self.const(y, type_), type_
+        type_ = y.type
+        return (self.const(x, type_) if isinstance(x, int | float) else x), y, type_
+
+    def _integer(self, name: str, x: Value | int, y: Value | int, attributes: dict[str, Any]) -> Value:
+        x, y, type_ = self._pair(x, y)
+        known_x, known_y = self._integers.get(x), self._integers.get(y)
+        if known_x is not None and known_y is not None:
+            folded = _fold_integers(name, known_x, known_y, type_.width)
+            if folded is not None:
+                return self.const(folded, type_)
+        if known_x is not None and known_y is None and name in _COMMUTATIVE:
+            x, y, known_y = y, x, known_x
+        if known_y is not None:
+            if known_y == _NEUTRAL.get(name):
+                return x
+            if known_y == _ABSORBING.get(name):
+                return self.const(0, type_)
+        return self._value(f"llvm.{name}", type_, [x, y], attributes)
+
+    def _overflow(self, flags: str) -> dict[str, Any]:
+        """``overflowFlags`` of "", "nsw", "nuw" or "nsw nuw"."""
+        key = f"overflow {flags}"
+        if key not in self._flags:
+            bits = sum(_OVERFLOW[flag] for flag in flags.split())
+            self._flags[key] = {"overflowFlags": self.module.integer(32, bits)}
+        return self._flags[key]
+
+    def add(self, x: Value | int, y: Value | int, flags: str = "") -> Value:
+        return self._integer("add", x, y, self._overflow(flags))
+
+    def sub(self, x: Value | int, y: Value | int, flags: str = "") -> Value:
+        return self._integer("sub", x, y, self._overflow(flags))
+
+    def mul(self, x: Value | int, y: Value | int, flags: str = "") -> Value:
+        return self._integer("mul", x, y, self._overflow(flags))
+
+    def shl(self, x: Value | int, y: Value | int, flags: str = "") -> Value:
+        return self._integer("shl", x, y, self._overflow(flags))
+
+    def neg(self, x: Value) -> Value:
+        return self.sub(0, x)
+
+    def sdiv(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("sdiv", x, y, {})
+
+    def srem(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("srem", x, y, {})
+
+    def udiv(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("udiv", x, y, {})
+
+    def urem(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("urem", x, y, {})
+
+    def and_(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("and", x, y, {})
+
+    def or_(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("or", x, y, {})
+
+    def xor(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("xor", x, y, {})
+
+    def not_(self, x: Value) -> Value:
+        return self.xor(x, -1)
+
+    def lshr(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("lshr", x, y, {})
+
+    def ashr(self, x: Value | int, y: Value | int) -> Value:
+        return self._integer("ashr", x, y, {})
+
+    def _intrinsic_pair(self, name: str, x: Value | Number, y: Value | Number, fastmath: str = "") -> Value:
+        x, y, type_ = self._pair(x, y)
+        return self._value(f"llvm.intr.{name}", type_, [x, y], self._fast(fastmath) if fastmath else {})
+
+    def smin(self, x: Value | int, y: Value | int) -> Value:
+        return self._intrinsic_pair("smin", x, y)
+
+    def smax(self, x: Value | int, y: Value | int) -> Value:
+        return self._intrinsic_pair("smax", x, y)
+
+    def umin(self, x: Value | int, y: Value | int) -> Value:
+        return self._intrinsic_pair("umin", x, y)
+
+    def umax(self, x: Value | int, y: Value | int) -> Value:
+        return self._intrinsic_pair("umax", x, y)
+
+    def iabs(self, x: Value) -> Value:
+        return self._value("llvm.intr.abs", x.type, [x], {"is_int_min_poison": self.module.attribute("false")})
+
+    def icmp(self, predicate: str, x: Value | int, y: Value | int) -> Value:
+        """``predicate``: eq ne slt sle sgt sge ult ule ugt uge. Pointers compare too."""
+        x, y, type_ = self._pair(x, y)
+        known_x, known_y = self._integers.get(x), self._integers.get(y)
+        if known_x is not None and known_y is not None:
+            return self.i1(_fold_compare(predicate, known_x, known_y, type_.width))
+        attributes = {"predicate": self.module.integer(64, _ICMP[predicate])}
+        return self._value("llvm.icmp", self._boolean_like(type_), [x, y], attributes)
+
+    def _boolean_like(self, type_: Type) -> Type:
+        return self.types.vec(type_.shape[0], self.types.i1) if isinstance(type_, ir.VectorType) else self.types.i1
+
+    def select(self, condition: Value, x: Value | Number, y: Value | Number) -> Value:
+        x, y, type_ = self._pair(x, y)
+        known = self._integers.get(condition)
+        if known is not None:
+            return x if known else y
+        return self._value("llvm.select", type_, [condition, x, y], {})
+
+    # --- floats -----------------------------------------------------------------------------
+
+    def _fast(self, flags: str) -> dict[str, Any]:
+        """``fastmathFlags`` of a comma-separated list: none nnan ninf nsz arcp contract afn reassoc fast."""
+        if flags not in self._flags:
+            self._flags[flags] = {"fastmathFlags": self.module.attribute(f"#llvm.fastmath<{flags}>")}
+        return self._flags[flags]
+
+    def _float(self, name: str, x: Value | Number, y: Value | Number, fastmath: str) -> Value:
+        x, y, type_ = self._pair(x, y)
+        return self._value(name, type_, [x, y], self._fast(fastmath))
+
+    def fadd(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        return self._float("llvm.fadd", x, y, fastmath)
+
+    def fsub(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        return self._float("llvm.fsub", x, y, fastmath)
+
+    def fmul(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        return self._float("llvm.fmul", x, y, fastmath)
+
+    def fdiv(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        return self._float("llvm.fdiv", x, y, fastmath)
+
+    def frem(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        """Remainder with the sign of ``x``. NVPTX expands it; AMDGPU too."""
+        return self._float("llvm.frem", x, y, fastmath)
+
+    def fneg(self, x: Value, fastmath: str = "none") -> Value:
+        return self._value("llvm.fneg", x.type, [x], self._fast(fastmath))
+
+    def fma(self, x: Value, y: Value | float, z: Value | float, fastmath: str = "none") -> Value:
+        """x * y + z, rounded once."""
+        x, y, type_ = self._pair(x, y)
+        z = self.const(z, type_) if isinstance(z, int | float) else z
+        return self._value("llvm.intr.fma", type_, [x, y, z], self._fast(fastmath))
+
+    def minnum(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        """Minimum that ignores one NaN."""
+        return self._intrinsic_pair("minnum", x, y, fastmath)
+
+    def maxnum(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        """Maximum that ignores one NaN."""
+        return self._intrinsic_pair("maxnum", x, y, fastmath)
+
+    def minimum(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        """Minimum that is NaN if an operand is; -0.0 < 0.0."""
+        return self._intrinsic_pair("minimum", x, y, fastmath)
+
+    def maximum(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        """Maximum that is NaN if an operand is; -0.0 < 0.0."""
+        return self._intrinsic_pair("maximum", x, y, fastmath)
+
+    def float_unary(self, name: str, x: Value, fastmath: str = "none") -> Value:
+        """``llvm.intr.<name>``: fabs sqrt floor ceil trunc rint roundeven, and exp2.
+
+        Of the transcendental functions only exp2 is legal on every GPU target; the NVPTX back end
+        kills the process on the others, so the rest of a math library belongs to the target.
+        """
+        return self._value(f"llvm.intr.{name}", x.type, [x], self._fast(fastmath))
+
+    def fabs(self, x: Value, fastmath: str = "none") -> Value:
+        return self.float_unary("fabs", x, fastmath)
+
+    def sqrt(self, x: Value, fastmath: str = "none") -> Value:
+        return self.float_unary("sqrt", x, fastmath)
+
+    def exp2(self, x: Value, fastmath: str = "none") -> Value:
+        return self.float_unary("exp2", x, fastmath)
+
+    def fcmp(self, predicate: str, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
+        """``predicate``: oeq ogt oge olt ole one ord, ueq ugt uge ult ule une uno, true, false."""
+        x, y, type_ = self._pair(x, y)
+        attributes = {"predicate": self.module.integer(64, _FCMP[predicate]), **self._fast(fastmath)}
+        return self._value("llvm.fcmp", self._boolean_like(type_), [x, y], attributes)
+
+    # --- casts ------------------------------------------------------------------------------
+
+    def cast(self, name: str, x: Value, type_: Type) -> Value:
+        """Any conversion by its LLVM name. A conversion to the same type is the value itself."""
+        if x.type == type_:
+            return x
+        return self._value(f"llvm.{name}", type_, [x], {})
+
+    def sext(self, x: Value, type_: Type) -> Value:
+        known = self._integers.get(x)
+        return self.cast("sext", x, type_) if known is None else self.const(known, type_)
+
+    def zext(self, x: Value, type_: Type) -> Value:
+        known = self._integers.get(x)
+        return self.cast("zext", x, type_) if known is None else self.const(known % (1 << x.type.width), type_)
+
+    def trunc(self, x: Value, type_: Type) -> Value:
+        known = self._integers.get(x)
+        return self.cast("trunc", x, type_) if known is None else self.const(known, type_)
+
+    def fptrunc(self, x: Value, type_: Type) -> Value:
+        return self.cast("fptrunc", x, type_)
+
+    def fpext(self, x: Value, type_: Type) -> Value:
+        return self.cast("fpext", x, type_)
+
+    def sitofp(self, x: Value, type_: Type) -> Value:
+        return self.cast("sitofp", x, type_)
+
+    def uitofp(self, x: Value, type_: Type) -> Value:
+        return self.cast("uitofp", x, type_)
+
+    def fptosi(self, x: Value, type_: Type) -> Value:
+        return self.cast("fptosi", x, type_)
+
+    def fptoui(self, x: Value, type_: Type) -> Value:
+        return self.cast("fptoui", x, type_)
+
+    def bitcast(self, x: Value, type_: Type) -> Value:
+        return self.cast("bitcast", x, type_)
+
+    def ptrtoint(self, x: Value, type_: Type) -> Value:
+        return self.cast("ptrtoint", x, type_)
+
+    def inttoptr(self, x: Value, type_: Type) -> Value:
+        return self.cast("inttoptr", x, type_)
+
+    def addrspacecast(self, x: Value, type_: Type) -> Value:
+        return self.cast("addrspacecast", x, type_)
+
+    # --- memory -----------------------------------------------------------------------------
+
+    def gep(
+        self,
+        base: Value,
+        index: Value | int | Sequence[Value | int],
+        element: Type | None = None,
+        inbounds: bool = False,
+    ) -> Value:
+        """``base`` plus ``index`` elements (bytes by default); several indices step into ``element``.
+
+        Integer indices narrower than the pointer are sign-extended.
+        """
+        indices = index if isinstance(index, list | tuple) else [index]
+        if all(self._index_constant(i) == 0 for i in indices):
+            return base
+        constants = [self._index_constant(i) for i in indices]
+        dynamic = [
+            self.i64(i) if isinstance(i, int) else i
+            for i, known in zip(indices, constants, strict=True)
+            if known is None
+        ]
+        raw = ", ".join(str(_DYNAMIC_INDEX if known is None else known) for known in constants)
+        attributes = {
+            "elem_type": self.module.type_attribute(element or self.types.i8),
+            "noWrapFlags": self.module.integer(32, _GEP_INBOUNDS if inbounds else 0),
+            "rawConstantIndices": self.module.attribute(f"array<i32: {raw}>"),
+        }
+        return self._value("llvm.getelementptr", base.type, [base, *dynamic], attributes)
+
+    def _index_constant(self, index: Value | int) -> int | None:
+        known = index if isinstance(index, int) else self._integers.get(index)
+        if known is None or known != _signed(known, _GEP_CONSTANT_BITS):
+            return None
+        return known
+
+    def load(
+        self, pointer: Value, type_: Type, align: int, *, volatile: bool = False, invariant: bool = False
+    ) -> Value:
+        """``align`` in bytes. ``invariant``: the memory does not change while the kernel runs."""
+        return self._value("llvm.load", type_, [pointer], self._access(align, volatile, invariant))
+
+    def store(
+        self, value: Value, pointer: Value, align: int, *, volatile: bool = False, nontemporal: bool = False
+    ) -> None:
+        attributes = self._access(align, volatile, False)
+        if nontemporal:
+            attributes["nontemporal"] = self.module.attribute("unit")
+        self.op("llvm.store", (), [value, pointer], attributes)
+
+    def _access(self, align: int, volatile: bool, invariant: bool) -> dict[str, Any]:
+        attributes = {"alignment": self.module.integer(64, align)}
+        if volatile:
+            attributes["volatile_"] = self.module.attribute("unit")
+        if invariant:
+            attributes["invariant"] = self.module.attribute("unit")
+        return attributes
+
+    def fence(self, ordering: str, syncscope: str | None = None) -> None:
+        """``ordering``: acquire release acq_rel seq_cst; ``syncscope`` is the target's ("workgroup")."""
+        self.op("llvm.fence", (), (), self._atomic(ordering, syncscope))
+
+    def atomicrmw(
+        self,
+        operation: str,
+        pointer: Value,
+        value: Value,
+        ordering: str = "monotonic",
+        syncscope: str | None = None,
+        align: int | None = None,
+    ) -> Value:
+        """The old value. ``operation``: xchg add sub and or xor max min umax umin fadd fmax fmin ..."""
+        attributes = self._atomic(ordering, syncscope)
+        attributes["bin_op"] = self.module.integer(64, _ATOMIC_OPS[operation])
+        if align is not None:
+            attributes["alignment"] = self.module.integer(64, align)
+        return self._value("llvm.atomicrmw", value.type, [pointer, value], attributes)
+
+    def _atomic(self, ordering: str, syncscope: str | None) -> dict[str, Any]:
+        attributes = {"ordering": self.module.integer(64, _ORDERING[ordering])}
+        if syncscope is not None:
+            attributes["syncscope"] = self.module.string(syncscope)
+        return attributes
+
+    # --- aggregates -------------------------------------------------------------------------
+
+    def extractvalue(self, aggregate: Value, position: int, type_: Type) -> Value:
+        attributes = {"position": self.module.attribute(f"array<i64: {position}>")}
+        return self._value("llvm.extractvalue", type_, [aggregate], attributes)
+
+    def insertvalue(self, aggregate: Value, value: Value, position: int) -> Value:
+        attributes = {"position": self.module.attribute(f"array<i64: {position}>")}
+        return self._value("llvm.insertvalue", aggregate.type, [aggregate, value], attributes)
+
+    def extractelement(self, vector: Value, index: Value | int) -> Value:
+        position = self.i32(index) if isinstance(index, int) else index
+        return self._value("llvm.extractelement", vector.type.element_type, [vector, position], {})
+
+    def insertelement(self, vector: Value, value: Value, index: Value | int) -> Value:
+        position = self.i32(index) if isinstance(index, int) else index
+        return self._value("llvm.insertelement", vector.type, [vector, value, position], {})
+
+    def shuffle(self, x: Value, y: Value, mask: Sequence[int]) -> Value:
+        """Elements of the concatenation of two vectors, by number."""
+        attributes = {"mask": self.module.attribute(f"array<i32: {', '.join(map(str, mask))}>")}
+        type_ = self.types.vec(len(mask), x.type.element_type)
+        return self._value("llvm.shufflevector", type_, [x, y], attributes)
+
+    def pack_vector(self, values: Sequence[Value]) -> Value:
+        vector = self.poison(self.types.vec(len(values), values[0].type))
+        for position, value in enumerate(values):
+            vector = self.insertelement(vector, value, position)
+        return vector
+
+    def unpack_vector(self, vector: Value) -> list[Value]:
+        return [self.extractelement(vector, i) for i in range(vector.type.shape[0])]
+
+    def pack_struct(self, values: Sequence[Value]) -> Value:
+        aggregate = self.poison(self.types.struct([v.type for v in values]))
+        for position, value in enumerate(values):
+            aggregate = self.insertvalue(aggregate, value, position)
+        return aggregate
+
+    def unpack_struct(self, aggregate: Value, types: Sequence[Type]) -> list[Value]:
+        return [self.extractvalue(aggregate, i, type_) for i, type_ in enumerate(types)]
+
+    # --- calls ------------------------------------------------------------------------------
+
+    def intrinsic(self, name: str, result: Type | None, arguments: Sequence[Value] = (), fastmath: str = "") -> Any:
+        """Call an LLVM intrinsic; None if it returns nothing. Immediate operands are constants.
+
+        The name may leave out the type suffixes of an overloaded intrinsic.
+        """
+        attributes = {
+            "intrin": self.module.string(name),
+            "op_bundle_sizes": self.module.attribute("array<i32>"),
+            "operandSegmentSizes": self.module.attribute(f"array<i32: {len(arguments)}, 0>"),
+        }
+        if fastmath:
+            attributes.update(self._fast(fastmath))
+        call = self.op("llvm.call_intrinsic", [] if result is None else [result], arguments, attributes)
+        return None if result is None else call.result
+
+    def inline_asm(
+        self,
+        result: Type | Sequence[Type] | None,
+        text: str,
+        constraints: str,
+        arguments: Sequence[Value] = (),
+        side_effects: bool = True,
+    ) -> Any:
+        """Inline assembly; a sequence of result types gives the list of results.
+
+        Whatever means something to a whole warp or block (barriers, wgmma, shuffles) must have
+        ``side_effects``: those calls become convergent in ``tilewright.backends.llvm``.
+        """
+        several = isinstance(result, list | tuple)
+        attributes = {"asm_string": self.module.string(text), "constraints": self.module.string(constraints)}
+        if side_effects:
+            attributes["has_side_effects"] = self.module.attribute("unit")
+        if several and len(result) == 1:  # LLVM wants a plain type, not a struct of one
+            return [self.inline_asm(result[0], text, constraints, arguments, side_effects)]
+        type_ = self.types.struct(result) if several and result else result or None
+        call = self.op("llvm.inline_asm", [] if type_ is None else [type_], arguments, attributes)
+        if several:
+            return self.unpack_struct(call.result, result) if result else []
+        return None if type_ is None else call.result
+
+    # --- control flow -----------------------------------------------------------------------
+
+    def block(self, *types: Type) -> Block:
+        """A new block at the end of the function; its ``arguments`` have ``types``."""
+        return self._blocks.append(*types, arg_locs=[self.module.location] * len(types))
+
+    def position_at_end(self, block: Block) -> None:
+        """Append to ``block``, which has no terminator yet."""
+        self._point, self.current_block, self.terminated = ir.InsertionPoint(block), block, False
+
+    def br(self, target: Block, arguments: Sequence[Value] = (), unroll: bool | int | None = None) -> None:
+        """``unroll`` is for the back edge of a loop: False forbids, a number sets the factor."""
+        attributes = {} if unroll is None else {"loop_annotation": self.module.attribute(_loop_annotation(unroll))}
+        self.op("llvm.br", (), arguments, attributes, [target])
+        self.terminated = True
+
+    def cond_br(
+        self,
+        condition: Value,
+        then_block: Block,
+        else_block: Block,
+        then_arguments: Sequence[Value] = (),
+        else_arguments: Sequence[Value] = (),
+    ) -> None:
+        sizes = f"array<i32: 1, {len(then_arguments)}, {len(else_arguments)}>"
+        operands = [condition, *then_arguments, *else_arguments]
+        attributes = {"operandSegmentSizes": self.module.attribute(sizes)}
+        self.op("llvm.cond_br", (), operands, attributes, [then_block, else_block])
+        self.terminated = True
+
+    def ret(self, value: Value | None = None) -> None:
+        self.op("llvm.return", (), [] if value is None else [value])
+        self.terminated = True
+
+    def unreachable(self) -> None:
+        self.op("llvm.unreachable")
+        self.terminated = True
+
+    @contextmanager
+    def if_then(self, condition: Value) -> Iterator[None]:
+        """Operations inside the ``with`` run where ``condition`` holds."""
+        body, after = self.block(), self.block()
+        self.cond_br(condition, body, after)
+        self.position_at_end(body)
+        yield
+        if not self.terminated:
+            self.br(after)
+        self.position_at_end(after)
+
+    def if_else(
+        self,
+        condition: Value,
+        types: Sequence[Type],
+        then_body: Callable[[], Sequence[Value]],
+        else_body: Callable[[], Sequence[Value]],
+    ) -> list[Value]:
+        """Build both sides by call; each returns values of ``types``, of which the taken side's result."""
+        then_block, else_block, after = self.block(), self.block(), self.block(*types)
+        self.cond_br(condition, then_block, else_block)
+        for block, body in ((then_block, then_body), (else_block, else_body)):
+            self.position_at_end(block)
+            values = body()
+            if not self.terminated:
+                self.br(after, values)
+        self.position_at_end(after)
+        return list(after.arguments)
+
+    @contextmanager
+    def for_loop(
+        self,
+        lower: Value | int,
+        upper: Value,
+        step: Value | int,
+        initial: Sequence[Value] = (),
+        unroll: bool | int | None = None,
+    ) -> Iterator[Loop]:
+        """``for index in range(lower, upper, step)`` (signed, ``step`` > 0) with carried values.
+
+        ``with f.for_loop(0, n, 1, [acc]) as loop: ...; loop.yields([...])``, then ``loop.results``.
+        """
+        lower, upper, index_type = self._pair(lower, upper)
+        head, body, after = self.block(index_type, *(v.type for v in initial)), self.block(), self.block()
+        self.br(head, [lower, *initial])
+        self.position_at_end(head)
+        index, *carried = head.arguments
+        self.cond_br(self.icmp("slt", index, upper), body, after)
+        self.position_at_end(body)
+        loop = Loop(index, carried, results=carried)
+        yield loop
+        if loop.next_values is None and initial:
+            raise BackendError("mlir", "a loop that carries values must call yields()")
+        # "nsw" lets LLVM derive the trip count; the last increment may not pass the type's range.
+        self.br(head, [self.add(index, step, "nsw"), *(loop.next_values or [])], unroll)
+        self.position_at_end(after)
+
+
+def _loop_annotation(unroll: bool | int) -> str:
+    if unroll is False:
+        return "#llvm.loop_annotation<unroll = <disable = true>>"
+    if unroll is True:
+        return "#llvm.loop_annotation<unroll = <disable = false, full = true>>"
+    return f"#llvm.loop_annotation<unroll = <disable = false, count = {unroll} : i32>>"

@@ -1,0 +1,20 @@
+"""The pass pipelines, by what a target's hardware can do."""
+
+from __future__ import annotations
+
+from tilewright.ir.target import Target
+
+#: what every program goes through first, still on values
+SIMPLIFY = "canonicalize,cse,licm,dce"
+
+#: copies by an engine or by their own warps, handed over through hardware barriers
+ROLES = f"{SIMPLIFY},tile-order,canonicalize,cse,placement,pipeline,roles,{SIMPLIFY},mma,layouts,staging,fences"
+
+#: copies by the computing warps themselves, one step ahead of their use
+PREFETCH = f"{SIMPLIFY},tile-order,canonicalize,cse,placement,prefetch,{SIMPLIFY},layouts"
+
+
+def default_pipeline(target: Target) -> str:
+    """The textual pipeline from a frontend's module to scheduled IR for ``target``."""
+    middle = ROLES if target.has("setmaxnreg") else PREFETCH
+    return f"{middle},shared-plan,cse,dce"

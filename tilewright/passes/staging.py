@@ -1,0 +1,114 @@
+"""staging: stores of consumer roles go through shared memory and leave by the copy engine.
+
+A tile in accumulator layout would store a few bytes per thread and row. Instead the warps write
+column chunks into a swizzled slot and the engine copies the slot out, clipping ragged edges, while
+the warps go on. Where each warpgroup owns whole rows of the tile, it stages and stores them on its own.
+"""
+
+from __future__ import annotations
+
+from tilewright.ir.async_ops import Barrier, BulkWait, LocalStore, Role
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Block, Function, Value
+from tilewright.ir.layout import SharedLayout, shared_candidates
+from tilewright.ir.target import Target
+from tilewright.ir.tile_ops import Store
+from tilewright.ir.types import SlotType, TileType, ViewType
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.placement import bulk_copyable
+
+#: bytes of one line of the staging slot: two swizzled blocks keep the engine busy without much memory
+LINE_BYTES = 256
+WARPGROUP = 4
+
+
+@register_pass("staging")
+class Staging(FunctionPass):
+    """``line_bytes``: how much of a tile's row is staged at a time."""
+
+    line_bytes: int = LINE_BYTES
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        buffers: dict[SlotType, Value] = {}
+        for role in [op for op in function.walk() if isinstance(op, Role)]:
+            staged = False
+            for store in [op for op in role.body.walk() if isinstance(op, Store)]:
+                layout = self._slot_layout(store, context.target)
+                if layout is not None:
+                    _stage(function, store, layout, buffers)
+                    staged = True
+            if staged:
+                _finish(role)
+
+    def _slot_layout(self, store: Store, target: Target) -> SharedLayout | None:
+        """The slot for one chunk of the stored tile; None where the store stays direct."""
+        view, tile = store.view.type, store.value.type
+        assert isinstance(view, ViewType) and isinstance(tile, TileType) and tile.layout is not None
+        if tile.rank != 2 or view.contiguous_axis != 1 or not bulk_copyable(store.view, target):
+            return None
+        width = min(tile.shape[1], self.line_bytes // tile.dtype.bytes)
+        if tile.shape[1] % width:
+            return None
+        shape = (tile.shape[0], width)
+        try:
+            tile.layout.extract((0, 0), shape)
+            options = shared_candidates(shape, tile.dtype.bits, (1, 0), target.banks)
+        except ValueError:
+            return None
+        swizzled = [option for option in options if option.swizzle]
+        return swizzled[0] if swizzled else None
+
+
+def _stage(function: Function, store: Store, layout: SharedLayout, buffers: dict[SlotType, Value]) -> None:
+    tile, block = store.value.type, store.parent
+    assert isinstance(tile, TileType) and block is not None
+    slot_type = SlotType(layout.shape, tile.dtype, layout)
+    if slot_type not in buffers:
+        top = Builder(function.body.block, store.loc)
+        with top.at(function.body.block, 0):
+            buffers[slot_type] = top.alloc(slot_type, hint="staging")
+    position = block.ops.index(store)
+    block.ops.remove(store)
+    b = Builder(block, store.loc)
+    with b.at(block, position):
+        _emit(b, store, buffers[slot_type], layout.shape[1])
+
+
+def _emit(b: Builder, store: Store, buffer: Value, width: int) -> None:
+    tile = store.value.type
+    assert isinstance(tile, TileType) and tile.layout is not None
+    scope = "warpgroup" if owns_rows(tile) else "role"
+    chunks = tile.shape[1] // width
+    row, column = store.index
+    first = b.mul(column, b.index(chunks))
+    for chunk in range(chunks):
+        offsets, sizes = (0, chunk * width), (tile.shape[0], width)
+        part = b.extract(store.value, offsets, sizes)
+        part.type = TileType(sizes, tile.dtype, tile.layout.extract(offsets, sizes)[0])
+        slot = b.slot(buffer, b.index(0))
+        b.insert(BulkWait(pending=0, read=True, scope=scope))  # the slot's last content has left
+        b.insert(Barrier(scope=scope))
+        b.insert(LocalStore(part, slot))
+        b.insert(Barrier(scope=scope))
+        b.bulk_store(slot, store.view, [row, b.add(first, b.index(chunk))], scope=scope)
+
+
+def owns_rows(tile: TileType) -> bool:
+    """Each warpgroup holds an equal run of whole rows: warp bits above the warpgroup move along dim 0 only."""
+    assert tile.layout is not None
+    if tile.layout.is_repeated and tile.layout.repeat[0] > 1:
+        return False
+    groups = tile.layout.num_warps // WARPGROUP
+    bits = tile.layout.basis("warp")[2:]
+    expected = [(tile.shape[0] // groups << i, 0) for i in range(len(bits))]
+    return groups >= 1 and list(bits) == expected
+
+
+def _finish(role: Role) -> None:
+    """The shared memory must outlive the copies out of it."""
+    block: Block = role.body.block
+    scopes = {op.scope for op in role.body.walk() if isinstance(op, BulkWait)}
+    b = Builder(block, role.loc)
+    for scope in sorted(scopes):
+        b.insert(BulkWait(pending=0, read=False, scope=scope))
+
