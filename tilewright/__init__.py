@@ -1,0 +1,41 @@
+"""tilewright: tile programs in Python, compiled to GPU binaries.
+
+The names of the language (`load`, `dot`, `float32`, ...) and the tools around it (`kernel`,
+`compile`, `device`, ...) load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+#: public name -> module that defines it; every other public name belongs to the language
+_TOOLS = {
+    "kernel": "tilewright.compiler.api",
+    "compile": "tilewright.compiler.api",
+    "device": "tilewright.compiler.api",
+    "devices": "tilewright.runtime.device",
+    "Artifact": "tilewright.compiler.artifact",
+    "DevicePointer": "tilewright.runtime.arguments",
+    "DeviceError": "tilewright.runtime.errors",
+    "CompileError": "tilewright.frontend.errors",
+    "ArgumentError": "tilewright.frontend.errors",
+}
+_LANGUAGE = "tilewright.frontend.language"
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    value = getattr(import_module(_TOOLS.get(name, _LANGUAGE)), name, None)
+    if value is None:
+        raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    language = import_module(_LANGUAGE)
+    return sorted([*_TOOLS, *language.EXPORTS, "__version__"])

@@ -14,12 +14,14 @@ operand types, for one): run it in a worker process where that must not take the
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import importlib.util
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -53,37 +55,27 @@ _DYNAMIC_INDEX = -(2**31)
 #: Constant GEP indices are stored in this many bits (``LLVM::kGEPConstantBitWidth``), signed.
 _GEP_CONSTANT_BITS = 29
 
-_ICMP = {p: i for i, p in enumerate(["eq", "ne", "slt", "sle", "sgt", "sge", "ult", "ule", "ugt", "uge"])}
-_FCMP = {
-    p: i
-    for i, p in enumerate(
-        ["false", "oeq", "ogt", "oge", "olt", "ole", "one", "ord"]
-        + ["ueq", "ugt", "uge", "ult", "ule", "une", "uno", "true"]
-    )
-}
+
+def _numbered(names: str) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names.split())}
+
+
+# The numbers of LLVM dialect enumerations (LLVMEnums.td).
+_ICMP = _numbered("eq ne slt sle sgt sge ult ule ugt uge")
+_FCMP = _numbered("false oeq ogt oge olt ole one ord ueq ugt uge ult ule une uno true")
+_ATOMIC_OPS = _numbered(
+    "xchg add sub and nand or xor max min umax umin fadd fsub fmax fmin uinc_wrap udec_wrap usub_cond usub_sat"
+)
 _ORDERING = {"monotonic": 2, "acquire": 4, "release": 5, "acq_rel": 6, "seq_cst": 7}
-_ATOMIC_OPS = {
-    op: i
-    for i, op in enumerate(
-        ["xchg", "add", "sub", "and", "nand", "or", "xor", "max", "min", "umax", "umin"]
-        + ["fadd", "fsub", "fmax", "fmin", "uinc_wrap", "udec_wrap"]
-    )
-}
-_OVERFLOW = {"nsw": 1, "nuw": 2}
-_GEP_INBOUNDS = 3
 
 
 class Types:
     """The LLVM types of one context, made once."""
 
     def __init__(self, context: ir.Context):
-        def integer(bits: int) -> Type:
-            return ir.IntegerType.get_signless(bits, context=context)
-
         self._context = context
         self._parsed: dict[str, Type] = {}
-        self.i1, self.i8, self.i16, self.i32, self.i64 = (integer(n) for n in (1, 8, 16, 32, 64))
-        self.i128 = integer(128)
+        self.i1, self.i8, self.i16, self.i32, self.i64 = (self.int(n) for n in (1, 8, 16, 32, 64))
         self.f16, self.bf16 = ir.F16Type.get(context=context), ir.BF16Type.get(context=context)
         self.f32, self.f64 = ir.F32Type.get(context=context), ir.F64Type.get(context=context)
 
@@ -91,16 +83,19 @@ class Types:
         """The type of a Tile IR element type. 8-bit floats are plain bytes to LLVM."""
         return self.i8 if name.startswith("f8") else getattr(self, name)
 
-    def ptr(self, space: int = 0) -> Type:
+    def int(self, bits: builtins.int) -> Type:
+        return self.parse(f"i{bits}")
+
+    def ptr(self, space: builtins.int = 0) -> Type:
         return self.parse(f"!llvm.ptr<{space}>" if space else "!llvm.ptr")
 
-    def vec(self, count: int, element: Type) -> Type:
+    def vec(self, count: builtins.int, element: Type) -> Type:
         return self.parse(f"vector<{count}x{element}>")
 
     def struct(self, elements: Sequence[Type]) -> Type:
         return self.parse(f"!llvm.struct<({', '.join(map(str, elements))})>")
 
-    def array(self, count: int, element: Type) -> Type:
+    def array(self, count: builtins.int, element: Type) -> Type:
         return self.parse(f"!llvm.array<{count} x {element}>")
 
     def parse(self, text: str) -> Type:
@@ -114,6 +109,7 @@ class Module:
     """An MLIR module for one ``triple``. ``finish`` gives its LLVM IR and ends its life."""
 
     def __init__(self, triple: str, file: str = "<unknown>", line: int = 1):
+        self.triple = triple
         self.context = ir.Context()
         self.context.enable_multithreading(False)
         self.types = Types(self.context)
@@ -215,12 +211,15 @@ class Module:
     def finish(self, debug_info: bool = False) -> str:
         """Verify, lower what NVVM operations remain, and translate to LLVM IR text.
 
-        ``debug_info`` keeps the locations as line tables (``.loc`` in PTX).
+        ``debug_info`` keeps the locations: ``.loc`` in PTX, DWARF line tables elsewhere. Every line
+        counts as one of the file that the module's own location names.
         """
         self.verify()
         passes = ["convert-nvvm-to-llvm"]
         if debug_info:
-            passes.append("ensure-debug-info-scope-on-llvm-func{emission-kind=LineTablesOnly}")
+            # Full line tables make LLVM write ".target sm_90a, debug" and ptxas stop optimising.
+            kind = "DebugDirectivesOnly" if self.triple.startswith("nvptx") else "LineTablesOnly"
+            passes.append(f"ensure-debug-info-scope-on-llvm-func{{emission-kind={kind}}}")
         pipeline = PassManager.parse(f"builtin.module({','.join(passes)})", context=self.context)
         _checked("lowering NVVM operations failed", lambda: pipeline.run(self._module.operation))
         self.verify()
@@ -334,7 +333,8 @@ class FunctionBuilder:
         self._constants: dict[Any, Value] = {}
         self._integers: dict[Value, int] = {}
         self._once: dict[Any, Value] = {}
-        self._flags: dict[str, dict[str, Any]] = {}
+        self._fastmath: dict[str, dict[str, Any]] = {}
+        self._templates: dict[str, tuple[Any, Any]] = {}
         entry = self.block(*argument_types)
         self.arguments = list(entry.arguments)
         #: whether the current block has its terminator
@@ -370,6 +370,34 @@ class FunctionBuilder:
         return self._create(
             name, results=[type_], operands=operands, attributes=attributes, loc=self._location, ip=self._point
         ).result
+
+    def _template(self, text: str, operands: Sequence[Value]) -> Value:
+        """Append an operation written as text over ``%0, %1, ...``, the operands.
+
+        Properties that are no attributes (overflow and no-wrap flags) cannot be passed to
+        ``Operation.create``, which drops them silently. So the text is parsed once and cloned.
+        """
+        if text not in self._templates:
+            arguments = ", ".join(f"%{i}: {operand.type}" for i, operand in enumerate(operands))
+            source = f"llvm.func @template({arguments}) {{ %result = {text} llvm.return }}"
+            module = ir.Module.parse(source, context=self.module.context)
+            operation = module.body.operations[0].regions[0].blocks[0].operations[0].operation
+            self._templates[text] = (module, operation)  # the module owns the operation
+        clone = self._templates[text][1].clone(ip=self._point)
+        for position, operand in enumerate(operands):
+            clone.operands[position] = operand
+        clone.location = self._location
+        return clone.result
+
+    @contextmanager
+    def location(self, file: str, line: int, column: int = 0) -> Iterator[None]:
+        """The operations made inside the ``with`` come from this place in the source."""
+        saved = self._location
+        self._location = ir.Location.file(file, line, column, context=self.module.context)
+        try:
+            yield
+        finally:
+            self._location = saved
 
     def set_location(self, file: str | None, line: int = 0, column: int = 0) -> None:
         """Give the operations that follow this source location; ``None`` is the kernel's own."""
@@ -427,16 +455,16 @@ class FunctionBuilder:
             self._once[cache_key] = self._entry(name, type_, attributes)
         return self._once[cache_key]
 
-    def i32(self, value: int) -> Value:
+    def const_i32(self, value: int) -> Value:
         return self.const(value, self.types.i32)
 
-    def i64(self, value: int) -> Value:
+    def const_i64(self, value: int) -> Value:
         return self.const(value, self.types.i64)
 
-    def i1(self, value: bool) -> Value:
+    def const_i1(self, value: bool) -> Value:
         return self.const(value, self.types.i1)
 
-    def f32(self, value: float) -> Value:
+    def const_f32(self, value: float) -> Value:
         return self.const(value, self.types.f32)
 
     def undef(self, type_: Type) -> Value:
@@ -460,19 +488,21 @@ class FunctionBuilder:
         attributes = {"elem_type": self.module.type_attribute(type_)}
         if align is not None:
             attributes["alignment"] = self.module.integer(64, align)
-        return self._entry("llvm.alloca", self.types.ptr(space), attributes, [self.i32(count)])
+        return self._entry("llvm.alloca", self.types.ptr(space), attributes, [self.const_i32(count)])
 
     # --- integers ---------------------------------------------------------------------------
 
     def _pair(self, x: Value | Number, y: Value | Number) -> tuple[Value, Value, Type]:
         """Both operands as values of one type; a Python number takes the other's type."""
         if isinstance(y, int | float):
-            type_ = x.type  # two plain numbers have no type: the caller computes those itself
+            if isinstance(x, int | float):
+                raise TypeError("two plain numbers have no LLVM type: compute with them in Python")
+            type_ = x.type
             return x, self.const(y, type_), type_
         type_ = y.type
         return (self.const(x, type_) if isinstance(x, int | float) else x), y, type_
 
-    def _integer(self, name: str, x: Value | int, y: Value | int, attributes: dict[str, Any]) -> Value:
+    def _integer(self, name: str, x: Value | int, y: Value | int, flags: str = "") -> Value:
         x, y, type_ = self._pair(x, y)
         known_x, known_y = self._integers.get(x), self._integers.get(y)
         if known_x is not None and known_y is not None:
@@ -486,76 +516,39 @@ class FunctionBuilder:
                 return x
             if known_y == _ABSORBING.get(name):
                 return self.const(0, type_)
-        return self._value(f"llvm.{name}", type_, [x, y], attributes)
+        if flags:
+            return self._template(f"llvm.{name} %0, %1 overflow<{flags}> : {type_}", [x, y])
+        return self._value(f"llvm.{name}", type_, [x, y], {})
 
-    def _overflow(self, flags: str) -> dict[str, Any]:
-        """``overflowFlags`` of "", "nsw", "nuw" or "nsw nuw"."""
-        key = f"overflow {flags}"
-        if key not in self._flags:
-            bits = sum(_OVERFLOW[flag] for flag in flags.split())
-            self._flags[key] = {"overflowFlags": self.module.integer(32, bits)}
-        return self._flags[key]
+    # ``flags`` (of the first four): "", "nsw", "nuw" or "nsw, nuw"
+    add = partialmethod(_integer, "add")
+    sub = partialmethod(_integer, "sub")
+    mul = partialmethod(_integer, "mul")
+    shl = partialmethod(_integer, "shl")
+    sdiv = partialmethod(_integer, "sdiv")
+    srem = partialmethod(_integer, "srem")
+    udiv = partialmethod(_integer, "udiv")
+    urem = partialmethod(_integer, "urem")
+    and_ = partialmethod(_integer, "and")
+    or_ = partialmethod(_integer, "or")
+    xor = partialmethod(_integer, "xor")
+    lshr = partialmethod(_integer, "lshr")
+    ashr = partialmethod(_integer, "ashr")
 
-    def add(self, x: Value | int, y: Value | int, flags: str = "") -> Value:
-        return self._integer("add", x, y, self._overflow(flags))
+    def _integer_intrinsic(self, name: str, x: Value | int, y: Value | int) -> Value:
+        x, y, type_ = self._pair(x, y)
+        return self._value(f"llvm.intr.{name}", type_, [x, y], {})
 
-    def sub(self, x: Value | int, y: Value | int, flags: str = "") -> Value:
-        return self._integer("sub", x, y, self._overflow(flags))
-
-    def mul(self, x: Value | int, y: Value | int, flags: str = "") -> Value:
-        return self._integer("mul", x, y, self._overflow(flags))
-
-    def shl(self, x: Value | int, y: Value | int, flags: str = "") -> Value:
-        return self._integer("shl", x, y, self._overflow(flags))
+    smin = partialmethod(_integer_intrinsic, "smin")
+    smax = partialmethod(_integer_intrinsic, "smax")
+    umin = partialmethod(_integer_intrinsic, "umin")
+    umax = partialmethod(_integer_intrinsic, "umax")
 
     def neg(self, x: Value) -> Value:
         return self.sub(0, x)
 
-    def sdiv(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("sdiv", x, y, {})
-
-    def srem(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("srem", x, y, {})
-
-    def udiv(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("udiv", x, y, {})
-
-    def urem(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("urem", x, y, {})
-
-    def and_(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("and", x, y, {})
-
-    def or_(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("or", x, y, {})
-
-    def xor(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("xor", x, y, {})
-
     def not_(self, x: Value) -> Value:
         return self.xor(x, -1)
-
-    def lshr(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("lshr", x, y, {})
-
-    def ashr(self, x: Value | int, y: Value | int) -> Value:
-        return self._integer("ashr", x, y, {})
-
-    def _intrinsic_pair(self, name: str, x: Value | Number, y: Value | Number, fastmath: str = "") -> Value:
-        x, y, type_ = self._pair(x, y)
-        return self._value(f"llvm.intr.{name}", type_, [x, y], self._fast(fastmath) if fastmath else {})
-
-    def smin(self, x: Value | int, y: Value | int) -> Value:
-        return self._intrinsic_pair("smin", x, y)
-
-    def smax(self, x: Value | int, y: Value | int) -> Value:
-        return self._intrinsic_pair("smax", x, y)
-
-    def umin(self, x: Value | int, y: Value | int) -> Value:
-        return self._intrinsic_pair("umin", x, y)
-
-    def umax(self, x: Value | int, y: Value | int) -> Value:
-        return self._intrinsic_pair("umax", x, y)
 
     def iabs(self, x: Value) -> Value:
         return self._value("llvm.intr.abs", x.type, [x], {"is_int_min_poison": self.module.attribute("false")})
@@ -565,7 +558,7 @@ class FunctionBuilder:
         x, y, type_ = self._pair(x, y)
         known_x, known_y = self._integers.get(x), self._integers.get(y)
         if known_x is not None and known_y is not None:
-            return self.i1(_fold_compare(predicate, known_x, known_y, type_.width))
+            return self.const_i1(_fold_compare(predicate, known_x, known_y, type_.width))
         attributes = {"predicate": self.module.integer(64, _ICMP[predicate])}
         return self._value("llvm.icmp", self._boolean_like(type_), [x, y], attributes)
 
@@ -583,32 +576,39 @@ class FunctionBuilder:
 
     def _fast(self, flags: str) -> dict[str, Any]:
         """``fastmathFlags`` of a comma-separated list: none nnan ninf nsz arcp contract afn reassoc fast."""
-        if flags not in self._flags:
-            self._flags[flags] = {"fastmathFlags": self.module.attribute(f"#llvm.fastmath<{flags}>")}
-        return self._flags[flags]
+        if flags not in self._fastmath:
+            self._fastmath[flags] = {"fastmathFlags": self.module.attribute(f"#llvm.fastmath<{flags}>")}
+        return self._fastmath[flags]
 
-    def _float(self, name: str, x: Value | Number, y: Value | Number, fastmath: str) -> Value:
+    def _float(self, name: str, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
         x, y, type_ = self._pair(x, y)
         return self._value(name, type_, [x, y], self._fast(fastmath))
 
-    def fadd(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        return self._float("llvm.fadd", x, y, fastmath)
+    fadd = partialmethod(_float, "llvm.fadd")
+    fsub = partialmethod(_float, "llvm.fsub")
+    fmul = partialmethod(_float, "llvm.fmul")
+    fdiv = partialmethod(_float, "llvm.fdiv")
+    frem = partialmethod(_float, "llvm.frem")  # the sign of its first operand
+    minnum = partialmethod(_float, "llvm.intr.minnum")  # of a number and a NaN, the number
+    maxnum = partialmethod(_float, "llvm.intr.maxnum")
+    minimum = partialmethod(_float, "llvm.intr.minimum")  # NaN if an operand is; -0.0 < 0.0
+    maximum = partialmethod(_float, "llvm.intr.maximum")
+    copysign = partialmethod(_float, "llvm.intr.copysign")
 
-    def fsub(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        return self._float("llvm.fsub", x, y, fastmath)
+    def _float_unary(self, name: str, x: Value, fastmath: str = "none") -> Value:
+        return self._value(name, x.type, [x], self._fast(fastmath))
 
-    def fmul(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        return self._float("llvm.fmul", x, y, fastmath)
-
-    def fdiv(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        return self._float("llvm.fdiv", x, y, fastmath)
-
-    def frem(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        """Remainder with the sign of ``x``. NVPTX expands it; AMDGPU too."""
-        return self._float("llvm.frem", x, y, fastmath)
-
-    def fneg(self, x: Value, fastmath: str = "none") -> Value:
-        return self._value("llvm.fneg", x.type, [x], self._fast(fastmath))
+    # exp2 is the one transcendental function that every GPU target has. The NVPTX back end kills the
+    # process on llvm.exp, llvm.log2, and tanh or sin without "afn": a math library belongs to the target.
+    exp2 = partialmethod(_float_unary, "llvm.intr.exp2")
+    fneg = partialmethod(_float_unary, "llvm.fneg")
+    fabs = partialmethod(_float_unary, "llvm.intr.fabs")
+    sqrt = partialmethod(_float_unary, "llvm.intr.sqrt")
+    floor = partialmethod(_float_unary, "llvm.intr.floor")
+    ceil = partialmethod(_float_unary, "llvm.intr.ceil")
+    ftrunc = partialmethod(_float_unary, "llvm.intr.trunc")  # towards zero
+    rint = partialmethod(_float_unary, "llvm.intr.rint")  # to nearest, ties to even
+    roundeven = partialmethod(_float_unary, "llvm.intr.roundeven")
 
     def fma(self, x: Value, y: Value | float, z: Value | float, fastmath: str = "none") -> Value:
         """x * y + z, rounded once."""
@@ -616,94 +616,43 @@ class FunctionBuilder:
         z = self.const(z, type_) if isinstance(z, int | float) else z
         return self._value("llvm.intr.fma", type_, [x, y, z], self._fast(fastmath))
 
-    def minnum(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        """Minimum that ignores one NaN."""
-        return self._intrinsic_pair("minnum", x, y, fastmath)
-
-    def maxnum(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        """Maximum that ignores one NaN."""
-        return self._intrinsic_pair("maxnum", x, y, fastmath)
-
-    def minimum(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        """Minimum that is NaN if an operand is; -0.0 < 0.0."""
-        return self._intrinsic_pair("minimum", x, y, fastmath)
-
-    def maximum(self, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
-        """Maximum that is NaN if an operand is; -0.0 < 0.0."""
-        return self._intrinsic_pair("maximum", x, y, fastmath)
-
-    def float_unary(self, name: str, x: Value, fastmath: str = "none") -> Value:
-        """``llvm.intr.<name>``: fabs sqrt floor ceil trunc rint roundeven, and exp2.
-
-        Of the transcendental functions only exp2 is legal on every GPU target; the NVPTX back end
-        kills the process on the others, so the rest of a math library belongs to the target.
-        """
-        return self._value(f"llvm.intr.{name}", x.type, [x], self._fast(fastmath))
-
-    def fabs(self, x: Value, fastmath: str = "none") -> Value:
-        return self.float_unary("fabs", x, fastmath)
-
-    def sqrt(self, x: Value, fastmath: str = "none") -> Value:
-        return self.float_unary("sqrt", x, fastmath)
-
-    def exp2(self, x: Value, fastmath: str = "none") -> Value:
-        return self.float_unary("exp2", x, fastmath)
-
     def fcmp(self, predicate: str, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
         """``predicate``: oeq ogt oge olt ole one ord, ueq ugt uge ult ule une uno, true, false."""
         x, y, type_ = self._pair(x, y)
         attributes = {"predicate": self.module.integer(64, _FCMP[predicate]), **self._fast(fastmath)}
         return self._value("llvm.fcmp", self._boolean_like(type_), [x, y], attributes)
 
-    # --- casts ------------------------------------------------------------------------------
-
-    def cast(self, name: str, x: Value, type_: Type) -> Value:
-        """Any conversion by its LLVM name. A conversion to the same type is the value itself."""
-        if x.type == type_:
-            return x
-        return self._value(f"llvm.{name}", type_, [x], {})
+    # --- casts: to the same type they are the value itself ------------------------------------
 
     def sext(self, x: Value, type_: Type) -> Value:
         known = self._integers.get(x)
-        return self.cast("sext", x, type_) if known is None else self.const(known, type_)
+        return self._cast("sext", x, type_) if known is None else self.const(known, type_)
 
     def zext(self, x: Value, type_: Type) -> Value:
         known = self._integers.get(x)
-        return self.cast("zext", x, type_) if known is None else self.const(known % (1 << x.type.width), type_)
+        return self._cast("zext", x, type_) if known is None else self.const(known % (1 << x.type.width), type_)
 
     def trunc(self, x: Value, type_: Type) -> Value:
         known = self._integers.get(x)
-        return self.cast("trunc", x, type_) if known is None else self.const(known, type_)
+        return self._cast("trunc", x, type_) if known is None else self.const(known, type_)
 
-    def fptrunc(self, x: Value, type_: Type) -> Value:
-        return self.cast("fptrunc", x, type_)
+    def _cast(self, name: str, x: Value, type_: Type) -> Value:
+        return x if x.type == type_ else self._value(f"llvm.{name}", type_, [x], {})
 
-    def fpext(self, x: Value, type_: Type) -> Value:
-        return self.cast("fpext", x, type_)
+    fptrunc = partialmethod(_cast, "fptrunc")
+    fpext = partialmethod(_cast, "fpext")
+    sitofp = partialmethod(_cast, "sitofp")
+    uitofp = partialmethod(_cast, "uitofp")
+    fptosi = partialmethod(_cast, "fptosi")  # poison outside the range of the type
+    fptoui = partialmethod(_cast, "fptoui")
+    bitcast = partialmethod(_cast, "bitcast")
+    ptrtoint = partialmethod(_cast, "ptrtoint")
+    inttoptr = partialmethod(_cast, "inttoptr")
+    addrspacecast = partialmethod(_cast, "addrspacecast")
 
-    def sitofp(self, x: Value, type_: Type) -> Value:
-        return self.cast("sitofp", x, type_)
-
-    def uitofp(self, x: Value, type_: Type) -> Value:
-        return self.cast("uitofp", x, type_)
-
-    def fptosi(self, x: Value, type_: Type) -> Value:
-        return self.cast("fptosi", x, type_)
-
-    def fptoui(self, x: Value, type_: Type) -> Value:
-        return self.cast("fptoui", x, type_)
-
-    def bitcast(self, x: Value, type_: Type) -> Value:
-        return self.cast("bitcast", x, type_)
-
-    def ptrtoint(self, x: Value, type_: Type) -> Value:
-        return self.cast("ptrtoint", x, type_)
-
-    def inttoptr(self, x: Value, type_: Type) -> Value:
-        return self.cast("inttoptr", x, type_)
-
-    def addrspacecast(self, x: Value, type_: Type) -> Value:
-        return self.cast("addrspacecast", x, type_)
+    def fptosi_sat(self, x: Value, type_: Type) -> Value:
+        """To the nearest value of the type, NaN to 0."""
+        return self.intrinsic("llvm.fptosi.sat", type_, [x])
 
     # --- memory -----------------------------------------------------------------------------
 
@@ -716,21 +665,26 @@ class FunctionBuilder:
     ) -> Value:
         """``base`` plus ``index`` elements (bytes by default); several indices step into ``element``.
 
-        Integer indices narrower than the pointer are sign-extended.
+        Integer indices narrower than the pointer are sign-extended. ``inbounds`` (for one index) says that
+        the result stays inside the same allocation.
         """
-        indices = index if isinstance(index, list | tuple) else [index]
-        if all(self._index_constant(i) == 0 for i in indices):
-            return base
+        indices: Sequence[Any] = index if isinstance(index, list | tuple) else [index]
         constants = [self._index_constant(i) for i in indices]
+        if not any(constants) and None not in constants:
+            return base
+        element = element or self.types.i8
+        if inbounds and len(indices) == 1:
+            offset: Value = self.const_i64(indices[0]) if isinstance(indices[0], int) else indices[0]
+            signature = f"({base.type}, {offset.type}) -> {base.type}, {element}"
+            return self._template(f"llvm.getelementptr inbounds %0[%1] : {signature}", [base, offset])
         dynamic = [
-            self.i64(i) if isinstance(i, int) else i
+            self.const_i64(i) if isinstance(i, int) else i
             for i, known in zip(indices, constants, strict=True)
             if known is None
         ]
         raw = ", ".join(str(_DYNAMIC_INDEX if known is None else known) for known in constants)
         attributes = {
-            "elem_type": self.module.type_attribute(element or self.types.i8),
-            "noWrapFlags": self.module.integer(32, _GEP_INBOUNDS if inbounds else 0),
+            "elem_type": self.module.type_attribute(element),
             "rawConstantIndices": self.module.attribute(f"array<i32: {raw}>"),
         }
         return self._value("llvm.getelementptr", base.type, [base, *dynamic], attributes)
@@ -800,11 +754,11 @@ class FunctionBuilder:
         return self._value("llvm.insertvalue", aggregate.type, [aggregate, value], attributes)
 
     def extractelement(self, vector: Value, index: Value | int) -> Value:
-        position = self.i32(index) if isinstance(index, int) else index
+        position = self.const_i32(index) if isinstance(index, int) else index
         return self._value("llvm.extractelement", vector.type.element_type, [vector, position], {})
 
     def insertelement(self, vector: Value, value: Value, index: Value | int) -> Value:
-        position = self.i32(index) if isinstance(index, int) else index
+        position = self.const_i32(index) if isinstance(index, int) else index
         return self._value("llvm.insertelement", vector.type, [vector, value, position], {})
 
     def shuffle(self, x: Value, y: Value, mask: Sequence[int]) -> Value:
@@ -861,17 +815,16 @@ class FunctionBuilder:
         Whatever means something to a whole warp or block (barriers, wgmma, shuffles) must have
         ``side_effects``: those calls become convergent in ``tilewright.backends.llvm``.
         """
-        several = isinstance(result, list | tuple)
+        if isinstance(result, list | tuple):
+            # One result is a plain type to LLVM, not a struct of one.
+            type_ = self.types.struct(result) if len(result) > 1 else result[0] if result else None
+            value = self.inline_asm(type_, text, constraints, arguments, side_effects)
+            return self.unpack_struct(value, result) if len(result) > 1 else [value] if result else []
         attributes = {"asm_string": self.module.string(text), "constraints": self.module.string(constraints)}
         if side_effects:
             attributes["has_side_effects"] = self.module.attribute("unit")
-        if several and len(result) == 1:  # LLVM wants a plain type, not a struct of one
-            return [self.inline_asm(result[0], text, constraints, arguments, side_effects)]
-        type_ = self.types.struct(result) if several and result else result or None
-        call = self.op("llvm.inline_asm", [] if type_ is None else [type_], arguments, attributes)
-        if several:
-            return self.unpack_struct(call.result, result) if result else []
-        return None if type_ is None else call.result
+        call = self.op("llvm.inline_asm", [] if result is None else [result], arguments, attributes)
+        return None if result is None else call.result
 
     # --- control flow -----------------------------------------------------------------------
 

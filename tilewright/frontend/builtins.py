@@ -189,7 +189,7 @@ def arange(emit: Emitter, start: Any, end: Any, dtype: Any) -> Value:
     wanted = require_dtype(dtype, "dtype")
     if wanted.is_float or wanted == i1:
         return emit.cast(emit.builder.iota(last - first, first), wanted)
-    return emit.builder.iota(last - first, literal_as(first, wanted), wanted)
+    return emit.builder.iota(last - first, int(literal_as(first, wanted)), wanted)
 
 
 @implements(tw.broadcast_to)

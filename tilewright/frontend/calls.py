@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import builtins as python
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -161,6 +160,9 @@ class Calls(VisitorBase):
         if known is not None:
             if kwargs:
                 raise CompileError(f"{callee.__name__} takes no keyword arguments in a kernel")
+            signature = inspect.signature(known)
+            parameters = list(signature.parameters.values())[1:]
+            _bind(signature.replace(parameters=parameters), callee.__name__, args, {})
             return known(self.emit, *args)
         if not any(contains_value(v) for v in (*args, *kwargs.values())) and _is_pure(callee):
             return _call_on_host(callee, args, kwargs)
@@ -177,7 +179,9 @@ class Calls(VisitorBase):
             hint = f"decorate it with @tw.function ({where})"
             return CompileError(f"'{name}' is a plain Python function", hint=hint)
         if callable(callee):
-            return CompileError(f"'{name}' cannot be called in a kernel", hint="use tw.* functions and @tw.function helpers")
+            return CompileError(
+                f"'{name}' cannot be called in a kernel", hint="use tw.* functions and @tw.function helpers"
+            )
         return CompileError(f"{describe(callee)} is not callable")
 
 
@@ -199,7 +203,8 @@ def _bind(signature: inspect.Signature, what: str, args: list[Any], kwargs: dict
 
 
 def _parameter_text(parameter: inspect.Parameter) -> str:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    kind = parameter.kind
+    stars = "*" if kind is parameter.VAR_POSITIONAL else "**" if kind is parameter.VAR_KEYWORD else ""
     if parameter.default is inspect.Parameter.empty:
         return stars + parameter.name
     default = dtype_name(parameter.default) if isinstance(parameter.default, DType) else repr(parameter.default)

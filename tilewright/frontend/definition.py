@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from types import CellType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 from tilewright.frontend import markers
 from tilewright.frontend.errors import CompileError
@@ -50,7 +50,7 @@ class Definition:
     def __init__(self, fn: Callable[..., Any]):
         if not isinstance(fn, FunctionType):
             raise TypeError(f"expected a Python function, got {type(fn).__name__}")
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(cast(Callable[..., Any], self), fn)
         self.fn = fn
         self.name: str = fn.__name__
         self.file: str = fn.__code__.co_filename

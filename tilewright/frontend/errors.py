@@ -60,7 +60,10 @@ class CompileError(Exception):
             return []
         gutter = len(f"{self.loc.line:>5}")
         length = max(1, min(self.length, len(self.source_line) - self.loc.column + 1))
-        return [*_quoted(self.loc.line, self.source_line), f"{'':{gutter}} | {' ' * (self.loc.column - 1)}{'^' * length}"]
+        return [
+            *_quoted(self.loc.line, self.source_line),
+            f"{'':{gutter}} | {' ' * (self.loc.column - 1)}{'^' * length}",
+        ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.loc, self.hint, self.length, self.argument)

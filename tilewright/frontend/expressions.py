@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from typing import Any
 
 from tilewright.frontend.emitter import fold
@@ -98,7 +99,9 @@ class Expressions(VisitorBase):
             value = self.visit(item)
             if is_tile(value):
                 symbol = "&" if fn == "and" else "|"
-                raise self.error_at(item, f"'{fn}' applies to scalars, got {describe(value)}", f"use '{symbol}' on tiles")
+                raise self.error_at(
+                    item, f"'{fn}' applies to scalars, got {describe(value)}", f"use '{symbol}' on tiles"
+                )
             result = self.emit.logical(fn, result, self.emit.truth(value, f"an operand of '{fn}'"))
             if isinstance(result, bool) and result == (fn == "or"):
                 return result
@@ -128,8 +131,11 @@ class Expressions(VisitorBase):
         return self.emit.compare(COMPARE[type(op)], left, right)
 
     def _both(self, a: Any, b: Any) -> Any:
-        if isinstance(a, bool) or isinstance(b, bool):
-            return self.emit.logical("and", a, b) if not (is_tile(a) or is_tile(b)) else (b if a is True else b and a)
+        """The conjunction of two links of a chained comparison, scalars or tiles."""
+        if isinstance(a, bool):
+            return b if a else False
+        if isinstance(b, bool):
+            return a if b else False
         return self.emit.binary("and", a, b)
 
     # --- parts ----------------------------------------------------------------------------------------
@@ -160,8 +166,9 @@ class Expressions(VisitorBase):
         value = self.visit(node.value)
         if contains_value(value):
             return f"<{describe(value)}>"
-        conversion = {-1: lambda v: v, 97: ascii, 114: repr, 115: str}[node.conversion]
-        return format(conversion(value), self.visit(node.format_spec) if node.format_spec else "")
+        conversions: dict[int, Callable[[Any], Any]] = {97: ascii, 114: repr, 115: str}
+        value = conversions[node.conversion](value) if node.conversion in conversions else value
+        return format(value, self.visit(node.format_spec) if node.format_spec else "")
 
     def visit_IfExp(self, node: ast.IfExp) -> Any:
         condition = self.emit.truth(self.visit(node.test), "the condition of a conditional expression")

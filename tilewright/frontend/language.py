@@ -37,17 +37,16 @@ def spec(
     """Describe a tensor argument for `tw.compile`.
 
     ``shape``: ints, or names for dimensions known at run time. ``strides`` count elements and
-    default to row-major; a name or None is known at run time. ``align`` (bytes, default 16): the
-    address and every run-time stride are multiples of it; a launch checks that they are.
+    default to row-major; a name or None is known at run time. ``align`` (bytes): the address and
+    every run-time stride are multiples of it; a launch checks that they are. Without it the binary
+    serves every alignment: it has a fast entry for multiples of 16 bytes and a general one.
     """
     known = tuple(n if isinstance(n, int) else None for n in shape)
-    if strides is None:
-        steps = row_major_strides(known)
-    else:
-        steps = tuple(s if isinstance(s, int) else None for s in strides)
+    given = row_major_strides(known) if strides is None else strides
+    steps = tuple(s if isinstance(s, int) else None for s in given)
     if len(steps) != len(known):
         raise ValueError(f"spec: {len(steps)} strides for {len(known)} dimensions")
-    return TensorSpec(as_dtype(dtype), tuple(shape), steps, 16 if align is None else align)
+    return TensorSpec(as_dtype(dtype), tuple(shape), steps, align)
 
 
 # --- the grid -----------------------------------------------------------------------------------

@@ -66,12 +66,12 @@ class TensorSpec:
     dtype: DType
     shape: tuple[int | str, ...]
     strides: tuple[int | None, ...]
-    align: int
+    align: int | None
 
     def view_type(self) -> ViewType:
-        """The type of the kernel's parameter."""
+        """The type of the kernel's parameter; without ``align``, aligned to its elements only."""
         shape = tuple(n if isinstance(n, int) else None for n in self.shape)
-        return ViewType(shape, self.dtype, self.strides, self.align)
+        return ViewType(shape, self.dtype, self.strides, self.align or self.dtype.bytes)
 
 
 #: every spelling of a dtype that the language accepts as a string

@@ -8,7 +8,20 @@ running count of uses; stage = count mod stages, parity = (count div stages) mod
 
 from __future__ import annotations
 
-from tilewright.ir.core import Effect, Operation, Region, Value, attribute, operand, operands, operation, optional, region
+from typing import Any
+
+from tilewright.ir.core import (
+    Effect,
+    Operation,
+    Region,
+    Value,
+    attribute,
+    operand,
+    operands,
+    operation,
+    optional,
+    region,
+)
 from tilewright.ir.types import BufferType, SlotType, TileType, TokenType, ViewType, element_type
 
 
@@ -45,8 +58,9 @@ class Slot(Operation):
     count: Value = operand()
 
     def verify(self) -> None:
-        self.require(isinstance(self.buffer.type, BufferType), "takes a buffer")
-        self.require(self.buffer.type.slot == self.result.type, "gives the buffer's slot")
+        buffer: Any = self.buffer.type
+        self.require(isinstance(buffer, BufferType), "takes a buffer")
+        self.require(buffer.slot == self.result.type, "gives the buffer's slot")
 
 
 @operation("async.transpose_slot")
@@ -78,7 +92,8 @@ class Copy(Operation):
     pad: float = attribute(default=0)
 
     def verify(self) -> None:
-        view, slot = self.view.type, self.slot.type
+        view: Any = self.view.type
+        slot: Any = self.slot.type
         self.require(isinstance(view, ViewType) and isinstance(slot, SlotType), "copies from a view to a slot")
         self.require(view.rank == len(self.index) == slot.rank, "index, view and slot have one rank")
         self.require(view.dtype == slot.dtype, "view and slot have one dtype")
@@ -122,7 +137,9 @@ class AsyncDot(Operation):
     acc: Value = operand()
 
     def verify(self) -> None:
-        a, b, acc = self.a.type, self.b.type, self.acc.type
+        a: Any = self.a.type
+        b: Any = self.b.type
+        acc: Any = self.acc.type
         self.require(isinstance(a, SlotType | TileType) and isinstance(b, SlotType), "a is a slot or tile, b a slot")
         self.require(isinstance(acc, TileType), "the accumulator is a tile")
         self.require(a.shape[1] == b.shape[0] and acc.shape == (a.shape[0], b.shape[1]), "shapes do not agree")
@@ -154,7 +171,8 @@ class LocalLoad(Operation):
     slot: Value = operand()
 
     def verify(self) -> None:
-        slot, tile = self.slot.type, self.result.type
+        slot: Any = self.slot.type
+        tile: Any = self.result.type
         self.require(isinstance(slot, SlotType) and isinstance(tile, TileType), "reads a slot into a tile")
         self.require(slot.shape == tile.shape and slot.dtype == tile.dtype, "slot and tile agree")
 
@@ -167,7 +185,8 @@ class LocalStore(Operation):
     slot: Value = operand()
 
     def verify(self) -> None:
-        slot, tile = self.slot.type, self.value.type
+        slot: Any = self.slot.type
+        tile: Any = self.value.type
         self.require(isinstance(slot, SlotType) and isinstance(tile, TileType), "writes a tile to a slot")
         self.require(slot.shape == tile.shape and slot.dtype == tile.dtype, "slot and tile agree")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import gcd
 from typing import Any, TypeVar
 
 from tilewright.ir import async_ops, tile_ops
@@ -147,8 +148,10 @@ class Builder:
         return self.insert(tile_ops.Dim(view, types=[ScalarType(i32)], axis=axis)).result
 
     def subview(self, view: Value, index: Sequence[Value]) -> Value:
+        """Fix the leading dimensions. A static stride that is no multiple of the alignment lowers it."""
         type_, n = _view(view), len(index)
-        result = ViewType(type_.shape[n:], type_.dtype, type_.strides[n:], type_.align)
+        steps = [s * type_.dtype.bytes for s in type_.strides[:n] if s is not None]
+        result = ViewType(type_.shape[n:], type_.dtype, type_.strides[n:], gcd(type_.align, *steps))
         return self.insert(tile_ops.Subview(view, index, types=[result])).result
 
     def permute_view(self, view: Value, perm: Sequence[int]) -> Value:
@@ -178,7 +181,9 @@ class Builder:
     def num_programs(self, axis: int) -> Value:
         return self.insert(tile_ops.NumPrograms(types=[ScalarType(i32)], axis=axis)).result
 
-    def for_loop(self, lo: Value, hi: Value, step: Value, inits: Sequence[Value], hints: Sequence[str] = ()) -> tile_ops.For:
+    def for_loop(
+        self, lo: Value, hi: Value, step: Value, inits: Sequence[Value], hints: Sequence[str] = ()
+    ) -> tile_ops.For:
         """An empty loop; fill ``body.block`` and end it with `yield_`. ``hints`` name index and carried values."""
         names = [*hints, *[""] * (1 + len(inits) - len(hints))]
         block = Block(list(zip(names, [lo.type, *(v.type for v in inits)], strict=True)))

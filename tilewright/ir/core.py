@@ -149,7 +149,9 @@ def region() -> Any:
 REGISTRY: dict[str, tuple[type[Operation], str | None]] = {}
 
 
-def operation(name: str, effect: Effect = Effect.PURE, terminator: bool = False, family: Sequence[str] = ()) -> Callable:
+def operation(
+    name: str, effect: Effect = Effect.PURE, terminator: bool = False, family: Sequence[str] = ()
+) -> Callable[[type[Operation]], type[Operation]]:
     """Register an operation class. With ``family``, one mnemonic ``<name>.<fn>`` per function."""
 
     def register(cls: type[Operation]) -> type[Operation]:

@@ -38,6 +38,7 @@ class _Printer:
         self.locations = locations
         self.names: dict[Value, str] = {}
         self.taken: set[str] = set()
+        self.numbered = -1  # the last number given as a name
         self.aliases: dict[LinearLayout, str] = {}
 
     def module(self, module: Module) -> str:
@@ -56,7 +57,7 @@ class _Printer:
                     self.aliases.setdefault(value.type.layout, f"l{len(self.aliases)}")
 
     def function(self, function: Function) -> list[str]:
-        self.names, self.taken = {}, set()
+        self.names, self.taken, self.numbered = {}, set(), -1
         params = ", ".join(f"{self._define(p)}: {self.type(p.type)}" for p in function.params)
         head = f"func @{function.name}({params}){self._attributes(function.attributes)}{self._loc(function)} {{"
         return [head, *self._block(function.body.block), "}"]
@@ -109,7 +110,8 @@ class _Printer:
     def _carried(self, args: list[Value], inits: list[Value]) -> str:
         if not args:
             return ""
-        return " iter(" + ", ".join(f"{self._define(a)} = {self.name(i)}" for a, i in zip(args, inits, strict=True)) + ")"
+        pairs = (f"{self._define(a)} = {self.name(i)}" for a, i in zip(args, inits, strict=True))
+        return " iter(" + ", ".join(pairs) + ")"
 
     def _regions(self, op: Operation) -> list[tuple[str, list[str]]]:
         if isinstance(op, If):
@@ -134,7 +136,7 @@ class _Printer:
         return "%" + self.names[value]
 
     def _next_number(self) -> int:
-        self.numbered = getattr(self, "numbered", -1) + 1 if self.taken else 0
+        self.numbered += 1
         while str(self.numbered) in self.taken:
             self.numbered += 1
         return self.numbered

@@ -193,7 +193,9 @@ def unary_of_constant(op: Unary, rewriter: Rewriter) -> Value | None:
 @rewrites(Compare)
 def compare_of_constants(op: Compare, rewriter: Rewriter) -> Value | None:
     a, b = constant_of(op.lhs), constant_of(op.rhs)
-    return None if a is None or b is None else rewriter.constant(folding.fold_compare(op.fn, a, b), op)
+    if a is None or b is None:
+        return None
+    return rewriter.constant(folding.fold_compare(op.fn, a, b, _dtype(op.lhs)), op)
 
 
 @rewrites(Cast)
@@ -411,7 +413,7 @@ def reduce_of_constant(op: Reduce, rewriter: Rewriter) -> Value | None:
     if op.fn == "sum" and dtype.is_int:
         assert isinstance(op.source.type, TileType)
         count = op.source.type.shape[op.axis]
-        return rewriter.constant(folding.wrap(int(constant) * count, dtype), op)
+        return rewriter.constant(folding.normalize(int(constant) * count, dtype), op)
     return None
 
 

@@ -106,8 +106,8 @@ def _accumulating_loop(function: Function, block: Block) -> _Accumulation | None
         if uses[dot.acc] != [dot] or uses[dot.result] != [terminator] or terminator.values[position] is not dot.result:
             return None
     releases = [op for op in block.ops if isinstance(op, Release)]
-    if any(r.count not in loop.carried for r in releases):
-        return None
+    if any(r.count not in loop.carried or r.ring.type.stages < 2 for r in releases):
+        return None  # the stage of the iteration before is still being read when this one's is awaited
     after_dots = block.ops.index(dots[-1])
     if any(block.ops.index(r) < after_dots for r in releases) and len(dots) > 1:
         return None

@@ -27,6 +27,10 @@ from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 
+#: a copy and a use at the same time
+LEAST_STAGES = 2
+
+
 @dataclass
 class Group:
     """Loads that share a ring, and the operations of their block between which they are read."""
@@ -66,7 +70,7 @@ class Pipeline(FunctionPass):
         with b.at(function.body.block, position=0):
             for group in groups:
                 fixed = 1 if not group.elastic else stages
-                group.ring = b.ring(fixed or 1, hint="ring", elastic=fixed is None)
+                group.ring = b.ring(fixed or LEAST_STAGES, hint="ring", elastic=fixed is None)
                 for load in group.loads:
                     group.buffers.append(b.alloc(_slot_type(load), group.ring, hint=load.result.hint))
 

@@ -1,6 +1,7 @@
 """shared-plan: where every buffer, barrier and scratch area lies, and how deep the rings are.
 
-Elastic rings share what the fixed buffers leave, one stage at a time in turn, up to ``max_stages``.
+Elastic rings start with the stages that their schedule needs and share what is left, one stage at a
+time in turn, up to ``max_stages``.
 Operations that exchange data between warps (reductions, layout conversions) run one after the other
 and reuse one scratch area. Running out of memory is an error that lists each buffer.
 """
@@ -30,8 +31,6 @@ class SharedPlan(FunctionPass):
         scratch = max((scratch_bytes(op) for op in users), default=0)
         limit = context.target.shared_bytes
         elastic = [r for r in rings if r.elastic]
-        for ring in elastic:
-            _set_stages(ring, allocs, 1)
         growing = list(elastic)
         while growing:
             ring = growing.pop(0)

@@ -10,7 +10,8 @@ scalar                    one MLIR value, the same in all threads
 tile                      a list of MLIR values, one per register of its layout (`TileType.layout`)
 view                      `ViewRef`
 buffer, slot              `BufferRef`, `SlotRef`
-ring, token               whatever the backend defines (`Lowering.define` and `Lowering.lowered` take any object)
+token                     `TokenRef`
+ring                      whatever the backend defines (`Lowering.define` and `Lowering.lowered` take any object)
 ========================  ==================================================================================
 
 A backend extends or overrides the shared `LOWERINGS` with its own table.
@@ -23,15 +24,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mlir import ir as mlir
 
 from tilewright.backends.errors import BackendError
 from tilewright.backends.lower.index import IndexMath, IntLike
 from tilewright.backends.mlir_builder import FunctionBuilder
-from tilewright.ir.core import Block, Function, IRError, Operation, Value
+from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.ir.core import UNKNOWN, Block, Function, IRError, Operation, Value
 from tilewright.ir.layout import LinearLayout, SharedLayout
 from tilewright.ir.target import Target
-from tilewright.ir.types import DType, SlotType, TileType
+from tilewright.ir.types import DType, ScalarType, SlotType, TileType, TokenType
 
 if TYPE_CHECKING:
     from tilewright.backends.lower.entry import KernelEntry
@@ -113,6 +114,13 @@ class BufferRef:
     base: IntLike
     slot: SlotType
     stages: int
+
+
+@dataclass(frozen=True)
+class TokenRef:
+    """A token: what completes the work. Waits count groups, so nothing of it exists at run time."""
+
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -218,9 +226,9 @@ class Lowering:
         saved = self._scope
         thread = self.ops.thread_id(self)
         if first_warp:
-            thread = self.fb.sub(thread, self.fb.const_i32(first_warp * self.target.warp_size))
-        lane = self.fb.and_(thread, self.fb.const_i32(self.target.warp_size - 1))
-        warp = self.ops.warp_index(self, thread) if num_warps > 1 else self.fb.const_i32(0)
+            thread = self.fb.sub(thread, self.fb.i32(first_warp * self.target.warp_size))
+        lane = self.fb.and_(thread, self.fb.i32(self.target.warp_size - 1))
+        warp = self.ops.warp_index(self, thread) if num_warps > 1 else self.fb.i32(0)
         self._scope = ThreadScope(first_warp, num_warps, thread, lane, warp, barrier_id, single_thread)
         try:
             yield self._scope
@@ -246,14 +254,22 @@ class Lowering:
         try:
             if handler is None:
                 raise self.error(f"no lowering for {self.target.name}")
-            with self.fb.location(op.loc.file, op.loc.line, op.loc.column):
-                handler(self, op)
+            self._locate(op)
+            handler(self, op)
         except (IRError, BackendError):
             raise
         except ValueError as error:
             raise self.error(str(error)) from error
         finally:
             self.current = previous
+            self._locate(previous)
+
+    def _locate(self, op: Operation | None) -> None:
+        """MLIR operations from here on carry the location of ``op``."""
+        if op is None or op.loc == UNKNOWN:
+            self.fb.set_location(None)
+        else:
+            self.fb.set_location(op.loc.file, op.loc.line, op.loc.column)
 
     def error(self, message: str, hint: str = "") -> IRError:
         """An `IRError` at the current operation (to be raised by the caller)."""
@@ -263,21 +279,47 @@ class Lowering:
 
     # --- flattening, for control flow ---------------------------------------------------------
 
-    def flatten(self, values: Sequence[Value]) -> list[mlir.Value]:
-        """All MLIR values behind scalars and tiles, in order."""
-        return [register for value in values for register in self.flat(value)]
+    def register_types(self, value: Value) -> list[Any]:
+        """The MLIR types of a value that control flow carries: one per register, none for a token."""
+        type_ = value.type
+        if isinstance(type_, TileType):
+            return [self.fb.types.dtype(type_.dtype.name)] * self.layout(value).num_registers
+        if isinstance(type_, ScalarType):
+            return [self.fb.types.dtype(type_.dtype.name)]
+        if isinstance(type_, SlotType):
+            return [self.fb.types.i32]
+        if isinstance(type_, TokenType):
+            return []
+        raise self.error(f"control flow cannot carry {value}")
 
-    def flat(self, value: Value) -> list[mlir.Value]:
-        """The MLIR values behind one value that control flow may carry."""
-        return self.registers(value)
+    def flatten(self, values: Sequence[Value]) -> list[mlir.Value]:
+        """All MLIR values behind scalars, tiles and slots, in order."""
+        flat: list[mlir.Value] = []
+        for value in values:
+            lowered = self.lowered(value)
+            if isinstance(lowered, SlotRef):
+                flat.append(self.index.value(lowered.base))
+            elif not isinstance(lowered, TokenRef):
+                flat += self.registers(value)
+        return flat
 
     def define_flat(self, values: Sequence[Value], flat: Sequence[mlir.Value]) -> None:
         """The inverse of `flatten`: define values from a flat list."""
         position = 0
         for value in values:
-            count = self.layout(value).num_registers if isinstance(value.type, TileType) else 1
-            part = list(flat[position : position + count])
-            self.define(value, part if isinstance(value.type, TileType) else part[0])
+            count = len(self.register_types(value))
+            self._define_part(value, list(flat[position : position + count]))
             position += count
         if position != len(flat):
             raise self.error(f"{len(flat)} values for {position} registers")
+
+    def _define_part(self, value: Value, part: Registers) -> None:
+        type_ = value.type
+        if isinstance(type_, TileType):
+            self.define(value, part)
+        elif isinstance(type_, SlotType):
+            self.define(value, SlotRef(part[0], type_))
+        elif isinstance(type_, TokenType):
+            self.define(value, TokenRef(type_.kind))
+        else:
+            self.define(value, part[0])

@@ -6,7 +6,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
-from mlir import ir as mlir
+from tilewright.backends.mlir_builder import ir as mlir
 
 from tilewright.backends.lower.index import IntLike
 from tilewright.ir.layout import LinearLayout
@@ -71,5 +71,5 @@ def sole_holder(lw: Lowering, layout: LinearLayout) -> mlir.Value | None:
     for value, dim in ((lw.scope.lane, "lane"), (lw.scope.warp, "warp")):
         mask = sum(1 << bit for bit in layout.free_bits(dim))
         if mask:
-            conditions.append(fb.icmp("eq", fb.and_(value, fb.const_i32(mask)), fb.const_i32(0)))
+            conditions.append(fb.icmp("eq", fb.and_(value, fb.i32(mask)), fb.i32(0)))
     return reduce(fb.and_, conditions) if conditions else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import TypeAlias
 
-from mlir import ir as mlir
+from tilewright.backends.mlir_builder import ir as mlir
 
 from tilewright.backends.mlir_builder import FunctionBuilder
 
@@ -22,11 +22,11 @@ class IndexMath:
     def value(self, x: IntLike, bits: int = 32) -> mlir.Value:
         """An MLIR value of ``bits`` bits; i32 values are sign-extended to i64 (and i64 truncated to i32)."""
         if isinstance(x, int):
-            return self.fb.const_i32(x) if bits == 32 else self.fb.const_i64(x)
+            return self.fb.i32(x) if bits == 32 else self.fb.i64(x)
         width = mlir.IntegerType(x.type).width
         if width == bits:
             return x
-        type_ = self.fb.types.int(bits)
+        type_ = self.fb.types.i32 if bits == 32 else self.fb.types.i64
         return self.fb.sext(x, type_) if width < bits else self.fb.trunc(x, type_)
 
     def wide(self, x: IntLike) -> IntLike:
@@ -78,9 +78,9 @@ class IndexMath:
                     masks[out - bit] = masks.get(out - bit, 0) | 1 << bit
         result: mlir.Value | None = None
         for distance, mask in sorted(masks.items()):
-            term = self.fb.and_(value, self.fb.const_i32(mask))
+            term = self.fb.and_(value, self.fb.i32(mask))
             if distance:
-                amount = self.fb.const_i32(abs(distance))
+                amount = self.fb.i32(abs(distance))
                 term = self.fb.shl(term, amount) if distance > 0 else self.fb.lshr(term, amount)
             result = term if result is None else self.fb.xor(result, term)
         return 0 if result is None else result

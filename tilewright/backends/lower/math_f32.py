@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from mlir import ir as mlir
+from tilewright.backends.mlir_builder import ir as mlir
 
 if TYPE_CHECKING:
     from tilewright.backends.lower.context import Lowering
@@ -28,7 +28,12 @@ Function = Callable[["Lowering", mlir.Value], mlir.Value]
 
 
 def f32(lw: Lowering, value: float) -> mlir.Value:
-    return lw.fb.const_f32(value)
+    return lw.fb.f32(value)
+
+
+def copysign(lw: Lowering, size: mlir.Value, sign: mlir.Value) -> mlir.Value:
+    """``size`` with the sign bit of ``sign``."""
+    return lw.fb.op("llvm.intr.copysign", [size.type], [size, sign]).result
 
 
 def horner(lw: Lowering, x: mlir.Value, coefficients: Sequence[float]) -> mlir.Value:
@@ -51,7 +56,7 @@ def exp(lw: Lowering, x: mlir.Value) -> mlir.Value:
     biased = fb.fadd(n, magic)  # the low mantissa bits are n + 127
     n = fb.fsub(biased, magic)
     rest = fb.fma(x, log2e_low, fb.fma(x, log2e, fb.fneg(n)))
-    scale = fb.bitcast(fb.shl(fb.bitcast(biased, fb.types.i32), fb.const_i32(23)), fb.types.f32)
+    scale = fb.bitcast(fb.shl(fb.bitcast(biased, fb.types.i32), fb.i32(23)), fb.types.f32)
     return fb.fmul(lw.ops.math(lw, "exp2", rest), scale)
 
 
@@ -68,7 +73,7 @@ def tanh(lw: Lowering, x: mlir.Value) -> mlir.Value:
     small = fb.fma(fb.fmul(poly, square), x, x)
     power = lw.ops.math(lw, "exp", fb.fadd(size, size))
     large = fb.fsub(f32(lw, 1.0), lw.ops.divide(lw, f32(lw, 2.0), fb.fadd(power, f32(lw, 1.0))))
-    return fb.select(fb.fcmp("olt", size, f32(lw, 0.625)), small, fb.copysign(large, x))
+    return fb.select(fb.fcmp("olt", size, f32(lw, 0.625)), small, copysign(lw, large, x))
 
 
 def erf(lw: Lowering, x: mlir.Value) -> mlir.Value:
@@ -81,7 +86,7 @@ def erf(lw: Lowering, x: mlir.Value) -> mlir.Value:
     for coefficient in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
         poly = fb.fma(poly, size, f32(lw, coefficient))
     poly = fb.fma(poly, size, fb.fneg(size))
-    large = fb.copysign(fb.fsub(f32(lw, 1.0), lw.ops.math(lw, "exp", poly)), x)
+    large = copysign(lw, fb.fsub(f32(lw, 1.0), lw.ops.math(lw, "exp", poly)), x)
     coefficients = (-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
     small = fb.fma(horner(lw, square, coefficients), x, x)
     return fb.select(fb.fcmp("ogt", size, f32(lw, 0.927734375)), large, small)
@@ -90,7 +95,7 @@ def erf(lw: Lowering, x: mlir.Value) -> mlir.Value:
 def _sin_cos(lw: Lowering, x: mlir.Value, quadrants: int) -> mlir.Value:
     """sin(x + quadrants * pi / 2): Cody-Waite reduction in three terms, then a polynomial for each quadrant."""
     fb = lw.fb
-    turn = fb.rint(fb.fmul(x, f32(lw, 0.6366197723675814)))
+    turn = fb.float_unary("rint", fb.fmul(x, f32(lw, 0.6366197723675814)))
     rest = x
     for part in (-1.5707962512969971, -7.5497894158615964e-08, -5.3903029534742384e-15):
         rest = fb.fma(turn, f32(lw, part), rest)
@@ -99,11 +104,11 @@ def _sin_cos(lw: Lowering, x: mlir.Value, quadrants: int) -> mlir.Value:
     sine = fb.fma(fb.fmul(sine, square), rest, rest)
     cosine = horner(lw, square, (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2))
     cosine = fb.fma(cosine, fb.fmul(square, square), fb.fma(square, f32(lw, -0.5), f32(lw, 1.0)))
-    quadrant = fb.fptosi_sat(turn, fb.types.i32)
+    quadrant = fb.intrinsic("llvm.fptosi.sat.i32.f32", fb.types.i32, [turn])
     if quadrants:
-        quadrant = fb.add(quadrant, fb.const_i32(quadrants))
-    odd = fb.icmp("ne", fb.and_(quadrant, fb.const_i32(1)), fb.const_i32(0))
-    negative = fb.icmp("ne", fb.and_(quadrant, fb.const_i32(2)), fb.const_i32(0))
+        quadrant = fb.add(quadrant, fb.i32(quadrants))
+    odd = fb.icmp("ne", fb.and_(quadrant, fb.i32(1)), fb.i32(0))
+    negative = fb.icmp("ne", fb.and_(quadrant, fb.i32(2)), fb.i32(0))
     result = fb.select(odd, cosine, sine)
     return fb.select(negative, fb.fneg(result), result)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlir import ir as mlir
+from tilewright.backends.mlir_builder import ir as mlir
 
 from tilewright.ir.target import Target
 from tilewright.ir.types import DType

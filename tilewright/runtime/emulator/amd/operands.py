@@ -68,7 +68,7 @@ class Where(enum.Enum):
 class Operand:
     """One parsed operand. ``index``/``count`` for registers, ``value`` for integer constants.
 
-    ``value`` of ``Where.VALUE`` is an array that DPP or SDWA selection computed.
+    ``value`` of ``Where.VALUE`` are the arrays (low, high or None) that DPP or SDWA selection computed.
     """
 
     where: Where
@@ -80,12 +80,6 @@ class Operand:
     negate: bool = False
     absolute: bool = False
     sign_extend: bool = False
-
-    def part(self, number: int) -> Operand:
-        """The 32-bit register ``number`` of a register range (constants repeat)."""
-        if self.where in (Where.VECTOR, Where.SCALAR):
-            return replace(self, index=self.index + number, count=1)
-        return self
 
 
 _SPECIAL = {
@@ -172,6 +166,32 @@ def _encode(value: int, real: float | None, kind_name: str) -> int:
 def constant_bits(operand: Operand, kind: Kind) -> int:
     """The bit pattern, ``kind.bits`` wide, of an inline constant or literal (ISA chapter 6)."""
     return _encode(operand.value, operand.real, kind.name)
+
+
+@lru_cache(maxsize=65536)
+def _constant_array(value: int, real: float | None, kind_name: str) -> Array:
+    kind = KINDS[kind_name]
+    array = np.array([[_encode(value, real, kind_name)]], dtype=f"u{kind.bits // 8}").view(kind.dtype)
+    array.setflags(write=False)
+    return array
+
+
+def constant_array(operand: Operand, kind: Kind) -> Array:
+    """A constant as a read-only [1, 1] array of ``kind``'s dtype."""
+    return _constant_array(operand.value, operand.real, kind.name)
+
+
+@lru_cache(maxsize=65536)
+def _constant_part(value: int, real: float | None, part: int) -> Array:
+    bits = _encode(value, None, "b64") >> (32 * part) if real is None else _encode(0, real, "b32")
+    array = np.array([[bits & 0xFFFFFFFF]], np.uint32)
+    array.setflags(write=False)
+    return array
+
+
+def constant_part(operand: Operand, part: int) -> Array:
+    """32-bit part ``part`` of a constant as [1, 1]: integers are sign-extended, reals are 32-bit and repeat."""
+    return _constant_part(operand.value, operand.real, part)
 
 
 def bfloat16_bits(real: float) -> int:

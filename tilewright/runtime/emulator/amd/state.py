@@ -20,7 +20,17 @@ import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.errors import EmulatorFault
-from tilewright.runtime.emulator.amd.operands import EXEC, KINDS, VCC, Array, Kind, Operand, Where, constant_bits
+from tilewright.runtime.emulator.amd.operands import (
+    EXEC,
+    KINDS,
+    VCC,
+    Array,
+    Kind,
+    Operand,
+    Where,
+    constant_array,
+    constant_part,
+)
 
 if TYPE_CHECKING:
     from tilewright.runtime.emulator.amd.memory import MemorySystem
@@ -243,11 +253,9 @@ class WaveState:
         if operand.where is Where.SCALAR:
             return self.read_sgpr(operand.index + part)[:, None]
         if operand.where is Where.CONSTANT:
-            kind = KINDS["b64"] if operand.real is None else KINDS["b32"]
-            bits = constant_bits(operand, kind) >> (32 * part if operand.real is None else 0)
-            return np.full((1, 1), bits & 0xFFFFFFFF, np.uint32)
+            return constant_part(operand, part)
         if operand.where is Where.VALUE:
-            value: Array = operand.value
+            value: Array = operand.value[part]
             return value
         if operand.where is Where.SCC:
             return self.scc_selected.astype(np.uint32)[:, None]
@@ -259,8 +267,7 @@ class WaveState:
         ``high_half`` selects bits 31:16 of a 16-bit source (OP_SEL, ISA chapter 6).
         """
         if operand.where is Where.CONSTANT:
-            bits = np.array([[constant_bits(operand, kind)]], dtype=f"u{kind.bits // 8}")
-            value = bits.view(kind.dtype)
+            value = constant_array(operand, kind)
         elif kind.bits == 32:
             value = self.raw(operand).view(kind.dtype)
         elif kind.bits == 64:
@@ -304,7 +311,7 @@ class WaveState:
     def scalar(self, operand: Operand, kind: Kind) -> Array:
         """A source of a scalar instruction in ``kind``'s dtype, [waves] or [1]."""
         if operand.where is Where.CONSTANT:
-            return np.array([constant_bits(operand, kind)], dtype=f"u{kind.bits // 8}").view(kind.dtype)
+            return constant_array(operand, kind)[0]
         if operand.where is Where.SCC:
             return self.scc_selected.astype(kind.dtype)
         if operand.where is not Where.SCALAR:

@@ -1,0 +1,77 @@
+"""Lowering of operations that rename registers: broadcast, expand_dims, reshape, transpose, extract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilewright.backends.lower.context import Lowering, lowers
+from tilewright.ir import tile_ops
+from tilewright.ir.core import Value
+from tilewright.ir.layout import LinearLayout
+
+
+def rename(lw: Lowering, result: Value, source: Value, derived: LinearLayout, registers: Sequence[int]) -> None:
+    """Give ``result`` the source's registers in the order of ``registers``, which is that of layout ``derived``.
+
+    The result may hold the same elements of the same threads in yet another order.
+    """
+    permutation = derived.register_permutation(lw.layout(result))
+    if permutation is None:
+        raise lw.error(
+            f"the result's layout {lw.layout(result)} is not the one that follows from the source's, {derived}",
+            "the layout pass must insert tile.convert",
+        )
+    held = lw.registers(source)
+    lw.define(result, [held[registers[position]] for position in permutation])
+
+
+def _same_order(layout: LinearLayout) -> range:
+    return range(layout.num_registers)
+
+
+@lowers(tile_ops.Broadcast)
+def lower_broadcast(lw: Lowering, op: tile_ops.Broadcast) -> None:
+    """Each register of the result is the one of the source with the broadcast coordinates set to 0.
+
+    The result may spread the broadcast dims over lanes and warps in any way, provided that every thread
+    already holds what it needs.
+    """
+    source, shape = lw.layout(op.source), lw.layout(op.result).tile_shape
+    result = lw.layout(op.result)
+    grown = [axis for axis in range(source.rank) if source.tile_shape[axis] != shape[axis]]
+    position = {tuple(c): r for r, c in reversed(list(enumerate(source.table("register").tolist())))}
+    wanted = result.table("register").copy()
+    wanted[:, grown] = 0
+    for dim in ("lane", "warp"):
+        own = [tuple(0 if a in grown else c for a, c in enumerate(v)) for v in result.basis(dim)]
+        if own != list(source.basis(dim)):
+            raise lw.error(
+                f"threads of the result's layout {result} do not hold their source elements in {source}",
+                "the layout pass must insert tile.convert",
+            )
+    held = lw.registers(op.source)
+    lw.define(op.result, [held[position[tuple(c)]] for c in wanted.tolist()])
+
+
+@lowers(tile_ops.ExpandDims)
+def lower_expand_dims(lw: Lowering, op: tile_ops.ExpandDims) -> None:
+    derived = lw.layout(op.source).expand_dim(op.axis)
+    rename(lw, op.result, op.source, derived, _same_order(derived))
+
+
+@lowers(tile_ops.Reshape)
+def lower_reshape(lw: Lowering, op: tile_ops.Reshape) -> None:
+    derived = lw.layout(op.source).reshape(lw.layout(op.result).tile_shape)
+    rename(lw, op.result, op.source, derived, _same_order(derived))
+
+
+@lowers(tile_ops.Transpose)
+def lower_transpose(lw: Lowering, op: tile_ops.Transpose) -> None:
+    derived = lw.layout(op.source).transpose(op.perm)
+    rename(lw, op.result, op.source, derived, _same_order(derived))
+
+
+@lowers(tile_ops.Extract)
+def lower_extract(lw: Lowering, op: tile_ops.Extract) -> None:
+    derived, registers = lw.layout(op.source).extract(op.offsets, lw.layout(op.result).tile_shape)
+    rename(lw, op.result, op.source, derived, registers)

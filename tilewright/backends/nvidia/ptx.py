@@ -1,0 +1,171 @@
+"""PTX instructions that LLVM has no good operation for, one function each.
+
+All of them are inline assembly with side effects, so that `tilewright.backends.llvm` makes the calls convergent.
+Shared-memory addresses are i32 values in the ``shared::cta`` window. Section names are those of the PTX ISA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilewright.backends.mlir_builder import FunctionBuilder
+from tilewright.backends.mlir_builder import ir as mlir
+
+MEMORY = "~{memory}"
+
+
+def emit(fb: FunctionBuilder, text: str, kinds: str = "", arguments: Sequence[mlir.Value] = ()) -> None:
+    """Inline assembly without results: ``kinds`` has one constraint letter for each argument."""
+    fb.inline_asm(None, text, ",".join([*kinds, MEMORY]), arguments)
+
+
+def guarded(condition: mlir.Value | None, position: int) -> str:
+    """The guard ``@$position`` of an instruction, nothing where there is no condition."""
+    return "" if condition is None else f"@${position} "
+
+
+def _emit_if(
+    fb: FunctionBuilder, condition: mlir.Value | None, text: str, kinds: str, arguments: Sequence[mlir.Value]
+) -> None:
+    """One or more instructions (a line each) under a predicate, which is the last operand."""
+    guard = guarded(condition, len(arguments))
+    lines = "\n".join(guard + line for line in text.split("\n"))
+    extra = [] if condition is None else [condition]
+    emit(fb, lines, kinds + "b" * len(extra), [*arguments, *extra])
+
+
+# --- mbarrier: "Parallel Synchronization and Communication Instructions: mbarrier" ---------------------------
+
+
+def init_barrier(fb: FunctionBuilder, address: mlir.Value, arrivals: int) -> None:
+    """``mbarrier.init``: a phase completes after ``arrivals`` arrivals."""
+    emit(fb, f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", "r", [address])
+
+
+def wait_parity(fb: FunctionBuilder, address: mlir.Value, parity: mlir.Value) -> None:
+    """Wait until the phase of ``parity`` has completed (``mbarrier.try_wait.parity`` in a loop).
+
+    ``${:uid}`` is a number that LLVM makes different for every copy of the statement.
+    """
+    text = """{
+.reg .pred done;
+wait_${:uid}:
+mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;
+@done bra done_${:uid};
+bra wait_${:uid};
+done_${:uid}:
+}"""
+    emit(fb, text, "rr", [address, parity])
+
+
+def arrive(fb: FunctionBuilder, address: mlir.Value, condition: mlir.Value | None = None) -> None:
+    """``mbarrier.arrive``: releases what this thread did before, at CTA scope."""
+    _emit_if(fb, condition, "mbarrier.arrive.shared::cta.b64 _, [$0];", "r", [address])
+
+
+def arrive_expect_tx(fb: FunctionBuilder, address: mlir.Value, bytes_: int) -> None:
+    """``mbarrier.arrive.expect_tx``: arrive, and let the phase also wait for ``bytes_`` bytes of bulk copies."""
+    emit(fb, f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {bytes_};", "r", [address])
+
+
+def expect_tx(fb: FunctionBuilder, address: mlir.Value, bytes_: int) -> None:
+    """``mbarrier.expect_tx``: let the current phase also wait for ``bytes_`` bytes, without arriving."""
+    emit(fb, f"mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$0], {bytes_};", "r", [address])
+
+
+# --- fences and barriers --------------------------------------------------------------------------------------
+
+
+def fence_barrier_init(fb: FunctionBuilder) -> None:
+    """``fence.mbarrier_init``: initialised barriers are visible to other threads."""
+    emit(fb, "fence.mbarrier_init.release.cluster;")
+
+
+def fence_async_proxy(fb: FunctionBuilder) -> None:
+    """``fence.proxy.async``: this thread's shared-memory accesses come before later ones of the async proxy."""
+    emit(fb, "fence.proxy.async.shared::cta;")
+
+
+def barrier(fb: FunctionBuilder, number: mlir.Value | int, threads: int) -> None:
+    """``bar.sync``: ``threads`` threads meet at hardware barrier ``number`` (0 to 15)."""
+    if isinstance(number, int):
+        emit(fb, f"bar.sync {number}, {threads};")
+    else:
+        emit(fb, f"bar.sync $0, {threads};", "r", [number])
+
+
+def block_barrier(fb: FunctionBuilder) -> None:
+    """``bar.sync 0``: all threads of the block meet."""
+    emit(fb, "bar.sync 0;")
+
+
+# --- warps ----------------------------------------------------------------------------------------------------
+
+
+def elect(fb: FunctionBuilder) -> mlir.Value:
+    """``elect.sync``: i1, true in one thread of the warp, all of whose threads must be here."""
+    text = "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 $0, 1, 0, p;\n}"
+    return fb.icmp("ne", fb.inline_asm(fb.types.i32, text, "=r", []), fb.i32(0))
+
+
+def set_max_registers(fb: FunctionBuilder, registers: int, increase: bool) -> None:
+    """``setmaxnreg``: hand registers back, or wait for them. All warps of the warpgroup run it."""
+    direction = "inc" if increase else "dec"
+    emit(fb, f"setmaxnreg.{direction}.sync.aligned.u32 {registers};")
+
+
+# --- bulk copies: "Data Movement and Conversion Instructions: Bulk Tensor copy" -------------------------------
+
+
+def _place(first: int, rank: int) -> str:
+    return "{" + ", ".join(f"${first + axis}" for axis in range(rank)) + "}"
+
+
+def load_box(
+    fb: FunctionBuilder,
+    tensor_map: mlir.Value,
+    coordinates: Sequence[mlir.Value],
+    destination: mlir.Value,
+    barrier_address: mlir.Value,
+) -> None:
+    """Start copying a box to shared memory; its bytes count against the barrier. Coordinates: contiguous dim first."""
+    rank = len(coordinates)
+    text = (
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        f"[$0], [$1, {_place(3, rank)}], [$2];"
+    )
+    emit(fb, text, "rlr" + "r" * rank, [destination, tensor_map, barrier_address, *coordinates])
+
+
+def store_boxes(
+    fb: FunctionBuilder,
+    tensor_map: mlir.Value,
+    boxes: Sequence[tuple[Sequence[mlir.Value], mlir.Value]],
+    condition: mlir.Value | None,
+) -> None:
+    """Start copying boxes ``(coordinates, source)`` out of shared memory, as one group, under a condition."""
+    lines, arguments, kinds = [], [tensor_map], "l"
+    for coordinates, source in boxes:
+        at, rank = len(arguments), len(coordinates)
+        lines.append(
+            f"cp.async.bulk.tensor.{rank}d.global.shared::cta.bulk_group [$0, {_place(at + 1, rank)}], [${at}];"
+        )
+        arguments += [source, *coordinates]
+        kinds += "r" * (rank + 1)
+    _emit_if(fb, condition, "\n".join([*lines, "cp.async.bulk.commit_group;"]), kinds, arguments)
+
+
+def wait_stores(fb: FunctionBuilder, pending: int, read: bool) -> None:
+    """Wait until at most ``pending`` groups of this thread's bulk stores are unfinished (``read``: unread)."""
+    emit(fb, f"cp.async.bulk.wait_group{'.read' if read else ''} {pending};")
+
+
+# --- matrices -------------------------------------------------------------------------------------------------
+
+
+def store_matrices(fb: FunctionBuilder, address: mlir.Value, words: Sequence[mlir.Value], transposed: bool) -> None:
+    """``stmatrix``: 1, 2 or 4 matrices of 8 x 8 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8."""
+    places = ", ".join(f"${i + 1}" for i in range(len(words)))
+    trans = ".trans" if transposed else ""
+    text = f"stmatrix.sync.aligned.m8n8.x{len(words)}{trans}.shared.b16 [$0], {{{places}}};"
+    emit(fb, text, "r" * (len(words) + 1), [address, *words])

@@ -1,0 +1,65 @@
+"""The tools that users call besides the language: `tw.kernel`, `tw.compile`, `tw.device`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tilewright.compiler.artifact import Artifact
+from tilewright.compiler.kernel import Grid, Kernel, Launch
+from tilewright.compiler.options import CompileOptions
+
+
+def kernel(fn: Callable[..., Any]) -> Kernel:
+    """Make a tile program of a Python function; launch it with ``fn[grid](*args, **meta)``.
+
+    It runs where its arrays live: NumPy arrays and CPU tensors in the interpreter, CUDA tensors on
+    their GPU. Options by name: ``num_warps``, ``num_stages``, ``num_ctas``, ``schedule``, ``stream``.
+    """
+    return Kernel(fn)
+
+
+def compile(
+    kernel: Kernel, target: str, args: Mapping[str, Any], *, name: str | None = None, **options: Any
+) -> Artifact:
+    """Compile ahead of time for ``target`` ("sm_90a", "gfx942", "gfx950").
+
+    ``args`` maps parameters to ``tw.spec`` (tensors), dtypes (scalars) or values (constexprs with no
+    default). ``options`` as on a launch. Raises CompileError with the place in the kernel's source.
+    """
+    from tilewright.compiler.driver import compile_definition
+
+    chosen, rest = CompileOptions.split(options)
+    if rest:
+        raise TypeError(f"unknown option {next(iter(rest))!r}; options are num_warps, num_stages, num_ctas, schedule")
+    return compile_definition(kernel.definition, target, args, chosen, name)
+
+
+class BoundDevice:
+    """A device by name; `launch` runs a kernel there whatever the default would be."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def launch(self, kernel: Kernel, grid: Grid, *args: Any, **meta: Any) -> None:
+        """``kernel[grid](*args, **meta)`` on this device."""
+        Launch(kernel, grid, self.name)(*args, **meta)
+
+    def synchronize(self) -> None:
+        """Wait for everything launched on this device."""
+        if self.name != "cpu":
+            from tilewright.runtime.device import open_device
+
+            open_device(self.name).synchronize()
+
+    def __repr__(self) -> str:
+        return f"tw.device({self.name!r})"
+
+
+def device(name: str) -> BoundDevice:
+    """The device called ``name``: "cpu", "cuda:0". DeviceError when this machine does not have it."""
+    if name != "cpu":
+        from tilewright.runtime.device import open_device
+
+        open_device(name)
+    return BoundDevice(name)

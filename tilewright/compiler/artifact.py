@@ -1,0 +1,87 @@
+"""What compiling a kernel gives: binary, text of every level, launch contract and resources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tilewright.ir.abi import KernelABI
+from tilewright.runtime.device import Device
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry point of a binary. ``resources``: registers, spills, shared memory, as the tools report them."""
+
+    abi: KernelABI
+    resources: Any
+
+
+@dataclass
+class Artifact:
+    """A compiled kernel.
+
+    ``asm`` holds the texts by kind (``llvm``, ``ptx`` or ``amdgcn``), ``ir`` the Tile IR after each
+    pass by its name (``input`` is the frontend's). ``entries`` are tried in order at launch: the
+    first whose assumptions on alignment hold is started, and the last one assumes nothing.
+    """
+
+    name: str
+    target: str
+    binary: bytes
+    entries: tuple[Entry, ...]
+    asm: dict[str, str] = field(default_factory=dict)
+    ir: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    _loaded: dict[str, list[tuple[KernelABI, Any]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def abi(self) -> KernelABI:
+        """The launch contract of the first entry."""
+        return self.entries[0].abi
+
+    @property
+    def resources(self) -> Any:
+        """Resources of the first entry."""
+        return self.entries[0].resources
+
+    def save(self, path: str | Path) -> Path:
+        """Write the binary (cubin or HSACO) and return its path."""
+        path = Path(path)
+        path.write_bytes(self.binary)
+        return path
+
+    def launch(self, device: Device, grid: Sequence[int] | int, args: Sequence[Any], stream: Any = None) -> None:
+        """Start the kernel on ``device`` with one argument for each run-time parameter, in order."""
+        loaded = self._loaded.get(device.name)
+        if loaded is None:
+            loaded = self._load(device)
+        abi, function = loaded[0]
+        if len(loaded) > 1:
+            abi, function = next((e for e in loaded if assumptions_hold(e[0], args)), loaded[-1])
+        device.launch(function, abi, grid, args, stream)
+
+    def _load(self, device: Device) -> list[tuple[KernelABI, Any]]:
+        module = device.load(self.binary)
+        loaded = [(e.abi, module.function(e.abi.name)) for e in self.entries]
+        self._loaded[device.name] = loaded
+        return loaded
+
+
+def assumptions_hold(abi: KernelABI, args: Sequence[Any]) -> bool:
+    """Whether the arguments are aligned as this entry assumes."""
+    import sys
+
+    from tilewright.ir.abi import TensorParam
+    from tilewright.runtime.arguments import check_tensor, read_tensor
+    from tilewright.runtime.errors import ArgumentError
+
+    for param, argument in zip(abi.params, args, strict=True):
+        if isinstance(param, TensorParam):
+            try:
+                check_tensor(param, read_tensor(argument, param.name, sys.modules.get("torch"))[0])
+            except ArgumentError:
+                return False
+    return True

@@ -1,0 +1,34 @@
+"""Compile options by name, as users give them on launch, compile and `tw.Config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tilewright.passes.manager import PassOptions
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the user fixes; None leaves the choice to the passes.
+
+    ``num_warps``: warps that compute (producer warps come on top). ``num_stages``: depth of the rings.
+    ``num_ctas``, ``schedule``: reserved for clusters and named schedules.
+    """
+
+    num_warps: int | None = None
+    num_stages: int | None = None
+    num_ctas: int | None = None
+    schedule: str | None = None
+
+    def pass_options(self) -> PassOptions:
+        """The same choices, for the pass manager."""
+        return PassOptions(self.num_warps, self.num_stages, self.num_ctas, self.schedule)
+
+    @staticmethod
+    def split(arguments: Mapping[str, Any]) -> tuple[CompileOptions, dict[str, Any]]:
+        """Separate option names from a kernel's own keyword arguments."""
+        names = {f.name for f in fields(CompileOptions)}
+        options = CompileOptions(**{k: v for k, v in arguments.items() if k in names})
+        return options, {k: v for k, v in arguments.items() if k not in names}

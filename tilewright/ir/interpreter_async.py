@@ -1,0 +1,579 @@
+"""Rules of the scheduled asynchronous code (``async.*``), with the completion times of the worst machine.
+
+- A copy lands when somebody waits for it, no sooner; from its issue until then its slot holds poison, and reading
+  the slot is an error. A bulk store reads its slot and writes its tile at the latest moment that the waits allow.
+- A slot may be read by the thread that wrote it, that awaited the stage it was published with, or, after a block
+  barrier, by all. After a release it may not.
+- A dot's accumulator is computed at once but marked in flight; the slots that a dot in flight reads can be neither
+  released nor overwritten.
+- A ring counts arrivals per use (not per parity): publishing a stage that is not free, releasing one that was not
+  awaited, and arriving more often than declared are errors. One release by a role stands for all arrivals of the
+  role, see `_weight`.
+
+Roles run one at a time, each until it blocks, in the order of the text; when all are blocked, that is a deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from tilewright.ir import async_ops as a
+from tilewright.ir import interpreter_numerics as numerics
+from tilewright.ir.core import UNKNOWN, Function, IRError, Operation, Value
+from tilewright.ir.interpreter_machine import (
+    Blocked,
+    Frame,
+    InFlight,
+    Program,
+    Steps,
+    Thread,
+    Trap,
+    View,
+    fault,
+    load_tile,
+    rule,
+    run_region,
+    store_tile,
+)
+from tilewright.ir.interpreter_numerics import NUMPY
+from tilewright.ir.types import BufferType, RingType, SlotType
+
+# --- state ----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class SlotState:
+    """One slot of shared memory and who does what with it."""
+
+    label: str
+    array: np.ndarray
+    written: bool = False
+    copy: CopyInFlight | None = None
+    visible: set[Thread] = field(default_factory=set)  # threads that know its contents to be complete
+    readers: list[DotGroup | BulkStore] = field(default_factory=list)  # asynchronous reads in flight
+    phase: Phase | None = None  # the ring's use that it was last published with
+
+
+@dataclass(slots=True)
+class SlotRef:
+    """A slot, perhaps with permuted dimensions."""
+
+    state: SlotState
+    array: np.ndarray
+
+
+@dataclass(eq=False)
+class Buffer:
+    """The slots of an async.alloc."""
+
+    slots: list[SlotState]
+
+
+@dataclass(eq=False)
+class CopyInFlight:
+    """The token of an async.copy."""
+
+    op: a.Copy
+    ref: SlotRef
+    view: View
+    index: list[int]
+    landed: bool = False
+
+    def land(self) -> None:
+        if self.landed:
+            return
+        self.landed = True
+        shape, state = self.ref.array.shape, self.ref.state
+        self.ref.array[...] = load_tile(self.view, self.index, shape, self.op.pad)
+        state.copy, state.written = None, True
+
+
+@dataclass(eq=False)
+class DotGroup:
+    """The token of an async.dot."""
+
+    slots: list[SlotState]
+    retired: bool = False
+
+    def retire(self) -> None:
+        self.retired = True
+        for slot in self.slots:
+            slot.readers.remove(self)
+
+
+@dataclass(eq=False)
+class BulkStore:
+    """A copy from a slot to global memory that is under way."""
+
+    ref: SlotRef
+    view: View
+    index: list[int]
+    data: np.ndarray | None = None
+
+    def read(self) -> None:
+        if self.data is None:
+            self.data = self.ref.array.copy()
+            self.ref.state.readers.remove(self)
+
+    def land(self) -> None:
+        self.read()
+        assert self.data is not None
+        store_tile(self.view, self.index, self.data)
+
+
+@dataclass(eq=False)
+class Phase:
+    """One use of one stage of a ring."""
+
+    consumers: int
+    published: Fraction = Fraction(0)
+    released: Fraction = Fraction(0)
+    copies: list[CopyInFlight] = field(default_factory=list)
+    slots: list[SlotState] = field(default_factory=list)
+    awaited: set[Thread] = field(default_factory=set)
+
+    @property
+    def is_released(self) -> bool:
+        return self.released >= self.consumers
+
+
+@dataclass(eq=False)
+class Ring:
+    """Arrivals by use count, and the buffers whose slots are its stages."""
+
+    label: str
+    stages: int
+    producers: int
+    consumers: int
+    publishers: dict[Operation | None, Fraction]
+    releasers: dict[Operation | None, Fraction]
+    phases: dict[int, Phase] = field(default_factory=dict)
+    buffers: list[Buffer] = field(default_factory=list)
+
+    def phase(self, count: int) -> Phase:
+        if count < 0:
+            raise Trap(f"use count {count} is negative")
+        return self.phases.setdefault(count, Phase(self.consumers))
+
+    def is_full(self, count: int) -> bool:
+        return self.phase(count).published >= self.producers
+
+    def is_free(self, count: int) -> bool:
+        return count < self.stages or self.phase(count - self.stages).is_released
+
+
+@dataclass(eq=False)
+class BarrierState:
+    """The block-wide barrier of a program."""
+
+    arrived: int = 0
+    generation: int = 0
+
+
+# --- arrivals -------------------------------------------------------------------------------
+
+Users = tuple[list[Operation | None], list[Operation | None]]
+
+
+def ring_users(function: Function) -> dict[Value, Users]:
+    """For each ring, the roles that publish and that release it (None: code outside roles)."""
+    users: dict[Value, Users] = {}
+    for top in function.body.block.ops:
+        role = top if isinstance(top, a.Role) else None
+        for op in top.walk():
+            if isinstance(op, a.Publish | a.Release):
+                names = users.setdefault(op.ring, ([], []))[isinstance(op, a.Release)]
+                if role not in names:
+                    names.append(role)
+    return users
+
+
+def _weights(roles: Sequence[Operation | None], arrivals: int) -> dict[Operation | None, Fraction]:
+    """How many of a phase's arrivals one operation of each role stands for.
+
+    The IR counts arrivals but does not say who makes them: one thread, warp or warpgroup of a role. The unit is
+    the one for which the roles' arrivals add up to the phase's (all roles take part in each use), or else equal it
+    one by one (roles take turns). Where no unit fits, all take part evenly.
+    """
+    choices = [{role: Fraction(unit(role)) for role in roles} for unit in _UNITS]
+    for weights in choices:
+        if sum(weights.values()) == arrivals:
+            return weights
+    for weights in choices:
+        if all(weight == arrivals for weight in weights.values()):
+            return weights
+    return {role: Fraction(arrivals, len(roles)) for role in roles}
+
+
+def _warps(role: Operation | None) -> int:
+    return role.warps if isinstance(role, a.Role) and not role.single_thread else 1
+
+
+def _warpgroups(role: Operation | None) -> int:
+    return max(1, _warps(role) // 4)
+
+
+_UNITS: tuple[Callable[[Operation | None], int], ...] = (
+    _warpgroups, _warps, lambda role: 32 * _warps(role), lambda role: 1
+)  # fmt: skip
+
+
+# --- buffers and rings ------------------------------------------------------------------------
+
+
+@rule(a.Alloc)
+def _alloc(frame: Frame, op: a.Alloc) -> Buffer:
+    type_ = op.result.type
+    assert isinstance(type_, BufferType)
+    shape = (type_.stages, *type_.slot.shape)
+    memory = np.full(shape, numerics.poison(type_.slot.dtype), NUMPY[type_.slot.dtype])
+    label = f"%{op.result.hint}" if op.result.hint else "a buffer"
+    buffer = Buffer([SlotState(f"slot {i} of {label}", memory[i]) for i in range(type_.stages)])
+    frame.program.slots += buffer.slots
+    if op.ring is not None:
+        frame.read(op.ring).buffers.append(buffer)
+    return buffer
+
+
+@rule(a.MakeRing)
+def _ring(frame: Frame, op: a.MakeRing) -> Ring:
+    type_ = op.result.type
+    assert isinstance(type_, RingType)
+    publishers, releasers = frame.program.ring_users.get(op.result, ([], []))
+    return Ring(
+        f"%{op.result.hint}" if op.result.hint else "the ring", type_.stages, op.producers, op.consumers,
+        _weights(publishers, op.producers), _weights(releasers, op.consumers),
+    )  # fmt: skip
+
+
+@rule(a.Slot)
+def _slot(frame: Frame, op: a.Slot) -> SlotRef:
+    buffer, count = frame.read(op.buffer), int(frame.read(op.count))
+    state = buffer.slots[count % len(buffer.slots)]
+    return SlotRef(state, state.array)
+
+
+@rule(a.TransposeSlot)
+def _transpose_slot(frame: Frame, op: a.TransposeSlot) -> SlotRef:
+    ref = frame.read(op.slot)
+    return SlotRef(ref.state, ref.array.transpose(op.perm))
+
+
+@rule(a.Acquire)
+def _acquire(frame: Frame, op: a.Acquire) -> Steps:
+    ring, count = _use(frame, op)
+    text = f"stage {count % ring.stages} of {ring.label} to be released (use {count - ring.stages})"
+    yield from _until(lambda: ring.is_free(count), op, text)
+
+
+@rule(a.Publish)
+def _publish(frame: Frame, op: a.Publish) -> None:
+    ring, count = _use(frame, op)
+    if not ring.is_free(count):
+        raise Trap(f"use {count} of {ring.label} is published, but use {count - ring.stages} is not released")
+    phase, copies = ring.phase(count), frame.reads(op.tokens)
+    if not all(isinstance(copy, CopyInFlight) for copy in copies):
+        raise Trap("only tokens of async.copy can be published")
+    phase.published += ring.publishers.get(frame.thread.role, Fraction(1))
+    if phase.published > ring.producers:
+        raise Trap(f"use {count} of {ring.label} is published more often than its {ring.producers} arrivals")
+    phase.copies += copies
+    stage = count % ring.stages
+    covered = [*(b.slots[stage] for b in ring.buffers), *(c.ref.state for c in copies), *frame.thread.writes]
+    phase.slots = list(dict.fromkeys([*phase.slots, *covered]))
+    for slot in covered:
+        slot.phase = phase
+    frame.thread.writes.clear()
+
+
+@rule(a.Await)
+def _await(frame: Frame, op: a.Await) -> Steps:
+    ring, count = _use(frame, op)
+    text = f"stage {count % ring.stages} of {ring.label} to be published (use {count})"
+    yield from _until(lambda: ring.is_full(count), op, text)
+    phase = ring.phase(count)
+    if phase.is_released:
+        raise Trap(f"use {count} of {ring.label} is awaited after its release")
+    phase.awaited.add(frame.thread)
+    for copy in phase.copies:
+        copy.land()
+    for slot in phase.slots:
+        slot.visible.add(frame.thread)
+
+
+@rule(a.Release)
+def _release(frame: Frame, op: a.Release) -> None:
+    ring, count = _use(frame, op)
+    phase = ring.phase(count)
+    if frame.thread not in phase.awaited:
+        raise Trap(f"use {count} of {ring.label} is released by {frame.thread.name}, which did not await it")
+    for slot in phase.slots:
+        _require_unread(slot, "is released", frame.thread)
+        slot.visible.discard(frame.thread)
+    phase.released += ring.releasers.get(frame.thread.role, Fraction(1))
+    if phase.released > ring.consumers:
+        raise Trap(f"use {count} of {ring.label} is released more often than its {ring.consumers} arrivals")
+
+
+def _use(frame: Frame, op: Any) -> tuple[Ring, int]:
+    return frame.read(op.ring), int(frame.read(op.count))
+
+
+# --- slots ------------------------------------------------------------------------------------
+
+
+def read_slot(frame: Frame, ref: SlotRef) -> np.ndarray:
+    """The contents, after checks that this thread may look at them."""
+    state = ref.state
+    if state.copy is not None:
+        raise Trap(f"{state.label} is read while a copy into it is in flight")
+    if not state.written:
+        raise Trap(f"{state.label} is read, but nothing was written to it")
+    if frame.thread not in state.visible:
+        raise Trap(
+            f"{state.label} is read by {frame.thread.name}, which holds no stage of it (await before, release after)"
+        )
+    return ref.array
+
+
+def tile_or_slot(frame: Frame, value: Value) -> np.ndarray:
+    """The elements of a tile, or of a slot that may be read."""
+    found = frame.read(value)
+    return read_slot(frame, found) if isinstance(found, SlotRef) else found
+
+
+def _require_unread(slot: SlotState, what: str, thread: Thread | None = None) -> None:
+    """Trap where an asynchronous read of the slot (by ``thread``, or anybody's) is still in flight."""
+    mine = None if thread is None else {*thread.groups, *thread.stores}
+    for reader in slot.readers:
+        if mine is None or reader in mine:
+            name = "dot" if isinstance(reader, DotGroup) else "bulk store"
+            raise Trap(f"{slot.label} {what} while a {name} in flight reads it")
+
+
+def _overwrite(slot: SlotState) -> None:
+    """Check that nobody needs the slot's contents any more, and forget them."""
+    if slot.copy is not None:
+        raise Trap(f"{slot.label} is overwritten while a copy into it is in flight")
+    _require_unread(slot, "is overwritten")
+    if slot.phase is not None and not slot.phase.is_released:
+        raise Trap(f"{slot.label} is overwritten, but its stage is not released")
+    slot.visible.clear()
+
+
+@rule(a.LocalLoad)
+def _local_load(frame: Frame, op: a.LocalLoad) -> np.ndarray:
+    return read_slot(frame, frame.read(op.slot)).copy()
+
+
+@rule(a.LocalStore)
+def _local_store(frame: Frame, op: a.LocalStore) -> None:
+    ref, value = frame.read(op.slot), frame.read(op.value)
+    _overwrite(ref.state)
+    ref.array[...] = value
+    ref.state.written = True
+    ref.state.visible.add(frame.thread)
+    frame.thread.writes.append(ref.state)
+
+
+@rule(a.Copy)
+def _copy(frame: Frame, op: a.Copy) -> CopyInFlight:
+    ref, view = frame.read(op.slot), frame.read(op.view)
+    assert isinstance(op.slot.type, SlotType)
+    _overwrite(ref.state)
+    ref.state.array[...] = numerics.poison(op.slot.type.dtype)
+    copy = CopyInFlight(op, ref, view, frame.ints(op.index))
+    ref.state.copy = copy
+    frame.thread.copies.setdefault(str(op.result.type), []).append(copy)
+    return copy
+
+
+# --- matrix unit ------------------------------------------------------------------------------
+
+
+@rule(a.AsyncDot)
+def _async_dot(frame: Frame, op: a.AsyncDot) -> list[Any]:
+    acc = frame.raw(op.acc)
+    if isinstance(acc, InFlight):
+        if acc.group not in frame.thread.groups and not acc.group.retired:
+            raise Trap("the accumulator is in flight in another thread")
+        acc = acc.array
+    left, right = (tile_or_slot(frame, v) for v in (op.a, op.b))
+    slots = [found.state for found in frame.reads([op.a, op.b]) if isinstance(found, SlotRef)]
+    group = DotGroup(slots)
+    for slot in slots:
+        slot.readers.append(group)
+    frame.thread.groups.append(group)
+    return [InFlight(numerics.dot(left, right, acc), group), group]
+
+
+@rule(a.Wait)
+def _wait(frame: Frame, op: a.Wait) -> list[Any]:
+    token = None if op.token is None else frame.raw(op.token)
+    if isinstance(token, CopyInFlight):
+        _wait_copies(frame, str(token.op.result.type), op.pending)
+    else:
+        for group in _older(frame.thread.groups, op.pending):
+            group.retire()
+    return [_waited(frame.raw(v), op.pending) for v in op.values]
+
+
+def _waited(value: Any, pending: int) -> Any:
+    if not isinstance(value, InFlight):
+        return value  # the accumulator that a loop starts with
+    if not value.group.retired:
+        raise Trap(f"the dot of a value is among the {pending} that may stay in flight")
+    return value.array
+
+
+def _wait_copies(frame: Frame, kind: str, pending: int) -> None:
+    for copy in _older(frame.thread.copies[kind], pending):
+        copy.land()
+        copy.ref.state.visible.add(frame.thread)
+
+
+def _older(queue: list[Any], pending: int) -> list[Any]:
+    """Take all but the youngest ``pending`` from a queue."""
+    done = queue[: max(len(queue) - pending, 0)]
+    del queue[: len(done)]
+    return done
+
+
+# --- stores, fences, barriers -------------------------------------------------------------------
+
+
+@rule(a.BulkStore)
+def _bulk_store(frame: Frame, op: a.BulkStore) -> None:
+    ref = frame.read(op.slot)
+    read_slot(frame, ref)
+    store = BulkStore(ref, frame.read(op.view), frame.ints(op.index))
+    ref.state.readers.append(store)
+    frame.thread.stores.append(store)
+
+
+@rule(a.BulkWait)
+def _bulk_wait(frame: Frame, op: a.BulkWait) -> None:
+    stores = frame.thread.stores
+    if op.read:
+        for store in stores[: max(len(stores) - op.pending, 0)]:
+            store.read()
+        return
+    for store in _older(stores, op.pending):
+        store.land()
+
+
+@rule(a.Fence)
+def _fence(frame: Frame, op: a.Fence) -> None:
+    """Nothing: the interpreter sees one memory; missing fences are the schedule checker's to find."""
+
+
+@rule(a.Barrier)
+def _barrier(frame: Frame, op: a.Barrier) -> Steps:
+    """A block barrier waits for all roles. The threads of one role run as one, and meet at once."""
+    if op.scope != "block":
+        return
+    program = frame.program
+    state = program.barrier = program.barrier or BarrierState()
+    state.arrived += 1
+    if state.arrived == len(program.threads):
+        state.arrived, state.generation = 0, state.generation + 1
+        for slot in program.slots:
+            if slot.visible:
+                slot.visible.update(program.threads)
+        return
+    generation = state.generation
+    yield from _until(lambda: state.generation > generation, op, "the other roles at the block's barrier")
+
+
+# --- roles ------------------------------------------------------------------------------------
+
+
+@rule(a.Role)
+def _role(frame: Frame, op: a.Role) -> list[Any]:
+    frame.pending_roles.append(op)
+    return []
+
+
+#: operations that start together with the ones after them
+ROLES = (a.Role,)
+
+
+def run_roles(frame: Frame) -> Steps:
+    """Run the roles met so far side by side, to their ends."""
+    roles, frame.pending_roles = frame.pending_roles, []
+    if not roles:
+        return
+    yield from ()  # a generator like the other steps, though roles block each other and not what is around them
+    program = frame.program
+    threads = [Thread(f"role @{role.attributes['kind']}", role=role) for role in roles]
+    for slot in program.slots:
+        if frame.thread in slot.visible:
+            slot.visible.update(threads)
+    program.threads = threads
+    drive([(thread, _role_body(frame, thread)) for thread in threads])
+    program.threads = [frame.thread]
+
+
+def _role_body(outer: Frame, thread: Thread) -> Steps:
+    frame = Frame(outer.program, thread, dict(outer.values))
+    role = thread.role
+    assert isinstance(role, a.Role)
+    yield from run_region(frame, role.body)
+    finish_thread(thread, role)
+
+
+def drive(threads: Sequence[tuple[Thread, Steps]]) -> None:
+    """Run threads round robin, each until it blocks; IRError when all that are left are blocked."""
+    waiting: dict[Thread, Blocked | None] = {thread: None for thread, _ in threads}
+    steps = dict(threads)
+    while waiting:
+        moved = False
+        for thread in list(waiting):
+            blocked = waiting[thread]
+            if blocked is not None and not blocked.ready():
+                continue
+            moved = True
+            try:
+                waiting[thread] = next(steps[thread])
+            except StopIteration:
+                del waiting[thread]
+        if not moved:
+            raise _deadlock({thread: blocked for thread, blocked in waiting.items() if blocked is not None})
+
+
+def _deadlock(waiting: dict[Thread, Blocked]) -> IRError:
+    lines = []
+    for thread, blocked in waiting.items():
+        place = "" if blocked.op.loc == UNKNOWN else f" at {blocked.op.loc}"
+        lines.append(f"{thread.name}: '{blocked.op.name}'{place} waits for {blocked.text}")
+    loc = next((b.op.loc for b in waiting.values() if b.op.loc != UNKNOWN), UNKNOWN)
+    return IRError("deadlock: nothing can go on\n  " + "\n  ".join(lines), loc)
+
+
+def _until(ready: Callable[[], bool], op: Operation, text: str) -> Iterator[Blocked]:
+    if not ready():
+        yield Blocked(ready, op, text)
+
+
+def finish_thread(thread: Thread, role: Operation | None) -> None:
+    """A thread's end: its bulk stores land, and no dot may be in flight."""
+    for store in thread.stores:
+        store.land()
+    thread.stores.clear()
+    if thread.groups:
+        message = f"{thread.name} ends with {len(thread.groups)} dots in flight; async.wait for them"
+        raise fault(role, message) if role is not None else IRError(message)
+
+
+def finish_program(program: Program) -> None:
+    """The end of a block: shared memory goes away, so that no copy may be on its way there."""
+    for slot in program.slots:
+        if slot.copy is not None:
+            raise fault(
+                slot.copy.op, f"the copy into {slot.label} is in flight when the program ends; nobody waits for it"
+            )

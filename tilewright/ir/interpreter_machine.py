@@ -1,0 +1,188 @@
+"""The machine that interprets IR: values, threads of control, the table of rules, and how an operation executes.
+
+A rule computes an operation's results from its operands. Rules of operations that hold regions or may block are
+generators: they yield `Blocked` until they can go on, so that roles run side by side.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tilewright.ir import interpreter_numerics as numerics
+from tilewright.ir.core import Function, IRError, Operation, Region, Value
+
+
+@dataclass(slots=True)
+class View:
+    """A view of global memory: a strided array and the element where index 0 begins (tile.offset_view)."""
+
+    array: np.ndarray
+    origin: tuple[int, ...]
+
+
+@dataclass(eq=False, slots=True)
+class InFlight:
+    """An accumulator that the matrix unit still works on: only async.dot and async.wait may take it."""
+
+    array: np.ndarray
+    group: Any
+
+
+@dataclass(slots=True)
+class Blocked:
+    """Why an operation cannot go on: it is resumed once ``ready()`` holds."""
+
+    ready: Callable[[], bool]
+    op: Operation
+    text: str
+
+
+Steps = Generator[Blocked, None, Any]
+
+
+class Trap(Exception):
+    """A rule of the machine is broken; becomes an `IRError` with the operation's name and location."""
+
+
+@dataclass(eq=False)
+class Thread:
+    """What one role (or the code outside roles) has in flight. See `tilewright.ir.interpreter_async`."""
+
+    name: str
+    groups: list[Any] = field(default_factory=list)  # dots in flight, oldest first
+    copies: dict[str, list[Any]] = field(default_factory=dict)  # copies by token kind, oldest first
+    stores: list[Any] = field(default_factory=list)  # bulk stores, oldest first
+    writes: list[Any] = field(default_factory=list)  # slots stored to since the last publish
+    role: Operation | None = None
+
+
+@dataclass(eq=False)
+class Program:
+    """One program of the grid, or one block of a persistent kernel."""
+
+    function: Function
+    grid: tuple[int, int, int]
+    ids: tuple[int, int, int] | None
+    block_id: int
+    num_blocks: int
+    slots: list[Any] = field(default_factory=list)
+    threads: list[Thread] = field(default_factory=list)
+    barrier: Any = None
+    #: what `tilewright.ir.interpreter_async` found in the function: for each ring, who publishes and releases it
+    ring_users: dict[Value, Any] = field(default_factory=dict)
+    cache: dict[Value, Any] = field(default_factory=dict)
+
+
+class Frame:
+    """The values of one thread of control."""
+
+    def __init__(self, program: Program, thread: Thread, values: dict[Value, Any]):
+        self.program, self.thread, self.values = program, thread, values
+        self.pending_roles: list[Operation] = []
+
+    def raw(self, value: Value) -> Any:
+        """A value as it is, accumulators in flight included."""
+        return self.values[value]
+
+    def read(self, value: Value) -> Any:
+        """A value that the operation looks at."""
+        found = self.values[value]
+        if isinstance(found, InFlight):
+            name = f"%{value.hint}" if value.hint else "an accumulator"
+            raise Trap(f"reads {name} while its dot is in flight; only the results of async.wait may be read")
+        return found
+
+    def reads(self, values: Sequence[Value]) -> list[Any]:
+        return [self.read(v) for v in values]
+
+    def ints(self, values: Sequence[Value]) -> list[int]:
+        return [int(self.read(v)) for v in values]
+
+
+Rule = Callable[[Frame, Any], Any]
+#: operation class -> (rule, whether it is a generator)
+RULES: dict[type[Operation], tuple[Rule, bool]] = {}
+
+
+def rule(cls: type[Operation]) -> Callable[[Rule], Rule]:
+    """Register the rule of an operation class: gives the result, or a list for any other number of results."""
+
+    def register(fn: Rule) -> Rule:
+        RULES[cls] = fn, inspect.isgeneratorfunction(fn)
+        return fn
+
+    return register
+
+
+# --- execution ------------------------------------------------------------------------------
+
+
+def run_region(frame: Frame, region: Region, args: Sequence[Any] = ()) -> Steps:
+    """Execute a region's block; gives the yielded values."""
+    block = region.block
+    frame.values.update(zip(block.args, args, strict=True))
+    for op in block.ops:
+        if op.terminator:
+            return [frame.raw(v) for v in op.operands]
+        yield from execute(frame, op)
+    return []
+
+
+def execute(frame: Frame, op: Operation) -> Steps:
+    """One operation, its results stored, its faults given the source location."""
+    found = RULES.get(type(op))
+    try:
+        if found is None:
+            raise Trap("the interpreter has no rule for this operation")
+        apply, blocking = found
+        result = (yield from apply(frame, op)) if blocking else apply(frame, op)
+    except IRError:
+        raise
+    except Exception as error:
+        raise fault(op, str(error) or type(error).__name__) from error
+    if len(op.results) == 1 and not isinstance(result, list):
+        frame.values[op.results[0]] = result
+    else:
+        frame.values.update(zip(op.results, result or [], strict=True))
+
+
+def fault(op: Operation, message: str) -> IRError:
+    """An error of the running program at an operation."""
+    return IRError(f"'{op.name}': {message}", op.loc)
+
+
+# --- global memory --------------------------------------------------------------------------
+
+
+def _window(view: View, index: Sequence[int], shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The slices of the array and of the tile where the tile at ``index`` lies inside the view."""
+    outer, inner = [], []
+    for origin, i, n, size in zip(view.origin, index, shape, view.array.shape, strict=True):
+        start = origin + i * n
+        first, last = max(start, 0), min(start + n, size)
+        last = max(last, first)
+        outer.append(slice(first, last))
+        inner.append(slice(first - start, last - start) if last > first else slice(0, 0))
+    return tuple(outer), tuple(inner)
+
+
+def load_tile(view: View, index: Sequence[int], shape: tuple[int, ...], pad: float) -> np.ndarray:
+    """A copy of the tile at ``index`` (counted in tiles), ``pad`` outside the view."""
+    outer, inner = _window(view, index, shape)
+    found = view.array[outer]
+    if found.shape == shape:
+        return found.copy()
+    tile = np.full(shape, numerics.constant(pad, numerics.dtype_of(view.array)), view.array.dtype)
+    tile[inner] = found
+    return tile
+
+
+def store_tile(view: View, index: Sequence[int], tile: np.ndarray) -> None:
+    """Write the part of the tile at ``index`` that lies inside the view."""
+    outer, inner = _window(view, index, tile.shape)
+    view.array[outer] = tile[inner]

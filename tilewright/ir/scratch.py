@@ -1,0 +1,113 @@
+"""Shared memory that single operations borrow: `tile.reduce` across warps and `tile.convert` through memory.
+
+The shared-memory plan asks `scratch_bytes`, places as many bytes and sets the operation's ``scratch``; the backends
+lay the data out as described here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+from tilewright.ir.core import IRError, Operation
+from tilewright.ir.layout import (
+    LinearLayout,
+    SharedLayout,
+    choose_shared_layout,
+    conversion_kind,
+    shared_candidates,
+    shared_cycles,
+)
+from tilewright.ir.tile_ops import Convert, Reduce
+from tilewright.ir.types import DType, ScalarType, TileType
+
+#: what the scratch of any operation is aligned to
+SCRATCH_ALIGNMENT = 128
+
+_BANKS = {32: "nvidia", 64: "cdna3"}
+
+
+def scratch_bytes(op: Operation) -> int:
+    """Bytes of shared memory that the operation needs at ``scratch``; 0 where registers and shuffles do."""
+    if isinstance(op, Reduce):
+        return _reduce_bytes(op)
+    if isinstance(op, Convert):
+        plan = convert_layout(op)
+        return 0 if plan is None else plan.bytes
+    return 0
+
+
+# --- reductions ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AxisBits:
+    """The lane and warp bits that a reduction over one axis combines."""
+
+    lane: tuple[int, ...]
+    warp: tuple[int, ...]
+
+
+def accumulator(dtype: DType) -> int:
+    """Bytes of one partial result: small floats are reduced in f32, bools as bytes."""
+    return 4 if dtype.is_float and dtype.bits < 32 else dtype.bytes
+
+
+def axis_bits(layout: LinearLayout, axis: int) -> AxisBits:
+    """The thread bits along ``axis``; ValueError where a bit moves along other axes too."""
+    found: dict[str, list[int]] = {"lane": [], "warp": []}
+    for name, bits in found.items():
+        for bit, vector in enumerate(layout.basis(name)):
+            if vector[axis]:
+                if any(c for other, c in enumerate(vector) if other != axis):
+                    raise ValueError(f"{name} bit {bit} moves along several axes ({list(vector)}): convert the layout first")
+                bits.append(bit)
+    return AxisBits(tuple(found["lane"]), tuple(found["warp"]))
+
+
+def _reduce_bytes(op: Reduce) -> int:
+    type_ = op.source.type
+    if not isinstance(type_, TileType) or type_.layout is None:
+        raise IRError(f"'{op.name}': the source has no layout", op.loc)
+    warps = len(axis_bits(type_.layout, op.axis).warp)
+    left = op.result.type.size if isinstance(op.result.type, TileType) else 1
+    assert isinstance(op.result.type, TileType | ScalarType)
+    return (left << warps) * accumulator(type_.dtype) if warps else 0
+
+
+# --- conversions ----------------------------------------------------------------------------------
+
+
+def convert_layout(op: Convert) -> SharedLayout | None:
+    """The layout of the tile in scratch memory; None where the conversion renames registers.
+
+    Bools take a byte each. The layout is the one with the fewest bank conflicts for both sides.
+    """
+    source, result = op.source.type, op.result.type
+    if not isinstance(source, TileType) or source.layout is None or not isinstance(result, TileType):
+        raise IRError(f"'{op.name}': the source has no layout", op.loc)
+    assert result.layout is not None
+    if conversion_kind(source.layout, result.layout) in ("identity", "registers"):
+        return None
+    return _exchange_layout(source.layout, result.layout, max(8, source.dtype.bits))
+
+
+@lru_cache(maxsize=256)
+def _exchange_layout(source: LinearLayout, result: LinearLayout, bits: int) -> SharedLayout:
+    banks = _BANKS[source.num_lanes]
+    shape = source.tile_shape
+    orders = list(permutations(range(len(shape)))) if len(shape) <= 3 else [tuple(reversed(range(len(shape))))]
+    writers, readers = [(source, 16)], [(result, 16)]
+    best = [
+        choose_shared_layout(shape, bits, order, readers, writers, banks, shared_candidates(shape, bits, order, banks))
+        for order in orders
+    ]
+
+    def cycles(layout: SharedLayout) -> int:
+        return shared_cycles(source, layout, 16, banks, "write") + shared_cycles(result, layout, 16, banks, "read")
+
+    return min(best, key=cycles)
+
+
+__all__ = ["SCRATCH_ALIGNMENT", "AxisBits", "accumulator", "axis_bits", "convert_layout", "scratch_bytes"]
