@@ -138,7 +138,7 @@ def test_half_sums_accumulate_in_float32(body, view):
         tw.store(y, 0, tw.sum(tw.load(x, 0, 4096)))
 
     lines = body(kernel, x=view("bf16", None), y=view("bf16", None))
-    assert any("tile.sum" in line and line.endswith(": f32") for line in lines)
+    assert any("tile.reduce.sum" in line and line.endswith(": f32") for line in lines)
     assert any("tile.cast" in line and line.endswith(": bf16") for line in lines)
 
 
@@ -265,8 +265,8 @@ def test_builtins_refuse_to_run_on_the_host():
 
 
 def test_spec():
-    spec = tw.spec("bf16", ("M", 64, "K"))
-    assert str(spec.view_type()) == "view<?x64x?xbf16, strides=[?, ?, 1], align=16>"
+    spec = tw.spec("bf16", ("M", 64, "K"), align=32)
+    assert str(spec.view_type()) == "view<?x64x?xbf16, strides=[?, ?, 1], align=32>"
     assert tw.spec(tw.float32, (4, 8)).strides == (8, 1)
     with pytest.raises(ValueError, match="unknown dtype"):
         tw.spec("float33", (4,))

@@ -34,12 +34,12 @@ def softmax(x: tw.Tensor, y: tw.Tensor, *, N: tw.constexpr):
 
 
 @tw.function
-def online(m, l, scores):
+def online(m, total, scores):
     """One step of the online softmax: new maximum, new sum, scale of the old sum, weights."""
     new = tw.maximum(m, tw.max(scores, axis=1))
     scale = tw.exp2(m - new)
     weights = tw.exp2(scores - new[:, None])
-    return new, l * scale + tw.sum(weights, axis=1), scale, weights
+    return new, total * scale + tw.sum(weights, axis=1), scale, weights
 
 
 def attention(q, k, v, o, scale: tw.float32, BM: tw.constexpr, BN: tw.constexpr, D: tw.constexpr, CAUSAL: tw.constexpr):

@@ -134,7 +134,8 @@ EXPRESSIONS = {
 def _expression(text: str) -> str:
     """``tile.add i32 2 3`` -> IR: literals become constants of the dtype named before or of the parameters'."""
     types = {"%x": "i32", "%y": "i32", "%p": "i1", "%q": "i1", "%f": "f32", "%g": "f32", "%r": "tile<8xf32>"}
-    (name, *words), _, cast = [*text.partition(" : ")][0].split(), *text.partition(" : ")[1:]
+    head, _, cast = text.partition(" : ")
+    name, *words = head.split()
     named = [w for w in words if w[0] in "tfib" and w not in ("true", "false", "inf")]
     operands = [w for w in words if w not in named]
     type_ = (named or [types[w] for w in operands[::-1] if w in types] or ["i32"])[0]
@@ -269,7 +270,8 @@ REWRITES = {
         "%e = tile.constant {value = 40} : i32  tile.yield [%e]",
     ),
     "maximum_of_equal_floats": (
-        "%c = tile.constant {value = 5.0} : tile<2x8xf32>  %e = tile.reduce.max %c {axis = 0} : tile<8xf32>  tile.yield [%e]",
+        """%c = tile.constant {value = 5.0} : tile<2x8xf32>
+           %e = tile.reduce.max %c {axis = 0} : tile<8xf32>  tile.yield [%e]""",
         "%e = tile.constant {value = 5.0} : tile<8xf32>  tile.yield [%e]",
     ),
     "static_dim": (

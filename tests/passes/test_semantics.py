@@ -40,7 +40,7 @@ from tilewright.passes.manager import PassContext, PassManager
 CONTEXT = PassContext(get_target("sm_90a"))
 DTYPES = (i1, i8, i32, i64, f32, f16, bf16)
 SHAPES = ((4, 8), (8, 4), (1, 8), (8,), (32,))
-SLOTS = 64  # of 32 elements, in each output
+SLOTS = 256  # of 32 elements, in each output
 INTS = (0, 0, 1, 1, 2, 3, 7, -1, -8, 127, -128)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 3.0, -2.75, 1e3, 1e-3, float("inf"), float("nan"))
 
@@ -50,6 +50,9 @@ class Generator:
 
     def __init__(self, seed: int):
         self.rng = Random(seed)
+        # few types in one program: then operations meet operations that the passes combine
+        self.dtypes = [i32, *self.rng.sample(DTYPES, 2)]
+        self.shapes = self.rng.sample(SHAPES, 2)
         views = [(f"{way}_{d}", ViewType((None,), d, (1,), 16)) for way in ("in", "out") for d in DTYPES]
         self.block = Block([*views, ("n", ScalarType(i32)), ("x", ScalarType(f32)), ("p", ScalarType(i1))])
         args = {a.hint: a for a in self.block.args}
@@ -59,7 +62,7 @@ class Generator:
         self.stores = 0
         pool = [args["n"], args["x"], args["p"]]
         self.statements(pool, 25, depth=2)
-        for value in self.rng.sample(pool, min(8, len(pool))):
+        for value in pool:
             self.store(value)
         self.module = Module([Function("random", Region(self.block))])
 
@@ -81,8 +84,8 @@ class Generator:
     # --- values -------------------------------------------------------------------------------
 
     def type(self) -> Type:
-        dtype = self.rng.choice(DTYPES)
-        return ScalarType(dtype) if self.rng.random() < 0.5 else TileType(self.rng.choice(SHAPES), dtype)
+        dtype = self.rng.choice(self.dtypes)
+        return ScalarType(dtype) if self.rng.random() < 0.5 else TileType(self.rng.choice(self.shapes), dtype)
 
     def literal(self, type_: Type) -> Value:
         dtype = element_type(type_)
@@ -97,10 +100,9 @@ class Generator:
     def some(self, pool: Sequence[Value], accept=lambda type_: True) -> Value:
         found = [v for v in pool if accept(v.type)]
         if found and self.rng.random() < 0.9:
-            return self.rng.choice(found)
-        while not accept(type_ := self.type()):
-            pass
-        return self.literal(type_)
+            return self.rng.choice(found[-3:] if self.rng.random() < 0.5 else found)
+        types = [ScalarType(i32), TileType((8,), i32), *(self.type() for _ in range(4))]
+        return self.literal(self.rng.choice([t for t in types if accept(t)]))
 
     def make_constant(self, pool):
         return self.literal(self.type())
@@ -115,8 +117,8 @@ class Generator:
     def make_unary(self, pool):
         source = self.some(pool)
         dtype = element_type(source.type)
-        fns = ["not"] if dtype == i1 else ["neg", "abs", "not"] if dtype.is_int else ["neg", "abs", "floor", "ceil", "sqrt"]
-        return self.builder.unary(self.rng.choice(fns), source)
+        fns = ["neg", "abs", "floor", "ceil", "sqrt"] if dtype.is_float else ["not"]
+        return self.builder.unary(self.rng.choice(fns + ["neg", "abs"] * dtype.is_int), source)
 
     def make_binary(self, pool):
         lhs = self.some(pool)
@@ -142,16 +144,17 @@ class Generator:
         return self.builder.select(self.of(pool, type_), a, self.of(pool, a.type))
 
     def make_cast(self, pool):
-        return self.builder.cast(self.some(pool), self.rng.choice(DTYPES))
+        return self.builder.cast(self.some(pool), self.rng.choice(self.dtypes))
 
     def make_bitcast(self, pool):
         source = self.some(pool, lambda t: element_type(t) in (f32, i32))
         return self.builder.bitcast(source, i32 if element_type(source.type) == f32 else f32)
 
     def make_load(self, pool):
-        dtype = self.rng.choice(DTYPES)
+        dtype = self.rng.choice(self.dtypes)
         shape = self.rng.choice([(8,), (32,)])
-        return self.builder.load(self.inputs[dtype], [self.of(pool, ScalarType(i32))], shape, self.rng.choice([0, 1]))
+        view = self.rng.choice([self.inputs, self.outputs])[dtype]
+        return self.builder.load(view, [self.of(pool, ScalarType(i32))], shape, self.rng.choice([0, 1]))
 
     def make_dim(self, pool):
         return self.builder.dim(self.inputs[self.rng.choice(DTYPES)], 0)
@@ -163,12 +166,13 @@ class Generator:
     def make_shape(self, pool):
         source, b = self.some(pool), self.builder
         if isinstance(source.type, ScalarType):
-            return b.splat(source, self.rng.choice(SHAPES))
+            return b.splat(source, self.rng.choice(self.shapes))
         shape = source.type.shape
-        shapes = [s for s in (*SHAPES, (2, 4), (1, 4, 8), shape) if np.prod(s) == source.type.size]
+        shapes = [s for s in (*SHAPES, (2, 4), (2, 4, 4), shape) if np.prod(s) == source.type.size]
         moves = [lambda: b.reshape(source, self.rng.choice(shapes))]
+        if len(shape) > 1:
+            moves += [lambda: b.transpose(source, self.rng.sample(range(len(shape)), len(shape)))] * 2
         if len(shape) == 2:
-            moves.append(lambda: b.transpose(source, (1, 0)))
             moves.append(lambda: b.extract(source, (0, 2), (1, min(2, shape[1] - 2))) if shape[1] > 2 else source)
         if len(shape) == 1:
             moves.append(lambda: b.expand_dims(source, self.rng.choice([0, 1])))

@@ -186,8 +186,18 @@ def emit_assembly(optimized: OptimizedModule) -> str:
     return optimized.machine.emit_assembly(optimized.module.clone())
 
 
+#: A call of inline assembly whose text is not empty.
+_ASM_TEXT = re.compile(r'\bcall\b.*?\basm [^"]*"[^"]+", "')
+
+
 def emit_object(optimized: OptimizedModule) -> bytes:
-    """A relocatable object file. NVPTX has none: use the assembly."""
+    """A relocatable object file, for AMD.
+
+    Raises BackendError for NVPTX, which has none, and for inline assembly other than the empty
+    string: llvmlite has no AMDGPU assembly parser, and LLVM would end the process.
+    """
     if optimized.spec.triple.startswith("nvptx"):
         raise BackendError("llvm", "NVPTX has no object format; assemble its PTX with ptxas")
+    if calls := [line.strip() for line in optimized.text().splitlines() if _ASM_TEXT.search(line)]:
+        raise BackendError("llvm", "inline assembly cannot become an object file; use an intrinsic", calls)
     return optimized.machine.emit_object(optimized.module.clone())

@@ -21,7 +21,6 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ Value = Any
 Type = Any
 Block = Any
 Number = int | float
+_NUMBER = (int, float)  # a union would be built anew at every isinstance
 
 #: GEP index that stands for "take the next operand" (``LLVM::GEPOp::kDynamicIndex``).
 _DYNAMIC_INDEX = -(2**31)
@@ -117,6 +117,7 @@ class Module:
         #: where the kernel is defined; debug information names this file for every line
         self.location = ir.Location.file(file, line, 0, context=self.context)
         self._attributes: dict[str, Any] = {}
+        self._type_attributes: dict[Type, Any] = {}
         self._symbols: dict[str, int] = {}
         self._module = ir.Module.create(self.unknown_location)
         self._module.operation.attributes["llvm.target_triple"] = self.string(triple)
@@ -135,7 +136,9 @@ class Module:
         return ir.StringAttr.get(text, context=self.context)
 
     def type_attribute(self, type_: Type) -> Any:
-        return ir.TypeAttr.get(type_, context=self.context)
+        if type_ not in self._type_attributes:
+            self._type_attributes[type_] = ir.TypeAttr.get(type_, context=self.context)
+        return self._type_attributes[type_]
 
     def _create_top(self, name: str, attributes: dict[str, Any], regions: int = 0) -> Any:
         return ir.Operation.create(name, attributes=attributes, regions=regions, loc=self.location, ip=self._top)
@@ -319,6 +322,15 @@ class Loop:
         self.next_values = list(values)
 
 
+def _named(method: Callable[..., Value], name: str) -> Callable[..., Value]:
+    """``method`` with the operation name filled in. (functools.partialmethod costs a microsecond a call.)"""
+
+    def call(self: FunctionBuilder, *operands: Any, **options: Any) -> Value:
+        return method(self, name, *operands, **options)
+
+    return call
+
+
 class FunctionBuilder:
     """Appends operations to the current block of one function.
 
@@ -455,16 +467,16 @@ class FunctionBuilder:
             self._once[cache_key] = self._entry(name, type_, attributes)
         return self._once[cache_key]
 
-    def const_i32(self, value: int) -> Value:
+    def i32(self, value: int) -> Value:
         return self.const(value, self.types.i32)
 
-    def const_i64(self, value: int) -> Value:
+    def i64(self, value: int) -> Value:
         return self.const(value, self.types.i64)
 
-    def const_i1(self, value: bool) -> Value:
+    def i1(self, value: bool) -> Value:
         return self.const(value, self.types.i1)
 
-    def const_f32(self, value: float) -> Value:
+    def f32(self, value: float) -> Value:
         return self.const(value, self.types.f32)
 
     def undef(self, type_: Type) -> Value:
@@ -488,19 +500,19 @@ class FunctionBuilder:
         attributes = {"elem_type": self.module.type_attribute(type_)}
         if align is not None:
             attributes["alignment"] = self.module.integer(64, align)
-        return self._entry("llvm.alloca", self.types.ptr(space), attributes, [self.const_i32(count)])
+        return self._entry("llvm.alloca", self.types.ptr(space), attributes, [self.i32(count)])
 
     # --- integers ---------------------------------------------------------------------------
 
     def _pair(self, x: Value | Number, y: Value | Number) -> tuple[Value, Value, Type]:
         """Both operands as values of one type; a Python number takes the other's type."""
-        if isinstance(y, int | float):
-            if isinstance(x, int | float):
+        if isinstance(y, _NUMBER):
+            if isinstance(x, _NUMBER):
                 raise TypeError("two plain numbers have no LLVM type: compute with them in Python")
             type_ = x.type
             return x, self.const(y, type_), type_
         type_ = y.type
-        return (self.const(x, type_) if isinstance(x, int | float) else x), y, type_
+        return (self.const(x, type_) if isinstance(x, _NUMBER) else x), y, type_
 
     def _integer(self, name: str, x: Value | int, y: Value | int, flags: str = "") -> Value:
         x, y, type_ = self._pair(x, y)
@@ -521,28 +533,28 @@ class FunctionBuilder:
         return self._value(f"llvm.{name}", type_, [x, y], {})
 
     # ``flags`` (of the first four): "", "nsw", "nuw" or "nsw, nuw"
-    add = partialmethod(_integer, "add")
-    sub = partialmethod(_integer, "sub")
-    mul = partialmethod(_integer, "mul")
-    shl = partialmethod(_integer, "shl")
-    sdiv = partialmethod(_integer, "sdiv")
-    srem = partialmethod(_integer, "srem")
-    udiv = partialmethod(_integer, "udiv")
-    urem = partialmethod(_integer, "urem")
-    and_ = partialmethod(_integer, "and")
-    or_ = partialmethod(_integer, "or")
-    xor = partialmethod(_integer, "xor")
-    lshr = partialmethod(_integer, "lshr")
-    ashr = partialmethod(_integer, "ashr")
+    add = _named(_integer, "add")
+    sub = _named(_integer, "sub")
+    mul = _named(_integer, "mul")
+    shl = _named(_integer, "shl")
+    sdiv = _named(_integer, "sdiv")
+    srem = _named(_integer, "srem")
+    udiv = _named(_integer, "udiv")
+    urem = _named(_integer, "urem")
+    and_ = _named(_integer, "and")
+    or_ = _named(_integer, "or")
+    xor = _named(_integer, "xor")
+    lshr = _named(_integer, "lshr")
+    ashr = _named(_integer, "ashr")
 
     def _integer_intrinsic(self, name: str, x: Value | int, y: Value | int) -> Value:
         x, y, type_ = self._pair(x, y)
         return self._value(f"llvm.intr.{name}", type_, [x, y], {})
 
-    smin = partialmethod(_integer_intrinsic, "smin")
-    smax = partialmethod(_integer_intrinsic, "smax")
-    umin = partialmethod(_integer_intrinsic, "umin")
-    umax = partialmethod(_integer_intrinsic, "umax")
+    smin = _named(_integer_intrinsic, "smin")
+    smax = _named(_integer_intrinsic, "smax")
+    umin = _named(_integer_intrinsic, "umin")
+    umax = _named(_integer_intrinsic, "umax")
 
     def neg(self, x: Value) -> Value:
         return self.sub(0, x)
@@ -558,7 +570,7 @@ class FunctionBuilder:
         x, y, type_ = self._pair(x, y)
         known_x, known_y = self._integers.get(x), self._integers.get(y)
         if known_x is not None and known_y is not None:
-            return self.const_i1(_fold_compare(predicate, known_x, known_y, type_.width))
+            return self.i1(_fold_compare(predicate, known_x, known_y, type_.width))
         attributes = {"predicate": self.module.integer(64, _ICMP[predicate])}
         return self._value("llvm.icmp", self._boolean_like(type_), [x, y], attributes)
 
@@ -584,36 +596,39 @@ class FunctionBuilder:
         x, y, type_ = self._pair(x, y)
         return self._value(name, type_, [x, y], self._fast(fastmath))
 
-    fadd = partialmethod(_float, "llvm.fadd")
-    fsub = partialmethod(_float, "llvm.fsub")
-    fmul = partialmethod(_float, "llvm.fmul")
-    fdiv = partialmethod(_float, "llvm.fdiv")
-    frem = partialmethod(_float, "llvm.frem")  # the sign of its first operand
-    minnum = partialmethod(_float, "llvm.intr.minnum")  # of a number and a NaN, the number
-    maxnum = partialmethod(_float, "llvm.intr.maxnum")
-    minimum = partialmethod(_float, "llvm.intr.minimum")  # NaN if an operand is; -0.0 < 0.0
-    maximum = partialmethod(_float, "llvm.intr.maximum")
-    copysign = partialmethod(_float, "llvm.intr.copysign")
+    fadd = _named(_float, "llvm.fadd")
+    fsub = _named(_float, "llvm.fsub")
+    fmul = _named(_float, "llvm.fmul")
+    fdiv = _named(_float, "llvm.fdiv")
+    frem = _named(_float, "llvm.frem")  # the sign of its first operand
+    minnum = _named(_float, "llvm.intr.minnum")  # of a number and a NaN, the number
+    maxnum = _named(_float, "llvm.intr.maxnum")
+    minimum = _named(_float, "llvm.intr.minimum")  # NaN if an operand is; -0.0 < 0.0
+    maximum = _named(_float, "llvm.intr.maximum")
+    copysign = _named(_float, "llvm.intr.copysign")
 
-    def _float_unary(self, name: str, x: Value, fastmath: str = "none") -> Value:
-        return self._value(name, x.type, [x], self._fast(fastmath))
+    def fneg(self, x: Value, fastmath: str = "none") -> Value:
+        return self._value("llvm.fneg", x.type, [x], self._fast(fastmath))
 
-    # exp2 is the one transcendental function that every GPU target has. The NVPTX back end kills the
-    # process on llvm.exp, llvm.log2, and tanh or sin without "afn": a math library belongs to the target.
-    exp2 = partialmethod(_float_unary, "llvm.intr.exp2")
-    fneg = partialmethod(_float_unary, "llvm.fneg")
-    fabs = partialmethod(_float_unary, "llvm.intr.fabs")
-    sqrt = partialmethod(_float_unary, "llvm.intr.sqrt")
-    floor = partialmethod(_float_unary, "llvm.intr.floor")
-    ceil = partialmethod(_float_unary, "llvm.intr.ceil")
-    ftrunc = partialmethod(_float_unary, "llvm.intr.trunc")  # towards zero
-    rint = partialmethod(_float_unary, "llvm.intr.rint")  # to nearest, ties to even
-    roundeven = partialmethod(_float_unary, "llvm.intr.roundeven")
+    def float_unary(self, name: str, x: Value, fastmath: str = "none") -> Value:
+        """``llvm.intr.<name>``: fabs, sqrt, floor, ceil, trunc, rint, roundeven, and exp2.
+
+        exp2 is the one transcendental function that every GPU target has. The NVPTX back end kills the
+        process on exp, log2, and tanh or sin without "afn": a math library belongs to the target.
+        """
+        return self._value(f"llvm.intr.{name}", x.type, [x], self._fast(fastmath))
+
+    fabs = _named(float_unary, "fabs")
+    sqrt = _named(float_unary, "sqrt")
+    exp2 = _named(float_unary, "exp2")
+    floor = _named(float_unary, "floor")
+    ceil = _named(float_unary, "ceil")
+    rint = _named(float_unary, "rint")  # to nearest, ties to even
 
     def fma(self, x: Value, y: Value | float, z: Value | float, fastmath: str = "none") -> Value:
         """x * y + z, rounded once."""
         x, y, type_ = self._pair(x, y)
-        z = self.const(z, type_) if isinstance(z, int | float) else z
+        z = self.const(z, type_) if isinstance(z, _NUMBER) else z
         return self._value("llvm.intr.fma", type_, [x, y, z], self._fast(fastmath))
 
     def fcmp(self, predicate: str, x: Value | float, y: Value | float, fastmath: str = "none") -> Value:
@@ -639,16 +654,16 @@ class FunctionBuilder:
     def _cast(self, name: str, x: Value, type_: Type) -> Value:
         return x if x.type == type_ else self._value(f"llvm.{name}", type_, [x], {})
 
-    fptrunc = partialmethod(_cast, "fptrunc")
-    fpext = partialmethod(_cast, "fpext")
-    sitofp = partialmethod(_cast, "sitofp")
-    uitofp = partialmethod(_cast, "uitofp")
-    fptosi = partialmethod(_cast, "fptosi")  # poison outside the range of the type
-    fptoui = partialmethod(_cast, "fptoui")
-    bitcast = partialmethod(_cast, "bitcast")
-    ptrtoint = partialmethod(_cast, "ptrtoint")
-    inttoptr = partialmethod(_cast, "inttoptr")
-    addrspacecast = partialmethod(_cast, "addrspacecast")
+    fptrunc = _named(_cast, "fptrunc")
+    fpext = _named(_cast, "fpext")
+    sitofp = _named(_cast, "sitofp")
+    uitofp = _named(_cast, "uitofp")
+    fptosi = _named(_cast, "fptosi")  # poison outside the range of the type
+    fptoui = _named(_cast, "fptoui")
+    bitcast = _named(_cast, "bitcast")
+    ptrtoint = _named(_cast, "ptrtoint")
+    inttoptr = _named(_cast, "inttoptr")
+    addrspacecast = _named(_cast, "addrspacecast")
 
     def fptosi_sat(self, x: Value, type_: Type) -> Value:
         """To the nearest value of the type, NaN to 0."""
@@ -674,11 +689,11 @@ class FunctionBuilder:
             return base
         element = element or self.types.i8
         if inbounds and len(indices) == 1:
-            offset: Value = self.const_i64(indices[0]) if isinstance(indices[0], int) else indices[0]
+            offset: Value = self.i64(indices[0]) if isinstance(indices[0], int) else indices[0]
             signature = f"({base.type}, {offset.type}) -> {base.type}, {element}"
             return self._template(f"llvm.getelementptr inbounds %0[%1] : {signature}", [base, offset])
         dynamic = [
-            self.const_i64(i) if isinstance(i, int) else i
+            self.i64(i) if isinstance(i, int) else i
             for i, known in zip(indices, constants, strict=True)
             if known is None
         ]
@@ -754,11 +769,11 @@ class FunctionBuilder:
         return self._value("llvm.insertvalue", aggregate.type, [aggregate, value], attributes)
 
     def extractelement(self, vector: Value, index: Value | int) -> Value:
-        position = self.const_i32(index) if isinstance(index, int) else index
+        position = self.i32(index) if isinstance(index, int) else index
         return self._value("llvm.extractelement", vector.type.element_type, [vector, position], {})
 
     def insertelement(self, vector: Value, value: Value, index: Value | int) -> Value:
-        position = self.const_i32(index) if isinstance(index, int) else index
+        position = self.i32(index) if isinstance(index, int) else index
         return self._value("llvm.insertelement", vector.type, [vector, value, position], {})
 
     def shuffle(self, x: Value, y: Value, mask: Sequence[int]) -> Value:

@@ -75,6 +75,14 @@ def compile_modules(modules: Sequence[Module], target: str, options: CompileOpti
     return artifact
 
 
+def compile_text(text: str, target: str) -> Artifact:
+    """Run the backend alone on scheduled IR text, such as a reproducer file."""
+    start = perf_counter()
+    result = shared_worker().compile(Request(text, target))
+    entries = tuple(Entry(abi, resources) for abi, resources in result.entries)
+    return Artifact(entries[0].abi.name, target, result.binary, entries, result.asm, {"input": text}, perf_counter() - start)
+
+
 def schedule(
     module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument] = ()
 ) -> Module:

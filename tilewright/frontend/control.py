@@ -19,6 +19,7 @@ from tilewright.frontend.merging import (
     rebuild,
     same_structure,
 )
+from tilewright.frontend.scope import name_value
 from tilewright.frontend.statements import Statements
 from tilewright.frontend.values import RangeValue, Undefined, ViewShape, describe, dtype_of, is_scalar
 from tilewright.ir.core import Block, Value
@@ -217,7 +218,13 @@ class Control(Statements):
         return variables
 
     def _inits(self, variables: Sequence[Variable]) -> list[Value]:
-        return [self.emit.materialise(leaf) for v in variables for leaf in v.runtime]
+        """The values that loop-carried variables start with."""
+        inits = []
+        for variable in variables:
+            for name, leaf in zip(variable.hints, variable.runtime, strict=True):
+                inits.append(self.emit.materialise(leaf))
+                name_value(name, inits[-1])
+        return inits
 
     def _enter(self, variables: Sequence[Variable], args: Sequence[Value]) -> None:
         values = iter(args)

@@ -245,6 +245,8 @@ class Dependencies:
         sha = hashlib.sha256()
         for definition in self.functions.values():
             sha.update(f"{definition.file}:{definition.first_line}\n{definition.source}\n".encode())
+            for p in definition.parameters:
+                sha.update(f"{p.name}: {p.kind} {p.dtype} = {constant_text(p.default)}\n".encode())
         for name in sorted(self.constants):
             sha.update(f"{name} = {constant_text(self.constants[name])}\n".encode())
         return sha.hexdigest()

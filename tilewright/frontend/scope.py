@@ -132,8 +132,8 @@ def name_value(name: str, value: Any) -> None:
 
 def suggestion(name: str, names: Iterable[str]) -> str:
     """``did you mean 'x'?`` or nothing."""
-    close = difflib.get_close_matches(name, sorted(names), n=2, cutoff=0.6)
-    return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?" if close else ""
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    return f"did you mean '{close[0]}'?" if close else ""
 
 
 def host_value(value: Any, what: str) -> Any:

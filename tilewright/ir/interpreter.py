@@ -118,7 +118,7 @@ def _argument(param: Value, argument: Any) -> Any:
     if array.ndim != type_.rank or any(n not in (None, m) for n, m in zip(type_.shape, array.shape, strict=True)):
         raise Trap(f"an array of shape {array.shape} is no {type_}")
     for want, stride, size in zip(type_.strides, array.strides, array.shape, strict=True):
-        if size > 1 and want is not None and want * array.itemsize != stride:
+        if array.size and size > 1 and want is not None and want * array.itemsize != stride:
             raise Trap(f"an array with strides of {array.strides} bytes is no {type_}")
     return View(array, (0,) * array.ndim)
 

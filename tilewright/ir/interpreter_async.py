@@ -6,6 +6,8 @@
   barrier, by all. After a release it may not.
 - A dot's accumulator is computed at once but marked in flight; the slots that a dot in flight reads can be neither
   released nor overwritten.
+- A slot may be overwritten by a thread that knows of the releases of its last use, through the ring (acquire) or
+  through other waits; that the releases happen to have happened is not enough.
 - A ring counts arrivals per use (not per parity): publishing a stage that is not free, releasing one that was not
   awaited, and arriving more often than declared are errors. One release by a role stands for all arrivals of the
   role, see `_weight`.
@@ -42,6 +44,27 @@ from tilewright.ir.interpreter_machine import (
 )
 from tilewright.ir.interpreter_numerics import NUMPY
 from tilewright.ir.types import BufferType, RingType, SlotType
+
+# --- time -----------------------------------------------------------------------------------
+
+Clock = dict[Thread, int]
+
+
+def _join(clock: Clock, other: Clock) -> None:
+    """Everything known in ``other`` becomes known in ``clock``."""
+    for thread, event in other.items():
+        clock[thread] = max(clock.get(thread, 0), event)
+
+
+def _signal(thread: Thread, clock: Clock) -> None:
+    """An event of the thread that others may come to know of through ``clock``."""
+    thread.clock[thread] = thread.clock.get(thread, 0) + 1
+    _join(clock, thread.clock)
+
+
+def _knows(thread: Thread, clock: Clock) -> bool:
+    return all(thread.clock.get(other, 0) >= event for other, event in clock.items())
+
 
 # --- state ----------------------------------------------------------------------------------
 
@@ -136,6 +159,8 @@ class Phase:
     copies: list[CopyInFlight] = field(default_factory=list)
     slots: list[SlotState] = field(default_factory=list)
     awaited: set[Thread] = field(default_factory=set)
+    publish_clock: Clock = field(default_factory=dict)
+    release_clock: Clock = field(default_factory=dict)
 
     @property
     def is_released(self) -> bool:
@@ -173,6 +198,7 @@ class BarrierState:
 
     arrived: int = 0
     generation: int = 0
+    clock: Clock = field(default_factory=dict)
 
 
 # --- arrivals -------------------------------------------------------------------------------
@@ -269,6 +295,8 @@ def _acquire(frame: Frame, op: a.Acquire) -> Steps:
     ring, count = _use(frame, op)
     text = f"stage {count % ring.stages} of {ring.label} to be released (use {count - ring.stages})"
     yield from _until(lambda: ring.is_free(count), op, text)
+    if count >= ring.stages:
+        _join(frame.thread.clock, ring.phase(count - ring.stages).release_clock)
 
 
 @rule(a.Publish)
@@ -288,6 +316,7 @@ def _publish(frame: Frame, op: a.Publish) -> None:
     phase.slots = list(dict.fromkeys([*phase.slots, *covered]))
     for slot in covered:
         slot.phase = phase
+    _signal(frame.thread, phase.publish_clock)
     frame.thread.writes.clear()
 
 
@@ -300,6 +329,7 @@ def _await(frame: Frame, op: a.Await) -> Steps:
     if phase.is_released:
         raise Trap(f"use {count} of {ring.label} is awaited after its release")
     phase.awaited.add(frame.thread)
+    _join(frame.thread.clock, phase.publish_clock)
     for copy in phase.copies:
         copy.land()
     for slot in phase.slots:
@@ -318,6 +348,7 @@ def _release(frame: Frame, op: a.Release) -> None:
     phase.released += ring.releasers.get(frame.thread.role, Fraction(1))
     if phase.released > ring.consumers:
         raise Trap(f"use {count} of {ring.label} is released more often than its {ring.consumers} arrivals")
+    _signal(frame.thread, phase.release_clock)
 
 
 def _use(frame: Frame, op: Any) -> tuple[Ring, int]:
@@ -356,13 +387,15 @@ def _require_unread(slot: SlotState, what: str, thread: Thread | None = None) ->
             raise Trap(f"{slot.label} {what} while a {name} in flight reads it")
 
 
-def _overwrite(slot: SlotState) -> None:
-    """Check that nobody needs the slot's contents any more, and forget them."""
+def _overwrite(slot: SlotState, thread: Thread) -> None:
+    """Check that the thread knows that nobody needs the slot's contents any more, and forget them."""
     if slot.copy is not None:
         raise Trap(f"{slot.label} is overwritten while a copy into it is in flight")
     _require_unread(slot, "is overwritten")
     if slot.phase is not None and not slot.phase.is_released:
         raise Trap(f"{slot.label} is overwritten, but its stage is not released")
+    if slot.phase is not None and not _knows(thread, slot.phase.release_clock):
+        raise Trap(f"{slot.label} is overwritten by {thread.name}, which did not wait for its release (acquire)")
     slot.visible.clear()
 
 
@@ -374,7 +407,7 @@ def _local_load(frame: Frame, op: a.LocalLoad) -> np.ndarray:
 @rule(a.LocalStore)
 def _local_store(frame: Frame, op: a.LocalStore) -> None:
     ref, value = frame.read(op.slot), frame.read(op.value)
-    _overwrite(ref.state)
+    _overwrite(ref.state, frame.thread)
     ref.array[...] = value
     ref.state.written = True
     ref.state.visible.add(frame.thread)
@@ -385,7 +418,7 @@ def _local_store(frame: Frame, op: a.LocalStore) -> None:
 def _copy(frame: Frame, op: a.Copy) -> CopyInFlight:
     ref, view = frame.read(op.slot), frame.read(op.view)
     assert isinstance(op.slot.type, SlotType)
-    _overwrite(ref.state)
+    _overwrite(ref.state, frame.thread)
     ref.state.array[...] = numerics.poison(op.slot.type.dtype)
     copy = CopyInFlight(op, ref, view, frame.ints(op.index))
     ref.state.copy = copy
@@ -480,11 +513,14 @@ def _barrier(frame: Frame, op: a.Barrier) -> Steps:
     program = frame.program
     state = program.barrier = program.barrier or BarrierState()
     state.arrived += 1
+    _signal(frame.thread, state.clock)
     if state.arrived == len(program.threads):
         state.arrived, state.generation = 0, state.generation + 1
         for slot in program.slots:
             if slot.visible:
                 slot.visible.update(program.threads)
+        for thread in program.threads:
+            _join(thread.clock, state.clock)
         return
     generation = state.generation
     yield from _until(lambda: state.generation > generation, op, "the other roles at the block's barrier")
@@ -510,13 +546,15 @@ def run_roles(frame: Frame) -> Steps:
         return
     yield from ()  # a generator like the other steps, though roles block each other and not what is around them
     program = frame.program
-    threads = [Thread(f"role @{role.attributes['kind']}", role=role) for role in roles]
+    threads = [Thread(f"role @{role.attributes['kind']}", role=role, clock=dict(frame.thread.clock)) for role in roles]
     for slot in program.slots:
         if frame.thread in slot.visible:
             slot.visible.update(threads)
     program.threads = threads
     drive([(thread, _role_body(frame, thread)) for thread in threads])
     program.threads = [frame.thread]
+    for thread in threads:
+        _join(frame.thread.clock, thread.clock)
 
 
 def _role_body(outer: Frame, thread: Thread) -> Steps:

@@ -59,6 +59,8 @@ class Thread:
     stores: list[Any] = field(default_factory=list)  # bulk stores, oldest first
     writes: list[Any] = field(default_factory=list)  # slots stored to since the last publish
     role: Operation | None = None
+    #: what this thread knows to have happened: the last event of each thread (a vector clock)
+    clock: dict[Thread, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

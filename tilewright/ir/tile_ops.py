@@ -61,6 +61,7 @@ class Splat(Operation):
 
     def verify(self) -> None:
         self.require(isinstance(self.source.type, ScalarType), "takes a scalar")
+        self.require(isinstance(self.result.type, TileType), "gives a tile")
         self.require(_same_dtype(self.source, self.result), "keeps the dtype")
 
 

@@ -70,6 +70,8 @@ class _Verifier:
             self.role_rules(op)
         for region in op.regions:
             self.region(op, region)
+        for result in op.results:
+            check_type(result.type, op.loc)
         call_verify(op)
         for result in op.results:
             op.require(result.owner is op, "a result belongs to another operation")
@@ -99,12 +101,12 @@ class _Verifier:
         for arg in block.args:
             if arg.owner is not block:
                 raise IRError(f"block argument {_name(arg)} belongs to another block", loc)
+            check_type(arg.type, loc)
             self.define(arg, loc)
 
     def define(self, value: Value, loc: Location) -> None:
         if value in self.visible or value in self.ended:
             raise IRError(f"{_name(value)} is defined twice", loc)
-        check_type(value.type, loc)
         self.visible.add(value)
 
     def use(self, op: Operation, value: Value) -> None:

@@ -1,9 +1,9 @@
 """layouts: give every tile a layout, and insert conversions where neighbours disagree.
 
 Values that elementwise operations, loops and conditionals tie together form a class with one layout.
-Matrix accumulators and operands fix theirs first, then loads and stores (coalesced along the
-contiguous axis); each choice spreads through reductions, broadcasts and transpositions before the
-next weaker one is made, and what is left gets a plain blocked layout.
+Layouts that an earlier pass has set stand. Matrix accumulators and operands fix theirs next, then loads
+and stores (coalesced along the contiguous axis); each choice spreads through reductions, broadcasts and
+transpositions before the next weaker one is made, and what is left gets a plain blocked layout.
 """
 
 from __future__ import annotations
@@ -94,6 +94,10 @@ class _Assignment:
     def run(self) -> None:
         for op in self.ops:
             self._tie(op)
+        for value in _values(self.function.body):
+            if isinstance(value.type, TileType) and value.type.layout is not None:
+                self._assign(value, value.type.layout)  # fixed by an earlier pass
+        self._spread()
         for anchor in (self._matrix_anchor, self._operand_anchor, self._memory_anchor, self._default_anchor):
             for op in self.ops:
                 anchor(op)

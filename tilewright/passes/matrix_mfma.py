@@ -119,7 +119,7 @@ class Mfma(MatrixUnit):
         def cost(choice: tuple[tuple[int, int], tuple[int, int]]) -> tuple[int, int, int, int]:
             (rows, columns), (wm, wn) = choice
             used = min(wm, m // rows) * min(wn, n // columns)
-            return -used, -rows, m // wm + n // wn, wm
+            return -used, -rows, m // wm + n // wn, max(wm, wn)
 
         choices = list(_tilings(m, n, warps))
         if not choices:

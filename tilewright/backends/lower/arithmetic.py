@@ -43,7 +43,9 @@ def unary(lw: Lowering, fn: str, x: mlir.Value, dtype: DType) -> mlir.Value:
 # --- binary -------------------------------------------------------------------------------------
 
 
-def binary(lw: Lowering, fn: str, x: mlir.Value, y: mlir.Value, dtype: DType, ranges: tuple[Range, Range]) -> mlir.Value:
+def binary(
+    lw: Lowering, fn: str, x: mlir.Value, y: mlir.Value, dtype: DType, ranges: tuple[Range, Range]
+) -> mlir.Value:
     """``ranges`` bound the operands where something is known of them (scalars and constants)."""
     table = _FLOAT if dtype.is_float else _BOOL if dtype == i1 else _INT
     if fn in table:
@@ -176,9 +178,8 @@ def _cast_float(lw: Lowering, x: mlir.Value, source: DType, result: DType) -> ml
         return fb.fpext(x, fb.types.f64) if result == f64 else x
     if result == i1:
         return fb.fcmp("une", x, 0.0)
-    name = "f64" if source == f64 else "f32"
     bits = max(result.bits, 32)  # saturate to 32 bits, then clamp: narrower conversions are not native
-    whole = fb.intrinsic(f"llvm.fptosi.sat.i{bits}.{name}", fb.types.i64 if bits == 64 else fb.types.i32, [x])
+    whole = fb.fptosi_sat(x, fb.types.i64 if bits == 64 else fb.types.i32)
     if result.bits == bits:
         return whole
     limit = 1 << result.bits - 1

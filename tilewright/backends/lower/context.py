@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-
 from tilewright.backends.errors import BackendError
 from tilewright.backends.lower.index import IndexMath, IntLike
 from tilewright.backends.mlir_builder import FunctionBuilder
@@ -221,7 +220,9 @@ class Lowering:
         return self._scope
 
     @contextmanager
-    def in_scope(self, first_warp: int, num_warps: int, barrier_id: int = 0, single_thread: bool = False) -> Iterator[ThreadScope]:
+    def in_scope(
+        self, first_warp: int, num_warps: int, barrier_id: int = 0, single_thread: bool = False
+    ) -> Iterator[ThreadScope]:
         """Lower for ``num_warps`` warps from ``first_warp``: thread, lane and warp are computed here, once."""
         saved = self._scope
         thread = self.ops.thread_id(self)

@@ -8,7 +8,7 @@ from tilewright.backends.lower.context import Lowering, lowers
 from tilewright.backends.lower.ranges import constant_of
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import tile_ops
-from tilewright.ir.core import Block, Value
+from tilewright.ir.core import Block
 
 
 def _types(values: Sequence[mlir.Value]) -> list[mlir.Type]:

@@ -6,9 +6,8 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
-from tilewright.backends.mlir_builder import ir as mlir
-
 from tilewright.backends.lower.index import IntLike
+from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.layout import LinearLayout
 
 if TYPE_CHECKING:

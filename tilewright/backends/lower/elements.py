@@ -38,7 +38,7 @@ def constant(lw: Lowering, value: float, dtype: DType) -> mlir.Value:
     """One element; integers wrap, floats round to nearest even, fp8 saturates (then lies in an i8)."""
     if is_fp8(dtype):
         limit = _FP8_MAX[dtype.name]
-        small = np.asarray(np.clip(value, -limit, limit), _FP8[dtype.name])
+        small: np.ndarray = np.asarray(np.clip(value, -limit, limit), _FP8[dtype.name])
         return lw.fb.const(int(small.view(np.uint8)), lw.fb.types.i8)
     if not dtype.is_float:
         return lw.fb.const(int(value), element(lw, dtype))

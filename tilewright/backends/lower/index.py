@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import TypeAlias
 
-from tilewright.backends.mlir_builder import ir as mlir
-
 from tilewright.backends.mlir_builder import FunctionBuilder
+from tilewright.backends.mlir_builder import ir as mlir
 
 IntLike: TypeAlias = int | mlir.Value
 

@@ -69,7 +69,8 @@ def tanh(lw: Lowering, x: mlir.Value) -> mlir.Value:
     """1 - 2 / (exp(2 |x|) + 1) with x's sign; near 0, where that cancels, Cephes' polynomial."""
     fb = lw.fb
     size, square = fb.fabs(x), fb.fmul(x, x)
-    poly = horner(lw, square, (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1))
+    coefficients = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+    poly = horner(lw, square, coefficients)
     small = fb.fma(fb.fmul(poly, square), x, x)
     power = lw.ops.math(lw, "exp", fb.fadd(size, size))
     large = fb.fsub(f32(lw, 1.0), lw.ops.divide(lw, f32(lw, 2.0), fb.fadd(power, f32(lw, 1.0))))
@@ -104,7 +105,7 @@ def _sin_cos(lw: Lowering, x: mlir.Value, quadrants: int) -> mlir.Value:
     sine = fb.fma(fb.fmul(sine, square), rest, rest)
     cosine = horner(lw, square, (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2))
     cosine = fb.fma(cosine, fb.fmul(square, square), fb.fma(square, f32(lw, -0.5), f32(lw, 1.0)))
-    quadrant = fb.intrinsic("llvm.fptosi.sat.i32.f32", fb.types.i32, [turn])
+    quadrant = fb.fptosi_sat(turn, fb.types.i32)
     if quadrants:
         quadrant = fb.add(quadrant, fb.i32(quadrants))
     odd = fb.icmp("ne", fb.and_(quadrant, fb.i32(1)), fb.i32(0))

@@ -18,14 +18,12 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from math import gcd
 
-from tilewright.backends.mlir_builder import ir as mlir
-
 from tilewright.backends.lower.context import Lowering, Registers, ViewRef, lowers
 from tilewright.backends.lower.coordinates import TileCoordinates, sole_holder
-from tilewright.backends.lower.elements import from_memory, join_vector, memory_type, split_vector, to_memory
+from tilewright.backends.lower.elements import constant, from_memory, join_vector, memory_type, split_vector, to_memory
 from tilewright.backends.lower.index import IntLike
-from tilewright.backends.lower.ranges import INT32_MAX, value_range
-from tilewright.backends.lower.scalars import constant
+from tilewright.backends.lower.ranges import value_range
+from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import tile_ops
 from tilewright.ir.core import Value
 from tilewright.ir.layout import LinearLayout
@@ -155,7 +153,7 @@ class TileAccess:
 
     def _pointer(self, base: mlir.Value, elements: IntLike) -> mlir.Value:
         offset = self.lw.index.mul(elements, self.view.dtype.bytes)
-        return base if isinstance(offset, int) and offset == 0 else self.lw.fb.gep(base, self.lw.index.value(offset, 64))
+        return self.lw.fb.gep(base, self.lw.index.value(offset, 64))
 
     def _term(self, axis: int, part: int) -> IntLike:
         """Elements that a register's part along an axis adds to the thread's base."""
@@ -271,6 +269,3 @@ def store_tile(lw: Lowering, access: TileAccess, values: Registers) -> None:
         return []
 
     lw.fb.if_else(whole, [], inside, partly)
-
-
-__all__ = ["INT32_MAX", "TileAccess", "load_tile", "run_if", "store_tile"]

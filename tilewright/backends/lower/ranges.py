@@ -44,7 +44,8 @@ def _loop_index(value: Value, block: Block, depth: int) -> Range | None:
     loop = block.parent.parent if block.parent is not None else None
     if not isinstance(loop, tile_ops.For) or value is not loop.index:
         return None
-    return value_range(loop.lo, depth - 1)[0], max(value_range(loop.hi, depth - 1)[1] - 1, value_range(loop.lo, depth - 1)[0])
+    first, last = value_range(loop.lo, depth - 1)[0], value_range(loop.hi, depth - 1)[1] - 1
+    return first, max(first, last)
 
 
 def _constant(op: Operation, depth: int) -> Range | None:

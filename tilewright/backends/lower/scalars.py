@@ -117,7 +117,7 @@ def lower_binary(lw: Lowering, op: tile_ops.Binary) -> None:
     ranges = (_bounds(op.lhs), _bounds(op.rhs))
     pairs = zip(lw.registers(op.lhs), lw.registers(op.rhs), strict=True)
     wide = [(widen(lw, x, dtype), widen(lw, y, dtype)) for x, y in pairs]
-    results = distinct_map(lambda xy: arithmetic.binary(lw, op.fn, *xy, dtype, ranges), wide)
+    results = distinct_map(lambda xy: arithmetic.binary(lw, op.fn, xy[0], xy[1], dtype, ranges), wide)
     define_registers(lw, op.result, round_to(lw, results, dtype))
 
 
@@ -127,7 +127,7 @@ def lower_compare(lw: Lowering, op: tile_ops.Compare) -> None:
     dtype = element_type(op.lhs.type)
     pairs = zip(lw.registers(op.lhs), lw.registers(op.rhs), strict=True)
     wide = [(widen(lw, x, dtype), widen(lw, y, dtype)) for x, y in pairs]
-    define_registers(lw, op.result, distinct_map(lambda xy: arithmetic.compare(lw, op.fn, *xy, dtype), wide))
+    define_registers(lw, op.result, distinct_map(lambda xy: arithmetic.compare(lw, op.fn, xy[0], xy[1], dtype), wide))
 
 
 @lowers(tile_ops.Select)

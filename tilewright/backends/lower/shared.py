@@ -8,6 +8,7 @@ bits are XORed into the thread's part once per distinct value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import or_, xor
 
@@ -33,31 +34,34 @@ class SharedAccess:
         self.bases, self.strides = shared.offset_bases(), shared.repeat_strides()
         self.width = max(1, shared_vector_bytes(registers, shared, MAX_VECTOR_BYTES) // dtype.bytes)
         self.slot = slot
-        lanes, warps = ([self._split(v) for v in registers.basis(dim)] for dim in ("lane", "warp"))
-        self._check_carries(lanes + warps)
+        lanes, warps = ([self._inside(v) for v in registers.basis(dim)] for dim in ("lane", "warp"))
         #: the bits of the offset that depend on the thread
-        self.mask = reduce(or_, (inside for inside, _ in lanes + warps), 0)
+        self.mask = reduce(or_, lanes + warps, 0)
         math, scope = lw.index, lw.scope
-        self.thread = math.xor(
-            math.linear_map(scope.lane, [x for x, _ in lanes]), math.linear_map(scope.warp, [x for x, _ in warps])
-        )
-        far = [math.linear_map(v, [y for _, y in part]) for v, part in ((scope.lane, lanes), (scope.warp, warps))]
-        self.far = math.add(*far)
+        self.thread = math.xor(math.linear_map(scope.lane, lanes), math.linear_map(scope.warp, warps))
+        self.far = math.sum([self._thread_beyond(axis) for axis in range(registers.rank)])
         self._starts: dict[int, mlir.Value] = {}
 
-    def _split(self, coordinate: tuple[int, ...] | list[int]) -> tuple[int, int]:
-        """(bytes combined by XOR, bytes added) for a coordinate."""
-        inside, beyond = 0, 0
-        for c, bases, stride in zip(coordinate, self.bases, self.strides, strict=True):
-            inside ^= reduce(xor, (b for bit, b in enumerate(bases) if c >> bit & 1), 0)
-            beyond += (c >> len(bases)) * stride
-        return inside, beyond
+    def _inside(self, coordinate: Sequence[int]) -> int:
+        """The bytes that a coordinate contributes by XOR: its part inside the core."""
+        bits = (b for c, bases in zip(coordinate, self.bases, strict=True) for i, b in enumerate(bases) if c >> i & 1)
+        return reduce(xor, bits, 0)
 
-    def _check_carries(self, parts: list[tuple[int, int]]) -> None:
-        """Lanes' and warps' added parts form a linear map only when each is a multiple of its own power of two."""
-        added = [beyond for _, beyond in parts if beyond]
-        if reduce(or_, added, 0) != sum(added):
-            raise self.lw.error(f"threads of {self.registers} repeat the core of {self.shared} in overlapping steps")
+    def _beyond(self, coordinate: Sequence[int]) -> int:
+        """The bytes that it adds: its repetitions of the core."""
+        parts = zip(coordinate, self.bases, self.strides, strict=True)
+        return sum((c >> len(bases)) * stride for c, bases, stride in parts)
+
+    def _thread_beyond(self, axis: int) -> IntLike:
+        """The bytes that the thread's repetitions of the core along an axis add."""
+        core_bits = len(self.bases[axis])
+        lanes, warps = ([v[axis] >> core_bits for v in self.registers.basis(dim)] for dim in ("lane", "warp"))
+        mask = reduce(or_, lanes + warps, 0)
+        if any(part[axis] >> core_bits & mask for part in self.registers.table("register").tolist()):
+            raise self.lw.error(f"registers and threads of {self.registers} share repetitions of {self.shared}")
+        math, scope = self.lw.index, self.lw.scope
+        copies = math.xor(math.linear_map(scope.lane, lanes), math.linear_map(scope.warp, warps))
+        return math.mul(copies, self.strides[axis])
 
     def _start(self, mixed: int) -> mlir.Value:
         """Address of the thread's part with ``mixed`` XORed in (i32)."""
@@ -69,8 +73,10 @@ class SharedAccess:
 
     def pointer(self, register: int) -> mlir.Value:
         """Address of a register's element, !llvm.ptr<3>."""
-        inside, beyond = self._split(self.registers.table("register")[register].tolist())
-        address = self.lw.fb.add(self._start(inside & self.mask), (inside & ~self.mask) + beyond)
+        coordinate = self.registers.table("register")[register].tolist()
+        inside = self._inside(coordinate)
+        apart = (inside & ~self.mask) + self._beyond(coordinate)
+        address = self.lw.fb.add(self._start(inside & self.mask), apart)
         return shared_pointer(self.lw, address)
 
     def groups(self) -> range:

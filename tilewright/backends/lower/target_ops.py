@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tilewright.backends.mlir_builder import ir as mlir
-
 from tilewright.ir.target import Target
 from tilewright.ir.types import DType
 
 if TYPE_CHECKING:
     from tilewright.backends.lower.context import Lowering
+
+
+#: (i1 or None for always, pointer, value, alignment in bytes)
+Store: TypeAlias = tuple[Any, Any, Any, int]
 
 
 class TargetOps(ABC):
@@ -65,9 +68,9 @@ class TargetOps(ABC):
 
     @abstractmethod
     def store_if(
-        self, lw: Lowering, accesses: Sequence[tuple[mlir.Value | None, mlir.Value, mlir.Value, int]]
+        self, lw: Lowering, accesses: Sequence[Store]
     ) -> None:
-        """Global stores ``(predicate or None, pointer, value, alignment)``, each done where its predicate holds."""
+        """Global stores, each done where its predicate holds."""
 
     # --- arithmetic -----------------------------------------------------------------------------
 
@@ -76,12 +79,8 @@ class TargetOps(ABC):
         """A function of `tilewright.ir.tile_ops.FLOAT_ONLY` on an f32; see `lower.math_f32` for the errors."""
 
     @abstractmethod
-    def maximum(self, lw: Lowering, a: mlir.Value, b: mlir.Value) -> mlir.Value:
-        """NaN-propagating maximum of f32 values."""
-
-    @abstractmethod
-    def minimum(self, lw: Lowering, a: mlir.Value, b: mlir.Value) -> mlir.Value:
-        """NaN-propagating minimum of f32 values."""
+    def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
+        """f32 quotient, at most 2.5 ulp off."""
 
     def round_pairs(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value] | None:
         """f32 values rounded to f16 or bf16 two at a time; None where that gains nothing."""

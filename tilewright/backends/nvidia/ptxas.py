@@ -98,7 +98,7 @@ def assemble(
     with tempfile.TemporaryDirectory(prefix="tilewright-ptxas-") as folder:
         source, output = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        command = [ptxas, f"-arch={arch}", f"-O{level}", "-v", *options, source, "-o", output]
+        command = [str(ptxas), f"-arch={arch}", f"-O{level}", "-v", *options, str(source), "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         log = (result.stdout + result.stderr).replace(f"{folder}{os.sep}", "")
         if result.returncode != 0 or not output.exists():

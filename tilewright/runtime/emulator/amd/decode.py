@@ -108,7 +108,7 @@ def _function_lines(text: str, name: str) -> list[tuple[int, str]]:
     for number, raw in enumerate(text.splitlines(), 1):
         body = _COMMENT.sub("", raw).strip()
         if not inside:
-            if body.startswith(f"{name}:") or body.startswith(f'"{name}":'):
+            if body.startswith((f"{name}:", f'"{name}":')):
                 inside = True
             continue
         if re.match(r"^(\.section|\.size|\.amdhsa_kernel|\.Lfunc_end)", body):

@@ -26,7 +26,7 @@ _ROW, _IN_ROW = _LANE // 16, _LANE % 16
 _DPP_SOURCES: dict[str, Callable[[list[int]], Array]] = {
     "quad_perm": lambda n: _LANE // 4 * 4 + np.array(n)[_LANE % 4],
     "row_shl": lambda n: np.where(_IN_ROW + n[0] < 16, _LANE + n[0], -1),
-    "row_shr": lambda n: np.where(_IN_ROW >= n[0], _LANE - n[0], -1),
+    "row_shr": lambda n: np.where(n[0] <= _IN_ROW, _LANE - n[0], -1),
     "row_ror": lambda n: _ROW * 16 + (_IN_ROW - n[0]) % 16,
     "wave_shl": lambda n: np.where(_LANE < 63, _LANE + 1, -1),
     "wave_rol": lambda n: (_LANE + 1) % LANES,
@@ -34,7 +34,7 @@ _DPP_SOURCES: dict[str, Callable[[list[int]], Array]] = {
     "wave_ror": lambda n: (_LANE - 1) % LANES,
     "row_mirror": lambda n: _ROW * 16 + 15 - _IN_ROW,
     "row_half_mirror": lambda n: _LANE // 8 * 8 + 7 - _LANE % 8,
-    "row_bcast": lambda n: np.where(_LANE > n[0], _LANE // (n[0] + 1) * (n[0] + 1) - 1, -1),
+    "row_bcast": lambda n: np.where(n[0] < _LANE, _LANE // (n[0] + 1) * (n[0] + 1) - 1, -1),
     "row_newbcast": lambda n: _ROW * 16 + n[0],
 }
 
@@ -72,7 +72,8 @@ def _dpp_handler(
     def execute(state: WaveState, inst: Instruction) -> None:
         usable = valid & state.lanes[:, lanes]  # reading a disabled lane is reading out of bounds
         value = moved(state, 0, usable)
-        operand = replace(source, where=Where.VALUE, value=(value, moved(state, 1, usable) if source.count > 1 else None))
+        upper = moved(state, 1, usable) if source.count > 1 else None
+        operand = replace(source, where=Where.VALUE, value=(value, upper))
         operands = list(inst.operands)
         operands[position] = operand
         written = enabled[None] & (np.ones_like(usable) if zero_fill else usable)

@@ -81,6 +81,13 @@ def _find_first(a: Array, bits: int) -> Array:
     return np.where(a == 0, -1, np.bitwise_count(lowest - a.dtype.type(1)).astype(np.int32))
 
 
+def reverse_bits(a: Array) -> Array:
+    """Bit reversal of uint32 or uint64."""
+    octets = np.ascontiguousarray(a)[..., None].view(np.uint8)
+    flipped = np.packbits(np.unpackbits(octets, axis=-1), axis=-1, bitorder="little")
+    return np.ascontiguousarray(flipped[..., ::-1]).view(a.dtype)[..., 0]
+
+
 def leading_zeros(a: Array) -> Array:
     """Leading zeros of uint32 or uint64, -1 for zero (s_flbit, v_ffbh)."""
     bits = a.dtype.itemsize * 8
@@ -180,8 +187,8 @@ _TABLE: list[tuple[str, str, Function, str]] = [
     ("s_bfm_b64", "u32 u32 -> b64", lambda a, b: _bit_mask(a, b, _U64, 63), ""),
     ("s_sext_i32_i8", "i32 -> i32", lambda a: a.astype(np.int8), ""),
     ("s_sext_i32_i16", "i32 -> i32", lambda a: a.astype(np.int16), ""),
-    ("s_brev_b32", "b32 -> b32", lambda a: reverse_bits(a), ""),
-    ("s_brev_b64", "b64 -> b64", lambda a: reverse_bits(a), ""),
+    ("s_brev_b32", "b32 -> b32", reverse_bits, ""),
+    ("s_brev_b64", "b64 -> b64", reverse_bits, ""),
     ("s_bcnt1_i32_b32", "b32 -> i32", _popcount, "nonzero"),
     ("s_bcnt1_i32_b64", "b64 -> i32", _popcount, "nonzero"),
     ("s_bcnt0_i32_b32", "b32 -> i32", lambda a: _popcount(~a), "nonzero"),
@@ -199,13 +206,6 @@ _TABLE: list[tuple[str, str, Function, str]] = [
     ("s_pack_lh_b32_b16", "b32 b32 -> b32", lambda a, b: (a & _U32(0xFFFF)) | (b & _U32(0xFFFF0000)), ""),
     ("s_pack_hh_b32_b16", "b32 b32 -> b32", lambda a, b: (a >> _U32(16)) | (b & _U32(0xFFFF0000)), ""),
 ]
-
-
-def reverse_bits(a: Array) -> Array:
-    """Bit reversal of uint32 or uint64."""
-    octets = np.ascontiguousarray(a)[..., None].view(np.uint8)
-    flipped = np.packbits(np.unpackbits(octets, axis=-1), axis=-1, bitorder="little")
-    return np.ascontiguousarray(flipped[..., ::-1]).view(a.dtype)[..., 0]
 
 
 for _name, _signature, _function, _scc in _TABLE:

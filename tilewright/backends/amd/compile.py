@@ -1,0 +1,50 @@
+"""One kernel to an HSACO: scheduled Tile IR -> MLIR -> LLVM IR -> object -> our linker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tilewright.backends.amd.codeobject import read_code_object
+from tilewright.backends.amd.link import link
+from tilewright.backends.amd.target_ops import AmdOps
+from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, emit_object, optimize
+from tilewright.backends.lower import LOWERINGS, Handler, KernelEntry, declare_kernel, start_lowering
+from tilewright.backends.result import BackendResult, Resources
+from tilewright.ir.core import Function, Operation
+from tilewright.ir.target import Target
+
+
+def lower_function(
+    function: Function,
+    target: Target,
+    *,
+    kernel_name: str | None = None,
+    table: Mapping[type[Operation], Handler] = LOWERINGS,
+) -> KernelEntry:
+    """The kernel in MLIR. Raises `IRError` at the operation that cannot be lowered."""
+    entry = declare_kernel(function, target, kernel_name)
+    lowering = start_lowering(entry, function, target, AmdOps(target), table)
+    with lowering.in_scope(0, entry.abi.threads // target.warp_size):
+        lowering.lower_block(function.body.block)
+    entry.fb.ret()
+    return entry
+
+
+def compile_function(function: Function, target: Target, *, kernel_name: str | None = None) -> BackendResult:
+    """Compile one function. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
+    entry = lower_function(function, target, kernel_name=kernel_name)
+    asm = {"mlir": entry.module.text()}
+    spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
+    optimized = optimize(entry.module.finish(), spec)
+    asm["llvm"], asm["amdgcn"] = optimized.text(), emit_assembly(optimized)
+    binary = link(emit_object(optimized))
+    info = read_code_object(binary).kernels[entry.abi.name]
+    resources = Resources(
+        registers=info.vgprs,
+        shared_bytes=info.lds_bytes,
+        spill_stores=info.vgpr_spills,
+        stack_bytes=info.scratch_bytes,
+        accumulation_registers=info.agprs,
+        scalar_registers=info.sgprs,
+    )
+    return BackendResult(binary, entry.abi, resources, asm)

@@ -1,0 +1,109 @@
+"""AMD CDNA: what the shared lowerings ask of the target. Instructions are named as in the CDNA3 and CDNA4 ISA guides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+from tilewright.backends.lower.context import Lowering
+from tilewright.backends.lower.math_f32 import SOFTWARE
+from tilewright.backends.lower.target_ops import Store, TargetOps
+from tilewright.backends.mlir_builder import ir as mlir
+
+_AXES = "xyz"
+#: DPP controls "quad_perm" that exchange lanes 1 and 2 apart
+_QUAD_PERM = {1: 0xB1, 2: 0x4E}
+
+
+def _intrinsic(name: str) -> Callable[[Lowering, mlir.Value], mlir.Value]:
+    return lambda lw, x: lw.fb.intrinsic(name, x.type, [x])
+
+
+def _float_unary(name: str) -> Callable[[Lowering, mlir.Value], mlir.Value]:
+    return lambda lw, x: lw.fb.float_unary(name, x)
+
+
+#: LLVM lowers exp, exp2, log and log2 with the scaling that denormals need, 1 ulp; sqrt is correctly rounded
+_MATH: dict[str, Callable[[Lowering, mlir.Value], mlir.Value]] = {
+    **SOFTWARE,
+    "exp2": _float_unary("exp2"),
+    "log2": _float_unary("log2"),
+    "log": _float_unary("log"),
+    "rsqrt": _intrinsic("llvm.amdgcn.rsq"),
+    "sqrt": _float_unary("sqrt"),
+    "floor": _float_unary("floor"),
+    "ceil": _float_unary("ceil"),
+}
+
+
+class AmdOps(TargetOps):
+    """CDNA3 and CDNA4: waves of 64 threads."""
+
+    def _register(self, lw: Lowering, name: str) -> mlir.Value:
+        return lw.fb.op(f"rocdl.{name}", [lw.fb.types.i32]).result
+
+    def thread_id(self, lw: Lowering) -> mlir.Value:
+        return self._register(lw, "workitem.id.x")
+
+    def warp_index(self, lw: Lowering, thread: mlir.Value) -> mlir.Value:
+        return lw.fb.intrinsic("llvm.amdgcn.readfirstlane", lw.fb.types.i32, [lw.fb.lshr(thread, 6)])
+
+    def block_id(self, lw: Lowering, axis: int) -> mlir.Value:
+        return self._register(lw, f"workgroup.id.{_AXES[axis]}")
+
+    def num_blocks(self, lw: Lowering, axis: int) -> mlir.Value:
+        """The launch has as many blocks as the program grid, except a persistent one, which is not in the arguments."""
+        if not lw.function.attributes.get("persistent"):
+            return lw.entry.grid[axis]
+        fb = lw.fb
+        # "implicit kernel arguments": block_count_x, y, z are the first three
+        implicit = fb.intrinsic("llvm.amdgcn.implicitarg.ptr", fb.types.ptr(4))
+        return fb.load(fb.gep(implicit, 4 * axis), fb.types.i32, 4, invariant=True)
+
+    def is_leader(self, lw: Lowering) -> mlir.Value:
+        return lw.fb.icmp("eq", lw.scope.lane, 0)
+
+    def shuffle_xor(self, lw: Lowering, value: mlir.Value, mask: int) -> mlir.Value:
+        if mask in _QUAD_PERM:
+            fb, types = lw.fb, lw.fb.types
+            operands = [fb.poison(types.i32), value, fb.i32(_QUAD_PERM[mask]), fb.i32(15), fb.i32(15), fb.i1(True)]
+            return fb.intrinsic("llvm.amdgcn.update.dpp.i32", types.i32, operands)
+        return self.shuffle(lw, value, lw.fb.xor(lw.scope.lane, mask))
+
+    def shuffle(self, lw: Lowering, value: mlir.Value, lane: mlir.Value) -> mlir.Value:
+        address = lw.fb.shl(lane, 2)
+        return lw.fb.intrinsic("llvm.amdgcn.ds.bpermute", lw.fb.types.i32, [address, value])
+
+    def barrier(self, lw: Lowering, scope: str) -> None:
+        """s_barrier between fences of the workgroup. There is one barrier: every scope is the block's."""
+        if lw.scope.num_warps != lw.entry.abi.threads // self.target.warp_size:
+            raise lw.error("AMD has no barrier for a part of the block")
+        lw.fb.fence("release", "workgroup")
+        lw.fb.op("rocdl.s.barrier")
+        lw.fb.fence("acquire", "workgroup")
+
+    def shared_base(self, lw: Lowering) -> mlir.Value:
+        size = lw.entry.abi.shared_bytes
+        if size <= 0:
+            raise lw.error("the function has no shared_bytes: the shared-memory plan must run before lowering")
+        return lw.fb.ptrtoint(lw.fb.address_of(lw.entry.shared_symbol(size)), lw.fb.types.i32)
+
+    def store_if(self, lw: Lowering, accesses: Sequence[Store]) -> None:
+        for predicate, group in groupby(accesses, key=lambda access: access[0]):
+            if predicate is None:
+                _store_all(lw, group)
+            else:
+                with lw.fb.if_then(predicate):
+                    _store_all(lw, group)
+
+    def math(self, lw: Lowering, fn: str, x: mlir.Value) -> mlir.Value:
+        return _MATH[fn](lw, x)
+
+    def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
+        """llvm.amdgcn.fdiv.fast: v_rcp_f32 with the divisor scaled out of the denormals, 2.5 ulp."""
+        return lw.fb.intrinsic("llvm.amdgcn.fdiv.fast", x.type, [x, y])
+
+
+def _store_all(lw: Lowering, accesses: Iterable[Store]) -> None:
+    for _, pointer, value, align in accesses:
+        lw.fb.store(value, pointer, align)

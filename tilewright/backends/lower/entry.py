@@ -1,0 +1,175 @@
+"""The LLVM function of a kernel: parameters in the order of `tilewright.ir.abi`, and the kernel attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilewright.backends.lower.context import Handler, Lowering, ViewRef
+from tilewright.backends.lower.target_ops import TargetOps
+from tilewright.backends.mlir_builder import FunctionBuilder, Module
+from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
+from tilewright.ir.async_ops import Role
+from tilewright.ir.core import Function, IRError, Operation, Value
+from tilewright.ir.target import Target
+from tilewright.ir.types import ScalarType, Type, ViewType, i1
+
+SHARED_SYMBOL = "smem"
+
+
+@dataclass
+class KernelEntry:
+    """A kernel under construction: its MLIR module, its builder, and what its parameters lowered to."""
+
+    module: Module
+    fb: FunctionBuilder
+    abi: KernelABI
+    #: function parameter -> `ViewRef` or scalar
+    params: dict[Value, Any]
+    #: the grid arguments x, y, z (i32)
+    grid: list[mlir.Value]
+    #: generic pointers to the tensor maps, in the order of ``abi.tensor_maps``
+    tensor_maps: list[mlir.Value]
+    _shared: str | None = field(default=None)
+
+    def shared_symbol(self, size: int | None) -> str:
+        """The symbol of the block's shared memory (``size`` as in `Module.shared_global`), declared at first use."""
+        if self._shared is None:
+            self._shared = self.module.shared_global(SHARED_SYMBOL, size)
+        return self._shared
+
+    def tensor_map(self, wanted: TensorMapParam) -> mlir.Value:
+        """The pointer to one tensor map; KeyError for one that `declare_kernel` was not told of."""
+        try:
+            return self.tensor_maps[self.abi.tensor_maps.index(wanted)]
+        except ValueError:
+            raise KeyError(f"{wanted} is not among the kernel's tensor maps") from None
+
+
+def block_threads(function: Function, target: Target) -> int:
+    """Threads of a block: the attribute ``threads``, or ``num_warps`` warps."""
+    threads = function.attributes.get("threads") or function.attributes.get("num_warps", 0) * target.warp_size
+    if not threads or threads % target.warp_size or threads > 1024:
+        raise IRError(f"@{function.name} has {threads} threads: set num_warps", function.loc)
+    return int(threads)
+
+
+def declare_kernel(
+    function: Function, target: Target, name: str | None = None, tensor_maps: Sequence[TensorMapParam] = ()
+) -> KernelEntry:
+    """Begin the kernel's LLVM function and lower its parameters."""
+    threads = block_threads(function, target)
+    abi = KernelABI(
+        name=name or function.name,
+        params=tuple(_abi_param(p) for p in function.params),
+        threads=threads,
+        shared_bytes=int(function.attributes.get("shared_bytes", 0)),
+        tensor_maps=tuple(tensor_maps),
+        persistent=bool(function.attributes.get("persistent", False)),
+        blocks_per_unit=int(function.attributes.get("blocks_per_unit", 1)),
+    )
+    module = Module(target.triple, function.loc.file, function.loc.line)
+    types, attributes = _signature(module, function, len(tensor_maps))
+    fb = module.function(abi.name, types, _kernel_attributes(function, target, threads), attributes)
+    arguments = iter(fb.arguments)
+    params = {p: _lower_param(fb, p, arguments) for p in function.params}
+    rest = list(arguments)
+    return KernelEntry(module, fb, abi, params, rest[:3], rest[3:])
+
+
+def start_lowering(
+    entry: KernelEntry, function: Function, target: Target, ops: TargetOps, table: Mapping[type[Operation], Handler]
+) -> Lowering:
+    """A context in which the function's parameters are defined; enter a scope before lowering its body."""
+    lowering = Lowering(function, target, ops, entry, table)
+    for param, lowered in entry.params.items():
+        lowering.define(param, lowered)
+    return lowering
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def _abi_param(param: Value) -> TensorParam | ScalarParam:
+    type_ = param.type
+    if isinstance(type_, ViewType):
+        return TensorParam(param.hint, str(type_.dtype), type_.shape, type_.strides, type_.align)
+    if isinstance(type_, ScalarType):
+        return ScalarParam(param.hint, str(type_.dtype))
+    raise IRError(f"a kernel cannot have a parameter of type {type_}")
+
+
+def _signature(module: Module, function: Function, num_maps: int) -> tuple[list[Any], list[dict[str, str]]]:
+    """MLIR types and attributes of all arguments."""
+    arguments: list[tuple[Any, dict[str, str]]] = []
+    for param in function.params:
+        arguments += _argument_types(module, param.type)
+    arguments += [(module.types.i32, {}) for _ in range(3)]
+    by_value = {"llvm.byval": "!llvm.array<128 x i8>", "llvm.align": "64 : i64", "nvvm.grid_constant": "unit"}
+    arguments += [(module.types.ptr(), by_value) for _ in range(num_maps)]
+    return [type_ for type_, _ in arguments], [attributes for _, attributes in arguments]
+
+
+def _argument_types(module: Module, type_: Type) -> list[tuple[Any, dict[str, str]]]:
+    types = module.types
+    if isinstance(type_, ViewType):
+        align = {"llvm.align": f"{type_.align} : i64"} if type_.align > 1 else {}
+        dims: list[tuple[Any, dict[str, str]]] = [(types.i32, {}) for size in type_.shape if size is None]
+        strides: list[tuple[Any, dict[str, str]]] = [(types.i64, {}) for stride in type_.strides if stride is None]
+        return [(types.ptr(1), align), *dims, *strides]
+    assert isinstance(type_, ScalarType)
+    return [(types.i8 if type_.dtype == i1 else types.dtype(type_.dtype.name), {})]
+
+
+def _lower_param(fb: FunctionBuilder, param: Value, arguments: Any) -> Any:
+    type_ = param.type
+    if isinstance(type_, ScalarType):
+        value = next(arguments)
+        return fb.icmp("ne", value, 0) if type_.dtype == i1 else value
+    assert isinstance(type_, ViewType)
+    base = next(arguments)
+    shape = tuple(next(arguments) if size is None else size for size in type_.shape)
+    strides = tuple(next(arguments) if stride is None else stride for stride in type_.strides)
+    return ViewRef(
+        base=base,
+        dtype=type_.dtype,
+        shape=shape,
+        strides=strides,
+        origin=(0,) * type_.rank,
+        align=type_.align,
+        stride_align=type_.align,
+        root=param.hint,
+        root_rank=type_.rank,
+        root_dims=tuple(range(type_.rank)),
+    )
+
+
+# --- kernel attributes ------------------------------------------------------------------------------
+
+
+def _kernel_attributes(function: Function, target: Target, threads: int) -> dict[str, str]:
+    if target.vendor == "nvidia":
+        return _nvidia_attributes(function, threads)
+    return _amd_attributes(target, threads)
+
+
+def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
+    attributes = {"nvvm.kernel": "unit", "nvvm.maxntid": f"array<i32: {threads}, 1, 1>"}
+    if any(isinstance(op, Role) and op.registers for op in function.walk()):
+        # setmaxnreg needs a launch bound, from which ptxas takes the registers at entry
+        attributes["nvvm.minctasm"] = "1 : i32"
+    return attributes
+
+
+def _amd_attributes(target: Target, threads: int) -> dict[str, str]:
+    """A fixed block size; as few waves as a block needs on each of the CU's four SIMDs, so that registers are free."""
+    waves = max(1, threads // target.warp_size // 4)
+    return {
+        "rocdl.kernel": "unit",
+        "rocdl.flat_work_group_size": f'"{threads},{threads}"',
+        "rocdl.reqd_work_group_size": f"array<i32: {threads}, 1, 1>",
+        "rocdl.waves_per_eu": f"{waves} : i32",
+        "passthrough": '[["uniform-work-group-size", "true"], ["amdgpu-no-hostcall-ptr", ""]]',
+    }

@@ -1,0 +1,49 @@
+"""One kernel to a cubin: scheduled Tile IR -> MLIR -> LLVM IR -> PTX -> ptxas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, optimize
+from tilewright.backends.lower import LOWERINGS, Handler, KernelEntry, declare_kernel, start_lowering
+from tilewright.backends.nvidia.ptxas import assemble
+from tilewright.backends.nvidia.target_ops import NvidiaOps
+from tilewright.backends.result import BackendResult, Resources
+from tilewright.ir.core import Function, Operation
+from tilewright.ir.target import Target
+
+
+def lower_function(
+    function: Function,
+    target: Target,
+    *,
+    kernel_name: str | None = None,
+    table: Mapping[type[Operation], Handler] = LOWERINGS,
+) -> KernelEntry:
+    """The kernel in MLIR. Raises `IRError` at the operation that cannot be lowered."""
+    entry = declare_kernel(function, target, kernel_name)
+    lowering = start_lowering(entry, function, target, NvidiaOps(target), table)
+    with lowering.in_scope(0, entry.abi.threads // target.warp_size):
+        lowering.lower_block(function.body.block)
+    entry.fb.ret()
+    return entry
+
+
+def compile_function(function: Function, target: Target, *, kernel_name: str | None = None) -> BackendResult:
+    """Compile one function. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
+    entry = lower_function(function, target, kernel_name=kernel_name)
+    asm = {"mlir": entry.module.text()}
+    spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
+    optimized = optimize(entry.module.finish(), spec)
+    asm["llvm"], asm["ptx"] = optimized.text(), emit_assembly(optimized)
+    assembled = assemble(asm["ptx"], target.cpu)
+    used = assembled.resources[entry.abi.name]
+    resources = Resources(
+        registers=used.registers,
+        shared_bytes=used.shared_bytes + entry.abi.shared_bytes,
+        spill_stores=used.spill_stores,
+        spill_loads=used.spill_loads,
+        stack_bytes=used.stack_bytes,
+        barriers=used.barriers,
+    )
+    return BackendResult(assembled.cubin, entry.abi, resources, asm)

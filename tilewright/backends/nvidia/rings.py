@@ -1,0 +1,149 @@
+"""Rings: mbarriers that pass stages between producers and consumers.
+
+Every ring has ``full[stages]`` and ``empty[stages]``. Use number ``count`` takes stage ``count % stages`` in round
+``count // stages``. A fresh barrier is in phase 0, and the phase "before" it counts as complete: waiting for parity
+1 passes. So consumers wait on full with parity ``round & 1`` and producers on empty with its opposite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilewright.backends.lower.context import Lowering, Table, lowers
+from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.backends.nvidia import ptx
+from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_leader
+from tilewright.ir.async_ops import Acquire, Await, Copy, MakeRing, Publish, Release
+from tilewright.ir.core import Value
+from tilewright.ir.types import RingType, SlotType, TokenType
+
+BARRIER_BYTES = 8
+
+RING_LOWERINGS: Table = {}
+
+
+@dataclass(frozen=True)
+class RingRef:
+    """A ring; ``base`` is the address of its barriers (i32)."""
+
+    base: mlir.Value
+    stages: int
+    producers: int
+    consumers: int
+    read_by_threads: bool
+
+
+@lowers(MakeRing, table=RING_LOWERINGS)
+def lower_ring(lw: Lowering, op: MakeRing) -> None:
+    if op.offset is None:
+        raise lw.error("the ring has no place in shared memory: the shared-memory plan must run before lowering")
+    assert isinstance(op.result.type, RingType)
+    base = lw.fb.add(lw.ops.shared_base(lw), op.offset)
+    read_by_threads = op.result in state(lw).read_by_threads
+    lw.define(op.result, RingRef(base, op.result.type.stages, op.producers, op.consumers, read_by_threads))
+    rings = [o for o in lw.function.walk() if isinstance(o, MakeRing)]
+    if op is rings[-1]:
+        _initialise(lw, [lw.lowered(r.result) for r in rings])
+
+
+def _initialise(lw: Lowering, rings: list[RingRef]) -> None:
+    """One thread initialises all barriers, for the other threads and for the copy engine (the async proxy)."""
+    fb = lw.fb
+    with fb.if_then(fb.icmp("eq", lw.scope.thread, fb.i32(0))):
+        for ring in rings:
+            for place in range(2 * ring.stages):
+                arrivals = ring.producers if place < ring.stages else ring.consumers
+                ptx.init_barrier(fb, fb.add(ring.base, place * BARRIER_BYTES), arrivals)
+        ptx.fence_barrier_init(fb)
+        ptx.fence_async_proxy(fb)
+    ptx.block_barrier(fb)
+
+
+# --- where a count leads --------------------------------------------------------------------------
+
+
+def ring(lw: Lowering, value: Value) -> RingRef:
+    ref = lw.lowered(value)
+    if not isinstance(ref, RingRef):
+        raise lw.error(f"{value} is not a ring")
+    return ref
+
+
+def full_barrier(lw: Lowering, ref: RingRef, count: mlir.Value) -> mlir.Value:
+    """The barrier of a stage that producers complete."""
+    stage = lw.fb.urem(count, ref.stages) if ref.stages > 1 else lw.fb.i32(0)
+    return lw.fb.add(ref.base, lw.fb.mul(stage, BARRIER_BYTES))
+
+
+def empty_barrier(lw: Lowering, ref: RingRef, count: mlir.Value) -> mlir.Value:
+    """The barrier of a stage that consumers complete."""
+    return lw.fb.add(full_barrier(lw, ref, count), ref.stages * BARRIER_BYTES)
+
+
+def _round_parity(lw: Lowering, ref: RingRef, count: mlir.Value) -> mlir.Value:
+    rounds = lw.fb.udiv(count, ref.stages) if ref.stages > 1 else count
+    return lw.fb.and_(rounds, 1)
+
+
+# --- operations -----------------------------------------------------------------------------------
+
+
+@lowers(Acquire, table=RING_LOWERINGS)
+def lower_acquire(lw: Lowering, op: Acquire) -> None:
+    ref, count = ring(lw, op.ring), lw.scalar(op.count)
+    parity = lw.fb.xor(_round_parity(lw, ref, count), 1)
+    ptx.wait_parity(lw.fb, empty_barrier(lw, ref, count), parity)
+
+
+@lowers(Await, table=RING_LOWERINGS)
+def lower_await(lw: Lowering, op: Await) -> None:
+    ref, count = ring(lw, op.ring), lw.scalar(op.count)
+    ptx.wait_parity(lw.fb, full_barrier(lw, ref, count), _round_parity(lw, ref, count))
+
+
+@lowers(Release, table=RING_LOWERINGS)
+def lower_release(lw: Lowering, op: Release) -> None:
+    """One arrival of each warpgroup. Its threads' own reads must be over first: the matrix unit's are, by its wait."""
+    ref = ring(lw, op.ring)
+    if ref.read_by_threads and not lw.scope.single_thread:
+        lw.ops.barrier(lw, "warpgroup" if lw.scope.num_warps > WARPGROUP_WARPS else "role")
+    ptx.arrive(lw.fb, empty_barrier(lw, ref, lw.scalar(op.count)), warpgroup_leader(lw))
+
+
+def announce(lw: Lowering, op: Publish) -> None:
+    """Tell the stage's barrier how many bytes the copy engine will bring; before its copies start.
+
+    Where only the engine fills the stage this is also the only arrival.
+    """
+    copies = [token.op for token in op.tokens if is_engine(token)]
+    bytes_ = sum(slot_bytes(copy.slot) for copy in copies if isinstance(copy, Copy))
+    ref = ring(lw, op.ring)
+    address = full_barrier(lw, ref, lw.scalar(op.count))
+    (ptx.arrive_expect_tx if engine_alone(op) else ptx.expect_tx)(lw.fb, address, bytes_)
+
+
+@lowers(Publish, table=RING_LOWERINGS)
+def lower_publish(lw: Lowering, op: Publish) -> None:
+    """Threads that filled the stage arrive; the copy engine's part was announced with its first copy."""
+    ref = ring(lw, op.ring)
+    if engine_alone(op):
+        if ref.producers != 1:
+            raise lw.error(f"the ring expects {ref.producers} arrivals, but only the copy engine fills it")
+        return
+    only_leader = leader(lw) if ref.producers == 1 else None
+    ptx.arrive(lw.fb, full_barrier(lw, ref, lw.scalar(op.count)), only_leader)
+
+
+def is_engine(token: Value) -> bool:
+    """Whether the copy engine completes a token."""
+    return isinstance(token.type, TokenType) and token.type.kind == "tma"
+
+
+def engine_alone(op: Publish) -> bool:
+    """Whether the copy engine does all copies that a publish announces."""
+    return bool(op.tokens) and all(is_engine(t) for t in op.tokens)
+
+
+def slot_bytes(slot: Value) -> int:
+    assert isinstance(slot.type, SlotType)
+    return slot.type.bytes

@@ -1,0 +1,67 @@
+"""Roles: consecutive ranges of warps that run different code side by side.
+
+"Warp specialization": the block branches on the warp's index once, and registers move from the roles that need few
+to those that need many (PTX ISA, "setmaxnreg"; it asks for `nvvm.maxntid` and `nvvm.minctasm` on the kernel).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from tilewright.backends.lower.context import Lowering, Table, lowers
+from tilewright.backends.nvidia import ptx
+from tilewright.backends.nvidia.state import REGISTER_FILE, state
+from tilewright.ir.async_ops import Fence, Role
+
+#: ptxas allots registers in steps of 8; one thread can have 255
+REGISTER_STEP, MOST_REGISTERS = 8, 255
+#: hardware barrier 0 is the block's, then one for each role, then one for each warpgroup
+FIRST_ROLE_BARRIER = 1
+
+ROLE_LOWERINGS: Table = {}
+
+
+@lowers(Role, table=ROLE_LOWERINGS)
+def lower_role(lw: Lowering, op: Role) -> None:
+    """The first role lowers all of them, so that each warp branches to its role's code and from there to the end."""
+    roles = state(lw).roles
+    if op is not roles[0]:
+        return
+    fb, warp, end = lw.fb, lw.scope.warp, lw.fb.block()
+    for number, role in enumerate(roles):
+        last = state(lw).first_warp(role) + role.warps
+        body, other = fb.block(), end
+        if number + 1 < len(roles) or last < lw.scope.num_warps:
+            other = end if number + 1 == len(roles) else fb.block()
+            fb.cond_br(fb.icmp("ult", warp, last), body, other)
+        else:
+            fb.br(body)
+        fb.position_at_end(body)
+        _lower_body(lw, role, number)
+        fb.br(end)
+        fb.position_at_end(other)
+
+
+def _lower_body(lw: Lowering, role: Role, number: int) -> None:
+    first_warp, fb = state(lw).first_warp(role), lw.fb
+    if role.registers:
+        share = launch_registers(int(lw.function.attributes["threads"]))
+        if role.registers != share:
+            ptx.set_max_registers(fb, role.registers, increase=role.registers > share)
+    alone = fb.if_then(fb.icmp("eq", lw.scope.warp, first_warp)) if role.single_thread else nullcontext()
+    with alone:
+        chosen = fb.if_then(ptx.elect(fb)) if role.single_thread else nullcontext()
+        with chosen, lw.in_scope(first_warp, role.warps, FIRST_ROLE_BARRIER + number, role.single_thread):
+            lw.lower_block(role.body.block)
+
+
+def launch_registers(threads: int) -> int:
+    """Registers that every thread of the block starts with, one block on a multiprocessor."""
+    return min(MOST_REGISTERS, REGISTER_FILE // threads) // REGISTER_STEP * REGISTER_STEP
+
+
+@lowers(Fence, table=ROLE_LOWERINGS)
+def lower_fence(lw: Lowering, op: Fence) -> None:
+    if op.proxy != "async":
+        raise lw.error(f"no fence for proxy {op.proxy!r}")
+    ptx.fence_async_proxy(lw.fb)

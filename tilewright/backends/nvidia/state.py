@@ -1,0 +1,85 @@
+"""What the lowerings of asynchronous code on NVIDIA know of the function as a whole (`Lowering.backend`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.ir.abi import TensorMapParam
+from tilewright.ir.async_ops import Alloc, LocalLoad, Publish, Role, Slot, TransposeSlot
+from tilewright.ir.core import Function, Value
+
+if TYPE_CHECKING:
+    from tilewright.backends.lower.context import Lowering
+
+WARPGROUP_WARPS = 4
+WARPGROUP_THREADS = 128
+#: threads of the block hold this many registers in all: "setmaxnreg" moves them between warps
+REGISTER_FILE = 65536
+
+
+@dataclass
+class AsyncState:
+    """Facts about one function, and the tensor maps that its lowering has asked for."""
+
+    function: Function
+    roles: list[Role]
+    #: token of a copy -> the operation that announces it
+    publishes: dict[Value, Publish]
+    #: rings with slots that threads read themselves
+    read_by_threads: set[Value]
+    tensor_maps: dict[TensorMapParam, mlir.Value] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, function: Function) -> AsyncState:
+        ops = list(function.walk())
+        publishes = {token: op for op in ops if isinstance(op, Publish) for token in op.tokens}
+        loads = (ring_of(op.slot) for op in ops if isinstance(op, LocalLoad))
+        read = {ring for ring in loads if ring is not None}
+        return cls(function, [op for op in function.body.block.ops if isinstance(op, Role)], publishes, read)
+
+    def first_warp(self, role: Role) -> int:
+        """Roles take consecutive warps in program order."""
+        return sum(r.warps for r in self.roles[: self.roles.index(role)])
+
+
+def ring_of(slot: Value) -> Value | None:
+    """The ring whose stages a slot belongs to."""
+    while isinstance(slot.op, Slot | TransposeSlot):
+        slot = slot.op.buffer if isinstance(slot.op, Slot) else slot.op.slot
+    return slot.op.ring if isinstance(slot.op, Alloc) else None
+
+
+def state(lw: Lowering) -> AsyncState:
+    """The state of the function being lowered."""
+    if not isinstance(lw.backend, AsyncState):
+        lw.backend = AsyncState.of(lw.function)
+    return lw.backend
+
+
+# --- which threads do what ------------------------------------------------------------------------
+
+
+def leader(lw: Lowering) -> mlir.Value | None:
+    """i1: the thread that acts for the scope; None where one thread runs the code anyway."""
+    if lw.scope.single_thread:
+        return None
+    return lw.fb.icmp("eq", lw.scope.thread, lw.fb.i32(0))
+
+
+def warpgroup_leader(lw: Lowering) -> mlir.Value | None:
+    """i1: the thread that acts for its warpgroup; None where one thread runs the code anyway."""
+    if lw.scope.single_thread:
+        return None
+    return lw.fb.icmp("eq", lw.fb.and_(lw.scope.thread, WARPGROUP_THREADS - 1), lw.fb.i32(0))
+
+
+def warpgroup_count(lw: Lowering) -> int:
+    """Warpgroups of the scope."""
+    return max(1, lw.scope.num_warps // WARPGROUP_WARPS)
+
+
+def warpgroup_index(lw: Lowering) -> mlir.Value:
+    """The warpgroup's index in the scope (i32), the same in all lanes of a warp."""
+    return lw.fb.lshr(lw.scope.warp, WARPGROUP_WARPS.bit_length() - 1)

@@ -1,0 +1,141 @@
+"""NVIDIA: what the shared lowerings ask of the target. PTX ISA 8.x section names in the comments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tilewright.backends.lower.context import Lowering
+from tilewright.backends.lower.elements import element
+from tilewright.backends.lower.math_f32 import SOFTWARE
+from tilewright.backends.lower.target_ops import Store, TargetOps
+from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.ir.types import DType
+
+_AXES = "xyz"
+_FULL_MASK = -1
+_FIRST_WARPGROUP_BARRIER = 8
+_LN2 = 0.693147182464599609375
+
+
+def _intrinsic(name: str) -> Callable[[Lowering, mlir.Value], mlir.Value]:
+    return lambda lw, x: lw.fb.intrinsic(name, x.type, [x])
+
+
+def _float_unary(name: str) -> Callable[[Lowering, mlir.Value], mlir.Value]:
+    return lambda lw, x: lw.fb.float_unary(name, x)
+
+
+def _log(lw: Lowering, x: mlir.Value) -> mlir.Value:
+    return lw.fb.fmul(_MATH["log2"](lw, x), _LN2)
+
+
+#: exp2 and log2: at most 2 ulp (exp2), 2^-22 absolute between 0.5 and 2 and 2^-22.6 relative elsewhere (log2)
+_MATH: dict[str, Callable[[Lowering, mlir.Value], mlir.Value]] = {
+    **SOFTWARE,
+    "exp2": _intrinsic("llvm.nvvm.ex2.approx.f"),
+    "log2": _intrinsic("llvm.nvvm.lg2.approx.f"),
+    "log": _log,
+    "rsqrt": _intrinsic("llvm.nvvm.rsqrt.approx.f"),
+    "sqrt": _float_unary("sqrt"),
+    "floor": _float_unary("floor"),
+    "ceil": _float_unary("ceil"),
+}
+
+
+class NvidiaOps(TargetOps):
+    """Hopper and its relatives: warps of 32 threads."""
+
+    def _register(self, lw: Lowering, name: str) -> mlir.Value:
+        return lw.fb.op(f"nvvm.read.ptx.sreg.{name}", [lw.fb.types.i32]).result
+
+    def thread_id(self, lw: Lowering) -> mlir.Value:
+        return self._register(lw, "tid.x")
+
+    def warp_index(self, lw: Lowering, thread: mlir.Value) -> mlir.Value:
+        return self.shuffle(lw, lw.fb.lshr(thread, 5), lw.fb.i32(0))
+
+    def block_id(self, lw: Lowering, axis: int) -> mlir.Value:
+        return self._register(lw, f"ctaid.{_AXES[axis]}")
+
+    def num_blocks(self, lw: Lowering, axis: int) -> mlir.Value:
+        return self._register(lw, f"nctaid.{_AXES[axis]}")
+
+    def is_leader(self, lw: Lowering) -> mlir.Value:
+        text = "{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+        return lw.fb.icmp("ne", lw.fb.inline_asm(lw.fb.types.i32, text, "=r"), 0)
+
+    def shuffle_xor(self, lw: Lowering, value: mlir.Value, mask: int) -> mlir.Value:
+        fb = lw.fb
+        operands = [fb.i32(_FULL_MASK), value, fb.i32(mask), fb.i32(31)]
+        return fb.intrinsic("llvm.nvvm.shfl.sync.bfly.i32", fb.types.i32, operands)
+
+    def shuffle(self, lw: Lowering, value: mlir.Value, lane: mlir.Value) -> mlir.Value:
+        fb = lw.fb
+        operands = [fb.i32(_FULL_MASK), value, lane, fb.i32(31)]
+        return fb.intrinsic("llvm.nvvm.shfl.sync.idx.i32", fb.types.i32, operands)
+
+    def barrier(self, lw: Lowering, scope: str) -> None:
+        """bar.sync; a role of one warp needs only the warp's own. Barriers 8 to 15 are the warpgroups'."""
+        fb, here = lw.fb, lw.scope
+        if scope == "block":
+            fb.inline_asm(None, "bar.sync 0;", "~{memory}")
+            return
+        warps = 4 if scope == "warpgroup" else here.num_warps
+        if warps == 1:
+            fb.inline_asm(None, "bar.warp.sync 0xffffffff;", "~{memory}")
+            return
+        number: mlir.Value = fb.i32(here.barrier_id)
+        if scope == "warpgroup" and here.num_warps > 4:
+            number = fb.add(fb.lshr(here.warp, 2), _FIRST_WARPGROUP_BARRIER + here.first_warp // 4)
+        fb.inline_asm(None, f"bar.sync $0, {warps * 32};", "r,~{memory}", [number])
+
+    def shared_base(self, lw: Lowering) -> mlir.Value:
+        return lw.fb.ptrtoint(lw.fb.address_of(lw.entry.shared_symbol(None)), lw.fb.types.i32)
+
+    def store_if(self, lw: Lowering, accesses: Sequence[Store]) -> None:
+        for predicate, pointer, value, align in accesses:
+            if predicate is None:
+                lw.fb.store(value, pointer, align)
+            else:
+                _predicated_store(lw, predicate, pointer, value)
+
+    def math(self, lw: Lowering, fn: str, x: mlir.Value) -> mlir.Value:
+        return _MATH[fn](lw, x)
+
+    def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
+        """div.full.f32: at most 2 ulp over the full range."""
+        return lw.fb.inline_asm(x.type, "div.full.f32 $0, $1, $2;", "=f,f,f", [x, y], side_effects=False)
+
+    def round_pairs(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value] | None:
+        """cvt.rn.bf16x2.f32 and f16x2: two values a conversion, and the pair is already packed for a store."""
+        if len(values) % 2:
+            return None
+        rounded: list[mlir.Value] = []
+        for low, high in zip(values[::2], values[1::2], strict=True):
+            pair = lw.fb.fptrunc(lw.fb.pack_vector([low, high]), lw.fb.types.vec(2, element(lw, dtype)))
+            rounded += lw.fb.unpack_vector(pair)
+        return rounded
+
+
+def _predicated_store(lw: Lowering, predicate: mlir.Value, pointer: mlir.Value, value: mlir.Value) -> None:
+    """``@p st.global``: no branch. The value travels as 8-, 16-, 32- or 64-bit words."""
+    words, bits = _words(lw, value)
+    names = [f"${i + 2}" for i in range(len(words))]
+    vector = f".v{len(words)}" if len(words) > 1 else ""
+    operand = "{" + ", ".join(names) + "}" if vector else names[0]
+    kind = {8: "r", 16: "h", 32: "r", 64: "l"}[bits]
+    text = f"@$0 st.global{vector}.b{bits} [$1], {operand};"
+    constraints = ",".join(["b", "l", *[kind] * len(words), "~{memory}"])
+    lw.fb.inline_asm(None, text, constraints, [predicate, pointer, *words])
+
+
+def _words(lw: Lowering, value: mlir.Value) -> tuple[list[mlir.Value], int]:
+    """A value of 1 to 16 bytes as equal words, and their bits. Bytes lie in 32-bit registers."""
+    fb, types = lw.fb, lw.fb.types
+    is_vector = isinstance(value.type, mlir.VectorType)
+    one = value.type.element_type if is_vector else value.type
+    bits = one.width * (value.type.shape[0] if is_vector else 1)
+    if bits <= 64:
+        whole = fb.bitcast(value, getattr(types, f"i{bits}"))
+        return [fb.zext(whole, types.i32) if bits == 8 else whole], bits
+    return fb.unpack_vector(fb.bitcast(value, types.vec(bits // 32, types.i32))), 32

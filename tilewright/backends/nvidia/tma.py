@@ -1,0 +1,175 @@
+"""Bulk tensor copies by the copy engine (TMA) between global views and slots.
+
+A slot's layout is cut into boxes, each of them one instruction: as wide as one block of the layout (its swizzle),
+and as many lines as lie together, 256 elements along a dim at most (PTX ISA, "Tensor data movement"; the CUDA driver
+API's cuTensorMapEncodeTiled). The tensor map lists the dims of the root tensor in the order of the slot's layout, so
+that the engine numbers lines as the layout does; dims that a subview fixed have a box of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from tilewright.backends.lower.context import Lowering, SlotRef, Table, TokenRef, ViewRef, lowers
+from tilewright.backends.lower.index import IntLike
+from tilewright.backends.lower.memory import run_if
+from tilewright.backends.lower.views import index_operand
+from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.backends.nvidia import ptx
+from tilewright.backends.nvidia.rings import announce, engine_alone, full_barrier, is_engine, ring
+from tilewright.backends.nvidia.state import leader, state, warpgroup_count, warpgroup_index, warpgroup_leader
+from tilewright.backends.nvidia.tensor_maps import tensor_map
+from tilewright.backends.nvidia.thread_copies import copy_by_threads
+from tilewright.ir.abi import TensorMapParam
+from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, Publish
+from tilewright.ir.core import Value
+from tilewright.ir.layout import SharedLayout
+
+MOST_BOX = 256
+
+TMA_LOWERINGS: Table = {}
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """How the part ``sizes`` of a slot is cut: boxes of ``box`` elements, in the slot's dims, at each of ``starts``."""
+
+    layout: SharedLayout
+    box: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+    def offset(self, start: Sequence[int]) -> int:
+        """Bytes from the slot's base to the box at ``start``."""
+        return int(self.layout.offset_of(*start)) * self.layout.element_bits // 8
+
+
+def cut(layout: SharedLayout, sizes: Sequence[int]) -> Boxes:
+    """Boxes for the corner ``sizes`` of a slot; ValueError where its bytes are not those that the engine writes."""
+    if layout.max_phase > 1:
+        raise ValueError(f"the copy engine does not write {layout}")
+    box = [1] * len(sizes)
+    box[layout.order[0]] = layout.block_size
+    for axis in layout.order[1:]:
+        box[axis] = max(d for d in range(1, min(MOST_BOX, sizes[axis]) + 1) if sizes[axis] % d == 0)
+        if box[axis] != layout.shape[axis]:
+            break  # lines beyond do not follow directly
+    if layout.block_size > MOST_BOX:
+        raise ValueError(f"a box of {layout.block_size} elements exceeds the copy engine's {MOST_BOX}")
+    starts = tuple(product(*(range(0, size, step) for size, step in zip(sizes, box, strict=True))))
+    boxes = Boxes(layout, tuple(box), starts)
+    if any(boxes.offset(start) % layout.alignment for start in starts):
+        raise ValueError(f"boxes of {box} in {layout} do not start where the swizzle's pattern does")
+    return boxes
+
+
+def map_param(lw: Lowering, view: ViewRef, boxes: Boxes) -> TensorMapParam:
+    """The tensor map of a view's root tensor for these boxes."""
+    layout = boxes.layout
+    if view.strides[layout.order[0]] != 1:
+        raise lw.error(f"dim {layout.order[0]} of the view is not contiguous, but the slot's lines run along it")
+    order = [view.root_dims[axis] for axis in layout.order]
+    order += [dim for dim in reversed(range(view.root_rank)) if dim not in order]
+    box = [1] * view.root_rank
+    for axis, size in enumerate(boxes.box):
+        box[view.root_dims[axis]] = size
+    return TensorMapParam(view.root, tuple(box), tuple(order), layout.swizzle)
+
+
+def coordinates(lw: Lowering, view: ViewRef, param: TensorMapParam, first: Sequence[IntLike]) -> list[mlir.Value]:
+    """Where a box starts in the root tensor, contiguous dim first (i32). ``first``: per dim of the view."""
+    at: dict[int, IntLike] = dict(view.fixed)
+    for axis, start in enumerate(first):
+        at[view.root_dims[axis]] = lw.index.add(start, view.origin[axis])
+    return [lw.index.value(lw.index.narrow(at[dim])) for dim in param.order]
+
+
+def _transfers(
+    lw: Lowering, op: Copy | BulkStore, slot: SlotRef, sizes: Sequence[int], shift: Sequence[IntLike], skip: IntLike
+) -> Iterator[tuple[mlir.Value, list[mlir.Value], mlir.Value]]:
+    """(tensor map, coordinates, address in shared memory) of each box.
+
+    ``sizes``: the part of the slot to move. It starts ``skip`` bytes into the slot and ``shift`` elements into the tile.
+    """
+    view, boxes, math = lw.view(op.view), cut(slot.layout, sizes), lw.index
+    param = map_param(lw, view, boxes)
+    pointer = tensor_map(lw, param)
+    index = [math.narrow(index_operand(lw, value)) for value in op.index]
+    tile = [math.add(math.mul(i, n), s) for i, n, s in zip(index, slot.type.shape, shift, strict=True)]
+    for start in boxes.starts:
+        first = [math.add(t, s) for t, s in zip(tile, start, strict=True)]
+        address = math.value(math.sum([slot.base, skip, boxes.offset(start)]))
+        yield pointer, coordinates(lw, view, param, first), address
+
+
+# --- operations -----------------------------------------------------------------------------------
+
+
+@lowers(Copy, table=TMA_LOWERINGS)
+def lower_copy(lw: Lowering, op: Copy) -> None:
+    if not is_engine(op.result):
+        copy_by_threads(lw, op)
+        lw.define(op.result, TokenRef("threads"))
+        return
+    publish, slot = _publish(lw, op.result), lw.slot(op.slot)
+    if op.pad != 0:
+        raise lw.error(f"the copy engine pads with zeros, not with {op.pad}")
+    run_if(lw, leader(lw), lambda: _issue(lw, op, publish, slot))
+    lw.define(op.result, TokenRef("tma"))
+
+
+def _issue(lw: Lowering, op: Copy, publish: Publish, slot: SlotRef) -> None:
+    if op.result is next(t for t in publish.tokens if is_engine(t)):
+        announce(lw, publish)
+    barrier = full_barrier(lw, ring(lw, publish.ring), lw.scalar(publish.count))
+    origin = [0] * len(slot.type.shape)
+    for pointer, place, address in _transfers(lw, op, slot, slot.type.shape, origin, 0):
+        ptx.load_box(lw.fb, pointer, place, address, barrier)
+
+
+def _publish(lw: Lowering, token: Value) -> Publish:
+    publish = state(lw).publishes.get(token)
+    if publish is None:
+        raise lw.error("nothing publishes this copy, so it has no barrier to complete on")
+    if not engine_alone(publish) and lw.scope.single_thread:
+        raise lw.error("threads and copy engine fill the stage together, but the role has one thread")
+    return publish
+
+
+@lowers(BulkStore, table=TMA_LOWERINGS)
+def lower_bulk_store(lw: Lowering, op: BulkStore) -> None:
+    slot, groups = lw.slot(op.slot), warpgroup_count(lw)
+    sizes, shift, skip = list(slot.type.shape), [0] * len(slot.type.shape), 0
+    who, parts = leader(lw), groups if op.scope == "warpgroup" and groups > 1 else 1
+    moved: list[IntLike] = list(shift)
+    place: IntLike = skip
+    if op.scope == "warpgroup":
+        who = warpgroup_leader(lw)
+    if parts > 1:
+        moved[0], place = _own_rows(lw, slot, parts)
+        sizes[0] //= parts
+    transfers = list(_transfers(lw, op, slot, sizes, moved, place))
+    ptx.store_boxes(lw.fb, transfers[0][0], [(where, address) for _, where, address in transfers], who)
+
+
+def _own_rows(lw: Lowering, slot: SlotRef, parts: int) -> tuple[IntLike, IntLike]:
+    """(first row, its byte offset in the slot) of the warpgroup's share of the rows."""
+    rows, rest = divmod(slot.type.shape[0], parts)
+    if rest:
+        raise lw.error(f"{slot.type.shape[0]} rows do not split over {parts} warpgroups")
+    others = [0] * (len(slot.type.shape) - 1)
+    starts = [int(slot.layout.offset_of(rows * part, *others)) * slot.dtype.bytes for part in range(parts)]
+    if starts != [part * starts[1] for part in range(parts)] or starts[1] % slot.layout.alignment:
+        raise lw.error(f"the warpgroups' rows of {slot.type} do not start where the swizzle's pattern does")
+    group = warpgroup_index(lw)
+    return lw.index.mul(group, rows), lw.index.mul(group, starts[1])
+
+
+@lowers(BulkWait, table=TMA_LOWERINGS)
+def lower_bulk_wait(lw: Lowering, op: BulkWait) -> None:
+    """Every thread waits for the groups that it has committed itself: the leader for its stores, others not at all."""
+    ptx.wait_stores(lw.fb, op.pending, op.read)

@@ -1,0 +1,260 @@
+"""Matrix products on the warpgroup matrix unit: ``wgmma.mma_async`` and its waits.
+
+PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". One dot is one group: a fence, an instruction for each
+64-row block, column part and 16 steps of K, and a commit, all in one assembly statement, so that nothing can come
+between. Accumulators are tied to the statement's results, which say what is in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilewright.backends.lower.context import Lowering, Registers, SlotRef, Table, TokenRef, lowers
+from tilewright.backends.lower.index import IntLike
+from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.backends.nvidia import ptx
+from tilewright.backends.nvidia.descriptors import ADDRESS_MASK, INSTRUCTION_K, MatrixDescriptor, matrix_descriptor
+from tilewright.backends.nvidia.state import warpgroup_count, warpgroup_index
+from tilewright.ir.async_ops import AsyncDot, Wait
+from tilewright.ir.core import Operation, Value
+from tilewright.ir.layout import LinearLayout, wgmma_accumulator, wgmma_operand_a
+from tilewright.ir.tile_ops import Constant
+from tilewright.ir.types import DType, SlotType, TileType, bf16, f16, f32
+
+BLOCK_ROWS, MOST_COLUMNS, COLUMN_STEP = 64, 256, 8
+
+WGMMA_LOWERINGS: Table = {}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one warpgroup covers its part of a dot: ``blocks`` of 64 rows, ``parts`` of ``columns``, ``steps`` of K.
+
+    ``row_step`` and ``column_step``: distance between the parts of neighbouring warpgroups.
+    """
+
+    blocks: int
+    parts: int
+    columns: int
+    steps: int
+    row_step: int
+    column_step: int
+
+    @classmethod
+    def of(cls, m: int, n: int, k: int, groups: int) -> Shape:
+        split_rows = m > BLOCK_ROWS
+        rows, columns = (m // groups, n) if split_rows else (m, n // groups)
+        if rows % BLOCK_ROWS or k % INSTRUCTION_K or columns % COLUMN_STEP or not columns:
+            raise ValueError(f"({m}, {k}) @ ({k}, {n}) does not split over {groups} warpgroups")
+        parts = next(p for p in range(1, n + 1) if columns % (p * COLUMN_STEP) == 0 and columns // p <= MOST_COLUMNS)
+        row_step, column_step = (rows, 0) if split_rows else (0, columns)
+        return cls(rows // BLOCK_ROWS, parts, columns // parts, k // INSTRUCTION_K, row_step, column_step)
+
+
+# --- operands -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SlotOperand:
+    """An operand in shared memory: ``base`` is the descriptor (i64) of the warpgroup's first part."""
+
+    lw: Lowering
+    descriptor: MatrixDescriptor
+    base: mlir.Value
+
+    def at(self, position: int, k: int) -> mlir.Value:
+        """The descriptor of the part at (M or N position, k)."""
+        return self.lw.fb.add(self.base, self.descriptor.start(position, k) >> 4)
+
+
+def slot_operand(lw: Lowering, slot: SlotRef, axis: int, step: int) -> SlotOperand:
+    """``axis``: the M or N dim of the slot; ``step``: how many rows (columns) lie between warpgroups."""
+    fb, descriptor, groups = lw.fb, matrix_descriptor(slot.layout, axis), warpgroup_count(lw)
+    address: IntLike = slot.base
+    if step and groups > 1:
+        distance = descriptor.step(step, groups)
+        address = lw.index.add(address, lw.index.mul(warpgroup_index(lw), distance))
+    start = fb.and_(fb.lshr(lw.index.value(address), 4), ADDRESS_MASK)
+    return SlotOperand(lw, descriptor, fb.or_(fb.zext(start, fb.types.i64), fb.i64(descriptor.bits)))
+
+
+def register_operand(lw: Lowering, tile: TileType, registers: Registers, shape: Shape) -> dict[tuple[int, int], Registers]:
+    """The four words of A (pairs of 16-bit elements along K) by (64-row block, K step)."""
+    layout = wgmma_operand_a(tile.shape, tile.dtype.bits, warpgroup_count(lw))
+    if tile.layout != layout:
+        raise lw.error(f"operand a is laid out as {tile.layout}, the matrix unit reads {layout}")
+    words = {}
+    for block in range(shape.blocks):
+        for step in range(shape.steps):
+            box = layout.registers_in((BLOCK_ROWS * block, INSTRUCTION_K * step), (BLOCK_ROWS, INSTRUCTION_K))
+            words[block, step] = pack_words(lw, [registers[r] for r in box])
+    return words
+
+
+def pack_words(lw: Lowering, elements: Sequence[mlir.Value]) -> Registers:
+    """Pairs of 16-bit elements as i32, the first in the lower half."""
+    pairs = zip(elements[::2], elements[1::2], strict=True)
+    return [lw.fb.bitcast(lw.fb.pack_vector(pair), lw.fb.types.i32) for pair in pairs]
+
+
+# --- one group ------------------------------------------------------------------------------------
+
+
+class Group:
+    """The assembly statement of one dot. Results and tied accumulators come first, then operands as they turn up."""
+
+    def __init__(self, lw: Lowering, accumulators: Registers, tied: bool):
+        self.lw, self.accumulators, self.tied = lw, accumulators, tied
+        self.inputs: list[mlir.Value] = []
+        self.kinds: list[str] = []
+        self.numbers: dict[mlir.Value, int] = {}
+        self.lines: list[str] = []
+
+    def operand(self, value: mlir.Value, kind: str) -> str:
+        """The place ``$n`` of an operand."""
+        if value not in self.numbers:
+            self.numbers[value] = len(self.accumulators) * (2 if self.tied else 1) + len(self.inputs)
+            self.inputs.append(value)
+            self.kinds.append(kind)
+        return f"${self.numbers[value]}"
+
+    def multiply(self, registers: Sequence[int], dtype: DType, a: str, b: str, accumulate: bool, transpose: str) -> None:
+        """One instruction on the accumulators numbered ``registers``."""
+        columns = len(registers) * 2  # 64 rows over 128 threads
+        name = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype}"
+        places = ", ".join(f"${r}" for r in registers)
+        self.lines.append(f"{name} {{{places}}}, {a}, {b}, {int(accumulate)}, 1, 1{transpose};")
+
+    def emit(self) -> Registers:
+        count, f32_type = len(self.accumulators), self.lw.fb.types.f32
+        ties = [str(i) for i in range(count)] if self.tied else []
+        constraints = ",".join(["=f"] * count + ties + self.kinds + [ptx.MEMORY])
+        text = "\n".join(["wgmma.fence.sync.aligned;", *self.lines, "wgmma.commit_group.sync.aligned;"])
+        arguments = [*(self.accumulators if self.tied else []), *self.inputs]
+        return list(self.lw.fb.inline_asm([f32_type] * count, text, constraints, arguments))
+
+
+@lowers(AsyncDot, table=WGMMA_LOWERINGS)
+def lower_async_dot(lw: Lowering, op: AsyncDot) -> None:
+    (m, n), k = _accumulator(op).shape, _slot_type(op.b).shape[0]
+    layout, groups = _check(lw, op), warpgroup_count(lw)
+    shape = Shape.of(m, n, k, groups)
+    _pin_later_operands(lw, op)
+    zero = isinstance(op.acc.op, Constant) and op.acc.op.value == 0
+    group = Group(lw, lw.registers(op.acc), tied=not zero)
+    b = slot_operand(lw, lw.slot(op.b), 1, shape.column_step)
+    rows = _row_operand(lw, op, shape, group)
+    trans_b = str(int(b.descriptor.transposed))
+    dtype = _slot_type(op.b).dtype
+    for step in range(shape.steps):
+        for block in range(shape.blocks):
+            a, trans_a = rows(block, step)
+            for part in range(shape.parts):
+                column = shape.columns * part
+                registers = layout.registers_in((BLOCK_ROWS * block, column), (BLOCK_ROWS, shape.columns))
+                place = group.operand(b.at(column, INSTRUCTION_K * step), "l")
+                group.multiply(registers, dtype, a, place, not zero or step > 0, f"{trans_a}, {trans_b}")
+    lw.define(op.results[0], group.emit())
+    lw.define(op.results[1], TokenRef("mma"))
+
+
+def _row_operand(lw: Lowering, op: AsyncDot, shape: Shape, group: Group):  # type: ignore[no-untyped-def]
+    """(block, step) -> the text of operand a, and of its transposition flag where it lies in shared memory."""
+    if isinstance(op.a.type, SlotType):
+        slot = slot_operand(lw, lw.slot(op.a), 0, shape.row_step)
+        flag = f", {int(slot.descriptor.transposed)}"
+        return lambda block, step: (group.operand(slot.at(BLOCK_ROWS * block, INSTRUCTION_K * step), "l"), flag)
+    assert isinstance(op.a.type, TileType)
+    words = register_operand(lw, op.a.type, lw.registers(op.a), shape)
+
+    def in_registers(block: int, step: int) -> tuple[str, str]:
+        return "{" + ", ".join(group.operand(word, "r") for word in words[block, step]) + "}", ""
+
+    return in_registers
+
+
+def _check(lw: Lowering, op: AsyncDot) -> LinearLayout:
+    """The accumulator's layout, once dtypes and layout are those of the matrix unit."""
+    acc, dtype = _accumulator(op), _slot_type(op.b).dtype
+    if dtype not in (bf16, f16) or acc.dtype != f32:
+        raise lw.error(f"the matrix unit multiplies bf16 or f16 into f32, not {dtype} into {acc.dtype}")
+    layout = wgmma_accumulator(acc.shape, warpgroup_count(lw))
+    if acc.layout != layout:
+        raise lw.error(f"the accumulator is laid out as {acc.layout}, the matrix unit writes {layout}")
+    return layout
+
+
+def _accumulator(op: AsyncDot) -> TileType:
+    assert isinstance(op.acc.type, TileType)
+    return op.acc.type
+
+
+def _slot_type(value: Value) -> SlotType:
+    assert isinstance(value.type, SlotType)
+    return value.type
+
+
+# --- order of registers and waits -----------------------------------------------------------------
+
+
+def pin(lw: Lowering, values: Sequence[mlir.Value]) -> Registers:
+    """The same values through an empty assembly statement: LLVM cannot compute them later than here."""
+    constraint = {"f32": "f", "i32": "r", "f16": "h", "bf16": "h"}
+    kinds = [constraint[str(v.type)] for v in values]
+    text = ",".join([*(f"={kind}" for kind in kinds), *map(str, range(len(values)))])
+    return list(lw.fb.inline_asm([v.type for v in values], "", text, values))
+
+
+def _pin_later_operands(lw: Lowering, op: AsyncDot) -> None:
+    """Fix what the groups issued right behind this one read from registers, while none is in flight.
+
+    LLVM moves plain arithmetic across assembly statements; computed between two groups, operands of the second
+    would make ptxas serialise both (C7513 and its kin).
+    """
+    block = op.parent
+    assert block is not None
+    position = block.ops.index(op)
+    if _issues_before(block.ops[:position]):
+        return
+    for later in block.ops[position + 1 :]:
+        if isinstance(later, Wait):
+            break
+        if isinstance(later, AsyncDot):
+            for value in (later.a, later.acc):
+                if value.owner is block or value.op in block.ops[:position]:
+                    _pin_value(lw, value)
+
+
+def _issues_before(ops: Sequence[Operation]) -> bool:
+    """Whether the block issues a group before that no wait has retired."""
+    for op in reversed(ops):
+        if isinstance(op, Wait):
+            return False
+        if isinstance(op, AsyncDot):
+            return True
+    return False
+
+
+def _pin_value(lw: Lowering, value: Value) -> None:
+    if not isinstance(value.type, TileType) or isinstance(value.op, Constant | AsyncDot):
+        return
+    registers = lw.registers(value)
+    if value.type.dtype.bits != 16:
+        lw.define(value, pin(lw, registers))
+        return
+    vector = lw.fb.types.vec(2, registers[0].type)
+    words = pin(lw, pack_words(lw, registers))
+    lw.define(value, [e for word in words for e in lw.fb.unpack_vector(lw.fb.bitcast(word, vector))])
+
+
+@lowers(Wait, table=WGMMA_LOWERINGS)
+def lower_wait(lw: Lowering, op: Wait) -> None:
+    """``wgmma.wait_group`` with the accumulators passed through it, so that nothing reads them before."""
+    registers = lw.flatten(op.values)
+    text = f"wgmma.wait_group.sync.aligned {op.pending};"
+    constraints = ",".join(["=f"] * len(registers) + [str(i) for i in range(len(registers))] + [ptx.MEMORY])
+    if registers:
+        lw.define_flat(op.results, lw.fb.inline_asm([r.type for r in registers], text, constraints, registers))
+    else:
+        ptx.emit(lw.fb, text)
