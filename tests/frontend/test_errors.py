@@ -346,7 +346,7 @@ def comprehension(x, y, n):
 
 @case("lambdas are not supported", "lambda v: v", "@tw.function")
 def lambdas(x, y, n):
-    f = lambda v: v  # noqa: E731, F841
+    f = lambda v: v  # noqa: E731
 
 
 @case("tiles and tensors are not assigned by element", "y[0]", "tw.store")

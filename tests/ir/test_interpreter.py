@@ -201,7 +201,8 @@ def test_a_bf16_sum_is_rounded_once() -> None:
 
 def test_shapes() -> None:
     x = numbers((4, 6), "f32")
-    body = """%a = tile.transpose %x {perm = [1, 0]} : tile<6x4xf32> %b = tile.extract %a {offsets = [2, 0]} : tile<3x4xf32>
+    body = """%a = tile.transpose %x {perm = [1, 0]} : tile<6x4xf32>
+      %b = tile.extract %a {offsets = [2, 0]} : tile<3x4xf32>
       %c = tile.reshape %b : tile<12xf32> %e = tile.expand_dims %c {axis = 0} : tile<1x12xf32>
       %r = tile.broadcast %e : tile<5x12xf32>"""
     got = apply(body, x, "f32", "f32", (5, 12))
@@ -215,7 +216,8 @@ def test_shapes() -> None:
 )
 def test_dot(a: str, acc: str) -> None:
     x = numbers((8, 24), a)
-    body = f"""%a = tile.extract %x {{offsets = [0, 0]}} : tile<8x16x{a}> %b = tile.extract %x {{offsets = [0, 16]}} : tile<8x8x{a}>
+    body = f"""%a = tile.extract %x {{offsets = [0, 0]}} : tile<8x16x{a}>
+      %b = tile.extract %x {{offsets = [0, 16]}} : tile<8x8x{a}>
       %t = tile.transpose %a {{perm = [1, 0]}} : tile<16x8x{a}> %c = tile.constant {{value = 2}} : tile<16x8x{acc}>
       %r = tile.dot %t, %b, %c : tile<16x8x{acc}>"""
     got = apply(body, x, a, acc, (16, 8)).astype(np.float64)
@@ -237,9 +239,8 @@ COPY = """func @copy(%s: view<?x?xf32, strides=[?, ?], align=4>, %d: view<?x?xf3
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 3), st.integers(0, 3))
 def test_loads_pad_and_stores_clip(rows: int, columns: int, more: int, turn: int) -> None:
     source = RANDOM.standard_normal((rows, columns)).astype(np.float32)
-    base = np.zeros((40, 48), np.float32)
-    target = [base[: rows + more, : columns + more], base.T[: rows + more, : columns + more],
-              base[::2, ::2][: rows + more, : columns + more], base[::-1][: rows + more, : columns + more]][turn]  # fmt: skip
+    base = np.zeros((48, 48), np.float32)
+    target = [base, base.T, base[::2, ::2], base[::-1]][turn][: rows + more, : columns + more]
     run(parse(COPY), {"s": source, "d": target}, grid=(-(-rows // 4), -(-columns // 8)))
     want = np.zeros_like(target)
     want[: -(-rows // 4) * 4, : -(-columns // 8) * 8] = 7.0
@@ -249,7 +250,8 @@ def test_loads_pad_and_stores_clip(rows: int, columns: int, more: int, turn: int
 
 
 def test_views() -> None:
-    text = """func @f(%s: view<?x?x?xf32, strides=[?, ?, 1], align=4>, %d: view<?x?xf32, strides=[?, 1], align=4>, %i: i32, %o: i32) {
+    text = """func @f(%s: view<?x?x?xf32, strides=[?, ?, 1], align=4>,
+             %d: view<?x?xf32, strides=[?, 1], align=4>, %i: i32, %o: i32) {
       %0 = tile.constant {value = 0} : i32
       %a = tile.subview %s, [%i] : view<?x?xf32, strides=[?, 1], align=4>
       %b = tile.permute_view %a {perm = [1, 0]} : view<?x?xf32, strides=[1, ?], align=4>
@@ -272,7 +274,7 @@ def test_views() -> None:
     assert np.array_equal(d, want + 6)
     with pytest.raises(IRError, match="'tile.subview': index 3 is outside a dimension of size 3") as caught:
         run(parse(text), [s, d, 3, 0])
-    assert (caught.value.loc.file, caught.value.loc.line) == ("k.tw", 3)
+    assert (caught.value.loc.file, caught.value.loc.line) == ("k.tw", 4)
 
 
 def test_a_loaded_tile_does_not_see_later_stores() -> None:
@@ -532,21 +534,19 @@ def edited(old: str, new: str, count: int = 1) -> Function:
     ("old", "new", "message"),
     [
         ("{pending = 1}", "{pending = 2}", "slot 0 of %as is released while a dot in flight reads it"),
-        ("%sum = async.wait [%acc], token(%g)", "%sum = async.wait [%acc], token(%g) {pending = 1}", "may stay in flight"),
+        ("token(%g) :", "token(%g) {pending = 1} :", "is among the 1 that may stay in flight"),
         ("tile.cast %sum", "tile.cast %acc", "'tile.cast': reads %acc while its dot is in flight"),
         ("[%ta, %tb]", "[%ta]", "slot 0 of %bs is read while a copy into it is in flight"),
         ("async.release %loads, %p", "async.release %loads, %c", "is released while a dot in flight reads it"),
-        ("async.release %loads, %p", "async.release %loads, %p async.release %loads, %p", "more often than its 2 arrivals"),
-        ("async.publish %loads, %c, [%ta, %tb]", "async.publish %loads, %i, [%ta, %tb]", ""),
+        ("async.release %loads, %e", "async.release %loads, %e async.release %loads, %e", "more often than its 2 arr"),
+        ("async.publish %loads, %c, [%ta, %tb]", "async.publish %loads, %i, [%ta, %tb]", "is published more often than its 1 arrivals"),
         ("async.bulk_wait", "async.bulk_wait {pending = 1}", "is released while a bulk store in flight reads it"),
         ("async.await %stage, %turn", "async.await %stage, %turn async.barrier", "deadlock"),
         ("async.fence", "async.release %stage, %turn", "released by role @consumer, which did not await it"),
-        ("%loads = async.ring {consumers = 2}", "%loads = async.ring {consumers = 2, producers = 3}", ""),
+        ("async.acquire %stage, %turn", "async.acquire %stage, %0", "which did not wait for its release (acquire)"),
     ],
 )  # fmt: skip
 def test_wrong_schedules(old: str, new: str, message: str) -> None:
-    if not message:
-        return
     with pytest.raises(IRError, match=re.escape(message)) as caught:
         run_gemm(edited(old, new))
     assert caught.value.loc.file == "k.tw"
@@ -568,7 +568,8 @@ SLOT = "slot<4x8xf32, shared<none, order=[1,0], shape=[4,8], bits=32>>"
 
 def single(body: str) -> Function:
     """A kernel without roles: one buffer of two slots, %s and %d as global memory."""
-    return parse(f"""func @f(%s: view<4x8xf32, strides=[8, 1], align=16>, %d: view<4x8xf32, strides=[8, 1], align=16>) {{
+    view = "view<4x8xf32, strides=[8, 1], align=16>"
+    return parse(f"""func @f(%s: {view}, %d: {view}) {{
       %0 = tile.constant {{value = 0}} : i32
       %1 = tile.constant {{value = 1}} : i32
       %buffer = async.alloc : buffer<2 x {SLOT}>
@@ -589,7 +590,7 @@ def test_waiting_for_copies_without_a_ring() -> None:
     with pytest.raises(IRError, match="read while a copy into it is in flight"):
         run(single(body.replace("async.wait [], token(%t)", "")), [s, d])
     with pytest.raises(IRError, match="in flight when the program ends; nobody waits for it"):
-        run(single(body.split("\n")[0]), [s, d])
+        run(single(body.split("\n", 1)[0]), [s, d])
 
 
 def test_a_bulk_store_reads_late() -> None:
@@ -630,10 +631,7 @@ def test_a_block_barrier_shows_stores_to_all_roles() -> None:
     with pytest.raises(IRError, match="read by role @two, which holds no stage of it"):
         run(single(EXCHANGE.replace("async.barrier", "async.fence")), [s, d])
     with pytest.raises(IRError, match=r"role @one: 'async.barrier' at .* waits for the other roles"):
-        run(
-            single(EXCHANGE.replace("async.barrier", "async.fence", 2).replace("async.fence", "async.barrier", 1)),
-            [s, d],
-        )
+        run(single(EXCHANGE.split("async.role @two")[0] + "async.role @two {warps = 4} { async.fence }"), [s, d])
 
 
 TURNS = """%ring = async.ring {consumers = CONSUMERS} : ring<2>
@@ -681,3 +679,27 @@ def test_roles_and_types_used_here() -> None:
     """The GEMM has what the schedule tests are about."""
     kinds = {type(op) for op in parse(SCHEDULED).walk()}
     assert {Role, Copy, *SYNCHRONISING} <= kinds and Barrier not in kinds
+
+
+def test_a_gemm_of_real_size() -> None:
+    """Ragged on every side, with the tiles of a GPU; well under a second."""
+    text = """func @gemm(%a: view<?x?xbf16, strides=[?, 1], align=16>, %b: view<?x?xbf16, strides=[?, 1], align=16>,
+           %c: view<?x?xbf16, strides=[?, 1], align=16>, %steps: i32) {
+      %m = tile.program_id {axis = 0} : i32
+      %n = tile.program_id {axis = 1} : i32
+      %0 = tile.constant {value = 0} : i32
+      %1 = tile.constant {value = 1} : i32
+      %zero = tile.constant {value = 0.0} : tile<128x256xf32>
+      %acc = tile.for %i = %0 to %steps step %1 iter(%x = %zero) : tile<128x256xf32> {
+        %ta = tile.load %a, [%m, %i] : tile<128x64xbf16>
+        %tb = tile.load %b, [%i, %n] : tile<64x256xbf16>
+        %d = tile.dot %ta, %tb, %x : tile<128x256xf32>
+        tile.yield [%d]
+      }
+      %o = tile.cast %acc : tile<128x256xbf16>
+      tile.store %c, [%m, %n], %o
+    }"""
+    a, b, c = numbers((1000, 1003), "bf16"), numbers((1003, 1111), "bf16"), np.full((1000, 1111), np.nan, BF16)
+    run(parse(text), [a, b, c, 16], grid=(8, 5))
+    want = a.astype(np.float64) @ b.astype(np.float64)
+    np.testing.assert_allclose(c.astype(np.float64), want, rtol=8e-3, atol=1e-2)

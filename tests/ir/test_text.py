@@ -303,7 +303,7 @@ def test_random_modules_round_trip(module: Module) -> None:
 PIECES = re.findall(r"\w+(?:\.\w+)*|\s+|.", GEMM)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_mutated_text_gives_only_parse_errors(data: st.DataObject) -> None:
     pieces = list(PIECES)
@@ -316,7 +316,7 @@ def test_mutated_text_gives_only_parse_errors(data: st.DataObject) -> None:
         print_module(module)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.text(alphabet='%@#{}[]()<>=:,."x1 \n-?', max_size=30))
 def test_noise_gives_only_parse_errors(text: str) -> None:
     for source in (text, f"func @f() {{ {text} }}", f"func @f(%x: {text}) {{}}"):

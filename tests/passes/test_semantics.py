@@ -68,7 +68,7 @@ class Generator:
 
     def statements(self, pool: list[Value], count: int, depth: int) -> None:
         kinds = ["constant", "unary", "binary", "binary", "binary", "compare", "select", "cast", "bitcast", "load"]
-        kinds += ["shape", "shape", "shape", "reduce", "dim", "store", "again"]
+        kinds += ["shape", "shape", "shape", "reduce", "dim", "store", "again", "chain", "chain", "chain", "chain"]
         kinds += ["for", "branch", "loop"] if depth else []
         for _ in range(count):
             kind = self.rng.choice(kinds)
@@ -95,7 +95,7 @@ class Generator:
     def of(self, pool: Sequence[Value], type_: Type) -> Value:
         """A value of the type: an earlier one, or a constant."""
         found = [v for v in pool if v.type == type_]
-        return self.rng.choice(found) if found and self.rng.random() < 0.8 else self.literal(type_)
+        return self.rng.choice(found) if found and self.rng.random() < 0.6 else self.literal(type_)
 
     def some(self, pool: Sequence[Value], accept=lambda type_: True) -> Value:
         found = [v for v in pool if accept(v.type)]
@@ -113,6 +113,13 @@ class Generator:
         if not ops:
             return self.make_constant(pool)
         return self.builder.insert(self.rng.choice(ops).clone({})).result
+
+    def make_chain(self, pool):
+        """Two operations in a row, one on the result of the other."""
+        first = self.rng.choice(["unary", "binary", "binary", "compare", "cast", "bitcast", "shape"])
+        value = getattr(self, f"make_{first}")(pool)
+        second = "unary" if first == "compare" else self.rng.choice([first, first, "unary", "binary"])
+        return getattr(self, f"make_{second}")([value])
 
     def make_unary(self, pool):
         source = self.some(pool)

@@ -153,9 +153,9 @@ def _with_target(ir_text: str, triple: str, layout: str) -> str:
 
 
 def _parse(ir_text: str) -> Any:
-    # A context of its own: the global one would keep every type and constant ever parsed.
+    # In the global context: a context of its own may be collected before its module, which crashes.
     try:
-        module = binding.parse_assembly(ir_text, context=binding.create_context())
+        module = binding.parse_assembly(ir_text)
         module.verify()
     except RuntimeError as error:
         raise BackendError("llvm", "the LLVM IR is not valid", [str(error).strip()]) from error

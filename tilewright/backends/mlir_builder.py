@@ -912,7 +912,7 @@ class FunctionBuilder:
     def for_loop(
         self,
         lower: Value | int,
-        upper: Value,
+        upper: Value | int,
         step: Value | int,
         initial: Sequence[Value] = (),
         unroll: bool | int | None = None,
@@ -921,6 +921,8 @@ class FunctionBuilder:
 
         ``with f.for_loop(0, n, 1, [acc]) as loop: ...; loop.yields([...])``, then ``loop.results``.
         """
+        if isinstance(lower, int) and isinstance(upper, int):
+            upper = self.i32(upper)
         lower, upper, index_type = self._pair(lower, upper)
         head, body, after = self.block(index_type, *(v.type for v in initial)), self.block(), self.block()
         self.br(head, [lower, *initial])

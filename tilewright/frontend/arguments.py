@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewright.frontend.definition import KernelDefinition, Parameter
-from tilewright.frontend.errors import ArgumentError
+from tilewright.frontend.errors import ArgumentError, suggestion
 from tilewright.frontend.markers import as_dtype
 from tilewright.frontend.promotion import fits
 from tilewright.frontend.values import dtype_name
@@ -59,8 +58,7 @@ def _match(definition: KernelDefinition, args: tuple[Any, ...], kwargs: dict[str
     values = dict(zip(positional, args, strict=False))
     for name, value in kwargs.items():
         if name not in definition.parameter:
-            close = difflib.get_close_matches(name, definition.parameter, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"parameters: {', '.join(definition.parameter)}"
+            hint = suggestion(name, definition.parameter) or f"parameters: {', '.join(definition.parameter)}"
             raise ArgumentError(f"kernel '{definition.name}' has no parameter '{name}'", definition.loc, hint)
         if name in values:
             raise _error(definition, definition.parameter[name], f"argument '{name}' is given twice", "")

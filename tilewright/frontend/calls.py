@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tilewright.frontend import builtins
+from tilewright.frontend import builtins, language
 from tilewright.frontend.definition import FunctionDefinition, Parameter, as_kernel
 from tilewright.frontend.emitter import Emitter
 from tilewright.frontend.errors import CompileError, place
@@ -172,8 +172,9 @@ class Calls(VisitorBase):
         name = getattr(callee, "__name__", type(callee).__name__)
         if callee is print:
             return CompileError("print does not work in a kernel", hint="run it in the interpreter, or store the value")
-        if getattr(callee, "__module__", None) == "math" and f"{name}" in vars(python_surface()):
-            return CompileError(f"math.{name} needs compile-time numbers", hint=f"use tw.{name} on run-time values")
+        if getattr(callee, "__module__", None) == "math":
+            hint = f"use tw.{name} on run-time values" if name in language.BUILTINS else ""
+            return CompileError(f"math.{name} needs compile-time numbers", hint=hint)
         if inspect.isfunction(callee):
             where = place(Location(callee.__code__.co_filename, callee.__code__.co_firstlineno, 1))
             hint = f"decorate it with @tw.function ({where})"
@@ -183,13 +184,6 @@ class Calls(VisitorBase):
                 f"'{name}' cannot be called in a kernel", hint="use tw.* functions and @tw.function helpers"
             )
         return CompileError(f"{describe(callee)} is not callable")
-
-
-def python_surface() -> Any:
-    """The module of markers (imported late: it is large and only errors need it)."""
-    from tilewright.frontend import language
-
-    return language
 
 
 def _bind(signature: inspect.Signature, what: str, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import linecache
+from collections.abc import Iterable
 from typing import Any
 
 from tilewright.ir.core import UNKNOWN, Location
@@ -73,6 +75,12 @@ class ArgumentError(CompileError, TypeError):
     """The arguments of a launch or a compilation do not fit the kernel's parameters."""
 
 
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """``did you mean 'x'?`` or nothing."""
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    return f"did you mean '{close[0]}'?" if close else ""
+
+
 def place(loc: Location) -> str:
     """``file:line:column``, as editors and terminals understand it."""
     return f"{loc.file}:{loc.line}:{loc.column}"
@@ -86,4 +94,4 @@ def _source_line(loc: Location) -> str:
     return "" if loc == UNKNOWN else linecache.getline(loc.file, loc.line).rstrip().replace("\t", " ")
 
 
-__all__ = ["ArgumentError", "CompileError", "place"]
+__all__ = ["ArgumentError", "CompileError", "place", "suggestion"]

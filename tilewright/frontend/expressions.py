@@ -6,10 +6,11 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
+from tilewright.frontend import builtins
 from tilewright.frontend.emitter import fold
-from tilewright.frontend.errors import CompileError
+from tilewright.frontend.errors import CompileError, suggestion
 from tilewright.frontend.methods import attribute
-from tilewright.frontend.scope import VisitorBase, host_value, suggestion
+from tilewright.frontend.scope import VisitorBase, host_value
 from tilewright.frontend.subscripts import Slice, subscript
 from tilewright.frontend.values import contains_value, describe, is_number, is_tile
 from tilewright.ir.core import Value
@@ -76,9 +77,7 @@ class Expressions(VisitorBase):
     def binary(self, op: ast.operator, left: Any, right: Any) -> Any:
         """An operator by its syntax node; ``@`` is `tw.dot`."""
         if isinstance(op, ast.MatMult):
-            from tilewright.frontend.builtins import dot
-
-            return dot(self.emit, left, right, None, "default")
+            return builtins.dot(self.emit, left, right, None, "default")
         return self.emit.binary(BINARY[type(op)], left, right)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from tilewright.frontend.emitter import Emitter, Shape
-from tilewright.frontend.errors import CompileError
+from tilewright.frontend.errors import CompileError, suggestion
 from tilewright.frontend.markers import as_dtype
 from tilewright.frontend.subscripts import scalar_index
 from tilewright.frontend.values import (
@@ -33,8 +33,6 @@ def attribute(emit: Emitter, value: Value, name: str) -> Any:
         return PROPERTIES[kind][name](emit, value)
     if name in METHODS[kind]:
         return BoundMethod(value, name, METHODS[kind][name])
-    from tilewright.frontend.scope import suggestion
-
     known = [*PROPERTIES[kind], *METHODS[kind]]
     hint = suggestion(name, known) or f"a {kind} has " + ", ".join(f".{n}" for n in known)
     raise CompileError(f"a {kind} has no attribute '{name}'", hint=hint)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import linecache
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from tilewright.frontend.definition import Definition
 from tilewright.frontend.emitter import Emitter
-from tilewright.frontend.errors import CompileError
+from tilewright.frontend.errors import CompileError, suggestion
 from tilewright.frontend.liveness import stores
 from tilewright.frontend.values import Undefined
 from tilewright.ir.builder import Builder
@@ -130,12 +129,6 @@ def name_value(name: str, value: Any) -> None:
             name_value(f"{name}_{position}", item)
 
 
-def suggestion(name: str, names: Iterable[str]) -> str:
-    """``did you mean 'x'?`` or nothing."""
-    close = difflib.get_close_matches(name, sorted(names), n=1)
-    return f"did you mean '{close[0]}'?" if close else ""
-
-
 def host_value(value: Any, what: str) -> Any:
     """A global or attribute as a compile-time value; NumPy scalars become Python numbers."""
     if isinstance(value, np.bool_ | np.integer | np.floating):
@@ -186,4 +179,4 @@ def unsupported_syntax(node: ast.AST) -> CompileError:
     return CompileError(message, hint=hint)
 
 
-__all__ = ["Frame", "VisitorBase", "host_value", "name_value", "suggestion", "unsupported_syntax"]
+__all__ = ["Frame", "VisitorBase", "host_value", "name_value", "unsupported_syntax"]

@@ -61,7 +61,7 @@ def axis_bits(layout: LinearLayout, axis: int) -> AxisBits:
         for bit, vector in enumerate(layout.basis(name)):
             if vector[axis]:
                 if any(c for other, c in enumerate(vector) if other != axis):
-                    raise ValueError(f"{name} bit {bit} moves along axes {list(vector)} at once: convert the layout first")
+                    raise ValueError(f"{name} bit {bit} moves along several axes: convert the layout")
                 bits.append(bit)
     return AxisBits(tuple(found["lane"]), tuple(found["warp"]))
 

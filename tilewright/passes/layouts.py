@@ -212,7 +212,7 @@ class _Assignment:
                     changed |= layout is not None
                     if layout is not None:
                         self._assign(source, layout)
-                elif self.known(source) and not self.known(result) and forward is not None:
+                elif self.known(source) and not self.known(result):
                     layout = forward(op, self.of(source))
                     changed |= layout is not None
                     if layout is not None:
@@ -234,15 +234,16 @@ class _Assignment:
         """Make the result's layout what the operation derives from its source's."""
         source, result = op.operands[0], op.result
         forward, backward = RULES[type(op)]
-        wanted = _tile(result).layout
-        assert wanted is not None and _tile(source).layout is not None and forward is not None
-        if forward(op, _tile(source).layout) == wanted:
+        wanted, held = _tile(result).layout, _tile(source).layout
+        assert wanted is not None and held is not None
+        if forward(op, held) == wanted:
             return
         needed = backward(op, wanted)
-        if needed is not None and forward(op, needed) == wanted:
+        # a broadcast gives any layout whose threads hold the repeated elements already
+        if needed is not None and (isinstance(op, Broadcast) or forward(op, needed) == wanted):
             op.groups[0] = [self._converted(op, source, needed)]
             return
-        derived = forward(op, _tile(source).layout)
+        derived = forward(op, held)
         if derived is None:
             raise IRError(f"'{op.name}': no layout for the result of this shape", op.loc)
         self._convert_result(op, derived, wanted)
@@ -314,7 +315,7 @@ def _extracted(op: Operation, layout: LinearLayout) -> LinearLayout | None:
 
 
 #: operation -> (layout of the result from the source's, layout of the source from the result's)
-RULES: dict[type[Operation], tuple[Rule | None, Rule]] = {
+RULES: dict[type[Operation], tuple[Rule, Rule]] = {
     Reduce: (lambda op, layout: layout.slice_dim(op.attributes["axis"]), _unreduced),
     ExpandDims: (
         lambda op, layout: layout.expand_dim(op.attributes["axis"]),

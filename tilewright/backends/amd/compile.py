@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 from tilewright.backends.amd.codeobject import read_code_object
 from tilewright.backends.amd.link import link
+from tilewright.backends.amd.mfma import MFMA_LOWERINGS
 from tilewright.backends.amd.target_ops import AmdOps
 from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, emit_object, optimize
-from tilewright.backends.lower import LOWERINGS, Handler, KernelEntry, declare_kernel, start_lowering
+from tilewright.backends.lower import LOWERINGS, Handler, KernelEntry, Table, declare_kernel, start_lowering
 from tilewright.backends.result import BackendResult, Resources
 from tilewright.ir.core import Function, Operation
 from tilewright.ir.target import Target
+
+AMD_LOWERINGS: Table = {**LOWERINGS, **MFMA_LOWERINGS}
 
 
 def lower_function(
@@ -19,7 +22,7 @@ def lower_function(
     target: Target,
     *,
     kernel_name: str | None = None,
-    table: Mapping[type[Operation], Handler] = LOWERINGS,
+    table: Mapping[type[Operation], Handler] = AMD_LOWERINGS,
 ) -> KernelEntry:
     """The kernel in MLIR. Raises `IRError` at the operation that cannot be lowered."""
     entry = declare_kernel(function, target, kernel_name)

@@ -12,40 +12,79 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tilewright.backends.lower.context import Lowering, Registers, Table, lowers
-from tilewright.backends.lower.elements import join_vector
+from tilewright.backends.lower.context import Lowering, Table, lowers
+from tilewright.backends.lower.elements import join_vector, memory_type
 from tilewright.backends.lower.shared import SharedAccess, lower_local_load
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.async_ops import LocalLoad
-from tilewright.ir.core import Effect, Operation, Value
-from tilewright.ir.layout import LinearLayout
+from tilewright.ir.core import Effect, Value
+from tilewright.ir.layout import LinearLayout, mfma_accumulator, mfma_operand
 from tilewright.ir.tile_ops import Dot
-from tilewright.ir.types import DType, TileType, bf16, f16
-from tilewright.passes.matrix_mfma import Instruction, Mfma
+from tilewright.ir.types import DType, TileType, bf16, f16, f32
 
 MFMA_LOWERINGS: Table = {}
 
 Origin = tuple[int, int]
 
 
-def intrinsic_name(instruction: Instruction, dtype: DType) -> str:
-    """The LLVM intrinsic: gfx950 appended the type after a dot, gfx90a its K block after the type."""
-    shape = f"{instruction.m}x{instruction.n}x{instruction.k}"
-    if instruction.k_per_lane == 8:
-        suffix = f".{dtype.name}"
-    else:
-        suffix = "bf16.1k" if dtype == bf16 else "f16"
-    return f"llvm.amdgcn.mfma.f32.{shape}{suffix}"
+@dataclass(frozen=True)
+class Instruction:
+    """v_mfma_f32_MxNxK; a lane holds ``width`` consecutive k of one row of A or column of B."""
+
+    m: int
+    n: int
+    k: int
+
+    @property
+    def width(self) -> int:
+        return self.k * self.m // 64
+
+    @property
+    def accumulators(self) -> int:
+        return self.m * self.n // 64
+
+    def intrinsic(self, dtype: DType) -> str:
+        """The LLVM intrinsic: gfx950 wrote the type behind a dot, gfx90a a "1k" behind the type."""
+        short = "bf16.1k" if dtype == bf16 else "f16"
+        return f"llvm.amdgcn.mfma.f32.{self.m}x{self.n}x{self.k}" + (f".{dtype.name}" if self.width == 8 else short)
+
+
+#: for 16-bit elements
+INSTRUCTIONS = [Instruction(m, m, width * 64 // m) for m in (32, 16) for width in (8, 4)]
+
+
+def find_instruction(acc: LinearLayout, a: LinearLayout, b: LinearLayout) -> Instruction | None:
+    """The instruction whose fragments, dealt to the waves alike, the three layouts are."""
+    for found in INSTRUCTIONS:
+        one = (found.m, found.n, found.k)
+        fragments = (
+            (acc, mfma_accumulator((found.m, found.n), (found.m, found.n)), (0, 1)),
+            (a, mfma_operand((found.m, found.k), "a", one, found.width), (0,)),
+            (b, mfma_operand((found.k, found.n), "b", one, found.width), (1,)),
+        )
+        if all(_begins_with(layout, fragment) for layout, fragment, _ in fragments) and all(
+            [v[axis] for v in layout.basis("warp")] == [v[axis] for v in acc.basis("warp")]
+            for layout, _, axes in fragments
+            for axis in axes
+        ):
+            return found
+    return None
+
+
+def _begins_with(layout: LinearLayout, fragment: LinearLayout) -> bool:
+    """Lanes and innermost registers are those of the fragment."""
+    inner = fragment.basis("register")
+    return layout.basis("register")[: len(inner)] == inner and layout.basis("lane") == fragment.basis("lane")
 
 
 @dataclass
 class OperandTiles:
-    """The instruction operands of one tile: k_per_lane elements for each (row or column, k) origin."""
+    """The instruction operands of one tile: ``width`` elements for each origin, (row, k) of A or (k, column) of B."""
 
-    lw: Lowering
     layout: LinearLayout
     width: int
-    read: Callable[[int], mlir.Value]  # first register -> the vector of `width` elements
+    #: the vector of ``width`` elements from a register on
+    read: Callable[[int], mlir.Value]
     _first: dict[Origin, int] = field(default_factory=dict)
     _known: dict[int, mlir.Value] = field(default_factory=dict)
 
@@ -67,13 +106,6 @@ def chunk_origins(layout: LinearLayout, width: int) -> dict[Origin, int]:
 
 
 # --- operands that stay in shared memory until the dot ------------------------------------------
-
-
-class DeferredTile:
-    """What a `LocalLoad` lowers to that only one dot behind it reads."""
-
-    def __init__(self, access: SharedAccess):
-        self.access = access
 
 
 def is_deferrable(op: LocalLoad) -> bool:
@@ -102,11 +134,11 @@ def lower_operand_load(lw: Lowering, op: LocalLoad) -> None:
         return
     slot = lw.slot(op.slot)
     access = SharedAccess(lw, slot.base, slot.layout, lw.layout(op.result), slot.dtype)
-    deferred(lw)[op.result] = DeferredTile(access)
+    deferred(lw)[op.result] = access
 
 
-def deferred(lw: Lowering) -> dict[Value, DeferredTile]:
-    """The tiles that wait for their dot."""
+def deferred(lw: Lowering) -> dict[Value, SharedAccess]:
+    """The tiles that wait in shared memory for their dot."""
     if lw.backend is None:
         lw.backend = {}
     return lw.backend
@@ -117,22 +149,24 @@ def deferred(lw: Lowering) -> dict[Value, DeferredTile]:
 
 @lowers(Dot, table=MFMA_LOWERINGS)
 def lower_dot(lw: Lowering, op: Dot) -> None:
-    unit, warps = Mfma(lw.target), lw.scope.num_warps
-    unit.check(op)
-    instruction = unit.instruction(op, warps)
-    layout = lw.layout(op.acc)
-    if layout != unit.accumulator(layout.tile_shape, warps):
-        raise lw.error(f"the accumulator's layout {layout} is not the matrix unit's")
-    a, b = (_operand(lw, op, unit, instruction, which) for which in "ab")
-    size = instruction.m * instruction.n // lw.target.warp_size
-    held = lw.registers(op.acc)
-    tiles = chunk_origins(layout, size)
+    layouts = [lw.layout(v) for v in (op.acc, op.a, op.b)]
+    tile, acc = op.a.type, op.acc.type
+    assert isinstance(tile, TileType) and isinstance(acc, TileType)
+    if tile.dtype not in (bf16, f16) or acc.dtype != f32:
+        raise lw.error(f"dot of {tile.dtype} into {acc.dtype} is not supported on {lw.target.name} yet")
+    instruction = find_instruction(*layouts)
+    if instruction is None:
+        texts = ", ".join(f"{name} {layout}" for name, layout in zip(("acc", "a", "b"), layouts, strict=True))
+        raise lw.error(f"the operands' layouts belong to no matrix instruction: {texts}")
+    a, b = (_operand(lw, v, instruction.width) for v in (op.a, op.b))
+    size, held = instruction.accumulators, lw.registers(op.acc)
+    tiles = chunk_origins(layouts[0], size)
     values = {origin: lw.fb.pack_vector(held[first : first + size]) for origin, first in tiles.items()}
-    assert isinstance(op.a.type, TileType)
-    for k in range(0, op.a.type.shape[1], instruction.k):
+    for k in range(0, tile.shape[1], instruction.k):
         for row, column in snake(list(tiles)):
-            values[row, column] = _mfma(lw, instruction, op, a.at((row, k)), b.at((k, column)), values[row, column])
-    result: list[mlir.Value] = list(held)
+            operands = a.at((row, k)), b.at((k, column))
+            values[row, column] = _mfma(lw, instruction, tile.dtype, *operands, values[row, column])
+    result = list(held)
     for origin, first in tiles.items():
         result[first : first + size] = lw.fb.unpack_vector(values[origin])
     lw.define(op.result, result)
@@ -147,29 +181,32 @@ def snake(origins: Sequence[Origin]) -> list[Origin]:
     return ordered
 
 
-def _operand(lw: Lowering, op: Dot, unit: Mfma, instruction: Instruction, which: str) -> OperandTiles:
-    value = op.a if which == "a" else op.b
-    layout = lw.layout(value)
-    if layout != unit.operand(which, op, lw.scope.num_warps):
-        raise lw.error(f"operand {which} has layout {layout}, which is not the matrix unit's")
-    width = instruction.k_per_lane
+def _operand(lw: Lowering, value: Value, width: int) -> OperandTiles:
     waiting = deferred(lw).get(value)
-    if waiting is None:
-        registers = lw.registers(value)
-        return OperandTiles(lw, layout, width, lambda first: join_vector(lw, registers[first : first + width]))
-    access = waiting.access
-    return OperandTiles(lw, layout, width, lambda first: access.load_vector(first, width))
+    if waiting is not None:
+        return OperandTiles(lw.layout(value), width, lambda first: _load_vector(waiting, first, width))
+    registers = lw.registers(value)
+    return OperandTiles(lw.layout(value), width, lambda first: join_vector(lw, registers[first : first + width]))
+
+
+def _load_vector(access: SharedAccess, first: int, width: int) -> mlir.Value:
+    """``width`` registers from ``first`` on, by the widest accesses that the slot's layout allows."""
+    lw, dtype, step = access.lw, access.dtype, min(width, access.width)
+    parts = [
+        lw.fb.load(access.pointer(register), memory_type(lw, dtype, step), step * dtype.bytes)
+        for register in range(first, first + width, step)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    elements = [e for part in parts for e in (lw.fb.unpack_vector(part) if step > 1 else [part])]
+    return lw.fb.pack_vector(elements)
 
 
 def _mfma(
-    lw: Lowering, instruction: Instruction, op: Dot, a: mlir.Value, b: mlir.Value, acc: mlir.Value
+    lw: Lowering, instruction: Instruction, dtype: DType, a: mlir.Value, b: mlir.Value, acc: mlir.Value
 ) -> mlir.Value:
-    fb, dtype = lw.fb, op.a.type.dtype
-    assert dtype in (bf16, f16)
-    if instruction.k_per_lane == 4 and dtype == bf16:  # gfx90a's instructions take bits
+    fb = lw.fb
+    if instruction.width == 4 and dtype == bf16:  # gfx90a's instructions take bits
         a, b = (fb.bitcast(v, fb.types.vec(4, fb.types.i16)) for v in (a, b))
-    zero = fb.i32(0)
-    return fb.intrinsic(intrinsic_name(instruction, dtype), acc.type, [a, b, acc, zero, zero, zero])
-
-
-__all__ = ["MFMA_LOWERINGS", "DeferredTile", "OperandTiles", "Operation", "Registers", "chunk_origins"]
+    zero = fb.i32(0)  # no broadcast of blocks, no permutation of lanes
+    return fb.intrinsic(instruction.intrinsic(dtype), acc.type, [a, b, acc, zero, zero, zero])

@@ -1,4 +1,4 @@
-"""AMD CDNA: what the shared lowerings ask of the target. Instructions are named as in the CDNA3 and CDNA4 ISA guides."""
+"""AMD CDNA: what the shared lowerings ask of the target. Instructions are named as in AMD's ISA guides."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
@@ -37,7 +38,14 @@ class TileCoordinates:
         self.thread = [thread_part(lw, layout, axis) for axis in range(layout.rank)]
         #: [register][axis]
         self.register: list[list[int]] = layout.table("register").tolist()
-        self._known: dict[tuple[int, int], IntLike] = {}
+        #: coordinates computed so far
+        self.known: dict[tuple[int, int], IntLike] = {}
+
+    def fresh(self) -> TileCoordinates:
+        """The same coordinates without those already computed, which may not be defined elsewhere."""
+        other = copy(self)
+        other.known = {}
+        return other
 
     def separates(self, axis: int) -> bool:
         """Whether thread and register parts share no bit along ``axis``, so that they add."""
@@ -45,10 +53,10 @@ class TileCoordinates:
 
     def along(self, axis: int, part: int) -> IntLike:
         """The coordinate along ``axis`` of a register whose own part is ``part`` (i32)."""
-        if (axis, part) not in self._known:
+        if (axis, part) not in self.known:
             combine = self.lw.index.xor if part & self.masks[axis] else self.lw.index.add
-            self._known[axis, part] = combine(self.thread[axis], part)
-        return self._known[axis, part]
+            self.known[axis, part] = combine(self.thread[axis], part)
+        return self.known[axis, part]
 
     def of(self, register: int, axis: int) -> IntLike:
         """The coordinate of a register along ``axis`` (i32)."""

@@ -31,11 +31,6 @@ def f32(lw: Lowering, value: float) -> mlir.Value:
     return lw.fb.f32(value)
 
 
-def copysign(lw: Lowering, size: mlir.Value, sign: mlir.Value) -> mlir.Value:
-    """``size`` with the sign bit of ``sign``."""
-    return lw.fb.op("llvm.intr.copysign", [size.type], [size, sign]).result
-
-
 def horner(lw: Lowering, x: mlir.Value, coefficients: Sequence[float]) -> mlir.Value:
     """The polynomial with these coefficients, highest power first."""
     result = f32(lw, coefficients[0])
@@ -74,7 +69,7 @@ def tanh(lw: Lowering, x: mlir.Value) -> mlir.Value:
     small = fb.fma(fb.fmul(poly, square), x, x)
     power = lw.ops.math(lw, "exp", fb.fadd(size, size))
     large = fb.fsub(f32(lw, 1.0), lw.ops.divide(lw, f32(lw, 2.0), fb.fadd(power, f32(lw, 1.0))))
-    return fb.select(fb.fcmp("olt", size, f32(lw, 0.625)), small, copysign(lw, large, x))
+    return fb.select(fb.fcmp("olt", size, f32(lw, 0.625)), small, fb.copysign(large, x))
 
 
 def erf(lw: Lowering, x: mlir.Value) -> mlir.Value:
@@ -87,7 +82,7 @@ def erf(lw: Lowering, x: mlir.Value) -> mlir.Value:
     for coefficient in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
         poly = fb.fma(poly, size, f32(lw, coefficient))
     poly = fb.fma(poly, size, fb.fneg(size))
-    large = copysign(lw, fb.fsub(f32(lw, 1.0), lw.ops.math(lw, "exp", poly)), x)
+    large = fb.copysign(fb.fsub(f32(lw, 1.0), lw.ops.math(lw, "exp", poly)), x)
     coefficients = (-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
     small = fb.fma(horner(lw, square, coefficients), x, x)
     return fb.select(fb.fcmp("ogt", size, f32(lw, 0.927734375)), large, small)

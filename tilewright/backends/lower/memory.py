@@ -15,6 +15,7 @@ select the pad value afterwards, so that they need no branches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import reduce
 from math import gcd
 
@@ -23,6 +24,7 @@ from tilewright.backends.lower.coordinates import TileCoordinates, sole_holder
 from tilewright.backends.lower.elements import constant, from_memory, join_vector, memory_type, split_vector, to_memory
 from tilewright.backends.lower.index import IntLike
 from tilewright.backends.lower.ranges import value_range
+from tilewright.backends.lower.views import index_operand
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import tile_ops
 from tilewright.ir.core import Value
@@ -41,15 +43,20 @@ class TileAccess:
         self.ranges = [self._range(axis, value) for axis, value in enumerate(index)]
         self.coordinates = TileCoordinates(lw, layout)
         self.width = self._vector_width()
-        self._predicates: dict[tuple[int, int, int], mlir.Value] = {}
+        self._predicates: dict[tuple[int, int], mlir.Value] = {}
         self._terms: dict[tuple[int, int], IntLike] = {}
-        self._base: mlir.Value | None = None
+        self._base = self._thread_base()
+
+    def fresh(self) -> TileAccess:
+        """The same access for one side of a branch: values made there are not defined on the other side."""
+        other = copy(self)
+        other._predicates, other._terms = {}, {}
+        other.coordinates = self.coordinates.fresh()
+        return other
 
     # --- what is known at compile time --------------------------------------------------------
 
     def _start(self, axis: int, index: Value) -> IntLike:
-        from tilewright.backends.lower.views import index_operand
-
         math = self.lw.index
         return math.add(math.mul(math.narrow(index_operand(self.lw, index)), self.sizes[axis]), self.view.origin[axis])
 
@@ -123,33 +130,28 @@ class TileAccess:
         """i1: the register's element is inside along every open axis."""
         parts = self.coordinates.register[register]
         axes = [axis for axis in self.open_axes() if self.is_ragged(axis)]
-        return reduce(self._both, (self._along(axis, parts[axis]) for axis in axes))
+        return reduce(self.lw.fb.and_, (self._along(axis, parts[axis]) for axis in axes))
 
     def _along(self, axis: int, part: int) -> mlir.Value:
-        if (axis, part, -1) not in self._predicates:
+        if (axis, part) not in self._predicates:
             lw = self.lw
             coordinate = lw.index.add(self.starts[axis], self.coordinates.along(axis, part))
             inside = lw.fb.icmp("ult", lw.index.value(coordinate), lw.index.value(self.view.shape[axis]))
-            self._predicates[axis, part, -1] = inside
-        return self._predicates[axis, part, -1]
-
-    def _both(self, a: mlir.Value, b: mlir.Value) -> mlir.Value:
-        return self.lw.fb.and_(a, b)
+            self._predicates[axis, part] = inside
+        return self._predicates[axis, part]
 
     # --- addresses ------------------------------------------------------------------------------
 
     def _thread_base(self) -> mlir.Value:
         """Address of the thread's register 0, as far as register parts add to it."""
-        if self._base is None:
-            math, view = self.lw.index, self.view
-            terms: list[IntLike] = [view.offset]
-            for axis, stride in enumerate(view.strides):
-                first = self.starts[axis]
-                if self.coordinates.separates(axis):
-                    first = math.add(first, self.coordinates.thread[axis])
-                terms.append(math.mul(math.wide(first), stride))
-            self._base = self._pointer(view.base, math.sum(terms))
-        return self._base
+        math, view = self.lw.index, self.view
+        terms: list[IntLike] = [view.offset]
+        for axis, stride in enumerate(view.strides):
+            first = self.starts[axis]
+            if self.coordinates.separates(axis):
+                first = math.add(first, self.coordinates.thread[axis])
+            terms.append(math.mul(math.wide(first), stride))
+        return self._pointer(view.base, math.sum(terms))
 
     def _pointer(self, base: mlir.Value, elements: IntLike) -> mlir.Value:
         offset = self.lw.index.mul(elements, self.view.dtype.bytes)
@@ -165,7 +167,7 @@ class TileAccess:
 
     def pointer(self, register: int) -> mlir.Value:
         parts = self.coordinates.register[register]
-        return self._pointer(self._thread_base(), self.lw.index.sum([self._term(a, p) for a, p in enumerate(parts)]))
+        return self._pointer(self._base, self.lw.index.sum([self._term(a, p) for a, p in enumerate(parts)]))
 
     # --- accesses -------------------------------------------------------------------------------
 
@@ -180,10 +182,10 @@ class TileAccess:
         """Read all registers; with ``pad``, masked."""
         registers: Registers = []
         for first in self.groups(width):
-            registers += self._load_group(first, width, pad)
+            registers += self.load_group(first, width, pad)
         return registers
 
-    def _load_group(self, first: int, width: int, pad: mlir.Value | None) -> Registers:
+    def load_group(self, first: int, width: int, pad: mlir.Value | None) -> Registers:
         fb, dtype = self.lw.fb, self.view.dtype
         pointer, inside = self.pointer(first), None
         if pad is not None:
@@ -215,22 +217,31 @@ def lower_load(lw: Lowering, op: tile_ops.Load) -> None:
 
 
 def load_tile(lw: Lowering, access: TileAccess, pad: mlir.Value) -> Registers:
-    """The registers of a tile, ``pad`` where it is outside."""
-    whole = access.whole()
+    """The registers of a tile, ``pad`` where it is outside.
+
+    Vectors leave the branches as they were loaded: taking them apart there would wait for the memory.
+    """
+    whole, width = access.whole(), access.width
     if whole is None:
-        return access.load(access.width)
-    types = [pad.type] * access.layout.num_registers
+        return access.load(width)
 
-    def outside() -> Registers:
-        return [pad] * len(types)
+    def packed(registers: Registers) -> list[mlir.Value]:
+        return [join_vector(lw, registers[first : first + width]) for first in access.groups(width)]
 
-    def partly() -> Registers:
+    outside = packed([pad] * access.layout.num_registers)
+    types = [vector.type for vector in outside]
+
+    def partly() -> list[mlir.Value]:
         some = access.some()
         assert some is not None
-        return lw.fb.if_else(some, types, lambda: access.load(access.masked_width(), pad), outside)
+        inner = access.fresh()
+        masked = lw.fb.if_else(some, types, lambda: packed(inner.load(inner.masked_width(), pad)), lambda: outside)
+        return list(masked)
 
     ragged = any(access.is_ragged(axis) for axis in access.open_axes())
-    return lw.fb.if_else(whole, types, lambda: access.load(access.width), partly if ragged else outside)
+    inside = access.fresh()
+    vectors = lw.fb.if_else(whole, types, lambda: packed(inside.load(width)), partly if ragged else lambda: outside)
+    return [value for vector in vectors for value in split_vector(lw, vector, width)]
 
 
 @lowers(tile_ops.Store)
@@ -258,14 +269,15 @@ def store_tile(lw: Lowering, access: TileAccess, values: Registers) -> None:
         access.store(values, access.width, masked=False)
         return
     ragged = any(access.is_ragged(axis) for axis in access.open_axes())
+    full, masked = access.fresh(), access.fresh()
 
     def inside() -> Registers:
-        access.store(values, access.width, masked=False)
+        full.store(values, access.width, masked=False)
         return []
 
     def partly() -> Registers:
         if ragged:
-            access.store(values, access.masked_width(), masked=True)
+            masked.store(values, access.masked_width(), masked=True)
         return []
 
     lw.fb.if_else(whole, [], inside, partly)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, optimize
-from tilewright.backends.lower import LOWERINGS, Handler, KernelEntry, declare_kernel, start_lowering
+from tilewright.backends.lower import Handler, KernelEntry, block_threads, declare_kernel, start_lowering
+from tilewright.backends.nvidia.lowerings import NVIDIA_LOWERINGS
 from tilewright.backends.nvidia.ptxas import assemble
 from tilewright.backends.nvidia.target_ops import NvidiaOps
+from tilewright.backends.nvidia.tma import plan_tensor_maps
 from tilewright.backends.result import BackendResult, Resources
 from tilewright.ir.core import Function, Operation
 from tilewright.ir.target import Target
@@ -18,12 +20,13 @@ def lower_function(
     target: Target,
     *,
     kernel_name: str | None = None,
-    table: Mapping[type[Operation], Handler] = LOWERINGS,
+    table: Mapping[type[Operation], Handler] = NVIDIA_LOWERINGS,
 ) -> KernelEntry:
     """The kernel in MLIR. Raises `IRError` at the operation that cannot be lowered."""
-    entry = declare_kernel(function, target, kernel_name)
+    warps = block_threads(function, target) // target.warp_size
+    entry = declare_kernel(function, target, kernel_name, plan_tensor_maps(function, warps))
     lowering = start_lowering(entry, function, target, NvidiaOps(target), table)
-    with lowering.in_scope(0, entry.abi.threads // target.warp_size):
+    with lowering.in_scope(0, warps):
         lowering.lower_block(function.body.block)
     entry.fb.ret()
     return entry

@@ -86,26 +86,12 @@ def fence_async_proxy(fb: FunctionBuilder) -> None:
     emit(fb, "fence.proxy.async.shared::cta;")
 
 
-def barrier(fb: FunctionBuilder, number: mlir.Value | int, threads: int) -> None:
-    """``bar.sync``: ``threads`` threads meet at hardware barrier ``number`` (0 to 15)."""
-    if isinstance(number, int):
-        emit(fb, f"bar.sync {number}, {threads};")
-    else:
-        emit(fb, f"bar.sync $0, {threads};", "r", [number])
-
-
 def block_barrier(fb: FunctionBuilder) -> None:
     """``bar.sync 0``: all threads of the block meet."""
     emit(fb, "bar.sync 0;")
 
 
 # --- warps ----------------------------------------------------------------------------------------------------
-
-
-def elect(fb: FunctionBuilder) -> mlir.Value:
-    """``elect.sync``: i1, true in one thread of the warp, all of whose threads must be here."""
-    text = "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 $0, 1, 0, p;\n}"
-    return fb.icmp("ne", fb.inline_asm(fb.types.i32, text, "=r", []), fb.i32(0))
 
 
 def set_max_registers(fb: FunctionBuilder, registers: int, increase: bool) -> None:
@@ -164,7 +150,7 @@ def wait_stores(fb: FunctionBuilder, pending: int, read: bool) -> None:
 
 
 def store_matrices(fb: FunctionBuilder, address: mlir.Value, words: Sequence[mlir.Value], transposed: bool) -> None:
-    """``stmatrix``: 1, 2 or 4 matrices of 8 x 8 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8."""
+    """``stmatrix``: 1, 2 or 4 matrices of 8 x 8 16-bit elements; lane l addresses row l % 8 of matrix l / 8."""
     places = ", ".join(f"${i + 1}" for i in range(len(words)))
     trans = ".trans" if transposed else ""
     text = f"stmatrix.sync.aligned.m8n8.x{len(words)}{trans}.shared.b16 [$0], {{{places}}};"

@@ -106,7 +106,7 @@ def lower_release(lw: Lowering, op: Release) -> None:
     """One arrival of each warpgroup. Its threads' own reads must be over first: the matrix unit's are, by its wait."""
     ref = ring(lw, op.ring)
     if ref.read_by_threads and not lw.scope.single_thread:
-        lw.ops.barrier(lw, "warpgroup" if lw.scope.num_warps > WARPGROUP_WARPS else "role")
+        lw.ops.barrier(lw, "warpgroup" if lw.scope.num_warps >= WARPGROUP_WARPS else "role")
     ptx.arrive(lw.fb, empty_barrier(lw, ref, lw.scalar(op.count)), warpgroup_leader(lw))
 
 

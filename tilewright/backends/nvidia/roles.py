@@ -15,8 +15,6 @@ from tilewright.ir.async_ops import Fence, Role
 
 #: ptxas allots registers in steps of 8; one thread can have 255
 REGISTER_STEP, MOST_REGISTERS = 8, 255
-#: hardware barrier 0 is the block's, then one for each role, then one for each warpgroup
-FIRST_ROLE_BARRIER = 1
 
 ROLE_LOWERINGS: Table = {}
 
@@ -37,12 +35,12 @@ def lower_role(lw: Lowering, op: Role) -> None:
         else:
             fb.br(body)
         fb.position_at_end(body)
-        _lower_body(lw, role, number)
+        _lower_body(lw, role)
         fb.br(end)
         fb.position_at_end(other)
 
 
-def _lower_body(lw: Lowering, role: Role, number: int) -> None:
+def _lower_body(lw: Lowering, role: Role) -> None:
     first_warp, fb = state(lw).first_warp(role), lw.fb
     if role.registers:
         share = launch_registers(int(lw.function.attributes["threads"]))
@@ -50,8 +48,8 @@ def _lower_body(lw: Lowering, role: Role, number: int) -> None:
             ptx.set_max_registers(fb, role.registers, increase=role.registers > share)
     alone = fb.if_then(fb.icmp("eq", lw.scope.warp, first_warp)) if role.single_thread else nullcontext()
     with alone:
-        chosen = fb.if_then(ptx.elect(fb)) if role.single_thread else nullcontext()
-        with chosen, lw.in_scope(first_warp, role.warps, FIRST_ROLE_BARRIER + number, role.single_thread):
+        chosen = fb.if_then(lw.ops.is_leader(lw)) if role.single_thread else nullcontext()
+        with chosen, lw.in_scope(first_warp, role.warps, state(lw).barrier(role), role.single_thread):
             lw.lower_block(role.body.block)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tilewright.backends.mlir_builder import ir as mlir
-from tilewright.ir.abi import TensorMapParam
 from tilewright.ir.async_ops import Alloc, LocalLoad, Publish, Role, Slot, TransposeSlot
 from tilewright.ir.core import Function, Value
 
@@ -21,7 +20,7 @@ REGISTER_FILE = 65536
 
 @dataclass
 class AsyncState:
-    """Facts about one function, and the tensor maps that its lowering has asked for."""
+    """Facts about one function."""
 
     function: Function
     roles: list[Role]
@@ -29,7 +28,6 @@ class AsyncState:
     publishes: dict[Value, Publish]
     #: rings with slots that threads read themselves
     read_by_threads: set[Value]
-    tensor_maps: dict[TensorMapParam, mlir.Value] = field(default_factory=dict)
 
     @classmethod
     def of(cls, function: Function) -> AsyncState:
@@ -38,6 +36,10 @@ class AsyncState:
         loads = (ring_of(op.slot) for op in ops if isinstance(op, LocalLoad))
         read = {ring for ring in loads if ring is not None}
         return cls(function, [op for op in function.body.block.ops if isinstance(op, Role)], publishes, read)
+
+    def barrier(self, role: Role) -> int:
+        """The role's hardware barrier: number 0 is the whole block's, 8 to 15 are the warpgroups'."""
+        return 1 + self.roles.index(role)
 
     def first_warp(self, role: Role) -> int:
         """Roles take consecutive warps in program order."""

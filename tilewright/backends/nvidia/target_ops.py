@@ -32,7 +32,7 @@ def _log(lw: Lowering, x: mlir.Value) -> mlir.Value:
 #: exp2 and log2: at most 2 ulp (exp2), 2^-22 absolute between 0.5 and 2 and 2^-22.6 relative elsewhere (log2)
 _MATH: dict[str, Callable[[Lowering, mlir.Value], mlir.Value]] = {
     **SOFTWARE,
-    "exp2": _intrinsic("llvm.nvvm.ex2.approx.f"),
+    "exp2": _float_unary("exp2"),
     "log2": _intrinsic("llvm.nvvm.lg2.approx.f"),
     "log": _log,
     "rsqrt": _intrinsic("llvm.nvvm.rsqrt.approx.f"),

@@ -6,14 +6,12 @@ chunks of registers, so that a role with few registers can copy large tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import gcd
 
 from tilewright.backends.lower.context import Lowering, Registers, ViewRef
 from tilewright.backends.lower.elements import constant, join_vector, to_memory
 from tilewright.backends.lower.memory import TileAccess
 from tilewright.backends.lower.shared import SharedAccess
-from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.async_ops import Copy
 from tilewright.ir.layout import LinearLayout, blocked
 
@@ -49,26 +47,25 @@ def copy_layout(lw: Lowering, view: ViewRef, shape: tuple[int, ...]) -> LinearLa
     return blocked(shape, view.dtype.bits, lw.scope.num_warps, lw.target.warp_size, order, width)
 
 
-@dataclass
 class _Copier:
-    lw: Lowering
-    op: Copy
+    """One copy. Each side of a branch makes its own addresses (`TileAccess.fresh`)."""
+
+    def __init__(self, lw: Lowering, op: Copy):
+        self.lw, self.slot = lw, lw.slot(op.slot)
+        view = lw.view(op.view)
+        self.layout = copy_layout(lw, view, self.slot.type.shape)
+        self.source = TileAccess(lw, view, op.index, self.layout)
+        self.pad = constant(lw, op.pad, view.dtype)
 
     def run(self) -> None:
-        lw, slot, view = self.lw, self.lw.slot(self.op.slot), self.lw.view(self.op.view)
-        layout = copy_layout(lw, view, slot.type.shape)
-        self.source = TileAccess(lw, view, self.op.index, layout)
-        self.target = SharedAccess(lw, slot.base, slot.layout, layout, slot.dtype)
-        self.pad = constant(lw, self.op.pad, view.dtype)
         whole = self.source.whole()
         if whole is None:
-            self._move(self.source.width, masked=False)
-            return
-        lw.fb.if_else(whole, [], self._inside, self._partly)
+            self._inside()
+        else:
+            self.lw.fb.if_else(whole, [], self._inside, self._partly)
 
     def _inside(self) -> Registers:
-        self._move(self.source.width, masked=False)
-        return []
+        return self._move(self.source.width, masked=False)
 
     def _partly(self) -> Registers:
         some = self.source.some()
@@ -77,27 +74,29 @@ class _Copier:
         return self.lw.fb.if_else(some, [], self._masked, self._outside)
 
     def _masked(self) -> Registers:
-        self._move(self.source.masked_width(), masked=True)
-        return []
+        return self._move(self.source.masked_width(), masked=True)
 
     def _outside(self) -> Registers:
-        self._write(0, [self.pad] * self.source.layout.num_registers)
+        self._write(self._target(), 0, [self.pad] * self.layout.num_registers)
         return []
 
-    def _move(self, width: int, masked: bool) -> None:
+    def _target(self) -> SharedAccess:
+        return SharedAccess(self.lw, self.slot.base, self.slot.layout, self.layout, self.slot.dtype)
+
+    def _move(self, width: int, masked: bool) -> Registers:
         """Load and store chunk by chunk."""
-        total = self.source.layout.num_registers
-        chunk = max(width, self.target.width, CHUNK_BYTES // self.source.view.dtype.bytes)
+        source, target, total = self.source.fresh(), self._target(), self.layout.num_registers
+        chunk = max(width, target.width, CHUNK_BYTES // self.slot.dtype.bytes)
         for first in range(0, total, chunk):
             values: Registers = []
             for register in range(first, min(first + chunk, total), width):
-                values += self.source.load_group(register, width, self.pad if masked else None)
-            self._write(first, values)
+                values += source.load_group(register, width, self.pad if masked else None)
+            self._write(target, first, values)
+        return []
 
-    def _write(self, first: int, values: list[mlir.Value]) -> None:
+    def _write(self, target: SharedAccess, first: int, values: Registers) -> None:
         """Store registers ``first``, ... to the slot."""
-        lw, width = self.lw, self.target.width
+        lw, width = self.lw, target.width
         for start in range(0, len(values), width):
-            parts = [to_memory(lw, v, self.source.view.dtype) for v in values[start : start + width]]
-            pointer = self.target.pointer(first + start)
-            lw.fb.store(join_vector(lw, parts), pointer, width * self.source.view.dtype.bytes)
+            parts = [to_memory(lw, v, self.slot.dtype) for v in values[start : start + width]]
+            lw.fb.store(join_vector(lw, parts), target.pointer(first + start), width * self.slot.dtype.bytes)

@@ -19,13 +19,14 @@ from tilewright.backends.lower.views import index_operand
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
 from tilewright.backends.nvidia.rings import announce, engine_alone, full_barrier, is_engine, ring
-from tilewright.backends.nvidia.state import leader, state, warpgroup_count, warpgroup_index, warpgroup_leader
-from tilewright.backends.nvidia.tensor_maps import tensor_map
+from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_index, warpgroup_leader
 from tilewright.backends.nvidia.thread_copies import copy_by_threads
 from tilewright.ir.abi import TensorMapParam
-from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, Publish
-from tilewright.ir.core import Value
+from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, Publish, Role
+from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.layout import SharedLayout
+from tilewright.ir.tile_ops import OffsetView, PermuteView, Subview
+from tilewright.ir.types import SlotType, ViewType
 
 MOST_BOX = 256
 
@@ -67,17 +68,65 @@ def cut(layout: SharedLayout, sizes: Sequence[int]) -> Boxes:
     return boxes
 
 
-def map_param(lw: Lowering, view: ViewRef, boxes: Boxes) -> TensorMapParam:
-    """The tensor map of a view's root tensor for these boxes."""
-    layout = boxes.layout
-    if view.strides[layout.order[0]] != 1:
-        raise lw.error(f"dim {layout.order[0]} of the view is not contiguous, but the slot's lines run along it")
-    order = [view.root_dims[axis] for axis in layout.order]
-    order += [dim for dim in reversed(range(view.root_rank)) if dim not in order]
-    box = [1] * view.root_rank
-    for axis, size in enumerate(boxes.box):
-        box[view.root_dims[axis]] = size
-    return TensorMapParam(view.root, tuple(box), tuple(order), layout.swizzle)
+def plan_tensor_maps(function: Function, warps: int) -> list[TensorMapParam]:
+    """The tensor maps that a function's bulk copies need, each once, in program order. ``warps``: of the block."""
+    found: dict[TensorMapParam, None] = {}
+    for op, own in with_warps(function, warps):
+        if isinstance(op, BulkStore) or (isinstance(op, Copy) and is_engine(op.result)):
+            found[map_of(op, own)] = None
+    return list(found)
+
+
+def with_warps(function: Function, warps: int) -> Iterator[tuple[Operation, int]]:
+    """All operations, and how many warps run each of them."""
+    for op in function.body.block.ops:
+        own = op.warps if isinstance(op, Role) else warps
+        for nested in op.walk():
+            yield nested, own
+
+
+def map_of(op: Copy | BulkStore, warps: int) -> TensorMapParam:
+    """The tensor map of a copy that ``warps`` warps run."""
+    slot, view = op.slot.type, op.view.type
+    assert isinstance(slot, SlotType) and isinstance(view, ViewType)
+    if view.strides[slot.layout.order[0]] != 1:
+        raise IRError(f"'{op.name}': the slot's lines run along dim {slot.layout.order[0]}, the view's do not", op.loc)
+    root, dims = provenance(op.view)
+    rank = root.type.rank if isinstance(root.type, ViewType) else 0
+    order = [dims[axis] for axis in slot.layout.order]
+    order += [dim for dim in reversed(range(rank)) if dim not in order]
+    box = [1] * rank
+    for axis, size in enumerate(boxes_of(op, warps).box):
+        box[dims[axis]] = size
+    return TensorMapParam(root.hint, tuple(box), tuple(order), slot.layout.swizzle)
+
+
+def boxes_of(op: Copy | BulkStore, warps: int) -> Boxes:
+    """The boxes of a copy: of the whole slot, or of the rows of one warpgroup."""
+    slot = op.slot.type
+    assert isinstance(slot, SlotType)
+    rows, *others = slot.shape
+    return cut(slot.layout, (rows // shares(op, warps), *others))
+
+
+def shares(op: Copy | BulkStore, warps: int) -> int:
+    """Into how many parts, by rows, warpgroups cut what an operation moves."""
+    return max(1, warps // WARPGROUP_WARPS) if isinstance(op, BulkStore) and op.scope == "warpgroup" else 1
+
+
+def provenance(view: Value) -> tuple[Value, tuple[int, ...]]:
+    """The parameter that a view was derived from, and which of its dims each dim of the view is."""
+    op = view.op
+    if isinstance(op, OffsetView):
+        return provenance(op.view)
+    if isinstance(op, Subview):
+        root, dims = provenance(op.view)
+        return root, dims[len(op.index) :]
+    if isinstance(op, PermuteView):
+        root, dims = provenance(op.view)
+        return root, tuple(dims[p] for p in op.perm)
+    assert isinstance(view.type, ViewType)
+    return view, tuple(range(view.type.rank))
 
 
 def coordinates(lw: Lowering, view: ViewRef, param: TensorMapParam, first: Sequence[IntLike]) -> list[mlir.Value]:
@@ -89,15 +138,15 @@ def coordinates(lw: Lowering, view: ViewRef, param: TensorMapParam, first: Seque
 
 
 def _transfers(
-    lw: Lowering, op: Copy | BulkStore, slot: SlotRef, sizes: Sequence[int], shift: Sequence[IntLike], skip: IntLike
+    lw: Lowering, op: Copy | BulkStore, shift: Sequence[IntLike], skip: IntLike
 ) -> Iterator[tuple[mlir.Value, list[mlir.Value], mlir.Value]]:
     """(tensor map, coordinates, address in shared memory) of each box.
 
-    ``sizes``: the part of the slot to move. It starts ``skip`` bytes into the slot and ``shift`` elements into the tile.
+    The part that this thread moves starts ``shift`` elements into the tile and ``skip`` bytes into the slot.
     """
-    view, boxes, math = lw.view(op.view), cut(slot.layout, sizes), lw.index
-    param = map_param(lw, view, boxes)
-    pointer = tensor_map(lw, param)
+    view, slot, math, warps = lw.view(op.view), lw.slot(op.slot), lw.index, lw.scope.num_warps
+    boxes, param = boxes_of(op, warps), map_of(op, warps)
+    pointer = lw.entry.tensor_map(param)
     index = [math.narrow(index_operand(lw, value)) for value in op.index]
     tile = [math.add(math.mul(i, n), s) for i, n, s in zip(index, slot.type.shape, shift, strict=True)]
     for start in boxes.starts:
@@ -115,19 +164,18 @@ def lower_copy(lw: Lowering, op: Copy) -> None:
         copy_by_threads(lw, op)
         lw.define(op.result, TokenRef("threads"))
         return
-    publish, slot = _publish(lw, op.result), lw.slot(op.slot)
+    publish = _publish(lw, op.result)
     if op.pad != 0:
         raise lw.error(f"the copy engine pads with zeros, not with {op.pad}")
-    run_if(lw, leader(lw), lambda: _issue(lw, op, publish, slot))
+    run_if(lw, leader(lw), lambda: _issue(lw, op, publish))
     lw.define(op.result, TokenRef("tma"))
 
 
-def _issue(lw: Lowering, op: Copy, publish: Publish, slot: SlotRef) -> None:
+def _issue(lw: Lowering, op: Copy, publish: Publish) -> None:
     if op.result is next(t for t in publish.tokens if is_engine(t)):
         announce(lw, publish)
     barrier = full_barrier(lw, ring(lw, publish.ring), lw.scalar(publish.count))
-    origin = [0] * len(slot.type.shape)
-    for pointer, place, address in _transfers(lw, op, slot, slot.type.shape, origin, 0):
+    for pointer, place, address in _transfers(lw, op, [0] * len(op.index), 0):
         ptx.load_box(lw.fb, pointer, place, address, barrier)
 
 
@@ -142,17 +190,13 @@ def _publish(lw: Lowering, token: Value) -> Publish:
 
 @lowers(BulkStore, table=TMA_LOWERINGS)
 def lower_bulk_store(lw: Lowering, op: BulkStore) -> None:
-    slot, groups = lw.slot(op.slot), warpgroup_count(lw)
-    sizes, shift, skip = list(slot.type.shape), [0] * len(slot.type.shape), 0
-    who, parts = leader(lw), groups if op.scope == "warpgroup" and groups > 1 else 1
-    moved: list[IntLike] = list(shift)
-    place: IntLike = skip
-    if op.scope == "warpgroup":
-        who = warpgroup_leader(lw)
+    slot, parts = lw.slot(op.slot), shares(op, lw.scope.num_warps)
+    shift: list[IntLike] = [0] * slot.type.rank
+    skip: IntLike = 0
     if parts > 1:
-        moved[0], place = _own_rows(lw, slot, parts)
-        sizes[0] //= parts
-    transfers = list(_transfers(lw, op, slot, sizes, moved, place))
+        shift[0], skip = _own_rows(lw, slot, parts)
+    who = warpgroup_leader(lw) if op.scope == "warpgroup" else leader(lw)
+    transfers = list(_transfers(lw, op, shift, skip))
     ptx.store_boxes(lw.fb, transfers[0][0], [(where, address) for _, where, address in transfers], who)
 
 

@@ -79,7 +79,9 @@ def slot_operand(lw: Lowering, slot: SlotRef, axis: int, step: int) -> SlotOpera
     return SlotOperand(lw, descriptor, fb.or_(fb.zext(start, fb.types.i64), fb.i64(descriptor.bits)))
 
 
-def register_operand(lw: Lowering, tile: TileType, registers: Registers, shape: Shape) -> dict[tuple[int, int], Registers]:
+def register_operand(
+    lw: Lowering, tile: TileType, registers: Registers, shape: Shape
+) -> dict[tuple[int, int], Registers]:
     """The four words of A (pairs of 16-bit elements along K) by (64-row block, K step)."""
     layout = wgmma_operand_a(tile.shape, tile.dtype.bits, warpgroup_count(lw))
     if tile.layout != layout:
@@ -119,7 +121,9 @@ class Group:
             self.kinds.append(kind)
         return f"${self.numbers[value]}"
 
-    def multiply(self, registers: Sequence[int], dtype: DType, a: str, b: str, accumulate: bool, transpose: str) -> None:
+    def multiply(
+        self, registers: Sequence[int], dtype: DType, a: str, b: str, accumulate: bool, transpose: str
+    ) -> None:
         """One instruction on the accumulators numbered ``registers``."""
         columns = len(registers) * 2  # 64 rows over 128 threads
         name = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype}"

@@ -41,9 +41,7 @@ _FP8_TYPES: dict[tuple[str, bool], Any] = {
     ("fp8", False): ml_dtypes.float8_e4m3fn,
     ("bf8", False): ml_dtypes.float8_e5m2,
 }
-_FP8_TABLES = {
-    key: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for key, dtype in _FP8_TYPES.items()
-}
+_FP8_TABLES = {key: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for key, dtype in _FP8_TYPES.items()}
 
 
 def fp8_to_f32(octets: Array, name: str, fnuz: bool) -> Array:

@@ -28,9 +28,7 @@ class Entry:
 TABLE: dict[str, Entry] = {}
 
 
-def define(
-    name: str, handler: Handler, *, archs: tuple[str, ...] = ARCHITECTURES, ends_run: bool = False
-) -> None:
+def define(name: str, handler: Handler, *, archs: tuple[str, ...] = ARCHITECTURES, ends_run: bool = False) -> None:
     """Enter an instruction into the table. A name may be entered once."""
     if name in TABLE:
         raise ValueError(f"instruction {name} is defined twice")

@@ -112,9 +112,7 @@ def bit_field(a: Array, packed: Array) -> Array:
     width = np.minimum((packed >> _U32(16)) & _U32(0x7F), _U32(bits)).astype(np.int64)
     width = np.minimum(width, bits - offset)
     unsigned = a.view(f"u{a.dtype.itemsize}").astype(_U64)
-    top = (unsigned << (64 - offset - width).clip(0, 63).astype(_U64)).view(
-        np.int64 if a.dtype.kind == "i" else _U64
-    )
+    top = (unsigned << (64 - offset - width).clip(0, 63).astype(_U64)).view(np.int64 if a.dtype.kind == "i" else _U64)
     value = top >> (64 - width).clip(0, 63).astype(top.dtype)
     return np.where(width == 0, 0, value).astype(a.dtype)
 

@@ -1,0 +1,14 @@
+"""The lowering table of NVIDIA targets: the shared one, and the asynchronous operations."""
+
+from __future__ import annotations
+
+from tilewright.backends.lower import LOWERINGS, Table
+from tilewright.backends.nvidia.local import LOCAL_LOWERINGS
+from tilewright.backends.nvidia.rings import RING_LOWERINGS
+from tilewright.backends.nvidia.roles import ROLE_LOWERINGS
+from tilewright.backends.nvidia.tma import TMA_LOWERINGS
+from tilewright.backends.nvidia.wgmma import WGMMA_LOWERINGS
+
+NVIDIA_LOWERINGS: Table = (
+    LOWERINGS | RING_LOWERINGS | ROLE_LOWERINGS | TMA_LOWERINGS | WGMMA_LOWERINGS | LOCAL_LOWERINGS
+)
