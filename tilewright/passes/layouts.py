@@ -97,8 +97,10 @@ class _Assignment:
         for value in _values(self.function.body):
             if isinstance(value.type, TileType) and value.type.layout is not None:
                 self._assign(value, value.type.layout)  # fixed by an earlier pass
+        for op in self.ops:
+            self._matrix_anchor(op)
         self._spread()
-        for anchor in (self._matrix_anchor, self._operand_anchor, self._memory_anchor, self._default_anchor):
+        for anchor in (self._operand_anchor, self._memory_anchor, self._default_anchor):
             for op in self.ops:
                 anchor(op)
                 self._spread()

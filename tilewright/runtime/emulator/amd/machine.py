@@ -239,8 +239,7 @@ class _Batch:
             if pc >= len(code):
                 state.fault("execution runs past the end of the kernel")
             inst = code[pc]
-            state.instruction = inst
-            state.taint = None
+            state.begin(inst)
             pc += 1
             executed[pc - 1] += state.count
             if inst.ends_run:

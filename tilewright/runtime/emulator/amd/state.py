@@ -12,7 +12,7 @@ address, stored data, a comparison of scalars, EXEC. It is tracked per register 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -88,6 +88,9 @@ class WaveState:
         self._all_defined_s = [not poison] * SCALAR_REGISTERS
         #: selected waves whose current instruction has read something undefined
         self.taint: Array | None = None
+        #: the same for upper halves of 64-bit sources, apart until `_settle` merges it into ``taint``
+        self._upper_taint: Array | None = None
+        self._halves_apart = False
         self.w: slice | Array = slice(None)
         self.count = waves
         #: lanes that the current instruction may write, [selected waves, 64], and whether that is all
@@ -146,8 +149,39 @@ class WaveState:
         if guilty.any():
             self.taint = guilty.copy() if self.taint is None else self.taint | guilty
 
+    def begin(self, inst: Instruction) -> None:
+        """Start an instruction: nothing undefined has been read yet."""
+        self.instruction = inst
+        self.taint = self._upper_taint = None
+
+    def _read_upper(self, read: Callable[[], Array]) -> Array:
+        """Read an upper half, keeping what it taints apart."""
+        lower, self.taint = self.taint, self._upper_taint
+        value = read()
+        self._upper_taint, self.taint = self.taint, lower
+        return value
+
+    def _settle(self) -> None:
+        if self._upper_taint is not None and not self._halves_apart:
+            upper, self._upper_taint = self._upper_taint, None
+            self.taint = upper if self.taint is None else self.taint | upper
+
+    def _write_halves(self, halves: str, low: Callable[[], None], high: Callable[[], None]) -> None:
+        """Write the halves of a 64-bit result.
+
+        ``halves`` says what they depend on: "mixed" (each on all), "up" (the low one on low halves
+        alone, as in an addition) or "apart" (each on its like, as in a copy).
+        """
+        self._halves_apart = halves != "mixed"
+        low()
+        self._halves_apart = False
+        if halves == "apart":
+            self.taint, self._upper_taint = self._upper_taint, None
+        high()
+
     def _mark(self, undefined: Array, flags: list[bool], register: int, lanes: Array | None) -> None:
         """Record a write to ``register``: it is now as undefined as what the instruction read."""
+        self._settle()
         selected = undefined[register][self.w]
         fresh: Array = self.taint if self.taint is not None else np.zeros_like(selected)
         if lanes is not None:
@@ -158,6 +192,7 @@ class WaveState:
 
     def require_defined(self, use: str) -> None:
         """Fault if the current instruction has read a never-written register (in a wave with active lanes)."""
+        self._settle()
         if self.taint is None:
             return
         guilty = self.taint & self.lanes.any(axis=1)
@@ -166,6 +201,7 @@ class WaveState:
 
     def require_defined_scalar(self, use: str) -> None:
         """Like `require_defined`, for effects that EXEC does not mask."""
+        self._settle()
         if self.taint is not None and self.taint.any():
             self.fault(f"{use} depends on a register that was never written", self.taint)
 
@@ -186,7 +222,7 @@ class WaveState:
             np.copyto(self.vgprs[register], value, where=self.lanes)
         else:
             self.vgprs[register, self.w] = np.where(self.lanes, value, self.vgprs[register, self.w])
-        if self.taint is not None or not self._all_defined_v[register]:
+        if self.taint is not None or self._upper_taint is not None or not self._all_defined_v[register]:
             self._mark(self._undefined_v, self._all_defined_v, register, None if self.full else self.lanes)
 
     def read_sgpr(self, register: int) -> Array:
@@ -208,7 +244,7 @@ class WaveState:
             self.write_exec(join64(halves[0], halves[1]))
             return
         self.sgprs[register, self.w] = value
-        if self.taint is not None or not self._all_defined_s[register]:
+        if self.taint is not None or self._upper_taint is not None or not self._all_defined_s[register]:
             self._mark(self._undefined_s, self._all_defined_s, register, None)
 
     def read_sgpr64(self, register: int) -> Array:
@@ -216,16 +252,17 @@ class WaveState:
         if register == EXEC:
             bits: Array = self.exec_bits[self.w]
             return bits
-        return join64(self.read_sgpr(register), self.read_sgpr(register + 1))
+        return join64(self.read_sgpr(register), self._read_upper(lambda: self.read_sgpr(register + 1)))
 
-    def write_sgpr64(self, register: int, value: Array) -> None:
+    def write_sgpr64(self, register: int, value: Array, halves: str = "mixed") -> None:
         """Write uint64, broadcastable to [waves]."""
         if register == EXEC:
             self.write_exec(value)
             return
         low, high = split64(value)
-        self.write_sgpr(register, low)
-        self.write_sgpr(register + 1, high)
+        self._write_halves(
+            halves, lambda: self.write_sgpr(register, low), lambda: self.write_sgpr(register + 1, high)
+        )
 
     def write_exec(self, bits: Array) -> None:
         """Set EXEC of the selected waves (ISA chapter 3, "EXECute Mask")."""
@@ -285,9 +322,11 @@ class WaveState:
     def _upper(self, operand: Operand) -> Array:
         if operand.where is Where.SCC:
             return np.zeros((1, 1), np.uint32)
-        return self.raw(operand, 1)
+        return self._read_upper(lambda: self.raw(operand, 1))
 
-    def write_vector(self, operand: Operand, kind: Kind, value: Array, high_half: bool | None = None) -> None:
+    def write_vector(
+        self, operand: Operand, kind: Kind, value: Array, high_half: bool | None = None, halves: str = "mixed"
+    ) -> None:
         """Write a result. 16-bit results zero bits 31:16, unless ``high_half`` names the half to replace."""
         if value.dtype != kind.dtype:
             value = value.astype(kind.dtype)
@@ -295,8 +334,10 @@ class WaveState:
             self.write_vgpr(operand.index, value.view(np.uint32))
         elif kind.bits == 64:
             low, high = split64(value.view(np.uint64))
-            self.write_vgpr(operand.index, low)
-            self.write_vgpr(operand.index + 1, high)
+            register = operand.index
+            self._write_halves(
+                halves, lambda: self.write_vgpr(register, low), lambda: self.write_vgpr(register + 1, high)
+            )
         else:
             bits = value.view(np.uint16).astype(np.uint32)
             if high_half is not None:
@@ -323,12 +364,12 @@ class WaveState:
             value = value.astype(np.uint16)
         return value.view(kind.dtype)
 
-    def write_scalar(self, operand: Operand, kind: Kind, value: Array) -> None:
+    def write_scalar(self, operand: Operand, kind: Kind, value: Array, halves: str = "mixed") -> None:
         """Write a scalar result, broadcastable to [waves]."""
         if value.dtype != kind.dtype:
             value = value.astype(kind.dtype)
         if kind.bits == 64:
-            self.write_sgpr64(operand.index, value.view(np.uint64))
+            self.write_sgpr64(operand.index, value.view(np.uint64), halves)
         else:
             self.write_sgpr(operand.index, value.view(f"u{kind.bits // 8}"))
 

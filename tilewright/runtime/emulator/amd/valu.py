@@ -39,13 +39,14 @@ def valu(
     archs: tuple[str, ...] = ARCHITECTURES,
     preserves_high: bool = False,
     clamp: Function | None = None,
+    halves: str = "mixed",
 ) -> None:
     """Enter ``name`` with a signature such as "u32 u32 -> u32".
 
     A source ``old`` is the destination before the instruction, ``vcc`` the VCC mask; every other
     takes the next operand. ``preserves_high``: a 16-bit result leaves the other half of the register
     (and OP_SEL[3] picks the half). ``clamp`` is what an integer instruction computes instead under
-    CLAMP.
+    CLAMP. ``halves``: which halves of 64-bit sources those of the result depend on (`WaveState`).
     """
     sources, _, result = (part.strip() for part in signature.partition("->"))
     kinds = sources.split()
@@ -68,7 +69,7 @@ def valu(
         high = None
         if result_kind.bits == 16 and (preserves_high or halves is not None):
             high = bool(halves[len(plain)]) if halves is not None and len(halves) > len(plain) else False
-        state.write_vector(operands[0], result_kind, value, high)
+        state.write_vector(operands[0], result_kind, value, high, halves)
 
     define(name, execute, archs=archs)
 

@@ -234,9 +234,17 @@ def _mad64(kind: str, wide_kind: str) -> Callable[[WaveState, Instruction], None
     def execute(state: WaveState, inst: Instruction) -> None:
         wide = KINDS[wide_kind]
         a, b = (state.vector(inst.operands[i], KINDS[kind]).astype(wide.dtype) for i in (2, 3))
-        c = state.vector(inst.operands[4], wide)
+        addend, result = inst.operands[4], inst.operands[0]
+        if addend.where is Where.VECTOR:
+            state.read_vgpr(addend.index)
+        low_taint = state.taint
+        c = state.vector(addend, wide)
         value = a * b + c
-        state.write_vector(inst.operands[0], wide, value)
+        state.write_vector(result, wide, value)
+        # LLVM leaves the high half of S2 undefined where it wants the low half of D alone
+        full_taint, state.taint = state.taint, low_taint
+        state.write_vgpr(result.index, value.view(_U64).astype(np.uint32))
+        state.taint = full_taint
         unsigned = value.view(_U64) < c.view(_U64)
         state.write_lane_mask(inst.operands[1], unsigned)
 

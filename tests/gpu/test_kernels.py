@@ -1,0 +1,93 @@
+"""Kernels on a real CUDA device against float64, outputs poisoned with NaN. Skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+import tilewright as tw
+from tilewright.kernels.gemm import gemm
+from tilewright.kernels.mlp import mlp
+from tilewright.kernels.softmax import softmax
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def randn(*shape, dtype=torch.bfloat16, transposed=False):
+    if transposed:
+        return torch.randn(*reversed(shape), device="cuda", dtype=dtype).T
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def poisoned(*shape, dtype=torch.bfloat16):
+    return torch.full(shape, float("nan"), device="cuda", dtype=dtype)
+
+
+def relative(actual, exact):
+    torch.cuda.synchronize()
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["NN", "NT", "TN", "TT"])
+@pytest.mark.parametrize(
+    "shape", [(128, 256, 64), (512, 512, 512), (1024, 768, 4096), (1000, 1112, 1000), (1000, 1111, 1003), (1, 1, 1)]
+)
+def test_gemm(shape, layout, dtype):
+    m, n, k = shape
+    a = randn(m, k, dtype=dtype, transposed=layout[0] == "T")
+    b = randn(k, n, dtype=dtype, transposed=layout[1] == "T")
+    c = poisoned(m, n, dtype=dtype)
+    gemm[(tw.cdiv(m, 128), tw.cdiv(n, 256))](a, b, c)
+    library = a @ b
+    exact = a.double() @ b.double()
+    assert relative(c, exact) <= 1.01 * relative(library, exact) + 1e-4
+
+
+@pytest.mark.parametrize("meta", [{"BM": 64, "BN": 64, "BK": 32}, {"BM": 128, "BN": 128, "BK": 128}, {"num_stages": 1}, {"num_stages": 2}, {"BM": 256, "BN": 128}])  # fmt: skip
+def test_gemm_configurations(meta):
+    a, b, c = randn(700, 520), randn(520, 904), poisoned(700, 904)
+    bm, bn = meta.get("BM", 128), meta.get("BN", 256)
+    gemm[(tw.cdiv(700, bm), tw.cdiv(904, bn))](a, b, c, **meta)
+    assert relative(c, a.double() @ b.double()) < 5e-3
+
+
+def test_gemm_is_deterministic_and_writes_nothing_else():
+    a, b = randn(2048, 2048), randn(2048, 2048)
+    guard = poisoned(2048 + 256, 2048)
+    gemm[(16, 8)](a, b, guard[128:-128])
+    again = poisoned(2048, 2048)
+    gemm[(16, 8)](a, b, again)
+    torch.cuda.synchronize()
+    assert torch.equal(guard[128:-128].view(torch.int16), again.view(torch.int16))
+    assert guard[:128].isnan().all() and guard[-128:].isnan().all()
+
+
+def test_many_launches_reuse_tensor_maps_and_streams():
+    a, b, c = randn(512, 512), randn(512, 512), poisoned(512, 512)
+    stream = torch.cuda.Stream()
+    for _ in range(50):
+        with torch.cuda.stream(stream):
+            gemm[(4, 2)](a, b, c)
+    assert relative(c, a.double() @ b.double()) < 5e-3
+
+
+@pytest.mark.parametrize("shape", [(1000, 1000, 128, 1000), (300, 130, 100, 70), (4096, 1024, 128, 2048)])
+def test_chained_dots(shape):
+    m, k, h, n = shape
+    x, w1, w2, y = randn(m, k), randn(k, h) / k**0.5, randn(h, n), poisoned(m, n)
+    mlp[(tw.cdiv(m, 128),)](x, w1, w2, y)
+    hidden = (x.double() @ w1.double()).clamp(min=0).to(x.dtype).double()
+    assert relative(y, hidden @ w2.double()) < 5e-3
+
+
+@pytest.mark.parametrize("columns", [4096, 4095, 1000, 17])
+@pytest.mark.parametrize("rows_per_program", [1, 4])
+def test_softmax(columns, rows_per_program):
+    x, y = randn(1001, columns), poisoned(1001, columns)
+    softmax[(tw.cdiv(1001, rows_per_program),)](x, y, BM=rows_per_program)
+    assert relative(y, torch.softmax(x.double(), dim=1)) < 5e-3
+    assert not y.isnan().any()
