@@ -7,6 +7,8 @@ import pickle
 import random
 import re
 import struct
+from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as binding
 import pytest
@@ -115,14 +117,14 @@ def amd_object(request: pytest.FixtureRequest) -> tuple[str, bytes]:
 # --- the builder, run on the CPU ------------------------------------------------------------
 
 
-def compile_for_host(module: Module):
+def compile_for_host(module: Module) -> Any:
     optimized = llvm.optimize(module.finish(), TargetMachineSpec(HOST, "x86-64-v3"))
     engine = binding.create_mcjit_compiler(optimized.module.clone(), optimized.machine)
     engine.finalize_object()
     return engine
 
 
-def test_control_flow_computes_what_it_says():
+def test_control_flow_computes_what_it_says() -> None:
     module = Module(HOST)
     t = module.types
     f = module.function("f", [t.i32, t.f32], result=t.f32)
@@ -155,7 +157,7 @@ def test_control_flow_computes_what_it_says():
         assert function(count, 0.5) == reference(count, 0.5)
 
 
-def test_aggregates_casts_and_memory():
+def test_aggregates_casts_and_memory() -> None:
     module = Module(HOST)
     t = module.types
     f = module.function("f", [t.ptr(), t.i64], argument_attributes=[{"llvm.noalias": "unit"}, {}])
@@ -185,7 +187,7 @@ def test_aggregates_casts_and_memory():
     assert struct.unpack_from("<I", data, 60)[0] & 0x7FFFFFFF > 0x7F800000, "maximum lost the NaN"
 
 
-def test_folded_integers_are_what_llvm_computes():
+def test_folded_integers_are_what_llvm_computes() -> None:
     """Fold, and let LLVM fold the same operation; both must give the same number."""
     operations = "add sub mul and or xor shl lshr ashr sdiv srem udiv urem".split()
     predicates = "eq ne slt sle sgt sge ult ule ugt uge".split()
@@ -216,7 +218,7 @@ def test_folded_integers_are_what_llvm_computes():
     assert all(theirs.get(name, "poison") == "poison" for name in ours if name not in folded)
 
 
-def test_neutral_operands_make_no_operations():
+def test_neutral_operands_make_no_operations() -> None:
     module = Module(NVIDIA.triple)
     t = module.types
     f = module.function("f", [t.i32, t.ptr(3)])
@@ -229,7 +231,7 @@ def test_neutral_operands_make_no_operations():
     assert f.i32(5) == f.i32(5) and f.f32(0.0) != f.f32(-0.0)
 
 
-def test_invalid_mlir_names_the_source_line():
+def test_invalid_mlir_names_the_source_line() -> None:
     module = Module(NVIDIA.triple)
     f = module.function("f", [module.types.i32])
     with f.location("kernel.py", 42, 7):
@@ -240,7 +242,7 @@ def test_invalid_mlir_names_the_source_line():
     assert caught.value.stage == "mlir"
 
 
-def test_overflow_and_inbounds_flags_reach_llvm():
+def test_overflow_and_inbounds_flags_reach_llvm() -> None:
     text = nvidia_module().finish()
     assert "mul nsw i32" in text and "getelementptr inbounds float" in text
     assert "add nsw i32" in text  # the loop counter
@@ -263,7 +265,7 @@ attributes #3 = { "nvvm.maxntid"="128" }
 """
 
 
-def test_every_side_effecting_asm_call_becomes_convergent():
+def test_every_side_effecting_asm_call_becomes_convergent() -> None:
     assert len(llvm.unmarked_calls(CALLS)) == 2
     with pytest.raises(BackendError, match="2 inline assembly calls are not convergent"):
         llvm.check_convergent(CALLS)
@@ -277,7 +279,7 @@ def test_every_side_effecting_asm_call_becomes_convergent():
     assert llvm.mark_convergent(marked) == marked
 
 
-def test_the_checker_sees_calls_that_the_marker_cannot_parse():
+def test_the_checker_sees_calls_that_the_marker_cannot_parse() -> None:
     odd = 'call void asm sideeffect inteldialect unwind "bar", "~{memory}"()'
     assert llvm.unmarked_calls("  fastcc " + odd)
 
@@ -300,7 +302,7 @@ e:
 """
 
 
-def test_a_barrier_is_not_duplicated_into_branches(monkeypatch: pytest.MonkeyPatch):
+def test_a_barrier_is_not_duplicated_into_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert llvm.emit_assembly(llvm.optimize(DUPLICABLE, NVIDIA)).count("bar.sync 0;") == 1
     # Without the mark LLVM does duplicate it, so this test tests something.
     monkeypatch.setattr(llvm, "mark_convergent", lambda text: text)
@@ -311,7 +313,7 @@ def test_a_barrier_is_not_duplicated_into_branches(monkeypatch: pytest.MonkeyPat
 # --- LLVM -----------------------------------------------------------------------------------
 
 
-def test_emission_leaves_the_module_alone():
+def test_emission_leaves_the_module_alone() -> None:
     optimized = amd_module("gfx942")
     before = optimized.text()
     assert llvm.emit_assembly(optimized) == llvm.emit_assembly(optimized)
@@ -338,12 +340,12 @@ done:
 """
 
 
-def test_runtime_unrolling_can_be_switched_off():
+def test_runtime_unrolling_can_be_switched_off() -> None:
     loads = [llvm.optimize(LOOP, NVIDIA, unroll=unroll).text().count("load float") for unroll in (True, False)]
     assert loads[0] > 1 and loads[1] == 1
 
 
-def test_bad_ir_and_unknown_targets_are_backend_errors():
+def test_bad_ir_and_unknown_targets_are_backend_errors() -> None:
     with pytest.raises(BackendError, match="not valid") as caught:
         llvm.optimize("define void @f() { ret i32 0 }", NVIDIA)
     assert "value doesn't match function result type" in caught.value.diagnostics[0]
@@ -353,7 +355,7 @@ def test_bad_ir_and_unknown_targets_are_backend_errors():
         llvm.emit_object(llvm.optimize("", NVIDIA))
 
 
-def test_errors_survive_the_trip_from_the_worker():
+def test_errors_survive_the_trip_from_the_worker() -> None:
     error = BackendError("ptxas", "message", ["one", "two"])
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.stage, copy.message, copy.diagnostics) == ("ptxas", "message", ("one", "two"))
@@ -367,7 +369,7 @@ def nvidia_ptx(debug_info: bool = False) -> str:
     return llvm.emit_assembly(llvm.optimize(nvidia_module().finish(debug_info), NVIDIA))
 
 
-def test_ptx_keeps_the_kernel_attributes():
+def test_ptx_keeps_the_kernel_attributes() -> None:
     text = nvidia_ptx()
     assert ".maxntid 128, 1, 1" in text and ".minnctapersm 1" in text
     assert ".extern .shared .align 1024 .b8 smem[]" in text
@@ -375,14 +377,14 @@ def test_ptx_keeps_the_kernel_attributes():
     assert "ld.global.nc" in text and '.pragma "nounroll"' in text
 
 
-def test_source_lines_reach_the_ptx_without_debug_code():
+def test_source_lines_reach_the_ptx_without_debug_code() -> None:
     text = nvidia_ptx(debug_info=True)
     assert re.search(r"\.loc\s+\d+ 12 4", text) and re.search(r"\.loc\s+\d+ 13 ", text) and '"kernel.py"' in text
     assert not re.search(r"\.target.*debug", text), "ptxas would not optimise"
 
 
 @needs_ptxas
-def test_ptx_assembles():
+def test_ptx_assembles() -> None:
     assembled = ptxas.assemble(nvidia_ptx(), "sm_90a")
     assert assembled.cubin[:4] == b"\x7fELF"
     resources = assembled.resources["copy"]
@@ -413,7 +415,7 @@ TOUCHED_TOO_EARLY = """.version 8.0
 
 
 @needs_ptxas
-def test_performance_advice_of_ptxas_is_an_error():
+def test_performance_advice_of_ptxas_is_an_error() -> None:
     with pytest.raises(BackendError, match=r"C75\d\d"):
         ptxas.assemble(TOUCHED_TOO_EARLY, "sm_90a")
     allowed = ptxas.assemble(TOUCHED_TOO_EARLY, "sm_90a", allow_advisories=True)
@@ -421,14 +423,14 @@ def test_performance_advice_of_ptxas_is_an_error():
 
 
 @needs_ptxas
-def test_ptxas_errors_quote_the_ptx_line():
+def test_ptxas_errors_quote_the_ptx_line() -> None:
     with pytest.raises(BackendError) as caught:
         ptxas.assemble(TOUCHED_TOO_EARLY.replace("st.global.f32", "st.nonsense.f32"), "sm_90a")
     assert "14 | st.nonsense.f32 [%d2], %f0;" in caught.value.diagnostics
     assert any("Unknown modifier '.nonsense'" in line for line in caught.value.diagnostics)
 
 
-def test_resources_of_several_entries():
+def test_resources_of_several_entries() -> None:
     log = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'a' for 'sm_90a'
 ptxas info    : Function properties for a
@@ -447,7 +449,7 @@ ptxas info    : Used 4 registers, used 0 barriers
     }
 
 
-def test_the_environment_names_ptxas(monkeypatch: pytest.MonkeyPatch, tmp_path):
+def test_the_environment_names_ptxas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(ptxas.PTXAS_VARIABLE, str(tmp_path / "absent"))
     with pytest.raises(BackendError, match="not an executable"):
         ptxas.find_ptxas()
@@ -462,7 +464,7 @@ def test_the_environment_names_ptxas(monkeypatch: pytest.MonkeyPatch, tmp_path):
 # --- AMD ------------------------------------------------------------------------------------
 
 
-def test_the_linked_code_object_is_the_object(amd_object: tuple[str, bytes]):
+def test_the_linked_code_object_is_the_object(amd_object: tuple[str, bytes]) -> None:
     arch, data = amd_object
     image = link(data)
     before, after = read_elf(data), read_elf(image)
@@ -479,7 +481,7 @@ def test_the_linked_code_object_is_the_object(amd_object: tuple[str, bytes]):
     assert symbols["multiply"].value % 256 == 0 and symbols["multiply.kd"].value % 64 == 0
 
 
-def test_segments_load_every_section_once_with_its_permission(amd_object: tuple[str, bytes]):
+def test_segments_load_every_section_once_with_its_permission(amd_object: tuple[str, bytes]) -> None:
     image = link(amd_object[1])
     offset, count = struct.unpack_from("<Q", image, 32)[0], struct.unpack_from("<H", image, 56)[0]
     segments = [struct.unpack_from("<IIQQQQQQ", image, offset + 56 * i) for i in range(count)]
@@ -498,7 +500,7 @@ def test_segments_load_every_section_once_with_its_permission(amd_object: tuple[
     assert all(s[2] % 4096 == s[3] % 4096 for s in loads)
 
 
-def test_the_dynamic_hash_table_finds_the_kernel(amd_object: tuple[str, bytes]):
+def test_the_dynamic_hash_table_finds_the_kernel(amd_object: tuple[str, bytes]) -> None:
     elf = read_elf(link(amd_object[1]))
     names, table = elf.section(".dynstr").data, elf.section(".hash").data
     buckets, chains = struct.unpack_from("<II", table)
@@ -516,7 +518,7 @@ def test_the_dynamic_hash_table_finds_the_kernel(amd_object: tuple[str, bytes]):
     assert reachable == {"multiply", "multiply.kd"}
 
 
-def test_resources_of_a_code_object(amd_object: tuple[str, bytes]):
+def test_resources_of_a_code_object(amd_object: tuple[str, bytes]) -> None:
     kernel = read_code_object(link(amd_object[1])).kernels["multiply"]
     assert kernel.lds_bytes == kernel.descriptor.lds_bytes == 4096
     assert kernel.scratch_bytes == kernel.vgpr_spills == kernel.sgpr_spills == 0
@@ -549,7 +551,7 @@ def compile_amd(text: str) -> bytes:
     return llvm.emit_object(llvm.optimize(text, TargetMachineSpec(AMD_TRIPLE, "gfx942")))
 
 
-def test_relocations_in_the_code_reach_constant_tables():
+def test_relocations_in_the_code_reach_constant_tables() -> None:
     data = compile_amd(TABLE)
     before, image = read_elf(data), read_elf(link(data))
     rela = next(s for s in before.sections if s.type == SECTION_RELA and before.sections[s.info].name == ".text")
@@ -575,13 +577,13 @@ def test_relocations_in_the_code_reach_constant_tables():
         ("@g = internal addrspace(1) global i32 0", "writable data"),
     ],
 )
-def test_objects_that_need_a_real_linker_are_refused(declaration: str, message: str):
+def test_objects_that_need_a_real_linker_are_refused(declaration: str, message: str) -> None:
     body = "define amdgpu_kernel void @k() { %v = atomicrmw add ptr addrspace(1) @g, i32 1 monotonic\n ret void }"
     with pytest.raises(BackendError, match=message):
         link(compile_amd(f"{declaration}\n{body}"))
 
 
-def test_files_that_are_no_objects_are_refused(amd_object: tuple[str, bytes]):
+def test_files_that_are_no_objects_are_refused(amd_object: tuple[str, bytes]) -> None:
     _, data = amd_object
     with pytest.raises(BackendError, match="not a 64-bit"):
         link(b"GIF89a" + bytes(100))
@@ -595,7 +597,7 @@ def test_files_that_are_no_objects_are_refused(amd_object: tuple[str, bytes]):
         link(compile_amd("").replace(b".text\0", b".tExt\0"))
 
 
-def test_inline_assembly_is_refused_before_llvm_aborts():
+def test_inline_assembly_is_refused_before_llvm_aborts() -> None:
     optimized = amd_module("gfx942", inline_asm="v_nop")
     assert "v_nop" in llvm.emit_assembly(optimized)
     with pytest.raises(BackendError, match="cannot become an object") as caught:
@@ -603,7 +605,7 @@ def test_inline_assembly_is_refused_before_llvm_aborts():
     assert "v_nop" in caught.value.diagnostics[0]
 
 
-def test_msgpack_reader():
+def test_msgpack_reader() -> None:
     encoded = (
         bytes.fromhex("86 a1 61 01 a1 62 ff a1 63 93 c0 c2 c3 a1 64 cd 01 00 a1 65 d2 ff ff ff 00 a1 66 d9 03") + b"xyz"
     )

@@ -32,7 +32,6 @@ declare float @llvm.amdgcn.raw.ptr.buffer.load.f32(ptr addrspace(8), i32, i32, i
 declare <4 x i32> @llvm.amdgcn.raw.ptr.buffer.load.v4i32(ptr addrspace(8), i32, i32, i32)
 declare void @llvm.amdgcn.raw.ptr.buffer.store.f32(float, ptr addrspace(8), i32, i32, i32)
 declare void @llvm.amdgcn.raw.ptr.buffer.load.lds(ptr addrspace(8), ptr addrspace(3), i32, i32, i32, i32, i32)
-declare <16 x float> @llvm.amdgcn.mfma.f32.32x32x8bf16.1k(<4 x i16>, <4 x i16>, <16 x float>, i32, i32, i32)
 """
 
 
@@ -641,6 +640,8 @@ def _gemm_ir(lds_dma: bool) -> str:
     lines = [
         "@lds = internal addrspace(3) global [4096 x i8] poison, align 16",
         "declare i32 @llvm.amdgcn.readfirstlane.i32(i32)",
+        "declare <16 x float> @llvm.amdgcn.mfma.f32.32x32x8bf16.1k"
+        "(<4 x i16>, <4 x i16>, <16 x float>, i32, i32, i32)",
         "define amdgpu_kernel void @k(ptr addrspace(1) %a, ptr addrspace(1) %b, ptr addrspace(1) %c, i32 %n, i32 %k) #0 {",
         "entry:",
         "  %t = call i32 @llvm.amdgcn.workitem.id.x()",

@@ -539,7 +539,7 @@ def edited(old: str, new: str, count: int = 1) -> Function:
         ("[%ta, %tb]", "[%ta]", "slot 0 of %bs is read while a copy into it is in flight"),
         ("async.release %loads, %p", "async.release %loads, %c", "is released while a dot in flight reads it"),
         ("async.release %loads, %e", "async.release %loads, %e async.release %loads, %e", "more often than its 2 arr"),
-        ("async.publish %loads, %c, [%ta, %tb]", "async.publish %loads, %i, [%ta, %tb]", "is published more often than its 1 arrivals"),
+        ("async.publish %loads, %c, [%ta, %tb]", "async.publish %loads, %i, [%ta, %tb]", "published more often"),
         ("async.bulk_wait", "async.bulk_wait {pending = 1}", "is released while a bulk store in flight reads it"),
         ("async.await %stage, %turn", "async.await %stage, %turn async.barrier", "deadlock"),
         ("async.fence", "async.release %stage, %turn", "released by role @consumer, which did not await it"),

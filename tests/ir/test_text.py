@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,6 +188,14 @@ def test_locations() -> None:
     assert op.loc == UNKNOWN
     (op,) = parse_module(plain, "f.tw", text_locations=True).functions[0].body.block.ops
     assert op.loc == Location("f.tw", 3, 10)
+
+
+def test_the_example_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ir.md").read_text()
+    text = page.split("```\n")[1]
+    module = parse_module(text, "docs/ir.md")
+    verify(module)
+    assert print_module(module, locations=True) == text.replace("   // a layout's alias", "")
 
 
 def test_free_form_text() -> None:

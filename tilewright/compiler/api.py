@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tilewright.compiler.artifact import Artifact
-from tilewright.compiler.kernel import Grid, Kernel, Launch
+from tilewright.compiler.kernel import Kernel
+from tilewright.compiler.launch import Grid, Launch
 from tilewright.compiler.options import CompileOptions
 
 

@@ -27,8 +27,13 @@ class CompileOptions:
         return PassOptions(self.num_warps, self.num_stages, self.num_ctas, self.schedule)
 
     @staticmethod
+    def names() -> set[str]:
+        """The names of all options."""
+        return {f.name for f in fields(CompileOptions)}
+
+    @staticmethod
     def split(arguments: Mapping[str, Any]) -> tuple[CompileOptions, dict[str, Any]]:
         """Separate option names from a kernel's own keyword arguments."""
-        names = {f.name for f in fields(CompileOptions)}
+        names = CompileOptions.names()
         options = CompileOptions(**{k: v for k, v in arguments.items() if k in names})
         return options, {k: v for k, v in arguments.items() if k not in names}

@@ -18,7 +18,6 @@ Roles run one at a time, each until it blocks, in the order of the text; when al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -35,171 +34,25 @@ from tilewright.ir.interpreter_machine import (
     Steps,
     Thread,
     Trap,
-    View,
     fault,
-    load_tile,
     rule,
     run_region,
-    store_tile,
 )
 from tilewright.ir.interpreter_numerics import NUMPY
+from tilewright.ir.interpreter_shared import (
+    BarrierState,
+    Buffer,
+    BulkStore,
+    CopyInFlight,
+    DotGroup,
+    Ring,
+    SlotRef,
+    SlotState,
+    join,
+    knows,
+    signal,
+)
 from tilewright.ir.types import BufferType, RingType, SlotType
-
-# --- time -----------------------------------------------------------------------------------
-
-Clock = dict[Thread, int]
-
-
-def _join(clock: Clock, other: Clock) -> None:
-    """Everything known in ``other`` becomes known in ``clock``."""
-    for thread, event in other.items():
-        clock[thread] = max(clock.get(thread, 0), event)
-
-
-def _signal(thread: Thread, clock: Clock) -> None:
-    """An event of the thread that others may come to know of through ``clock``."""
-    thread.clock[thread] = thread.clock.get(thread, 0) + 1
-    _join(clock, thread.clock)
-
-
-def _knows(thread: Thread, clock: Clock) -> bool:
-    return all(thread.clock.get(other, 0) >= event for other, event in clock.items())
-
-
-# --- state ----------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class SlotState:
-    """One slot of shared memory and who does what with it."""
-
-    label: str
-    array: np.ndarray
-    written: bool = False
-    copy: CopyInFlight | None = None
-    visible: set[Thread] = field(default_factory=set)  # threads that know its contents to be complete
-    readers: list[DotGroup | BulkStore] = field(default_factory=list)  # asynchronous reads in flight
-    phase: Phase | None = None  # the ring's use that it was last published with
-
-
-@dataclass(slots=True)
-class SlotRef:
-    """A slot, perhaps with permuted dimensions."""
-
-    state: SlotState
-    array: np.ndarray
-
-
-@dataclass(eq=False)
-class Buffer:
-    """The slots of an async.alloc."""
-
-    slots: list[SlotState]
-
-
-@dataclass(eq=False)
-class CopyInFlight:
-    """The token of an async.copy."""
-
-    op: a.Copy
-    ref: SlotRef
-    view: View
-    index: list[int]
-    landed: bool = False
-
-    def land(self) -> None:
-        if self.landed:
-            return
-        self.landed = True
-        shape, state = self.ref.array.shape, self.ref.state
-        self.ref.array[...] = load_tile(self.view, self.index, shape, self.op.pad)
-        state.copy, state.written = None, True
-
-
-@dataclass(eq=False)
-class DotGroup:
-    """The token of an async.dot."""
-
-    slots: list[SlotState]
-    retired: bool = False
-
-    def retire(self) -> None:
-        self.retired = True
-        for slot in self.slots:
-            slot.readers.remove(self)
-
-
-@dataclass(eq=False)
-class BulkStore:
-    """A copy from a slot to global memory that is under way."""
-
-    ref: SlotRef
-    view: View
-    index: list[int]
-    data: np.ndarray | None = None
-
-    def read(self) -> None:
-        if self.data is None:
-            self.data = self.ref.array.copy()
-            self.ref.state.readers.remove(self)
-
-    def land(self) -> None:
-        self.read()
-        assert self.data is not None
-        store_tile(self.view, self.index, self.data)
-
-
-@dataclass(eq=False)
-class Phase:
-    """One use of one stage of a ring."""
-
-    consumers: int
-    published: Fraction = Fraction(0)
-    released: Fraction = Fraction(0)
-    copies: list[CopyInFlight] = field(default_factory=list)
-    slots: list[SlotState] = field(default_factory=list)
-    awaited: set[Thread] = field(default_factory=set)
-    publish_clock: Clock = field(default_factory=dict)
-    release_clock: Clock = field(default_factory=dict)
-
-    @property
-    def is_released(self) -> bool:
-        return self.released >= self.consumers
-
-
-@dataclass(eq=False)
-class Ring:
-    """Arrivals by use count, and the buffers whose slots are its stages."""
-
-    label: str
-    stages: int
-    producers: int
-    consumers: int
-    publishers: dict[Operation | None, Fraction]
-    releasers: dict[Operation | None, Fraction]
-    phases: dict[int, Phase] = field(default_factory=dict)
-    buffers: list[Buffer] = field(default_factory=list)
-
-    def phase(self, count: int) -> Phase:
-        if count < 0:
-            raise Trap(f"use count {count} is negative")
-        return self.phases.setdefault(count, Phase(self.consumers))
-
-    def is_full(self, count: int) -> bool:
-        return self.phase(count).published >= self.producers
-
-    def is_free(self, count: int) -> bool:
-        return count < self.stages or self.phase(count - self.stages).is_released
-
-
-@dataclass(eq=False)
-class BarrierState:
-    """The block-wide barrier of a program."""
-
-    arrived: int = 0
-    generation: int = 0
-    clock: Clock = field(default_factory=dict)
-
 
 # --- arrivals -------------------------------------------------------------------------------
 
@@ -296,7 +149,7 @@ def _acquire(frame: Frame, op: a.Acquire) -> Steps:
     text = f"stage {count % ring.stages} of {ring.label} to be released (use {count - ring.stages})"
     yield from _until(lambda: ring.is_free(count), op, text)
     if count >= ring.stages:
-        _join(frame.thread.clock, ring.phase(count - ring.stages).release_clock)
+        join(frame.thread.clock, ring.phase(count - ring.stages).release_clock)
 
 
 @rule(a.Publish)
@@ -316,7 +169,7 @@ def _publish(frame: Frame, op: a.Publish) -> None:
     phase.slots = list(dict.fromkeys([*phase.slots, *covered]))
     for slot in covered:
         slot.phase = phase
-    _signal(frame.thread, phase.publish_clock)
+    signal(frame.thread, phase.publish_clock)
     frame.thread.writes.clear()
 
 
@@ -329,7 +182,7 @@ def _await(frame: Frame, op: a.Await) -> Steps:
     if phase.is_released:
         raise Trap(f"use {count} of {ring.label} is awaited after its release")
     phase.awaited.add(frame.thread)
-    _join(frame.thread.clock, phase.publish_clock)
+    join(frame.thread.clock, phase.publish_clock)
     for copy in phase.copies:
         copy.land()
     for slot in phase.slots:
@@ -348,7 +201,7 @@ def _release(frame: Frame, op: a.Release) -> None:
     phase.released += ring.releasers.get(frame.thread.role, Fraction(1))
     if phase.released > ring.consumers:
         raise Trap(f"use {count} of {ring.label} is released more often than its {ring.consumers} arrivals")
-    _signal(frame.thread, phase.release_clock)
+    signal(frame.thread, phase.release_clock)
 
 
 def _use(frame: Frame, op: Any) -> tuple[Ring, int]:
@@ -394,7 +247,7 @@ def _overwrite(slot: SlotState, thread: Thread) -> None:
     _require_unread(slot, "is overwritten")
     if slot.phase is not None and not slot.phase.is_released:
         raise Trap(f"{slot.label} is overwritten, but its stage is not released")
-    if slot.phase is not None and not _knows(thread, slot.phase.release_clock):
+    if slot.phase is not None and not knows(thread, slot.phase.release_clock):
         raise Trap(f"{slot.label} is overwritten by {thread.name}, which did not wait for its release (acquire)")
     slot.visible.clear()
 
@@ -513,14 +366,14 @@ def _barrier(frame: Frame, op: a.Barrier) -> Steps:
     program = frame.program
     state = program.barrier = program.barrier or BarrierState()
     state.arrived += 1
-    _signal(frame.thread, state.clock)
+    signal(frame.thread, state.clock)
     if state.arrived == len(program.threads):
         state.arrived, state.generation = 0, state.generation + 1
         for slot in program.slots:
             if slot.visible:
                 slot.visible.update(program.threads)
         for thread in program.threads:
-            _join(thread.clock, state.clock)
+            join(thread.clock, state.clock)
         return
     generation = state.generation
     yield from _until(lambda: state.generation > generation, op, "the other roles at the block's barrier")
@@ -554,7 +407,7 @@ def run_roles(frame: Frame) -> Steps:
     drive([(thread, _role_body(frame, thread)) for thread in threads])
     program.threads = [frame.thread]
     for thread in threads:
-        _join(frame.thread.clock, thread.clock)
+        join(frame.thread.clock, thread.clock)
 
 
 def _role_body(outer: Frame, thread: Thread) -> Steps:

@@ -8,14 +8,11 @@ syntax, names, operand counts, attributes, result types. Everything else is `til
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import lru_cache
 from typing import Any
 
-from lark import Lark, Token, Transformer, v_args
+from lark import Token
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
 from tilewright.ir import async_ops, tile_ops  # noqa: F401  (importing them fills the registry)
@@ -33,19 +30,26 @@ from tilewright.ir.core import (
     Region,
     Value,
 )
-from tilewright.ir.layout import LinearLayout, SharedLayout
+from tilewright.ir.layout import LinearLayout
+from tilewright.ir.parser_syntax import (
+    AttributeNode,
+    FileNode,
+    FunctionNode,
+    HeadNode,
+    NamedNode,
+    OpNode,
+    PlaceNode,
+    RegionNode,
+    did_you_mean,
+    lark_parser,
+    linear_layout,
+    shared_layout,
+    type_of,
+)
 from tilewright.ir.tile_ops import For, If, While
 from tilewright.ir.types import (
-    DTYPES,
-    BufferType,
-    DType,
-    RingType,
     ScalarType,
-    SlotType,
-    TileType,
-    TokenType,
     Type,
-    ViewType,
 )
 
 _NAME = re.compile(r"%[\w.$]+")
@@ -73,7 +77,7 @@ def parse_module(text: str, filename: str = "<text>", *, text_locations: bool = 
     """
     reader = _Reader(text, filename, text_locations)
     try:
-        file: Any = _lark().parse(text, start="file")
+        file: Any = lark_parser().parse(text, start="file")
         return reader.file(file)
     except UnexpectedInput as error:
         raise _syntax_error(error, text, filename) from None
@@ -84,234 +88,14 @@ def parse_module(text: str, filename: str = "<text>", *, text_locations: bool = 
 def parse_type(text: str) -> Type:
     """The type of that text, with layouts written out in full. Raises `ParseError`."""
     try:
-        type_ = _type(text)
+        type_ = type_of(text)
     except UnexpectedInput as error:
         raise _syntax_error(error, text, "<type>") from None
     except (ValueError, TypeError) as error:
         raise ParseError(f"bad type: {error}", Location("<type>", 1, 1), text) from None
-    if isinstance(type_, _Aliased):
+    if not isinstance(type_, Type):
         raise ParseError(f"unknown layout {type_.alias}", Location("<type>", 1, 1), text)
     return type_
-
-
-# --- syntax nodes ---------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Attribute:
-    name: Token
-    value: Any  # a token, or a list of these
-
-
-@dataclass(slots=True)
-class _Place:
-    file: Token
-    line: Token
-    column: Token
-    caller: _Place | None
-
-
-@dataclass(slots=True)
-class _Named:
-    """``name(%value)``: an optional operand."""
-
-    name: Token
-    value: Token
-
-
-@dataclass(slots=True)
-class _Head:
-    """A mnemonic with its operands, and what tile.for, tile.while and async.role write instead of them."""
-
-    mnemonic: Token
-    operands: list[Token | list[Token] | _Named]
-    index: Token | None = None
-    carried: Sequence[tuple[Token, Token]] = ()
-    symbol: Token | None = None
-
-
-@dataclass(slots=True)
-class _Region:
-    keyword: str
-    args: Sequence[Token]
-    ops: list[_Op]
-
-
-@dataclass(slots=True)
-class _Op:
-    results: Token | None
-    head: _Head
-    attributes: list[_Attribute]
-    types: list[Token]
-    place: _Place | None
-    regions: list[_Region]
-
-
-@dataclass(slots=True)
-class _Func:
-    symbol: Token
-    params: list[tuple[Token, Token]]
-    attributes: list[_Attribute]
-    place: _Place | None
-    ops: list[_Op]
-
-
-@dataclass(slots=True)
-class _File:
-    aliases: list[tuple[Token, Token]]
-    attributes: list[_Attribute]
-    functions: list[_Func]
-
-
-@dataclass(frozen=True)
-class _Aliased:
-    """A tile type whose layout is an alias of the file that it stands in."""
-
-    tile: TileType
-    alias: str
-
-
-@v_args(inline=True)
-class _Syntax(Transformer):
-    """Called by the parser as rules complete; builds nodes and looks nothing up, so it cannot fail."""
-
-    def file(self, *parts: Any) -> _File:
-        aliases = [p for p in parts if isinstance(p, tuple)]
-        functions = [p for p in parts if isinstance(p, _Func)]
-        for part in parts:
-            if isinstance(part, _File):
-                return _File(aliases, part.attributes, part.functions)
-        return _File(aliases, [], functions)
-
-    def module(self, attributes: list[_Attribute] | None, *functions: _Func) -> _File:
-        return _File([], attributes or [], list(functions))
-
-    def func(self, symbol: Token, params: Any, attributes: Any, place: _Place | None, ops: list[_Op]) -> _Func:
-        return _Func(symbol, params or [], attributes or [], place, ops)
-
-    def op(self, results: Token | None, head: _Head, attributes: Any, types: Any, place: Any, *regions: _Region) -> _Op:
-        return _Op(results, head, attributes or [], types or [], place, list(regions))
-
-    def head(self, mnemonic: Token, operands: Any) -> _Head:
-        return _Head(mnemonic, operands or [])
-
-    def for_head(self, mnemonic: Token, index: Token, lo: Token, hi: Token, step: Token, carried: Any) -> _Head:
-        return _Head(mnemonic, [lo, hi, step], index=index, carried=carried or ())
-
-    def while_head(self, mnemonic: Token, carried: Any) -> _Head:
-        return _Head(mnemonic, [], carried=carried or ())
-
-    def role_head(self, mnemonic: Token, symbol: Token) -> _Head:
-        return _Head(mnemonic, [], symbol=symbol)
-
-    def region(self, ops: list[_Op]) -> _Region:
-        return _Region("", (), ops)
-
-    def else_region(self, keyword: Token, ops: list[_Op]) -> _Region:
-        return _Region("else", (), ops)
-
-    def do_region(self, keyword: Token, args: Any, ops: list[_Op]) -> _Region:
-        return _Region("do", args or (), ops)
-
-    def variadic(self, values: Any) -> list[Token]:
-        return values or []
-
-    def sequence(self, *values: Any) -> list[Any]:
-        return [v for v in values if v is not None]
-
-    def place(self, file: Token, line: Token, column: Token, caller: _Place | None) -> _Place:
-        return _Place(file, line, column, caller)
-
-    def location(self, place: _Place) -> _Place:
-        return place
-
-    def _items(self, *items: Any) -> list[Any]:
-        return list(items)
-
-    def _pair(self, *items: Any) -> tuple[Any, ...]:
-        return items
-
-    named, attribute = _Named, _Attribute
-    alias = pair = param = _pair
-    block = operands = values = carried = types = attributes = params = _items
-
-    # Types: these do fail, on text that `_type` reports.
-
-    def scalar_type(self, dims: Token) -> Type:
-        shape, dtype = _dims(dims)
-        if shape:
-            raise ValueError(f"{dims} is not a type; a tile is written tile<{dims}>")
-        return ScalarType(dtype)
-
-    def tile_type(self, dims: Token, layout: Token | None) -> Type | _Aliased:
-        tile = TileType(*_static_dims(dims))
-        if layout is None:
-            return tile
-        return _Aliased(tile, str(layout)) if layout.type == "ALIAS" else tile.with_layout(_linear(layout))
-
-    def view_type(self, dims: Token, strides: tuple[int | None, ...], align: Token) -> Type:
-        shape, dtype = _dims(dims)
-        if len(shape) != len(strides):
-            raise ValueError(f"a view of rank {len(shape)} needs as many strides, got {len(strides)}")
-        return ViewType(shape, dtype, strides, int(align))
-
-    def strides(self, *strides: Token | None) -> tuple[int | None, ...]:
-        return tuple(None if s == "?" else int(s) for s in strides if s is not None)
-
-    def slot_type(self, dims: Token, layout: Token) -> Type:
-        return SlotType(*_static_dims(dims), _shared(layout))
-
-    def buffer_type(self, stages: Token, slot: Type) -> Type:
-        if not isinstance(slot, SlotType):
-            raise ValueError(f"a buffer holds slots, not {slot}")
-        return BufferType(int(stages), slot)
-
-    def ring_type(self, stages: Token) -> Type:
-        return RingType(int(stages))
-
-    def token_type(self, kind: Token) -> Type:
-        return TokenType(str(kind))
-
-
-@lru_cache(maxsize=1)
-def _lark() -> Lark:
-    """The parser, built once: the tables take far longer than a parse."""
-    return Lark.open(
-        "grammar.lark", rel_to=__file__, parser="lalr", start=["file", "type"], transformer=_Syntax(),
-        maybe_placeholders=True,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=4096)
-def _type(text: str) -> Type | _Aliased:
-    result = _lark().parse(text, start="type")
-    assert isinstance(result, Type | _Aliased)
-    return result
-
-
-def _dims(token: str) -> tuple[tuple[int | None, ...], DType]:
-    *sizes, dtype = token.split("x")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown element type {dtype}{_did_you_mean(dtype, DTYPES)}")
-    return tuple(None if n == "?" else int(n) for n in sizes), DTYPES[dtype]
-
-
-def _static_dims(token: str) -> tuple[tuple[int, ...], DType]:
-    shape, dtype = _dims(token)
-    static = tuple(n for n in shape if n is not None)
-    if len(static) != len(shape):
-        raise ValueError(f"the dimensions of {token} must be known")
-    return static, dtype
-
-
-@lru_cache(maxsize=1024)
-def _linear(text: str) -> LinearLayout:
-    return LinearLayout.parse(text)
-
-
-@lru_cache(maxsize=1024)
-def _shared(text: str) -> SharedLayout:
-    return SharedLayout.parse(text)
 
 
 # --- from syntax to operations --------------------------------------------------------------
@@ -330,11 +114,11 @@ class _Reader:
     def error(self, message: str, at: Token, hint: str = "") -> ParseError:
         return _error_at(self.text, self.filename, at.line or 1, at.column or 1, message, hint)
 
-    def file(self, file: _File) -> Module:
+    def file(self, file: FileNode) -> Module:
         for alias, text in file.aliases:
             if alias in self.layouts:
                 raise self.error(f"layout {alias} is defined twice", alias)
-            self.layouts[alias] = self.layout(text, _linear)
+            self.layouts[alias] = self.layout(text, linear_layout)
         module = Module([], self.attributes(file.attributes))
         for func in file.functions:
             if any(f.name == func.symbol[1:] for f in module.functions):
@@ -342,7 +126,7 @@ class _Reader:
             module.functions.append(self.function(func))
         return module
 
-    def function(self, func: _Func) -> Function:
+    def function(self, func: FunctionNode) -> Function:
         self.values, self.scope, self.ended = {}, [], set()
         block = Block([(_hint(name), self.type(type_)) for name, type_ in func.params])
         for (name, _), value in zip(func.params, block.args, strict=True):
@@ -351,14 +135,14 @@ class _Reader:
         place = self.location(func.place, func.symbol)
         return Function(func.symbol[1:], Region(block), self.attributes(func.attributes), place)
 
-    def block(self, block: Block, ops: list[_Op]) -> Block:
+    def block(self, block: Block, ops: list[OpNode]) -> Block:
         for op in ops:
             block.append(self.operation(op))
         return block
 
     # --- operations -------------------------------------------------------------------------
 
-    def operation(self, node: _Op) -> Operation:
+    def operation(self, node: OpNode) -> Operation:
         head = node.head
         cls, fn = self.lookup(head.mnemonic)
         op = cls(*self.groups(head, cls), loc=self.location(node.place, head.mnemonic))
@@ -371,10 +155,10 @@ class _Reader:
 
     def lookup(self, mnemonic: Token) -> tuple[type[Operation], str | None]:
         if mnemonic not in REGISTRY:
-            raise self.error(f"unknown operation '{mnemonic}'", mnemonic, _did_you_mean(mnemonic, REGISTRY))
+            raise self.error(f"unknown operation '{mnemonic}'", mnemonic, did_you_mean(mnemonic, REGISTRY))
         return REGISTRY[mnemonic]
 
-    def groups(self, head: _Head, cls: type[Operation]) -> list[list[Value]]:
+    def groups(self, head: HeadNode, cls: type[Operation]) -> list[list[Value]]:
         """The operand groups of the declaration, filled from the operands as written."""
         written = list(head.operands)
         if cls in (For, While):
@@ -388,30 +172,30 @@ class _Reader:
                 groups.append([])
                 continue
             written.pop(0)
-            tokens = item if isinstance(item, list) else [item.value if isinstance(item, _Named) else item]
+            tokens = item if isinstance(item, list) else [item.value if isinstance(item, NamedNode) else item]
             groups.append([self.use(token) for token in tokens])  # type: ignore[arg-type]
         if written:
             raise self.operand_error(head, cls)
         return groups
 
-    def operand_error(self, head: _Head, cls: type[Operation]) -> ParseError:
+    def operand_error(self, head: HeadNode, cls: type[Operation]) -> ParseError:
         return self.error(f"wrong operands: expected {_signature(cls, head.mnemonic)}", head.mnemonic)
 
-    def op_attributes(self, node: _Op, cls: type[Operation], fn: str | None) -> dict[str, Any]:
+    def op_attributes(self, node: OpNode, cls: type[Operation], fn: str | None) -> dict[str, Any]:
         attributes = self.attributes(node.attributes)
         if node.head.symbol is not None:
             attributes = {"kind": str(node.head.symbol[1:]), **attributes}
         declared = {f.name: f for f in cls.attribute_fields}
         for written in node.attributes:
             if written.name not in declared or (cls is Role and written.name == "kind"):
-                hint = _did_you_mean(written.name, declared) or (f"it has {', '.join(declared)}" if declared else "")
+                hint = did_you_mean(written.name, declared) or (f"it has {', '.join(declared)}" if declared else "")
                 raise self.error(f"'{node.head.mnemonic}' has no attribute '{written.name}'", written.name, hint)
         for f in cls.attribute_fields:
             if f.required and f.name not in attributes:
                 raise self.error(f"'{node.head.mnemonic}' needs the attribute '{f.name}'", node.head.mnemonic)
         return attributes if fn is None else {"fn": fn, **attributes}
 
-    def results(self, node: _Op, op: Operation) -> None:
+    def results(self, node: OpNode, op: Operation) -> None:
         names = self.result_names(node.results)
         if names and not node.types:
             hint = f"write ': type' after '{node.head.mnemonic}'"
@@ -429,14 +213,14 @@ class _Reader:
             return []
         return [_part(token, match.start(), match.group()) for match in _NAME.finditer(token)]
 
-    def regions(self, node: _Op, cls: type[Operation], op: Operation) -> list[Region]:
+    def regions(self, node: OpNode, cls: type[Operation], op: Operation) -> list[Region]:
         keywords = _keywords(cls)
         if [r.keyword for r in node.regions] != keywords:
             shape = " ".join(f"{k} {{...}}".strip() for k in keywords) or "no region"
             raise self.error(f"'{node.head.mnemonic}' takes {shape}", node.head.mnemonic)
         return [self.region(r, self.region_args(node, r, op)) for r in node.regions]
 
-    def region_args(self, node: _Op, region: _Region, op: Operation) -> list[tuple[Token, Type]]:
+    def region_args(self, node: OpNode, region: RegionNode, op: Operation) -> list[tuple[Token, Type]]:
         """Names and types of a region's arguments; the text gives types only by what they carry."""
         if not isinstance(op, For | While):
             return []
@@ -449,7 +233,7 @@ class _Reader:
             args.insert(0, (node.head.index, op.lo.type))
         return args
 
-    def region(self, node: _Region, args: list[tuple[Token, Type]]) -> Region:
+    def region(self, node: RegionNode, args: list[tuple[Token, Type]]) -> Region:
         with self.nested():
             block = Block([(_hint(name), type_) for name, type_ in args])
             for (name, _), value in zip(args, block.args, strict=True):
@@ -477,7 +261,7 @@ class _Reader:
     def use(self, name: Token) -> Value:
         value = self.values.get(name)
         if value is None:
-            hint = _did_you_mean(name, self.values)
+            hint = did_you_mean(name, self.values)
             if name in self.ended:
                 hint = "it is defined in a region that has ended; yield it from there"
             raise self.error(f"unknown value {name}", name, hint)
@@ -487,7 +271,7 @@ class _Reader:
 
     def type(self, token: Token) -> Type:
         try:
-            type_ = _type(str(token))
+            type_ = type_of(str(token))
         except UnexpectedInput as error:
             raise self.inside(token, error) from None
         except (ValueError, TypeError) as error:
@@ -495,7 +279,7 @@ class _Reader:
         if isinstance(type_, Type):
             return type_
         if type_.alias not in self.layouts:
-            raise self.error(f"unknown layout {type_.alias}", token, _did_you_mean(type_.alias, self.layouts))
+            raise self.error(f"unknown layout {type_.alias}", token, did_you_mean(type_.alias, self.layouts))
         return type_.tile.with_layout(self.layouts[type_.alias])
 
     def inside(self, token: Token, error: UnexpectedInput) -> ParseError:
@@ -509,7 +293,7 @@ class _Reader:
         except (ValueError, TypeError) as error:
             raise self.error(f"bad layout: {error}", token) from None
 
-    def attributes(self, written: list[_Attribute]) -> dict[str, Any]:
+    def attributes(self, written: list[AttributeNode]) -> dict[str, Any]:
         attributes: dict[str, Any] = {}
         for attribute in written:
             if attribute.name in attributes:
@@ -541,14 +325,14 @@ class _Reader:
         return type_.dtype if isinstance(type_, ScalarType) else type_
 
     def attribute_layout(self, token: Token) -> Any:
-        return self.layout(token, _linear if token.startswith("linear") else _shared)
+        return self.layout(token, linear_layout if token.startswith("linear") else shared_layout)
 
-    def location(self, place: _Place | None, token: Token) -> Location:
+    def location(self, place: PlaceNode | None, token: Token) -> Location:
         if place is not None:
             return self.place(place)
         return Location(self.filename, token.line or 0, token.column or 0) if self.text_locations else UNKNOWN
 
-    def place(self, place: _Place) -> Location:
+    def place(self, place: PlaceNode) -> Location:
         caller = None if place.caller is None else self.place(place.caller)
         line, column = self.attribute_number(place.line), self.attribute_number(place.column)
         return Location(_unquote(place.file), int(line), int(column), caller)
@@ -559,7 +343,7 @@ def _fits(f: Field, item: Any) -> bool:
     if f.kind == "operands":
         return isinstance(item, list)
     if f.kind == "optional":
-        return isinstance(item, _Named) and item.name == f.name
+        return isinstance(item, NamedNode) and item.name == f.name
     return isinstance(item, Token)
 
 
@@ -639,14 +423,9 @@ _TERMINALS = {
 def _expected(error: UnexpectedInput) -> str:
     """What could stand at the place of a syntax error, as a hint."""
     names = getattr(error, "accepts", None) or getattr(error, "expected", None) or getattr(error, "allowed", None) or ()
-    patterns = {t.name: str(t.pattern.value) for t in _lark().terminals}
+    patterns = {t.name: str(t.pattern.value) for t in lark_parser().terminals}
     words = sorted({_TERMINALS.get(n) or repr(patterns.get(n, n)) for n in names if not n.startswith("__IGNORE")})
     return f"expected {', '.join(words)}" if words else ""
-
-
-def _did_you_mean(name: str, known: Any) -> str:
-    close = get_close_matches(name, list(known), 3, 0.7)
-    return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 __all__ = ["ParseError", "parse_module", "parse_type"]

@@ -59,7 +59,9 @@ class Mfma(MatrixUnit):
             raise IRError(f"dot of {dtype} is not supported on {self.target.name} yet", dot.loc, "cast to bf16 or f16")
         acc = dot.acc.type
         if not isinstance(acc, TileType) or acc.dtype != f32:
-            raise IRError("dot accumulates in float32", dot.loc, "make the accumulator with tw.zeros(shape, tw.float32)")
+            raise IRError(
+                "dot accumulates in float32", dot.loc, "make the accumulator with tw.zeros(shape, tw.float32)"
+            )
         if m % 16 or n % 16 or k % 16:
             raise IRError(
                 f"dot of ({m}, {k}) @ ({k}, {n}) does not fit {self.target.name}",

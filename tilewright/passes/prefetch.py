@@ -120,9 +120,7 @@ class Prefetch(FunctionPass):
 def _transit(load: Load, warps: int, target: Target) -> Transit:
     tile, view, shared = load.result.type, load.view.type, load.shared
     assert isinstance(tile, TileType) and isinstance(view, ViewType) and shared is not None
-    layouts = copy_layouts(
-        tile.shape, tile.dtype.bits, view.contiguous_axis, shared.order[0], warps, target.warp_size
-    )
+    layouts = copy_layouts(tile.shape, tile.dtype.bits, view.contiguous_axis, shared.order[0], warps, target.warp_size)
     return Transit(load, SlotType(tile.shape, tile.dtype, shared), layouts)
 
 

@@ -224,15 +224,20 @@ class Lowering:
         self, first_warp: int, num_warps: int, barrier_id: int = 0, single_thread: bool = False
     ) -> Iterator[ThreadScope]:
         """Lower for ``num_warps`` warps from ``first_warp``: thread, lane and warp are computed here, once."""
-        saved = self._scope
         thread = self.ops.thread_id(self)
         if first_warp:
             thread = self.fb.sub(thread, self.fb.i32(first_warp * self.target.warp_size))
         lane = self.fb.and_(thread, self.fb.i32(self.target.warp_size - 1))
         warp = self.ops.warp_index(self, thread) if num_warps > 1 else self.fb.i32(0)
-        self._scope = ThreadScope(first_warp, num_warps, thread, lane, warp, barrier_id, single_thread)
+        with self.as_scope(ThreadScope(first_warp, num_warps, thread, lane, warp, barrier_id, single_thread)) as scope:
+            yield scope
+
+    @contextmanager
+    def as_scope(self, scope: ThreadScope) -> Iterator[ThreadScope]:
+        """Lower with these threads for the length of a ``with``."""
+        saved, self._scope = self._scope, scope
         try:
-            yield self._scope
+            yield scope
         finally:
             self._scope = saved
 

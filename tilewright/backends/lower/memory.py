@@ -179,21 +179,22 @@ class TileAccess:
         return gcd(width * self.view.dtype.bytes, MAX_VECTOR_BYTES)
 
     def load(self, width: int, pad: mlir.Value | None = None) -> Registers:
-        """Read all registers; with ``pad``, masked."""
-        registers: Registers = []
-        for first in self.groups(width):
-            registers += self.load_group(first, width, pad)
-        return registers
+        """The elements of all registers in their memory form (bools as bytes); with ``pad``, masked."""
+        return [element for first in self.groups(width) for element in self.load_group(first, width, pad)]
 
     def load_group(self, first: int, width: int, pad: mlir.Value | None) -> Registers:
+        """The elements of ``width`` registers in their memory form."""
         fb, dtype = self.lw.fb, self.view.dtype
         pointer, inside = self.pointer(first), None
         if pad is not None:
             inside = self.predicate(first)
             pointer = fb.select(inside, pointer, self.view.base)
         loaded = fb.load(pointer, memory_type(self.lw, dtype, width), self.alignment(width))
-        values = [from_memory(self.lw, v, dtype) for v in split_vector(self.lw, loaded, width)]
-        return values if inside is None else [fb.select(inside, v, pad) for v in values]
+        values = split_vector(self.lw, loaded, width)
+        if inside is None:
+            return values
+        padding = to_memory(self.lw, pad, dtype)
+        return [fb.select(inside, v, padding) for v in values]
 
     def store(self, values: Registers, width: int, masked: bool) -> None:
         """Write all registers; ``masked`` where the tile may stick out."""
@@ -221,6 +222,10 @@ def load_tile(lw: Lowering, access: TileAccess, pad: mlir.Value) -> Registers:
 
     Vectors leave the branches as they were loaded: taking them apart there would wait for the memory.
     """
+    return [from_memory(lw, element, access.view.dtype) for element in _load_elements(lw, access, pad)]
+
+
+def _load_elements(lw: Lowering, access: TileAccess, pad: mlir.Value) -> Registers:
     whole, width = access.whole(), access.width
     if whole is None:
         return access.load(width)
@@ -228,7 +233,7 @@ def load_tile(lw: Lowering, access: TileAccess, pad: mlir.Value) -> Registers:
     def packed(registers: Registers) -> list[mlir.Value]:
         return [join_vector(lw, registers[first : first + width]) for first in access.groups(width)]
 
-    outside = packed([pad] * access.layout.num_registers)
+    outside = packed([to_memory(lw, pad, access.view.dtype)] * access.layout.num_registers)
     types = [vector.type for vector in outside]
 
     def partly() -> list[mlir.Value]:
@@ -241,7 +246,7 @@ def load_tile(lw: Lowering, access: TileAccess, pad: mlir.Value) -> Registers:
     ragged = any(access.is_ragged(axis) for axis in access.open_axes())
     inside = access.fresh()
     vectors = lw.fb.if_else(whole, types, lambda: packed(inside.load(width)), partly if ragged else lambda: outside)
-    return [value for vector in vectors for value in split_vector(lw, vector, width)]
+    return [element for vector in vectors for element in split_vector(lw, vector, width)]
 
 
 @lowers(tile_ops.Store)

@@ -134,8 +134,8 @@ class _Exchange:
         self.warps = 1 << len(bits.warp)
         self.bytes = reduction.dtype.bytes
         self.coordinates = TileCoordinates(self.lw, sliced)
-
-    _zero: IntLike = 0
+        # here, since writing and reading share them but writing is conditional
+        self.addresses = [self._address(register) for register in range(sliced.num_registers)]
 
     def is_writer(self) -> mlir.Value:
         """i1: of the lanes that hold the same partial results, the first."""
@@ -145,7 +145,8 @@ class _Exchange:
 
     def _address(self, register: int) -> mlir.Value:
         """Where the partial results of a register's element begin."""
-        math, flat = self.lw.index, self._zero
+        math = self.lw.index
+        flat: IntLike = 0
         for axis, size in enumerate(self.sliced.tile_shape):
             flat = math.add(math.mul(flat, size), self.coordinates.of(register, axis))
         return math.value(math.add(self.base, math.mul(flat, self.warps * self.bytes)))
@@ -157,7 +158,7 @@ class _Exchange:
             columns[bit] = 1 << position
         own = lw.index.mul(lw.index.linear_map(lw.scope.warp, columns), self.bytes)
         for register, value in enumerate(partial):
-            pointer = shared_pointer(lw, lw.index.add(self._address(register), own))
+            pointer = shared_pointer(lw, lw.index.add(self.addresses[register], own))
             lw.fb.store(to_memory(lw, value, self.reduction.dtype), pointer, self.bytes)
 
     def read(self, count: int) -> Registers:
@@ -167,7 +168,7 @@ class _Exchange:
         """The partial results of all warps for one element, in their order."""
         lw, dtype = self.lw, self.reduction.dtype
         width = min(self.warps, 16 // self.bytes)
-        address, values = self._address(register), []
+        address, values = self.addresses[register], []
         for first in range(0, self.warps, width):
             pointer = shared_pointer(lw, lw.fb.add(address, first * self.bytes))
             vector = lw.fb.load(pointer, memory_type(lw, dtype, width), width * self.bytes)

@@ -6,25 +6,37 @@ chunks of registers, so that a role with few registers can copy large tiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from math import gcd
 
-from tilewright.backends.lower.context import Lowering, Registers, ViewRef
+import numpy as np
+
+from tilewright.backends.lower.context import Lowering, Registers, ThreadScope, ViewRef
 from tilewright.backends.lower.elements import constant, join_vector, to_memory
+from tilewright.backends.lower.index import IntLike
 from tilewright.backends.lower.memory import TileAccess
 from tilewright.backends.lower.shared import SharedAccess
+from tilewright.backends.nvidia.wgmma import pin
 from tilewright.ir.async_ops import Copy
-from tilewright.ir.layout import LinearLayout, blocked
+from tilewright.ir.layout import LinearLayout, SharedLayout, blocked
 
 MAX_VECTOR_BYTES = 16
 #: bytes in flight per thread
 CHUNK_BYTES = 128
+#: every shared layout repeats its swizzle after so many lines (`SharedLayout`)
+SWIZZLE_LINES = 8
+
+#: (source, first register, how many) -> their values
+Load = Callable[[TileAccess, int, int], Registers]
 
 
 def copy_by_threads(lw: Lowering, op: Copy) -> None:
     """All threads of the scope copy the tile at ``op.index`` into ``op.slot``, ``op.pad`` where it is outside."""
     if lw.scope.single_thread:
         raise lw.error("threads copy the tile, but the role has one thread")
-    _Copier(lw, op).run()
+    with lw.as_scope(renewed_scope(lw)):
+        _Copier(lw, op).run()
 
 
 def vector_bytes(view: ViewRef, shape: tuple[int, ...]) -> int:
@@ -47,52 +59,103 @@ def copy_layout(lw: Lowering, view: ViewRef, shape: tuple[int, ...]) -> LinearLa
     return blocked(shape, view.dtype.bits, lw.scope.num_warps, lw.target.warp_size, order, width)
 
 
+def renewed_scope(lw: Lowering) -> ThreadScope:
+    """The scope with thread indices that LLVM takes for new ones here.
+
+    Otherwise it would compute the row and the bounds of every register in front of the loop around the copy, and
+    keep all of them in registers.
+    """
+    thread, lane, warp = pin(lw, [lw.scope.thread, lw.scope.lane, lw.scope.warp])
+    return replace(lw.scope, thread=thread, lane=lane, warp=warp)
+
+
+def renewed_strides(lw: Lowering, view: ViewRef) -> ViewRef:
+    """The same for the view's strides, of which every row has a multiple."""
+    strides = tuple(s if isinstance(s, int) else pin(lw, [s])[0] for s in view.strides)
+    return replace(view, strides=strides)
+
+
+def lines_per_chunk(registers: LinearLayout, shared: SharedLayout, chunk: int) -> int:
+    """Lines that registers 0 .. chunk - 1 of all threads cover, where chunk c covers the same ones c times further.
+
+    0 where chunks are not laid out so, or where the swizzle is another in the next chunk.
+    """
+    if len(shared.shape) != 2 or registers.num_registers % chunk:
+        return 0
+    axis, count = shared.order[1], registers.num_registers // chunk
+    lines, table = shared.shape[axis] // count, registers.table("register")
+    steps = np.zeros((count, 1, 2), np.int64)
+    steps[:, 0, axis] = lines * np.arange(count)
+    same = np.array_equal(table.reshape(count, chunk, 2), table[None, :chunk] + steps)
+    threads = [v[axis] for dim in ("lane", "warp") for v in registers.basis(dim)]
+    inside = all(part < lines for part in [*threads, *table[:chunk, axis].tolist()])
+    return lines if same and inside and lines % SWIZZLE_LINES == 0 else 0
+
+
 class _Copier:
-    """One copy. Each side of a branch makes its own addresses (`TileAccess.fresh`)."""
+    """One copy. What it computes is made anew in each branch and chunk."""
 
     def __init__(self, lw: Lowering, op: Copy):
-        self.lw, self.slot = lw, lw.slot(op.slot)
-        view = lw.view(op.view)
-        self.layout = copy_layout(lw, view, self.slot.type.shape)
-        self.source = TileAccess(lw, view, op.index, self.layout)
-        self.pad = constant(lw, op.pad, view.dtype)
+        self.lw, self.op, self.slot, self.view = lw, op, lw.slot(op.slot), lw.view(op.view)
+        self.layout = copy_layout(lw, self.view, self.slot.type.shape)
+        self.whole = TileAccess(lw, self.view, op.index, self.layout)
+        self.pad = constant(lw, op.pad, self.view.dtype)
 
     def run(self) -> None:
-        whole = self.source.whole()
+        whole = self.whole.whole()
         if whole is None:
             self._inside()
         else:
             self.lw.fb.if_else(whole, [], self._inside, self._partly)
 
     def _inside(self) -> Registers:
-        return self._move(self.source.width, masked=False)
+        return self._chunks(self._load(self.whole.width, masked=False))
 
     def _partly(self) -> Registers:
-        some = self.source.some()
-        if some is None or not any(self.source.is_ragged(axis) for axis in self.source.open_axes()):
+        some = self.whole.some()
+        if some is None or not any(self.whole.is_ragged(axis) for axis in self.whole.open_axes()):
             return self._outside()
         return self.lw.fb.if_else(some, [], self._masked, self._outside)
 
     def _masked(self) -> Registers:
-        return self._move(self.source.masked_width(), masked=True)
+        return self._chunks(self._load(self.whole.masked_width(), masked=True))
 
     def _outside(self) -> Registers:
-        self._write(self._target(), 0, [self.pad] * self.layout.num_registers)
-        return []
+        return self._chunks(lambda source, first, count: [self.pad] * count)
 
-    def _target(self) -> SharedAccess:
-        return SharedAccess(self.lw, self.slot.base, self.slot.layout, self.layout, self.slot.dtype)
-
-    def _move(self, width: int, masked: bool) -> Registers:
-        """Load and store chunk by chunk."""
-        source, target, total = self.source.fresh(), self._target(), self.layout.num_registers
-        chunk = max(width, target.width, CHUNK_BYTES // self.slot.dtype.bytes)
-        for first in range(0, total, chunk):
+    def _load(self, width: int, masked: bool) -> Load:
+        def load(source: TileAccess, first: int, count: int) -> Registers:
             values: Registers = []
-            for register in range(first, min(first + chunk, total), width):
+            for register in range(first, first + count, width):
                 values += source.load_group(register, width, self.pad if masked else None)
-            self._write(target, first, values)
+            return values
+
+        return load
+
+    def _chunks(self, load: Load) -> Registers:
+        """Load and store chunk by chunk: a loop over lines where the layouts allow it, else one after the other."""
+        total, fb = self.layout.num_registers, self.lw.fb
+        chunk = gcd(total, CHUNK_BYTES // self.slot.dtype.bytes)
+        lines = lines_per_chunk(self.layout, self.slot.layout, chunk)
+        if lines and total > chunk:
+            with fb.for_loop(0, fb.i32(total // chunk), 1, unroll=False) as loop:
+                self._move(load, range(1), chunk, fb.mul(loop.index, lines))
+        else:
+            self._move(load, range(total // chunk), chunk, 0)
         return []
+
+    def _move(self, load: Load, chunks: range, chunk: int, line: IntLike) -> None:
+        """Move some chunks of registers, from a number of lines on."""
+        lw, slot, math, axis = self.lw, self.slot, self.lw.index, self.slot.layout.order[-1]
+        skip = math.mul(line, slot.layout.block_size * slot.dtype.bytes)
+        view = renewed_strides(lw, self.view)
+        origin = [math.add(o, line if d == axis else 0) for d, o in enumerate(view.origin)]
+        with lw.as_scope(renewed_scope(lw)):
+            source = TileAccess(lw, replace(view, origin=tuple(origin)), self.op.index, self.layout)
+            base = math.add(slot.base, skip)
+            target = SharedAccess(lw, base, slot.layout, self.layout, slot.dtype)
+            for number in chunks:
+                self._write(target, number * chunk, load(source, number * chunk, chunk))
 
     def _write(self, target: SharedAccess, first: int, values: Registers) -> None:
         """Store registers ``first``, ... to the slot."""

@@ -204,7 +204,7 @@ def _slot_type(value: Value) -> SlotType:
 
 def pin(lw: Lowering, values: Sequence[mlir.Value]) -> Registers:
     """The same values through an empty assembly statement: LLVM cannot compute them later than here."""
-    constraint = {"f32": "f", "i32": "r", "f16": "h", "bf16": "h"}
+    constraint = {"f32": "f", "i32": "r", "i64": "l"}
     kinds = [constraint[str(v.type)] for v in values]
     text = ",".join([*(f"={kind}" for kind in kinds), *map(str, range(len(values)))])
     return list(lw.fb.inline_asm([v.type for v in values], "", text, values))

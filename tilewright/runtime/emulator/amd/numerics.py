@@ -124,7 +124,11 @@ def is_denormal(value: Array) -> Array:
 
 
 def div_scale(a: Array, denominator: Array, numerator: Array) -> tuple[Array, Array]:
-    """v_div_scale_f32/f64 (ISA chapter 12): the scaled operand and the VCC bit of each lane."""
+    """v_div_scale_f32/f64 (ISA chapter 12): the scaled operand and the VCC bit of each lane.
+
+    Where 1/denominator and the quotient are both denormal the ISA's text scales the denominator up,
+    which overflows it; it is scaled down here, as the undoing by `div_fmas` presupposes.
+    """
     single = a.dtype == np.float32
     step, far, tiny = (64, 96, 23) if single else (128, 768, 53)
     shape = np.broadcast_shapes(a.shape, denominator.shape, numerator.shape)
@@ -138,7 +142,7 @@ def div_scale(a: Array, denominator: Array, numerator: Array) -> tuple[Array, Ar
         ((numerator == 0) | (denominator == 0), np.full(shape, np.nan, a.dtype), False),
         (gap >= far, np.where(is_denominator, up, a), True),
         (is_denormal(denominator), up, False),
-        (reciprocal_denormal & quotient_denormal, np.where(is_denominator, up, a), True),
+        (reciprocal_denormal & quotient_denormal, np.where(is_denominator, down, a), True),
         (reciprocal_denormal, down, False),
         (quotient_denormal, np.where(is_numerator, up, a), True),
         (biased_exponent(numerator) <= tiny, up, False),
@@ -168,6 +172,12 @@ def div_fixup(quotient: Array, denominator: Array, numerator: Array) -> Array:
     nan |= np.isinf(denominator) & np.isinf(numerator)
     infinite = (denominator == 0) | np.isinf(numerator)
     zero = np.isinf(denominator) | (numerator == 0)
-    magnitude = np.select([nan, infinite, zero], [np.nan, np.inf, 0.0], np.abs(quotient.astype(np.float64)))
+    magnitude = np.abs(quotient.astype(np.float64))
+    if quotient.dtype != np.float16:
+        gap = biased_exponent(np.asarray(numerator)) - biased_exponent(np.asarray(denominator))
+        zero |= gap < (-150 if quotient.dtype == np.float32 else -1075)
+        # the approximation overflows on its way to a quotient that does
+        magnitude = np.where(np.isnan(magnitude), np.inf, magnitude)
+    magnitude = np.select([nan, infinite, zero], [np.nan, np.inf, 0.0], magnitude)
     result: Array = (sign * magnitude).astype(quotient.dtype)
     return result

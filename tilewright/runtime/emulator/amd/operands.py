@@ -112,18 +112,25 @@ def parse_operand(text: str, accum_offset: int) -> Operand | None:
     The unified register file of CDNA3 (ISA chapter 3, "VGPRs") puts the accumulation registers
     after the ``.amdhsa_accum_offset`` architectural ones.
     """
-    body, negate, absolute, extend = text.strip(), False, False, False
+    body, negate, absolute = text.strip(), False, False
     if wrapped := re.match(r"^(neg|abs|sext)\((.*)\)$", body):
         inner = parse_operand(wrapped[2], accum_offset)
-        field = {"neg": "negate", "abs": "absolute", "sext": "sign_extend"}[wrapped[1]]
-        return None if inner is None else replace(inner, text=text, **{field: True})
+        if inner is None:
+            return None
+        return replace(
+            inner,
+            text=text,
+            negate=inner.negate or wrapped[1] == "neg",
+            absolute=inner.absolute or wrapped[1] == "abs",
+            sign_extend=wrapped[1] == "sext",
+        )
     if body.startswith("-") and not (_INTEGER.match(body) or _REAL.match(body)):
         negate, body = True, body[1:]
     if body.startswith("|") and body.endswith("|"):
         absolute, body = True, body[1:-1]
 
     def make(where: Where, **fields: Any) -> Operand:
-        return Operand(where, text, negate=negate, absolute=absolute, sign_extend=extend, **fields)
+        return Operand(where, text, negate=negate, absolute=absolute, **fields)
 
     if match := _REGISTER.match(body):
         letter, single, low, high = match.groups()

@@ -16,11 +16,12 @@ _U32, _U64 = np.uint32, np.uint64
 Function = Callable[..., Any]
 
 
-def _salu(name: str, signature: str, function: Function, scc: str = "") -> None:
+def _salu(name: str, signature: str, function: Function, scc: str = "", halves: str = "mixed") -> None:
     """Enter ``name`` with a signature such as "u32 u32 -> u32".
 
     ``scc``: "" leaves SCC alone, "nonzero" sets it to result != 0, "given" takes it from the
-    function, which then returns (result, scc). A source "scc" is the current SCC.
+    function, which then returns (result, scc). A source "scc" is the current SCC. ``halves``: which
+    halves of 64-bit sources those of the result depend on (`WaveState`).
     """
     sources, _, result = (part.strip() for part in signature.partition("->"))
     kinds = sources.split()
@@ -43,7 +44,7 @@ def _salu(name: str, signature: str, function: Function, scc: str = "") -> None:
             state.write_scalar(inst.operands[0], result_kind, value)
             state.write_scc(flag)
             return
-        state.write_scalar(inst.operands[0], result_kind, value)
+        state.write_scalar(inst.operands[0], result_kind, value, halves)
         if scc == "nonzero":
             state.write_scc(value != 0)
 
@@ -206,8 +207,9 @@ _TABLE: list[tuple[str, str, Function, str]] = [
 ]
 
 
+_HALVES = {"s_mov_b64": "apart", "s_cselect_b64": "apart", "s_cmov_b64": "apart", "s_lshl_b64": "up"}
 for _name, _signature, _function, _scc in _TABLE:
-    _salu(_name, _signature, _function, _scc)
+    _salu(_name, _signature, _function, _scc, _HALVES.get(_name, "mixed"))
 for _amount in (1, 2, 3, 4):
     _salu(f"s_lshl{_amount}_add_u32", "u32 u32 -> u32", _shift_add(_amount), "given")
 
@@ -223,7 +225,7 @@ _LOGIC: dict[str, Function] = {
 }
 for _bits in (32, 64):
     for _name, _function in _LOGIC.items():
-        _salu(f"s_{_name}_b{_bits}", f"b{_bits} b{_bits} -> b{_bits}", _function, "nonzero")
+        _salu(f"s_{_name}_b{_bits}", f"b{_bits} b{_bits} -> b{_bits}", _function, "nonzero", "apart")
     _salu(f"s_not_b{_bits}", f"b{_bits} -> b{_bits}", lambda a: ~a, "nonzero")
 
 

@@ -57,25 +57,25 @@ def valu(
 
     def execute(state: WaveState, inst: Instruction) -> None:
         operands = inst.operands
-        halves = inst.bits("op_sel", 4, 0) if selects_halves and "op_sel" in inst.modifiers else None
-        if only_plain and halves is None:
+        selects = inst.bits("op_sel", 4, 0) if selects_halves and "op_sel" in inst.modifiers else None
+        if only_plain and selects is None:
             arguments = [state.vector(operands[i + 1], kind) for i, kind in enumerate(plain)]
         else:
-            arguments = _special_sources(state, inst, kinds, result_kind, halves)
+            arguments = _special_sources(state, inst, kinds, result_kind, selects)
         compute = clamp if clamp is not None and "clamp" in inst.modifiers else function
         value = np.asarray(compute(*arguments))
         if inst.modifiers and result_kind.is_float:
             value = output_modifiers(inst, value.astype(result_kind.dtype, copy=False))
         high = None
-        if result_kind.bits == 16 and (preserves_high or halves is not None):
-            high = bool(halves[len(plain)]) if halves is not None and len(halves) > len(plain) else False
+        if result_kind.bits == 16 and (preserves_high or selects is not None):
+            high = bool(selects[len(plain)]) if selects is not None and len(selects) > len(plain) else False
         state.write_vector(operands[0], result_kind, value, high, halves)
 
     define(name, execute, archs=archs)
 
 
 def _special_sources(
-    state: WaveState, inst: Instruction, kinds: list[str], result_kind: Kind, halves: list[int] | None
+    state: WaveState, inst: Instruction, kinds: list[str], result_kind: Kind, selects: list[int] | None
 ) -> list[Array]:
     arguments = []
     position = 1
@@ -85,7 +85,7 @@ def _special_sources(
         elif kind == "vcc":
             arguments.append(state.vcc_mask())
         else:
-            high = bool(halves[position - 1]) if halves is not None else False
+            high = bool(selects[position - 1]) if selects is not None else False
             arguments.append(state.vector(inst.operands[position], KINDS[kind], high))
             position += 1
     return arguments

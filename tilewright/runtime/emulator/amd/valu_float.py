@@ -7,6 +7,7 @@ the exact value, so compare with a tolerance of a few ulp.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -73,10 +74,10 @@ def _min3(a: Array, b: Array, c: Array) -> Array:
 def _flush(function: Function) -> Function:
     """v_exp/log/rcp/rsq/sqrt_f32 read and give denormals as zero (ISA chapter 12)."""
 
-    def compute(a: Array) -> Array:
+    def compute(a: Array) -> Any:
         tiny = np.finfo(np.float32).smallest_normal
         source = np.where(np.abs(a) < tiny, np.copysign(np.float32(0), a), a)
-        value = function(source)
+        value: Array = function(source)
         return np.where(np.abs(value) < tiny, np.copysign(np.float32(0), value), value)
 
     return compute

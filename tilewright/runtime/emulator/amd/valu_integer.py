@@ -171,8 +171,9 @@ _TABLE: list[tuple[str, str, Function]] = [
     ("v_xor_b32", "b32 b32 -> b32", np.bitwise_xor),
     ("v_xnor_b32", "b32 b32 -> b32", lambda a, b: ~(a ^ b)),
 ]
+_HALVES = {"v_mov_b64": "apart", "v_lshlrev_b64": "up", "v_lshl_add_u64": "up"}
 for _name, _signature, _function in _TABLE:
-    valu(_name, _signature, _function)
+    valu(_name, _signature, _function, halves=_HALVES.get(_name, "mixed"))
 
 for _kind, _dtype in (("u32", _U32), ("i32", _I32), ("u16", _U16), ("i16", np.int16)):
     _pair = f"{_kind} {_kind} -> {_kind}"
@@ -234,17 +235,10 @@ def _mad64(kind: str, wide_kind: str) -> Callable[[WaveState, Instruction], None
     def execute(state: WaveState, inst: Instruction) -> None:
         wide = KINDS[wide_kind]
         a, b = (state.vector(inst.operands[i], KINDS[kind]).astype(wide.dtype) for i in (2, 3))
-        addend, result = inst.operands[4], inst.operands[0]
-        if addend.where is Where.VECTOR:
-            state.read_vgpr(addend.index)
-        low_taint = state.taint
-        c = state.vector(addend, wide)
+        c = state.vector(inst.operands[4], wide)
         value = a * b + c
-        state.write_vector(result, wide, value)
         # LLVM leaves the high half of S2 undefined where it wants the low half of D alone
-        full_taint, state.taint = state.taint, low_taint
-        state.write_vgpr(result.index, value.view(_U64).astype(np.uint32))
-        state.taint = full_taint
+        state.write_vector(inst.operands[0], wide, value, halves="up")
         unsigned = value.view(_U64) < c.view(_U64)
         state.write_lane_mask(inst.operands[1], unsigned)
 

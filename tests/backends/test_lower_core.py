@@ -1,0 +1,591 @@
+"""The shared lowering: every kernel here compiles for all targets and runs on the emulated MI300 against the interpreter."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tilewright.backends.amd import compile as amd
+from tilewright.backends.nvidia import compile as nvidia
+from tilewright.ir import interpreter
+from tilewright.ir.abi import KernelABI, ScalarParam, TensorParam
+from tilewright.ir.core import Function, IRError
+from tilewright.ir.layout import LinearLayout, SharedLayout, blocked
+from tilewright.ir.parser import parse_module
+from tilewright.ir.scratch import convert_layout, scratch_bytes
+from tilewright.ir.target import get_target
+from tilewright.ir.verifier import verify_function
+from tilewright.runtime.emulator.amd import AmdEmulator, GlobalMemory
+
+BF16 = ml_dtypes.bfloat16
+TOLERANCE = {np.dtype(np.float32): 3e-6, np.dtype(np.float16): 2e-3, np.dtype(BF16): 1.6e-2}
+
+
+# --- the harness ----------------------------------------------------------------------------------
+
+
+def layouts(**shapes: tuple[Any, ...]) -> Any:
+    """warp size -> alias definitions of blocked layouts: name=(shape, element bits, warps, order)."""
+
+    def text(warp_size: int) -> str:
+        made = {n: blocked(s[0], s[1], s[2], warp_size, s[3]) for n, s in shapes.items()}
+        return "".join(f"#{name} = {layout}\n" for name, layout in made.items())
+
+    return text
+
+
+def parse(text: str, aliases: Any, warp_size: int) -> Function:
+    """The only function of the text, with the scratch of its operations placed one behind the other."""
+    function = parse_module(aliases(warp_size) + text).functions[0]
+    verify_function(function)
+    used = int(function.attributes.get("shared_bytes", 0))
+    for op in function.walk():
+        size = scratch_bytes(op)
+        if size:
+            op.attributes["scratch"] = used
+            used += -(-size // 128) * 128
+    function.attributes["shared_bytes"] = used
+    return function
+
+
+def pack_arguments(abi: KernelABI, addresses: Mapping[str, int], values: Mapping[str, Any], grid: Sequence[int]) -> bytes:
+    """The kernel's arguments as `tilewright.ir.abi` orders them, each aligned to its size."""
+    fields: list[bytes] = []
+    for param in abi.params:
+        value = values[param.name]
+        if isinstance(param, ScalarParam):
+            fields.append(np.asarray(value).tobytes())
+            continue
+        assert isinstance(param, TensorParam)
+        fields.append(struct.pack("<Q", addresses[param.name]))
+        fields += [struct.pack("<i", n) for n, known in zip(value.shape, param.shape, strict=True) if known is None]
+        strides = [s // value.itemsize for s in value.strides]
+        fields += [struct.pack("<q", s) for s, known in zip(strides, param.strides, strict=True) if known is None]
+    fields += [struct.pack("<i", n) for n in grid]
+    packed = b""
+    for f in fields:
+        packed += bytes(-len(packed) % len(f)) + f
+    return packed + bytes(64)
+
+
+def emulate(function: Function, arguments: Mapping[str, Any], grid: Sequence[int]) -> dict[str, np.ndarray]:
+    """The arrays after running the gfx942 code on the emulator."""
+    result = amd.compile_function(function, get_target("gfx942"))
+    emulator, memory = AmdEmulator(result.asm["amdgcn"], result.abi.name, "gfx942"), GlobalMemory()
+    arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    addresses = {name: memory.allocate(array, name) for name, array in arrays.items()}
+    full = (*grid, 1, 1, 1)[:3]
+    emulator.launch(memory, full, (result.abi.threads,), pack_arguments(result.abi, addresses, arguments, full))
+    return {name: memory.read_back(address) for name, address in addresses.items()}
+
+
+def check(text: str, aliases: Any, arguments: Mapping[str, Any], grid: Sequence[int], tolerance: float | None = None):
+    """Compile for every target, run on the emulator, compare all arrays with the interpreter's."""
+    nvidia.compile_function(parse(text, aliases, 32), get_target("sm_90a"))
+    amd.compile_function(parse(text, aliases, 64), get_target("gfx950"))
+    function = parse(text, aliases, 64)
+    got = emulate(function, arguments, grid)
+    wanted = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
+    interpreter.run(function, wanted, grid)
+    for name, array in got.items():
+        assert_close(array, wanted[name], name, tolerance)
+        if not np.array_equal(array, arguments[name]):
+            return got
+    pytest.fail("the kernel changed nothing")
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray, name: str, tolerance: float | None) -> None:
+    if got.dtype.kind in "iub" and got.dtype != BF16:
+        np.testing.assert_array_equal(got, wanted, err_msg=name)
+        return
+    bound = tolerance or TOLERANCE[got.dtype]
+    np.testing.assert_allclose(got.astype(np.float64), wanted.astype(np.float64), bound, bound, err_msg=name)
+
+
+def normal(*shape: int, dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+# --- memory and elementwise -------------------------------------------------------------------------
+
+ADD = """
+func @add(%x: view<?x?xDT, strides=[?, 1], align=ALIGN>, %y: view<?x?xDT, strides=[?, 1], align=ALIGN>) {num_warps = 4} {
+  %i = tile.program_id {axis = 0} : i32
+  %j = tile.program_id {axis = 1} : i32
+  %a = tile.load %x, [%i, %j] {pad = 1.5} : tile<16x128xDT, #a>
+  %e = tile.exp %a : tile<16x128xDT, #a>
+  %s = tile.add %e, %a : tile<16x128xDT, #a>
+  tile.store %y, [%i, %j], %s
+}
+"""
+
+
+@pytest.mark.parametrize("shape", [(32, 256), (31, 250), (5, 300), (17, 1)])
+@pytest.mark.parametrize(("dtype", "name", "bits"), [(np.float32, "f32", 32), (BF16, "bf16", 16), (np.float16, "f16", 16)])
+def test_elementwise_with_ragged_edges(shape, dtype, name, bits):
+    x = normal(*shape, dtype=dtype)
+    align = 16 if shape[1] * bits // 8 % 16 == 0 else bits // 8
+    text = ADD.replace("DT", name).replace("ALIGN", str(align))
+    grid = (-(-shape[0] // 16), -(-shape[1] // 128))
+    check(text, layouts(a=((16, 128), bits, 4, (1, 0))), {"x": x, "y": np.zeros_like(x)}, grid)
+
+
+def test_more_programs_than_tiles_touch_nothing():
+    text = ADD.replace("DT", "f32").replace("ALIGN", "16").replace("?x?", "16x128").replace("[?, 1]", "[128, 1]")
+    x = normal(16, 128)
+    check(text, layouts(a=((16, 128), 32, 4, (1, 0))), {"x": x, "y": np.zeros_like(x)}, (3, 2))
+
+
+def test_full_tiles_take_vectors_without_masks():
+    text = ADD.replace("DT", "f32").replace("ALIGN", "16").replace("?x?", "16x128").replace("[?, 1]", "[128, 1]")
+    text = text.replace("tile.program_id {axis = 0}", "tile.constant {value = 0}")
+    text = text.replace("tile.program_id {axis = 1}", "tile.constant {value = 0}")
+    result = nvidia.compile_function(parse(text, layouts(a=((16, 128), 32, 4, (1, 0))), 32), get_target("sm_90a"))
+    assert result.asm["ptx"].count("ld.global.v4") == 4
+    assert "@%p" not in result.asm["ptx"]
+
+
+def test_bools_are_bytes_in_memory():
+    text = """
+    func @k(%x: view<?xi1, strides=[1], align=16>, %y: view<?xi1, strides=[1], align=16>) {num_warps = 1} {
+      %z = tile.constant {value = 0} : i32
+      %a = tile.load %x, [%z] : tile<256xi1, #a>
+      %b = tile.not %a : tile<256xi1, #a>
+      tile.store %y, [%z], %b
+    }"""
+    x = np.arange(200) % 3 == 0
+    check(text, layouts(a=((256,), 8, 1, (0,))), {"x": x, "y": np.zeros_like(x)}, (1,))
+
+
+UNARY_FLOAT = "neg abs exp exp2 sigmoid tanh erf sin cos floor ceil".split()
+UNARY_POSITIVE = "log log2 sqrt rsqrt".split()
+
+
+@pytest.mark.parametrize(("names", "positive"), [(UNARY_FLOAT, False), (UNARY_POSITIVE, True)])
+def test_unary_functions(names, positive):
+    ops = "".join(
+        f"%v{i} = tile.{fn} %a : tile<256xf32, #a>\n %i{i} = tile.constant {{value = {i}}} : i32\n"
+        f" %w{i} = tile.subview %y, [%i{i}] : view<?xf32, strides=[1], align=16>\n tile.store %w{i}, [%z], %v{i}\n"
+        for i, fn in enumerate(names)
+    )
+    text = f"""
+    func @k(%x: view<?xf32, strides=[1], align=16>, %y: view<?x?xf32, strides=[?, 1], align=16>) {{num_warps = 1}} {{
+      %z = tile.constant {{value = 0}} : i32
+      %a = tile.load %x, [%z] : tile<256xf32, #a>
+      {ops}
+    }}"""
+    x = np.linspace(-12, 12, 256, dtype=np.float32)
+    x[:4] = 0, 1e-20, 1e-5, 80
+    x = np.abs(x) + np.float32(1e-3) if positive else x
+    arguments = {"x": x, "y": np.zeros((len(names), 256), np.float32)}
+    check(text, layouts(a=((256,), 32, 1, (0,))), arguments, (1,), tolerance=2e-6)
+
+
+def test_exp_of_infinities_and_nan():
+    text = ADD.replace("DT", "f32").replace("ALIGN", "4").replace("%s = tile.add %e, %a", "%s = tile.add %e, %e")
+    x = np.resize(np.array([np.inf, -np.inf, np.nan, -104, 88.7, 0], np.float32), (16, 128))
+    check(text, layouts(a=((16, 128), 32, 4, (1, 0))), {"x": x, "y": np.zeros_like(x)}, (1, 1))
+
+
+BINARY = {
+    "f32": "add sub mul div max min mod floordiv",
+    "bf16": "add sub mul div max min",
+    "i32": "add sub mul max min and or xor floordiv mod",
+    "i64": "add mul floordiv mod",
+    "i8": "add mul floordiv mod",
+    "i1": "and or xor max min",
+}
+NUMPY = {"f32": np.float32, "bf16": BF16, "i32": np.int32, "i64": np.int64, "i8": np.int8, "i1": np.bool_}
+
+
+def operands(name: str) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    if name == "i1":
+        return rng.random(256) < 0.5, rng.random(256) < 0.5
+    if name in ("f32", "bf16"):
+        x, y = rng.normal(size=(2, 256)) * 4
+        y[:3], x[3] = np.nan, np.inf
+        return x.astype(NUMPY[name]), y.astype(NUMPY[name])
+    limit = np.iinfo(NUMPY[name])
+    x = rng.integers(limit.min, limit.max, 256).astype(NUMPY[name])
+    y = rng.integers(-9, 40, 256).astype(NUMPY[name])
+    x[:2], y[0], y[1] = limit.min, -1, 0
+    return x, y
+
+
+@pytest.mark.parametrize("name", list(BINARY))
+def test_binary_functions(name):
+    names = BINARY[name].split()
+    ops = "".join(
+        f"%v{i} = tile.{fn} %a, %b : tile<256x{name}, #a>\n %i{i} = tile.constant {{value = {i}}} : i32\n"
+        f" %w{i} = tile.subview %o, [%i{i}] : view<?x{name}, strides=[1], align=1>\n tile.store %w{i}, [%z], %v{i}\n"
+        for i, fn in enumerate(names)
+    )
+    one = f"view<?x{name}, strides=[1], align=1>"
+    text = f"""
+    func @k(%x: {one}, %y: {one}, %o: view<?x?x{name}, strides=[?, 1], align=1>) {{num_warps = 1}} {{
+      %z = tile.constant {{value = 0}} : i32
+      %a = tile.load %x, [%z] : tile<256x{name}, #a>
+      %b = tile.load %y, [%z] : tile<256x{name}, #a>
+      {ops}
+    }}"""
+    x, y = operands(name)
+    arguments = {"x": x, "y": y, "o": np.zeros((len(names), 256), NUMPY[name])}
+    check(text, layouts(a=((256,), 32, 1, (0,))), arguments, (1,))
+
+
+def test_shifts_beyond_the_width():
+    text = """
+    func @k(%x: view<256xi32, strides=[1], align=16>, %l: view<256xi32, strides=[1], align=16>,
+            %r: view<256xi32, strides=[1], align=16>) {num_warps = 1} {
+      %z = tile.constant {value = 0} : i32
+      %a = tile.load %x, [%z] : tile<256xi32, #a>
+      %n = tile.iota {start = 0} : tile<256xi32, #a>
+      %u = tile.shl %a, %n : tile<256xi32, #a>
+      %v = tile.shr %a, %n : tile<256xi32, #a>
+      tile.store %l, [%z], %u
+      tile.store %r, [%z], %v
+    }"""
+    x = np.random.default_rng(0).integers(-(2**31), 2**31, 256).astype(np.int32)
+    check(text, layouts(a=((256,), 32, 1, (0,))), {"x": x, "l": np.zeros_like(x), "r": np.zeros_like(x)}, (1,))
+
+
+@pytest.mark.parametrize(
+    ("source", "result"),
+    [("f32", "bf16"), ("bf16", "f32"), ("f32", "i32"), ("f32", "i8"), ("i32", "f32"), ("i8", "i32"), ("i64", "i8")]
+    + [("f32", "i1"), ("i1", "f32"), ("i1", "i32"), ("i32", "bf16"), ("bf16", "i8"), ("i32", "i1")],
+)
+def test_casts(source, result):
+    text = f"""
+    func @k(%x: view<?x{source}, strides=[1], align=16>, %y: view<?x{result}, strides=[1], align=16>) {{num_warps = 1}} {{
+      %z = tile.constant {{value = 0}} : i32
+      %a = tile.load %x, [%z] : tile<256x{source}, #a>
+      %b = tile.cast %a : tile<256x{result}, #a>
+      tile.store %y, [%z], %b
+    }}"""
+    x, _ = operands(source)
+    if source in ("f32", "bf16"):
+        x[:5] = np.array([np.nan, np.inf, -np.inf, 1e20, 0.0]).astype(x.dtype)
+        x = (x * 50).astype(x.dtype)
+    check(text, layouts(a=((256,), 16, 1, (0,))), {"x": x, "y": np.zeros(256, NUMPY[result])}, (1,))
+
+
+def test_compare_select_and_bitcast():
+    text = """
+    func @k(%x: view<?xf32, strides=[1], align=16>, %y: view<?xi32, strides=[1], align=16>) {num_warps = 1} {
+      %z = tile.constant {value = 0} : i32
+      %a = tile.load %x, [%z] : tile<256xf32, #a>
+      %h = tile.constant {value = 0.5} : tile<256xf32, #a>
+      %c = tile.lt %a, %h : tile<256xi1, #a>
+      %b = tile.bitcast %a : tile<256xi32, #a>
+      %i = tile.iota {start = 7} : tile<256xi32, #a>
+      %s = tile.select %c, %b, %i : tile<256xi32, #a>
+      tile.store %y, [%z], %s
+    }"""
+    x = normal(256)
+    x[5] = np.nan
+    check(text, layouts(a=((256,), 32, 1, (0,))), {"x": x, "y": np.zeros(256, np.int32)}, (1,))
+
+
+# --- views ------------------------------------------------------------------------------------------
+
+
+def test_views_select_permute_and_move_the_origin():
+    text = """
+    func @k(%x: view<?x?x?xf32, strides=[?, ?, 1], align=4>, %y: view<?x?xf32, strides=[?, 1], align=4>,
+            %b: i32, %row: i32) {num_warps = 2} {
+      %i = tile.program_id {axis = 0} : i32
+      %z = tile.constant {value = 0} : i32
+      %m2 = tile.constant {value = -2} : i32
+      %s = tile.subview %x, [%b] : view<?x?xf32, strides=[?, 1], align=4>
+      %p = tile.permute_view %s {perm = [1, 0]} : view<?x?xf32, strides=[1, ?], align=4>
+      %o = tile.offset_view %p, [%row, %m2] : view<?x?xf32, strides=[1, ?], align=4>
+      %a = tile.load %o, [%i, %z] {pad = -1.0} : tile<32x16xf32, #a>
+      %n = tile.dim %p {axis = 0} : i32
+      %f = tile.cast %n : f32
+      %t = tile.splat %f : tile<32x16xf32, #a>
+      %r = tile.add %a, %t : tile<32x16xf32, #a>
+      tile.store %y, [%i, %z], %r
+    }"""
+    arguments = {"x": normal(3, 13, 50), "y": np.zeros((64, 16), np.float32), "b": np.int32(2), "row": np.int32(3)}
+    check(text, layouts(a=((32, 16), 32, 2, (0, 1))), arguments, (2,))
+
+
+def test_transposed_store_through_a_conversion():
+    text = """
+    func @k(%x: view<?x?xbf16, strides=[?, 1], align=16>, %y: view<?x?xbf16, strides=[?, 1], align=16>) {num_warps = 4} {
+      %i = tile.program_id {axis = 0} : i32
+      %j = tile.program_id {axis = 1} : i32
+      %a = tile.load %x, [%i, %j] : tile<64x32xbf16, #a>
+      %t = tile.transpose %a {perm = [1, 0]} : tile<32x64xbf16, #t>
+      %c = tile.convert %t : tile<32x64xbf16, #c>
+      tile.store %y, [%j, %i], %c
+    }"""
+
+    def aliases(warp_size: int) -> str:
+        a = blocked((64, 32), 16, 4, warp_size, (1, 0))
+        return f"#a = {a}\n#t = {a.transpose((1, 0))}\n#c = {blocked((32, 64), 16, 4, warp_size, (1, 0))}\n"
+
+    x = normal(100, 72, dtype=BF16)
+    got = check(text, aliases, {"x": x, "y": np.zeros((72, 100), BF16)}, (2, 3))
+    np.testing.assert_array_equal(got["y"], x.T)
+
+
+# --- reductions -------------------------------------------------------------------------------------
+
+SOFTMAX = """
+func @softmax(%x: view<?x?xf32, strides=[?, 1], align=4>, %y: view<?x?xf32, strides=[?, 1], align=4>) {num_warps = 4} {
+  %i = tile.program_id {axis = 0} : i32
+  %z = tile.constant {value = 0} : i32
+  %a = tile.load %x, [%i, %z] {pad = -inf} : tile<ROWSx256xf32, #a>
+  %m = tile.reduce.max %a {axis = 1} : tile<ROWSxf32, #r>
+  %m1 = tile.expand_dims %m {axis = 1} : tile<ROWSx1xf32, #e>
+  %mb = tile.broadcast %m1 : tile<ROWSx256xf32, #a>
+  %d = tile.sub %a, %mb : tile<ROWSx256xf32, #a>
+  %e = tile.exp %d : tile<ROWSx256xf32, #a>
+  %s = tile.reduce.sum %e {axis = 1} : tile<ROWSxf32, #r>
+  %s1 = tile.expand_dims %s {axis = 1} : tile<ROWSx1xf32, #e>
+  %sb = tile.broadcast %s1 : tile<ROWSx256xf32, #a>
+  %o = tile.div %e, %sb : tile<ROWSx256xf32, #a>
+  tile.store %y, [%i, %z], %o
+}
+"""
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("columns", [256, 201])
+def test_softmax_rows_inside_a_warp_and_across_warps(rows, columns):
+    def aliases(warp_size: int) -> str:
+        a = blocked((rows, 256), 32, 4, warp_size, (1, 0))
+        r = a.slice_dim(1)
+        return f"#a = {a}\n#r = {r}\n#e = {r.expand_dim(1)}\n"
+
+    x = normal(11, columns) * np.float32(4)
+    text = SOFTMAX.replace("ROWS", str(rows))
+    check(text, aliases, {"x": x, "y": np.zeros_like(x)}, (-(-11 // rows),))
+
+
+@pytest.mark.parametrize("fn", ["sum", "max", "min", "prod"])
+@pytest.mark.parametrize(("name", "dtype"), [("f32", np.float32), ("bf16", BF16), ("i32", np.int32), ("i64", np.int64)])
+def test_column_reductions(fn, name, dtype):
+    text = f"""
+    func @k(%x: view<?x?x{name}, strides=[?, 1], align=16>, %y: view<?x{name}, strides=[1], align=16>) {{num_warps = 4}} {{
+      %z = tile.constant {{value = 0}} : i32
+      %a = tile.load %x, [%z, %z] : tile<48x32x{name}, #a>
+      %r = tile.reduce.{fn} %a {{axis = 0}} : tile<32x{name}, #r>
+      tile.store %y, [%z], %r
+    }}"""
+
+    def aliases(warp_size: int) -> str:
+        a = blocked((48, 32), np.dtype(dtype).itemsize * 8, 4, warp_size, (1, 0))
+        return f"#a = {a}\n#r = {a.slice_dim(0)}\n"
+
+    x = (normal(48, 32) * 3).astype(dtype)
+    x = np.abs(x) + x.dtype.type(1) if fn == "prod" else x
+    check(text, aliases, {"x": x, "y": np.zeros(32, dtype)}, (1,), tolerance=1e-2 if dtype == BF16 else 1e-5)
+
+
+def test_a_rank_one_reduction_gives_a_scalar():
+    text = """
+    func @k(%x: view<?xf32, strides=[1], align=16>, %y: view<?xf32, strides=[1], align=16>) {num_warps = 4} {
+      %z = tile.constant {value = 0} : i32
+      %a = tile.load %x, [%z] : tile<1024xf32, #a>
+      %s = tile.reduce.sum %a {axis = 0} : f32
+      %t = tile.splat %s : tile<1024xf32, #a>
+      %u = tile.div %a, %t : tile<1024xf32, #a>
+      tile.store %y, [%z], %u
+    }"""
+    x = np.abs(normal(1000))
+    check(text, layouts(a=((1024,), 32, 4, (0,))), {"x": x, "y": np.zeros_like(x)}, (1,))
+
+
+# --- control flow -----------------------------------------------------------------------------------
+
+
+def test_loops_carry_tiles_and_scalars():
+    text = """
+    func @k(%x: view<?x?xf32, strides=[?, 1], align=16>, %y: view<16x64xf32, strides=[64, 1], align=16>) {num_warps = 2} {
+      %z = tile.constant {value = 0} : i32
+      %one = tile.constant {value = 1} : i32
+      %w = tile.constant {value = 64} : i32
+      %n = tile.dim %x {axis = 1} : i32
+      %n1 = tile.add %n, %w : i32
+      %n2 = tile.sub %n1, %one : i32
+      %hi = tile.floordiv %n2, %w : i32
+      %zero = tile.constant {value = 0.0} : tile<16x64xf32, #a>
+      %f0 = tile.constant {value = 0.0} : f32
+      %acc, %last = tile.for %k = %z to %hi step %one iter(%c = %zero, %f = %f0) : tile<16x64xf32, #a>, f32 {
+        %a = tile.load %x, [%z, %k] : tile<16x64xf32, #a>
+        %s = tile.add %c, %a : tile<16x64xf32, #a>
+        %kf = tile.cast %k : f32
+        %g = tile.add %f, %kf : f32
+        tile.yield [%s, %g]
+      }
+      %lt = tile.splat %last : tile<16x64xf32, #a>
+      %r = tile.add %acc, %lt : tile<16x64xf32, #a>
+      tile.store %y, [%z, %z], %r
+    }"""
+    arguments = {"x": normal(16, 300), "y": np.zeros((16, 64), np.float32)}
+    check(text, layouts(a=((16, 64), 32, 2, (1, 0))), arguments, (1,))
+
+
+def test_branches_and_while():
+    text = """
+    func @k(%x: view<256xi32, strides=[1], align=16>, %limit: i32, %flag: i1) {num_warps = 1} {
+      %z = tile.constant {value = 0} : i32
+      %one = tile.constant {value = 1} : i32
+      %a = tile.load %x, [%z] : tile<256xi32, #a>
+      %t, %n = tile.while iter(%c = %a, %k = %z) : tile<256xi32, #a>, i32 {
+        %go = tile.lt %k, %limit : i1
+        tile.yield [%go]
+      } do(%d, %l) {
+        %d2 = tile.add %d, %d : tile<256xi32, #a>
+        %l2 = tile.add %l, %one : i32
+        tile.yield [%d2, %l2]
+      }
+      %r = tile.if %flag : tile<256xi32, #a> {
+        %ns = tile.splat %n : tile<256xi32, #a>
+        %p = tile.add %t, %ns : tile<256xi32, #a>
+        tile.yield [%p]
+      } else {
+        tile.yield [%t]
+      }
+      tile.store %x, [%z], %r
+    }"""
+    for flag in (True, False):
+        arguments = {"x": np.arange(256, dtype=np.int32), "limit": np.int32(3), "flag": np.bool_(flag)}
+        check(text, layouts(a=((256,), 32, 1, (0,))), arguments, (1,))
+
+
+def test_program_indices():
+    text = """
+    func @k(%x: view<?x16xi32, strides=[16, 1], align=4>) {num_warps = 1} {
+      %z = tile.constant {value = 0} : i32
+      %b = tile.block_id : i32
+      %n = tile.num_blocks : i32
+      %p = tile.program_id {axis = 2} : i32
+      %g = tile.num_programs {axis = 1} : i32
+      %h = tile.constant {value = 100} : i32
+      %s0 = tile.mul %n, %h : i32
+      %s1 = tile.add %s0, %p : i32
+      %s2 = tile.mul %s1, %h : i32
+      %s = tile.add %s2, %g : i32
+      %t = tile.splat %s : tile<1x16xi32, #a>
+      tile.store %x, [%b, %z], %t
+    }"""
+    check(text, layouts(a=((1, 16), 32, 1, (1, 0))), {"x": np.zeros((24, 16), np.int32)}, (2, 3, 4))
+
+
+# --- shared memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "swizzle"),
+    [
+        ((64, 64), {"swizzle": 128}),
+        ((64, 32), {"swizzle": 64}),
+        ((64, 128), {"swizzle": 128}),
+        ((96, 64), {"swizzle": 128}),
+        ((48, 64), {}),
+        ((64, 96), {"swizzle": 64}),
+        ((64, 64), {"vec": 8, "per_phase": 2, "max_phase": 8}),
+    ],
+)
+def test_slots_keep_tiles(shape, swizzle):
+    shared = SharedLayout(shape, 16, (1, 0), **swizzle)
+    dims, turned = f"{shape[0]}x{shape[1]}", f"{shape[1]}x{shape[0]}"
+    size = 2 * shared.bytes
+    text = f"""
+    func @k(%x: view<?x?xbf16, strides=[?, 1], align=16>, %y: view<?x?xbf16, strides=[?, 1], align=16>)
+        {{num_warps = 4, shared_bytes = {size}}} {{
+      %z = tile.constant {{value = 0}} : i32
+      %three = tile.constant {{value = 3}} : i32
+      %a = tile.load %x, [%z, %z] : tile<{dims}xbf16, #a>
+      %b = async.alloc {{offset = 0}} : buffer<2 x slot<{dims}xbf16, {shared}>>
+      %s = async.slot %b, %three : slot<{dims}xbf16, {shared}>
+      async.local_store %a, %s
+      async.barrier
+      %t = async.transpose_slot %s {{perm = [1, 0]}} : slot<{turned}xbf16, {shared.transpose((1, 0))}>
+      %c = async.local_load %t : tile<{turned}xbf16, #c>
+      tile.store %y, [%z, %z], %c
+    }}"""
+    aliases = layouts(a=(shape, 16, 4, (1, 0)), c=(shape[::-1], 16, 4, (1, 0)))
+    x = normal(*shape, dtype=BF16)
+    function = parse(text, aliases, 64)
+    y = emulate(function, {"x": x, "y": np.zeros(shape[::-1], BF16)}, (1,))["y"]
+    np.testing.assert_array_equal(y, x.T)
+    nvidia.compile_function(parse(text, aliases, 32), get_target("sm_90a"))
+
+
+def test_register_renaming():
+    text = """
+    func @k(%x: view<16x64xf32, strides=[64, 1], align=16>, %y: view<8x32xf32, strides=[32, 1], align=16>) {num_warps = 1} {
+      %z = tile.constant {value = 0} : i32
+      %a = tile.load %x, [%z, %z] : tile<16x64xf32, #a>
+      %e = tile.extract %a {offsets = [8, 0]} : tile<8x64xf32, #e>
+      %r = tile.reshape %e : tile<16x32xf32, #r>
+      %h = tile.extract %r {offsets = [8, 0]} : tile<8x32xf32, #h>
+      tile.store %y, [%z, %z], %h
+    }"""
+
+    def aliases(warp_size: int) -> str:
+        a = LinearLayout.make(
+            {
+                "register": [(0, 1), (4, 0), (8, 0), (0, 32)] + ([(2, 0)] if warp_size == 32 else []),
+                "lane": [(0, 2), (0, 4), (0, 8), (0, 16), (1, 0)] + ([(2, 0)] if warp_size == 64 else []),
+                "warp": [],
+            },
+            (16, 64),
+        )
+        e, _ = a.extract((8, 0), (8, 64))
+        r = e.reshape((16, 32))
+        h, _ = r.extract((8, 0), (8, 32))
+        return f"#a = {a}\n#e = {e}\n#r = {r}\n#h = {h}\n"
+
+    x = normal(16, 64)
+    got = check(text, aliases, {"x": x, "y": np.zeros((8, 32), np.float32)}, (1,))
+    np.testing.assert_array_equal(got["y"], x[8:].reshape(16, 32)[8:])
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_operation_and_its_place():
+    text = ADD.replace("DT", "f64").replace("ALIGN", "16")
+    text = text.replace("#a>\n  %s", '#a> loc("user.py":7:3)\n  %s')
+    function = parse(text, layouts(a=((16, 128), 64, 4, (1, 0))), 32)
+    with pytest.raises(IRError, match=r"user\.py:7:3: 'tile\.exp': exp of f64 is not supported on sm_90a yet"):
+        nvidia.lower_function(function, get_target("sm_90a"))
+
+
+def test_missing_conversions_are_errors():
+    text = """
+    func @k(%x: view<?xf32, strides=[1], align=16>) {num_warps = 1} {
+      %z = tile.constant {value = 0} : i32
+      %a = tile.load %x, [%z] : tile<256xf32, #a>
+      %b = tile.expand_dims %a {axis = 0} : tile<1x256xf32, #b>
+    }"""
+    aliases = layouts(a=((256,), 32, 1, (0,)), b=((1, 256), 8, 1, (1, 0)))
+    with pytest.raises(IRError, match="must insert tile.convert"):
+        nvidia.lower_function(parse(text, aliases, 32), get_target("sm_90a"))
+
+
+def test_conversions_choose_layouts_without_conflicts():
+    text = """
+    func @k(%x: view<?x?xf32, strides=[?, 1], align=16>) {num_warps = 4} {
+      %z = tile.constant {value = 0} : i32
+      %a = tile.load %x, [%z, %z] : tile<64x64xf32, #a>
+      %b = tile.convert %a : tile<64x64xf32, #b>
+    }"""
+    aliases = layouts(a=((64, 64), 32, 4, (1, 0)), b=((64, 64), 32, 4, (0, 1)))
+    for warp_size in (32, 64):
+        (convert,) = [op for op in parse(text, aliases, warp_size).walk() if op.name == "tile.convert"]
+        layout = convert_layout(convert)
+        assert layout is not None
+        assert layout.bytes == scratch_bytes(convert) == 64 * 64 * 4
+        assert layout.swizzle or layout.max_phase > 1
