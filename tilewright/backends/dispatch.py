@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-from tilewright.backends.result import BackendResult, Resources
-from tilewright.ir.abi import KernelABI
+from tilewright.backends.result import BackendResult
 from tilewright.ir.core import Module
 from tilewright.ir.target import Target
 
 
-@dataclass(frozen=True)
-class CompiledModule:
-    """A binary, its entries in the order of the module's functions, and texts by kind."""
-
-    binary: bytes
-    entries: tuple[tuple[KernelABI, Resources], ...]
-    asm: Mapping[str, str] = field(default_factory=dict)
-
-
-def compile_module(module: Module, target: Target) -> CompiledModule:
+def compile_module(module: Module, target: Target) -> BackendResult:
     """Compile all functions of a module. Raises `IRError` or `BackendError`; LLVM may end the process."""
     if target.vendor == "nvidia":
-        from tilewright.backends.nvidia.compile import compile_function
+        from tilewright.backends.nvidia.compile import compile_functions
     else:
-        from tilewright.backends.amd.compile import compile_function
-    results: list[BackendResult] = [compile_function(f, target) for f in module.functions]
-    first = results[0]
-    return CompiledModule(first.binary, tuple((r.abi, r.resources) for r in results), first.asm)
+        from tilewright.backends.amd.compile import compile_functions
+    return compile_functions(module.functions, target)
 
 
 def preload() -> None:

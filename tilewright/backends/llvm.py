@@ -12,6 +12,7 @@ Three things here are easy to get wrong, and were:
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -179,6 +180,17 @@ def optimize(ir_text: str, spec: TargetMachineSpec, level: int = 3, unroll: bool
     builder.getModulePassManager().run(module, builder)
     check_convergent(str(module))
     return OptimizedModule(spec, module, machine)
+
+
+def merge(modules: Sequence[OptimizedModule]) -> OptimizedModule:
+    """One module with the functions of all, which stay as they are optimised."""
+    first, *others = modules
+    if not others:
+        return first
+    merged = first.module.clone()
+    for other in others:
+        merged.link_in(other.module.clone())
+    return OptimizedModule(first.spec, merged, first.machine)
 
 
 def emit_assembly(optimized: OptimizedModule) -> str:

@@ -1,4 +1,4 @@
-"""What a backend gives back for one kernel."""
+"""What a backend gives back."""
 
 from __future__ import annotations
 
@@ -22,12 +22,26 @@ class Resources:
     accumulation_registers: int | None = None
     scalar_registers: int | None = None
 
+    @property
+    def spills(self) -> int:
+        """Spilled bytes (NVIDIA) or registers (AMD), stores and loads together."""
+        return self.spill_stores + self.spill_loads
+
 
 @dataclass(frozen=True)
 class BackendResult:
-    """A compiled kernel: texts by kind ("mlir", "llvm", "ptx" or "amdgcn"), the binary, and how to launch it."""
+    """A binary, its entries in the order of the functions, and texts by kind ("llvm", "ptx" or "amdgcn")."""
 
     binary: bytes
-    abi: KernelABI
-    resources: Resources
+    entries: tuple[tuple[KernelABI, Resources], ...]
     asm: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def abi(self) -> KernelABI:
+        """How to launch the first entry."""
+        return self.entries[0][0]
+
+    @property
+    def resources(self) -> Resources:
+        """What the first entry uses."""
+        return self.entries[0][1]

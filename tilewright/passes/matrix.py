@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import gcd
 
 from tilewright.ir.core import IRError
 from tilewright.ir.layout import (
@@ -96,10 +97,10 @@ class Wgmma(MatrixUnit):
             )
 
     def warps(self, dots: Sequence[Dot]) -> int:
-        """Two warpgroups where every dot has 128 rows or more; more only if accumulators demand it."""
-        rows = min(operand_shape(dot, "a")[0] for dot in dots)
+        """Two warpgroups where every dot's rows split evenly; more only if accumulators demand it."""
+        rows = gcd(*(operand_shape(dot, "a")[0] for dot in dots))
         largest = max(operand_shape(d, "a")[0] * operand_shape(d, "b")[1] for d in dots)
-        groups = 2 if rows >= 128 else 1
+        groups = 2 if rows % 128 == 0 else 1
         while groups * 128 * 160 < largest and rows % (groups * 2 * 64) == 0:
             groups *= 2
         return 4 * groups

@@ -1,14 +1,14 @@
-"""One kernel to an HSACO: scheduled Tile IR -> MLIR -> LLVM IR -> object -> our linker."""
+"""Kernels to an HSACO: scheduled Tile IR -> MLIR -> LLVM IR -> object -> our linker."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tilewright.backends.amd.codeobject import read_code_object
+from tilewright.backends.amd.codeobject import KernelInfo, read_code_object
 from tilewright.backends.amd.link import link
 from tilewright.backends.amd.mfma import MFMA_LOWERINGS
 from tilewright.backends.amd.target_ops import AmdOps
-from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, emit_object, optimize
+from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, emit_object, merge, optimize
 from tilewright.backends.lower import LOWERINGS, Handler, KernelEntry, Table, declare_kernel, start_lowering
 from tilewright.backends.result import BackendResult, Resources
 from tilewright.ir.core import Function, Operation
@@ -33,16 +33,24 @@ def lower_function(
     return entry
 
 
-def compile_function(function: Function, target: Target, *, kernel_name: str | None = None) -> BackendResult:
-    """Compile one function. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
-    entry = lower_function(function, target, kernel_name=kernel_name)
-    asm = {"mlir": entry.module.text()}
+def compile_functions(functions: Sequence[Function], target: Target) -> BackendResult:
+    """Compile to one HSACO. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
+    entries = [lower_function(function, target) for function in functions]
     spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
-    optimized = optimize(entry.module.finish(), spec)
-    asm["llvm"], asm["amdgcn"] = optimized.text(), emit_assembly(optimized)
-    binary = link(emit_object(optimized))
-    info = read_code_object(binary).kernels[entry.abi.name]
-    resources = Resources(
+    merged = merge([optimize(entry.module.finish(), spec) for entry in entries])
+    asm = {"llvm": merged.text(), "amdgcn": emit_assembly(merged)}
+    binary = link(emit_object(merged))
+    kernels = read_code_object(binary).kernels
+    return BackendResult(binary, tuple((e.abi, _resources(kernels[e.abi.name])) for e in entries), asm)
+
+
+def compile_function(function: Function, target: Target) -> BackendResult:
+    """`compile_functions` of one."""
+    return compile_functions([function], target)
+
+
+def _resources(info: KernelInfo) -> Resources:
+    return Resources(
         registers=info.vgprs,
         shared_bytes=info.lds_bytes,
         spill_stores=info.vgpr_spills,
@@ -50,4 +58,3 @@ def compile_function(function: Function, target: Target, *, kernel_name: str | N
         accumulation_registers=info.agprs,
         scalar_registers=info.sgprs,
     )
-    return BackendResult(binary, entry.abi, resources, asm)

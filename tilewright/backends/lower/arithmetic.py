@@ -104,9 +104,7 @@ _BOOL: dict[str, Apply] = {
 }
 
 
-def _integer_division(
-    lw: Lowering, fn: str, x: mlir.Value, y: mlir.Value, ranges: tuple[Range, Range]
-) -> mlir.Value:
+def _integer_division(lw: Lowering, fn: str, x: mlir.Value, y: mlir.Value, ranges: tuple[Range, Range]) -> mlir.Value:
     """Floor division and its remainder."""
     (low, _), (divisor, last) = ranges
     if divisor == last and divisor > 0 and divisor & (divisor - 1) == 0:

@@ -64,4 +64,3 @@ def lower_while(lw: Lowering, op: tile_ops.While) -> None:
     fb.br(head, lw.flatten(lw.yielded(op.body.block)))
     fb.position_at_end(after)
     lw.define_flat(op.results, carried)
-

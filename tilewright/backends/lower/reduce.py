@@ -174,4 +174,3 @@ class _Exchange:
             vector = lw.fb.load(pointer, memory_type(lw, dtype, width), width * self.bytes)
             values += [from_memory(lw, v, dtype) for v in split_vector(lw, vector, width)]
         return values
-

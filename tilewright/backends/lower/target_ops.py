@@ -67,9 +67,7 @@ class TargetOps(ABC):
         """Byte address of the block's shared memory in address space 3 (i32)."""
 
     @abstractmethod
-    def store_if(
-        self, lw: Lowering, accesses: Sequence[Store]
-    ) -> None:
+    def store_if(self, lw: Lowering, accesses: Sequence[Store]) -> None:
         """Global stores, each done where its predicate holds."""
 
     # --- arithmetic -----------------------------------------------------------------------------

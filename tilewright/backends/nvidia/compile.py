@@ -1,16 +1,19 @@
-"""One kernel to a cubin: scheduled Tile IR -> MLIR -> LLVM IR -> PTX -> ptxas."""
+"""Kernels to a cubin: scheduled Tile IR -> MLIR -> LLVM IR -> PTX -> ptxas."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, optimize
+from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, merge, optimize
 from tilewright.backends.lower import Handler, KernelEntry, block_threads, declare_kernel, start_lowering
+from tilewright.backends.nvidia import ptxas
 from tilewright.backends.nvidia.lowerings import NVIDIA_LOWERINGS
 from tilewright.backends.nvidia.ptxas import assemble
+from tilewright.backends.nvidia.roles import check_registers
 from tilewright.backends.nvidia.target_ops import NvidiaOps
 from tilewright.backends.nvidia.tma import plan_tensor_maps
 from tilewright.backends.result import BackendResult, Resources
+from tilewright.ir.abi import KernelABI
 from tilewright.ir.core import Function, Operation
 from tilewright.ir.target import Target
 
@@ -32,21 +35,28 @@ def lower_function(
     return entry
 
 
-def compile_function(function: Function, target: Target, *, kernel_name: str | None = None) -> BackendResult:
-    """Compile one function. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
-    entry = lower_function(function, target, kernel_name=kernel_name)
-    asm = {"mlir": entry.module.text()}
+def compile_functions(functions: Sequence[Function], target: Target) -> BackendResult:
+    """Compile to one cubin. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
+    entries = [lower_function(function, target) for function in functions]
     spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
-    optimized = optimize(entry.module.finish(), spec)
-    asm["llvm"], asm["ptx"] = optimized.text(), emit_assembly(optimized)
+    merged = merge([optimize(entry.module.finish(), spec) for entry in entries])
+    asm = {"llvm": merged.text(), "ptx": emit_assembly(merged)}
     assembled = assemble(asm["ptx"], target.cpu)
-    used = assembled.resources[entry.abi.name]
-    resources = Resources(
+    used = [(e.abi, _resources(assembled.resources[e.abi.name], e.abi)) for e in entries]
+    return BackendResult(assembled.cubin, tuple(used), asm)
+
+
+def compile_function(function: Function, target: Target) -> BackendResult:
+    """`compile_functions` of one."""
+    return compile_functions([function], target)
+
+
+def _resources(used: ptxas.Resources, abi: KernelABI) -> Resources:
+    return Resources(
         registers=used.registers,
-        shared_bytes=used.shared_bytes + entry.abi.shared_bytes,
+        shared_bytes=used.shared_bytes + abi.shared_bytes,
         spill_stores=used.spill_stores,
         spill_loads=used.spill_loads,
         stack_bytes=used.stack_bytes,
         barriers=used.barriers,
     )
-    return BackendResult(assembled.cubin, entry.abi, resources, asm)

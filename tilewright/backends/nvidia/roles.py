@@ -6,12 +6,12 @@ to those that need many (PTX ISA, "setmaxnreg"; it asks for `nvvm.maxntid` and `
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
+from tilewright.backends.errors import BackendError
 from tilewright.backends.lower.context import Lowering, Table, lowers
 from tilewright.backends.nvidia import ptx
-from tilewright.backends.nvidia.state import REGISTER_FILE, state
+from tilewright.backends.nvidia.state import REGISTER_FILE, WARP_SIZE, state
 from tilewright.ir.async_ops import Fence, Role
+from tilewright.ir.core import Function
 
 #: ptxas allots registers in steps of 8; one thread can have 255
 REGISTER_STEP, MOST_REGISTERS = 8, 255
@@ -46,16 +46,28 @@ def _lower_body(lw: Lowering, role: Role) -> None:
         share = launch_registers(int(lw.function.attributes["threads"]))
         if role.registers != share:
             ptx.set_max_registers(fb, role.registers, increase=role.registers > share)
-    alone = fb.if_then(fb.icmp("eq", lw.scope.warp, first_warp)) if role.single_thread else nullcontext()
-    with alone:
-        chosen = fb.if_then(lw.ops.is_leader(lw)) if role.single_thread else nullcontext()
-        with chosen, lw.in_scope(first_warp, role.warps, state(lw).barrier(role), role.single_thread):
+    # the scope asks whole warps for their index: that must come before one thread goes on alone
+    with lw.in_scope(first_warp, role.warps, state(lw).barrier(role), role.single_thread) as scope:
+        if not role.single_thread:
+            lw.lower_block(role.body.block)
+            return
+        with fb.if_then(fb.icmp("eq", scope.warp, fb.i32(0))), fb.if_then(lw.ops.is_leader(lw)):
             lw.lower_block(role.body.block)
 
 
 def launch_registers(threads: int) -> int:
     """Registers that every thread of the block starts with, one block on a multiprocessor."""
     return min(MOST_REGISTERS, REGISTER_FILE // threads) // REGISTER_STEP * REGISTER_STEP
+
+
+def check_registers(function: Function, at_launch: int) -> None:
+    """Raise where roles ask for more registers than the block starts with: they would wait forever."""
+    roles = [op for op in function.body.block.ops if isinstance(op, Role) and op.registers]
+    threads = function.attributes.get("threads", 0)
+    wanted = sum(role.registers * role.warps * WARP_SIZE for role in roles)
+    granted = -(-at_launch // REGISTER_STEP) * REGISTER_STEP * threads
+    if wanted > granted:
+        raise BackendError("ptxas", f"roles ask for {wanted} registers, the block starts with {granted}")
 
 
 @lowers(Fence, table=ROLE_LOWERINGS)

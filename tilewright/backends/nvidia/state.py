@@ -12,6 +12,7 @@ from tilewright.ir.core import Function, Value
 if TYPE_CHECKING:
     from tilewright.backends.lower.context import Lowering
 
+WARP_SIZE = 32
 WARPGROUP_WARPS = 4
 WARPGROUP_THREADS = 128
 #: threads of the block hold this many registers in all: "setmaxnreg" moves them between warps
