@@ -1,7 +1,7 @@
-"""bf16 matrix product against cuBLAS (torch.mm) in the same run, interleaved, random normal inputs.
+"""Matrix product against cuBLAS (torch.mm) in the same run, interleaved, random normal inputs.
 
-python benchmarks/gemm.py [--json FILE]: ratio of median times, error of both against float64, and
-whether two runs give the same bits.
+python benchmarks/gemm.py [--shapes all] [--dtype f16] [--json FILE]: ratio of median times, error of
+both against float64, and whether two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -18,27 +18,31 @@ from tilewright.kernels.gemm import gemm
 from tilewright.runtime.bench import compare
 
 SHAPES = [(2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096)]
+MORE_SHAPES = [
+    (8192, 8192, 1024), (4096, 14336, 4096), (512, 8192, 8192), (64, 8192, 8192), (8191, 4097, 2049),
+]  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 DENSE_TFLOPS = 989.4  # H100 SXM datasheet, bf16 dense: the roofline
 
 
-def operands(m: int, n: int, k: int, transposed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """a (m, k), b (k, n) and an output poisoned with NaN; ``transposed``: b is a view of an (n, k) matrix."""
-    a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(n, k, device="cuda", dtype=torch.bfloat16).T if transposed else torch.randn(
-        k, n, device="cuda", dtype=torch.bfloat16
-    )  # fmt: skip
-    return a, b, torch.full((m, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+def matrix(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
+    """Normally distributed; layout T is a transposed view of a row-major matrix."""
+    if layout == "T":
+        return torch.randn(columns, rows, device="cuda", dtype=dtype).T
+    return torch.randn(rows, columns, device="cuda", dtype=dtype)
 
 
 def error(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rows: int = 256) -> float:
     """Relative Frobenius error against float64 over the first and last rows."""
-    pick = torch.cat([torch.arange(rows), torch.arange(c.shape[0] - rows, c.shape[0])]).to(c.device)
+    every = torch.arange(c.shape[0], device=c.device)
+    pick = torch.unique(torch.cat([every[:rows], every[-rows:]]))
     exact = a[pick].double() @ b.double()
     return float((c[pick].double() - exact).norm() / exact.norm())
 
 
-def measure(m: int, n: int, k: int, transposed: bool, repeats: int) -> dict[str, object]:
-    a, b, c = operands(m, n, k, transposed)
+def measure(m: int, n: int, k: int, layout: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+    a, b = matrix(m, k, layout[0], dtype), matrix(k, n, layout[1], dtype)
+    c = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
     grid = (tw.cdiv(m, 128), tw.cdiv(n, 256))
     gemm[grid](a, b, c)
     again = torch.full_like(c, float("nan"))
@@ -47,14 +51,12 @@ def measure(m: int, n: int, k: int, transposed: bool, repeats: int) -> dict[str,
     errors = error(c, a, b), error(library, a, b)
     same = torch.equal(c.view(torch.int16), again.view(torch.int16))
     out = torch.empty_like(c)
-    result = compare(
-        {"ours": lambda: gemm[grid](a, b, c), "cublas": lambda: torch.mm(a, b, out=out)}, repeats=repeats
-    )
+    result = compare({"ours": lambda: gemm[grid](a, b, c), "cublas": lambda: torch.mm(a, b, out=out)}, repeats=repeats)
     ours, theirs = result["ours"].median_us, result["cublas"].median_us
     flops = 2 * m * n * k
     return {
         "shape": f"{m}x{n}x{k}",
-        "layout": "NT" if transposed else "NN",
+        "layout": layout,
         "ours_us": ours,
         "cublas_us": theirs,
         "ratio": theirs / ours,
@@ -71,10 +73,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--shapes", choices=["few", "all"], default="few")
+    parser.add_argument("--layouts", default="NT,NN")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows = [measure(*shape, transposed, options.repeats) for shape in SHAPES for transposed in (True, False)]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians, random normal inputs")
+    shapes = SHAPES + (MORE_SHAPES if options.shapes == "all" else [])
+    dtype = DTYPES[options.dtype]
+    rows = [measure(*s, layout, dtype, options.repeats) for s in shapes for layout in options.layouts.split(",")]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, medians, random normal inputs")
     for r in rows:
         print(
             f"{r['shape']:>18} {r['layout']}  ours {r['ours_tflops']:6.1f}  cublas {r['cublas_tflops']:6.1f} TFLOP/s  "

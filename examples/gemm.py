@@ -15,7 +15,9 @@ import tilewright as tw
 
 
 @tw.kernel
-def gemm(a: tw.Tensor, b: tw.Tensor, c: tw.Tensor, *, BM: tw.constexpr = 128, BN: tw.constexpr = 256, BK: tw.constexpr = 64):  # noqa: E501
+def gemm(
+    a: tw.Tensor, b: tw.Tensor, c: tw.Tensor, *, BM: tw.constexpr = 128, BN: tw.constexpr = 256, BK: tw.constexpr = 64
+):
     m, n = tw.program_id(0), tw.program_id(1)
     acc = tw.zeros((BM, BN), tw.float32)
     for k in tw.range(tw.cdiv(a.shape[1], BK)):
@@ -41,7 +43,9 @@ def check_on_cpu(m: int = 1000, n: int = 1111, k: int = 1003) -> float:
 
 
 def main() -> int:
-    table = Table("target", "binary", "registers", "shared memory", "spills", "compile time", title="gemm 128x256x64 bf16")
+    table = Table(
+        "target", "binary", "registers", "shared memory", "spills", "compile time", title="gemm 128x256x64 bf16"
+    )
     for target in ("sm_90a", "gfx942", "gfx950"):
         artifact = compile_for(target)
         used = artifact.resources

@@ -17,8 +17,8 @@ from tilewright.kernels.mlp import mlp
 from tilewright.kernels.softmax import softmax
 
 TARGETS = ["gfx942", "gfx950"]
-#: rounding of the result to the output's dtype, relative and absolute
-TOLERANCE = {"bf16": (2**-8, 1e-2), "f16": (2**-11, 2e-3), "f32": (1e-5, 1e-4)}
+#: one unit in the last place of the output (two float32 sums may round to neighbours), and float32 sums near zero
+TOLERANCE = {"bf16": (2**-7, 1e-4), "f16": (2**-10, 1e-4), "f32": (1e-5, 1e-4)}
 
 
 def assert_close(got: np.ndarray, wanted: np.ndarray, dtype: str) -> None:
@@ -100,7 +100,11 @@ def attention(q: tw.Tensor, k: tw.Tensor, v: tw.Tensor, o: tw.Tensor):
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention(target: str, dtype: str):
-    q, k, v = normal(100, 64, dtype=dtype, scale=0.3), normal(150, 64, dtype=dtype, seed=1), normal(150, 64, dtype=dtype)
+    q, k, v = (
+        normal(100, 64, dtype=dtype, scale=0.3),
+        normal(150, 64, dtype=dtype, seed=1),
+        normal(150, 64, dtype=dtype),
+    )
     module = module_of(attention, q=matrix(dtype), k=matrix(dtype), v=matrix(dtype), o=matrix("f32"))
     function = scheduled(module, target)
     o, interpreted = np.zeros((100, 64), np.float32), np.zeros((100, 64), np.float32)

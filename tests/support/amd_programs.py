@@ -44,7 +44,9 @@ def compiled(function: Function, target: str) -> BackendResult:
     return compile_function(function, get_target(target))
 
 
-def emulate(result: BackendResult, target: str, arrays: Sequence[np.ndarray], grid: tuple[int, ...]) -> LaunchStatistics:
+def emulate(
+    result: BackendResult, target: str, arrays: Sequence[np.ndarray], grid: tuple[int, ...]
+) -> LaunchStatistics:
     """Run on the emulator; the arrays are tensors in the kernel's order and are changed in place.
 
     A tensor of Fortran order is passed as it lies in memory, with its strides.

@@ -18,7 +18,7 @@ def gemm(
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
-):
+) -> None:
     """``c = a @ b`` with a (M, K), b (K, N), c (M, N), any strides. Grid: (cdiv(M, BM), cdiv(N, BN)).
 
     Accumulates in float32. A transposed operand is passed as a transposed view.

@@ -20,7 +20,7 @@ def mlp(
     BH: tw.constexpr = 128,
     BN: tw.constexpr = 128,
     BK: tw.constexpr = 64,
-):
+) -> None:
     """``y = relu(x @ w1) @ w2`` with x (M, K), w1 (K, H), w2 (H, N), H up to BH. Grid: (cdiv(M, BM),).
 
     The hidden tile stays in registers and feeds the second product from there.
@@ -35,9 +35,7 @@ def mlp(
         tw.store(y, (m, n), out.to(y.dtype))
 
 
-def reference(
-    x: np.ndarray[Any, Any], w1: np.ndarray[Any, Any], w2: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
+def reference(x: np.ndarray[Any, Any], w1: np.ndarray[Any, Any], w2: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """In float64, with the hidden values rounded to x's dtype as the kernel does."""
     hidden = np.maximum(x.astype(np.float64) @ w1.astype(np.float64), 0).astype(x.dtype)
     product: np.ndarray[Any, Any] = hidden.astype(np.float64) @ w2.astype(np.float64)

@@ -10,7 +10,7 @@ import tilewright as tw
 
 
 @tw.kernel
-def softmax(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 1, BN: tw.constexpr = 4096):
+def softmax(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 1, BN: tw.constexpr = 4096) -> None:
     """``y = softmax(x)`` along rows of up to BN elements; x and y (M, N). Grid: (cdiv(M, BM),).
 
     Computes in float32 and reads and writes each element once.

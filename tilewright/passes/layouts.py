@@ -132,8 +132,8 @@ class _Assignment:
         if isinstance(op, Unary | Binary | Compare | Select | Cast | Bitcast):
             self._union(op.result, *op.operands)
         elif isinstance(op, For):
-            for group in zip(op.results, op.carried, op.inits, _yielded(op.body), strict=True):
-                self._union(*group)
+            for result, arg, init, value in zip(op.results, op.carried, op.inits, _yielded(op.body), strict=True):
+                self._union(result, arg, init, value)
         elif isinstance(op, While):
             carried = zip(op.results, op.inits, op.condition.block.args, op.body.block.args, strict=True)
             for group, value in zip(carried, _yielded(op.body), strict=True):
@@ -328,4 +328,3 @@ RULES: dict[type[Operation], tuple[Rule, Rule]] = {
     Reshape: (_reshaped(lambda op: op.result), _reshaped(lambda op: op.operands[0])),
     Extract: (_extracted, _unreduced),
 }
-

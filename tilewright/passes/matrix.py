@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import gcd
 
+from tilewright.ir.async_ops import AsyncDot
 from tilewright.ir.core import IRError
 from tilewright.ir.layout import (
     LinearLayout,
@@ -47,7 +48,7 @@ class MatrixUnit(ABC):
         """Registers of an accumulator (M, N)."""
 
     @abstractmethod
-    def operand(self, which: str, dot: Dot, warps: int) -> LinearLayout:
+    def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
         """Registers of operand ``a`` (M, K) or ``b`` (K, N)."""
 
     @abstractmethod
@@ -58,14 +59,14 @@ class MatrixUnit(ABC):
         """
 
 
-def operand_shape(dot: Dot, which: str) -> tuple[int, ...]:
+def operand_shape(dot: Dot | AsyncDot, which: str) -> tuple[int, ...]:
     """The shape of operand ``a`` or ``b``, tile or slot."""
     type_ = (dot.a if which == "a" else dot.b).type
     assert isinstance(type_, TileType | SlotType)
     return type_.shape
 
 
-def operand_dtype(dot: Dot) -> DType:
+def operand_dtype(dot: Dot | AsyncDot) -> DType:
     """The dtype of both operands."""
     type_ = dot.a.type
     assert isinstance(type_, TileType | SlotType)
@@ -88,7 +89,9 @@ class Wgmma(MatrixUnit):
             raise IRError(f"dot of {dtype} is not supported on {self.target.name} yet", dot.loc, "cast to bf16 or f16")
         acc = dot.acc.type
         if not isinstance(acc, TileType) or acc.dtype != f32:
-            raise IRError("dot accumulates in float32", dot.loc, "make the accumulator with tw.zeros(shape, tw.float32)")
+            raise IRError(
+                "dot accumulates in float32", dot.loc, "make the accumulator with tw.zeros(shape, tw.float32)"
+            )
         if m % 64 or k % 16 or n % 8 or n < 8:
             raise IRError(
                 f"dot of ({m}, {k}) @ ({k}, {n}) does not fit {self.target.name}",
@@ -108,13 +111,13 @@ class Wgmma(MatrixUnit):
     def accumulator(self, shape: tuple[int, ...], warps: int) -> LinearLayout:
         return wgmma_accumulator(shape, warps // 4)
 
-    def operand(self, which: str, dot: Dot, warps: int) -> LinearLayout:
+    def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
         if which != "a":
             raise IRError("the matrix unit reads operand b from shared memory only", dot.loc)
         return wgmma_operand_a(operand_shape(dot, "a"), operand_dtype(dot).bits, warps // 4)
 
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
-        """The widest TMA swizzle that divides a line: all of them are conflict free for the unit's 8 x 16-byte reads."""
+        """The widest TMA swizzle that divides a line: all are conflict free for the unit's 8 x 16-byte reads."""
         shape, bits = operand_shape(dot, which), operand_dtype(dot).bits
         fastest = contiguous if contiguous is not None else (1 if which == "a" else 0)
         order = (fastest, 1 - fastest)

@@ -13,7 +13,7 @@ from tilewright.ir.async_ops import Barrier, LocalStore, Release
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Value, replace_uses, uses_of
 from tilewright.ir.tile_ops import Dot, For, Yield
-from tilewright.ir.types import SlotType, TileType
+from tilewright.ir.types import RingType, SlotType, TileType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 
@@ -106,12 +106,17 @@ def _accumulating_loop(function: Function, block: Block) -> _Accumulation | None
         if uses[dot.acc] != [dot] or uses[dot.result] != [terminator] or terminator.values[position] is not dot.result:
             return None
     releases = [op for op in block.ops if isinstance(op, Release)]
-    if any(r.count not in loop.carried or r.ring.type.stages < 2 for r in releases):
+    if any(r.count not in loop.carried or _stages(r.ring) < 2 for r in releases):
         return None  # the stage of the iteration before is still being read when this one's is awaited
     after_dots = block.ops.index(dots[-1])
     if any(block.ops.index(r) < after_dots for r in releases) and len(dots) > 1:
         return None
     return _Accumulation(loop, dots, releases)
+
+
+def _stages(ring: Value) -> int:
+    assert isinstance(ring.type, RingType)
+    return ring.type.stages
 
 
 def _keep_in_flight(function: Function, found: _Accumulation) -> None:
@@ -172,5 +177,3 @@ def _finish(function: Function, found: _Accumulation) -> None:
     for op in function.walk():
         if op is not wait:
             op.replace_operands(mapping)
-
-

@@ -26,7 +26,6 @@ from tilewright.ir.types import ScalarType, SlotType, TileType, i32
 from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
-
 #: a copy and a use at the same time
 LEAST_STAGES = 2
 
@@ -178,9 +177,7 @@ class _Rewriter:
             b.insert(op)
             return {}
         keys = [id(g) for g in inside]
-        for g in inside:
-            count = Value(ScalarType(i32), op, "count")
-            op.results.append(count)
+        op.results += [Value(ScalarType(i32), op, "count") for _ in inside]
         if isinstance(op, For | While):
             op.inits = [*op.inits, *(counts[k] for k in keys)]
             args = [[Value(ScalarType(i32), r.block, "count") for _ in keys] for r in op.regions]
@@ -224,5 +221,3 @@ def _use_slots(function: Function, slots: dict[Value, Value]) -> None:
     for op in doomed:
         assert op.parent is not None
         op.parent.ops.remove(op)
-
-

@@ -29,7 +29,7 @@ from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_o
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Transpose, While, Yield
 from tilewright.ir.types import BufferType, ScalarType, SlotType, TileType, ViewType, i32
-from tilewright.passes.analysis import ancestor_in, enclosing_operations
+from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.placement import trace_load
@@ -83,7 +83,10 @@ class Group:
 
 @register_pass("prefetch")
 class Prefetch(FunctionPass):
-    """``num_stages`` 1 or 2 fixes the slots of each prefetched load; None: two where shared memory allows."""
+    """``num_stages`` fixes the slots of each prefetched load; None: two where shared memory allows, else one.
+
+    More than two count as two: what runs further ahead would wait in registers, not in slots.
+    """
 
     num_stages: int | None = None
 
@@ -180,7 +183,12 @@ def _allocate(function: Function, groups: list[Group]) -> None:
         for group in groups:
             for t in group.transits:
                 type_ = BufferType(group.stages, t.slot)
-                t.buffer = b.insert(Alloc(None, types=[type_], hints=[t.load.result.hint])).result
+                t.buffer = b.insert(Alloc(None, types=[type_], hints=[_name(t.load)])).result
+
+
+def _name(load: Load) -> str:
+    """For dumps and messages: the tile's name, else its tensor's."""
+    return load.result.hint or view_root(load.view).hint
 
 
 def _repeats(block: Block, loops: dict[Block, Operation]) -> bool:

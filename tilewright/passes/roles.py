@@ -44,9 +44,7 @@ class Roles(FunctionPass):
         produce = _slice(program, is_producer)
         consume = _slice(program, lambda op: not is_producer(op))
         alone = engines == {"tma"}
-        b.insert(
-            Role(regions=[produce], kind="producer", warps=WARPGROUP, registers=registers[0], single_thread=alone)
-        )
+        b.insert(Role(regions=[produce], kind="producer", warps=WARPGROUP, registers=registers[0], single_thread=alone))
         b.insert(Role(regions=[consume], kind="consumer", warps=consumers, registers=registers[1]))
         function.attributes["threads"] = (WARPGROUP + consumers) * context.target.warp_size
         _count_arrivals(function, consumers, context.target)
@@ -104,5 +102,3 @@ def _count_arrivals(function: Function, consumers: int, target: Target) -> None:
             by_engine = engines.get(op.result, set()) == {"tma"}
             op.producers = 1 if by_engine else WARPGROUP * target.warp_size
             op.consumers = consumers // WARPGROUP
-
-

@@ -8,6 +8,8 @@ and reuse one scratch area. Running out of memory is an error that lists each bu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tilewright.ir.async_ops import Alloc, MakeRing
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import scratch_bytes
@@ -75,7 +77,7 @@ def _total(allocs: list[Alloc], rings: list[MakeRing], scratch: int) -> int:
     return _place(allocs, rings, [], scratch)
 
 
-def _place(allocs: list[Alloc], rings: list[MakeRing], users: list[Operation], scratch: int) -> int:
+def _place(allocs: list[Alloc], rings: list[MakeRing], users: Sequence[Operation], scratch: int) -> int:
     """Assign offsets, most aligned first; returns the end."""
     offset = 0
     for alloc in sorted(allocs, key=lambda a: -_buffer(a).slot.layout.alignment):

@@ -111,4 +111,3 @@ def _finish(role: Role) -> None:
     b = Builder(block, role.loc)
     for scope in sorted(scopes):
         b.insert(BulkWait(pending=0, read=False, scope=scope))
-

@@ -95,7 +95,7 @@ def reuse_axes(function: Function) -> tuple[int, int] | None:
 
 
 def decode(b: Builder, tile: Value, sizes: list[Value], axes: tuple[int, int] | None, group: int) -> list[Value]:
-    """Program ids of a linear tile number: grouped along ``axes`` with the third axis outermost, else axis 0 fastest."""
+    """Program ids of a linear tile number: grouped along ``axes``, the third axis outermost; else axis 0 fastest."""
     if axes is None:
         x = b.binary("mod", tile, sizes[0])
         rest = b.binary("floordiv", tile, sizes[0])

@@ -6,13 +6,14 @@ floordiv and mod round towards minus infinity, shifts by the width or more move 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tilewright.backends.lower.elements import constant, element
+from tilewright.backends.lower.elements import element
 from tilewright.backends.lower.ranges import Range
 from tilewright.backends.mlir_builder import ir as mlir
-from tilewright.ir.types import DType, f32, f64, i1
+from tilewright.ir.types import DType, f64, i1
 
 if TYPE_CHECKING:
     from tilewright.backends.lower.context import Lowering
@@ -63,18 +64,18 @@ def _float_divide(lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
     return lw.ops.divide(lw, x, y) if x.type == lw.fb.types.f32 else lw.fb.fdiv(x, y)
 
 
-def _float_floordiv(lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
-    return lw.fb.float_unary("floor", _float_divide(lw, x, y))
+def _float_divmod(lw: Lowering, x: mlir.Value, y: mlir.Value) -> tuple[mlir.Value, mlir.Value]:
+    """(floor(x / y), x - floor(x / y) * y), one step back where the quotient was rounded up to an integer.
 
-
-def _float_mod(lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
-    """x - floor(x / y) * y; one more step where the rounded quotient was off by one."""
+    Infinities as in NumPy: an infinite x gives NaN, an infinite y leaves x or goes one step.
+    """
     fb = lw.fb
-    rest = fb.fma(fb.fneg(_float_floordiv(lw, x, y)), y, x)
-    zero = constant(lw, 0.0, f32 if x.type == fb.types.f32 else f64)
-    wrong = fb.xor(fb.fcmp("olt", rest, zero), fb.fcmp("olt", y, zero))
-    wrong = fb.and_(wrong, fb.fcmp("one", rest, zero))
-    return fb.select(wrong, fb.fadd(rest, y), rest)
+    quotient = fb.floor(fb.fdiv(x, y))  # correctly rounded: an approximation may also fall short of an integer
+    rest = fb.select(fb.fcmp("oeq", quotient, 0.0), x, fb.fma(fb.fneg(quotient), y, x))
+    beyond = fb.and_(fb.fcmp("one", rest, 0.0), fb.xor(fb.fcmp("olt", rest, 0.0), fb.fcmp("olt", y, 0.0)))
+    quotient = fb.select(beyond, fb.fsub(quotient, 1.0), quotient)
+    unbounded = fb.fcmp("oeq", fb.fabs(x), math.inf)
+    return fb.select(unbounded, math.nan, quotient), fb.select(beyond, fb.fadd(rest, y), rest)
 
 
 _FLOAT: dict[str, Apply] = {
@@ -82,8 +83,8 @@ _FLOAT: dict[str, Apply] = {
     "sub": lambda lw, x, y: lw.fb.fsub(x, y),
     "mul": lambda lw, x, y: lw.fb.fmul(x, y),
     "div": _float_divide,
-    "floordiv": _float_floordiv,
-    "mod": _float_mod,
+    "floordiv": lambda lw, x, y: _float_divmod(lw, x, y)[0],
+    "mod": lambda lw, x, y: _float_divmod(lw, x, y)[1],
     "max": lambda lw, x, y: lw.fb.maximum(x, y, "nsz"),
     "min": lambda lw, x, y: lw.fb.minimum(x, y, "nsz"),
 }

@@ -42,6 +42,8 @@ def compile_functions(functions: Sequence[Function], target: Target) -> BackendR
     merged = merge([optimize(entry.module.finish(), spec) for entry in entries])
     asm = {"llvm": merged.text(), "ptx": emit_assembly(merged)}
     assembled = assemble(asm["ptx"], target.cpu)
+    for function, entry in zip(functions, entries, strict=True):
+        check_registers(function, assembled.resources[entry.abi.name].registers)
     used = [(e.abi, _resources(assembled.resources[e.abi.name], e.abi)) for e in entries]
     return BackendResult(assembled.cubin, tuple(used), asm)
 

@@ -42,14 +42,22 @@ class Shape:
     column_step: int
 
     @classmethod
-    def of(cls, m: int, n: int, k: int, groups: int) -> Shape:
+    def of(cls, m: int, n: int, k: int, groups: int, grain: int = COLUMN_STEP) -> Shape:
+        """``grain``: what columns of one instruction start at multiples of (a block of an MN-major operand b)."""
         split_rows = m > BLOCK_ROWS
         rows, columns = (m // groups, n) if split_rows else (m, n // groups)
         if rows % BLOCK_ROWS or k % INSTRUCTION_K or columns % COLUMN_STEP or not columns:
             raise ValueError(f"({m}, {k}) @ ({k}, {n}) does not split over {groups} warpgroups")
-        parts = next(p for p in range(1, n + 1) if columns % (p * COLUMN_STEP) == 0 and columns // p <= MOST_COLUMNS)
+        whole = columns <= MOST_COLUMNS and columns == n
+        sizes = [columns] if whole else [c for c in range(MOST_COLUMNS, 0, -COLUMN_STEP) if columns % c == 0]
+        fitting = [c for c in sizes if whole or (c % grain == 0 and c <= columns)]
+        if not fitting:
+            raise ValueError(
+                f"{columns} columns do not split into parts of {MOST_COLUMNS} or less, multiples of {grain}"
+            )
         row_step, column_step = (rows, 0) if split_rows else (0, columns)
-        return cls(rows // BLOCK_ROWS, parts, columns // parts, k // INSTRUCTION_K, row_step, column_step)
+        size = fitting[0]
+        return cls(rows // BLOCK_ROWS, columns // size, size, k // INSTRUCTION_K, row_step, column_step)
 
 
 # --- operands -------------------------------------------------------------------------------------
@@ -143,7 +151,8 @@ class Group:
 def lower_async_dot(lw: Lowering, op: AsyncDot) -> None:
     (m, n), k = _accumulator(op).shape, _slot_type(op.b).shape[0]
     layout, groups = _check(lw, op), warpgroup_count(lw)
-    shape = Shape.of(m, n, k, groups)
+    target = lw.slot(op.b).layout
+    shape = Shape.of(m, n, k, groups, target.block_size if target.order[0] == 1 else COLUMN_STEP)
     _pin_later_operands(lw, op)
     zero = isinstance(op.acc.op, Constant) and op.acc.op.value == 0
     group = Group(lw, lw.registers(op.acc), tied=not zero)

@@ -140,6 +140,8 @@ LDS_ATOMICS: dict[tuple[str, str], Atomic] = {
     ("max", "i64"): ATOMICS["smax_x2"],
     ("min", "u64"): ATOMICS["umin_x2"],
     ("max", "u64"): ATOMICS["umax_x2"],
+    ("inc", "u64"): ATOMICS["inc_x2"],
+    ("dec", "u64"): ATOMICS["dec_x2"],
     ("and", "b64"): ATOMICS["and_x2"],
     ("or", "b64"): ATOMICS["or_x2"],
     ("xor", "b64"): ATOMICS["xor_x2"],

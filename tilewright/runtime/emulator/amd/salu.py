@@ -123,6 +123,11 @@ def _bit_mask(width: Array, offset: Array, dtype: Any, limit: int) -> Array:
     return ((one << (width & _U32(limit)).astype(dtype)) - one) << (offset & _U32(limit)).astype(dtype)
 
 
+def _single_bit(position: Array, dtype: Any) -> Array:
+    result: Array = dtype(1) << (position & _U32(dtype(0).nbytes * 8 - 1)).astype(dtype)
+    return result
+
+
 def _shift(operation: Function, limit: int) -> Function:
     return lambda a, b: operation(a, (b & _U32(limit)).astype(a.dtype))
 
@@ -199,8 +204,10 @@ _TABLE: list[tuple[str, str, Function, str]] = [
     ("s_flbit_i32_b32", "b32 -> i32", leading_zeros, ""),
     ("s_flbit_i32_b64", "b64 -> i32", leading_zeros, ""),
     ("s_flbit_i32", "i32 -> i32", leading_signs, ""),
-    ("s_bitset0_b32", "u32 old -> b32", lambda a, old: old & ~(_U32(1) << (a & _U32(31))), ""),
-    ("s_bitset1_b32", "u32 old -> b32", lambda a, old: old | (_U32(1) << (a & _U32(31))), ""),
+    ("s_bitset0_b32", "u32 old -> b32", lambda a, old: old & ~_single_bit(a, _U32), ""),
+    ("s_bitset1_b32", "u32 old -> b32", lambda a, old: old | _single_bit(a, _U32), ""),
+    ("s_bitset0_b64", "u32 old -> b64", lambda a, old: old & ~_single_bit(a, _U64), ""),
+    ("s_bitset1_b64", "u32 old -> b64", lambda a, old: old | _single_bit(a, _U64), ""),
     ("s_pack_ll_b32_b16", "b32 b32 -> b32", lambda a, b: (a & _U32(0xFFFF)) | (b << _U32(16)), ""),
     ("s_pack_lh_b32_b16", "b32 b32 -> b32", lambda a, b: (a & _U32(0xFFFF)) | (b & _U32(0xFFFF0000)), ""),
     ("s_pack_hh_b32_b16", "b32 b32 -> b32", lambda a, b: (a >> _U32(16)) | (b & _U32(0xFFFF0000)), ""),

@@ -31,6 +31,17 @@ def output_modifiers(inst: Instruction, value: Array) -> Array:
     return value
 
 
+def saturating(operation: Function, dtype: Any) -> Function:
+    """The CLAMP form of an integer add or subtract."""
+    info = np.iinfo(dtype)
+
+    def compute(a: Array, b: Array) -> Array:
+        wide = operation(a.astype(np.int64), b.astype(np.int64))
+        return np.clip(wide, int(info.min), int(info.max)).astype(dtype)
+
+    return compute
+
+
 def valu(
     name: str,
     signature: str,

@@ -19,7 +19,7 @@ from tilewright.runtime.emulator.amd.numerics import (
 from tilewright.runtime.emulator.amd.operands import KINDS, Array, Operand, Where
 from tilewright.runtime.emulator.amd.registry import define, instruction
 from tilewright.runtime.emulator.amd.state import WaveState
-from tilewright.runtime.emulator.amd.valu import Function, valu
+from tilewright.runtime.emulator.amd.valu import Function, saturating, valu
 
 _U16, _U32, _F16, _F32, _F64 = np.uint16, np.uint32, np.float16, np.float32, np.float64
 _GFX950 = ("gfx950",)
@@ -153,12 +153,17 @@ def _packed_halves(state: WaveState, inst: Instruction, kind: str) -> list[tuple
     return sources
 
 
-def _packed16(kind: str, function: Function) -> Callable[[WaveState, Instruction], None]:
+def _packed16(
+    kind: str, function: Function, saturating: Function | None = None
+) -> Callable[[WaveState, Instruction], None]:
+    """A VOP3P 16-bit instruction; ``saturating`` is what an integer one computes under CLAMP."""
+
     def execute(state: WaveState, inst: Instruction) -> None:
         sources = _packed_halves(state, inst, kind)
         halves = []
         for side in (0, 1):
-            value = np.asarray(function(*(source[side] for source in sources)))
+            compute = saturating if saturating is not None and inst.flag("clamp") else function
+            value = np.asarray(compute(*(source[side] for source in sources)))
             if inst.flag("clamp") and KINDS[kind].is_float:
                 value = np.clip(value, 0, 1)
             halves.append(value.astype(KINDS[kind].dtype, copy=False))
@@ -185,8 +190,9 @@ _PACKED16: list[tuple[str, str, Function]] = [
 for _name, _kind, _function in _PACKED16:
     define(_name, _packed16(_kind, _function))
 for _kind in ("u16", "i16"):
-    define(f"v_pk_add_{_kind}", _packed16(_kind, np.add))
-    define(f"v_pk_sub_{_kind}", _packed16(_kind, np.subtract))
+    _dtype = KINDS[_kind].dtype
+    define(f"v_pk_add_{_kind}", _packed16(_kind, np.add, saturating(np.add, _dtype)))
+    define(f"v_pk_sub_{_kind}", _packed16(_kind, np.subtract, saturating(np.subtract, _dtype)))
     define(f"v_pk_mad_{_kind}", _packed16(_kind, lambda a, b, c: a * b + c))
     define(f"v_pk_max_{_kind}", _packed16(_kind, np.maximum))
     define(f"v_pk_min_{_kind}", _packed16(_kind, np.minimum))

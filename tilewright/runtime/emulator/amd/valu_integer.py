@@ -12,21 +12,10 @@ from tilewright.runtime.emulator.amd.operands import KINDS, Array, Where
 from tilewright.runtime.emulator.amd.registry import define, instruction
 from tilewright.runtime.emulator.amd.salu import bit_field, leading_signs, leading_zeros, reverse_bits
 from tilewright.runtime.emulator.amd.state import WaveState
-from tilewright.runtime.emulator.amd.valu import Function, valu
+from tilewright.runtime.emulator.amd.valu import Function, saturating, valu
 
 _U16, _U32, _U64, _I32, _I64 = np.uint16, np.uint32, np.uint64, np.int32, np.int64
 _GFX950 = ("gfx950",)
-
-
-def _saturating(operation: Function, dtype: Any) -> Function:
-    """The CLAMP form of an integer add or subtract."""
-    info = np.iinfo(dtype)
-
-    def compute(a: Array, b: Array) -> Array:
-        wide = operation(a.astype(_I64), b.astype(_I64))
-        return np.clip(wide, int(info.min), int(info.max)).astype(dtype)
-
-    return compute
 
 
 def _reversed(operation: Function) -> Function:
@@ -179,14 +168,14 @@ for _kind, _dtype in (("u32", _U32), ("i32", _I32), ("u16", _U16), ("i16", np.in
     _pair = f"{_kind} {_kind} -> {_kind}"
     _triple = f"{_kind} {_kind} {_kind} -> {_kind}"
     _preserve = _kind == "i16"
-    valu(f"v_add_{_kind}", _pair, np.add, clamp=_saturating(np.add, _dtype), preserves_high=_preserve)
-    valu(f"v_sub_{_kind}", _pair, np.subtract, clamp=_saturating(np.subtract, _dtype), preserves_high=_preserve)
+    valu(f"v_add_{_kind}", _pair, np.add, clamp=saturating(np.add, _dtype), preserves_high=_preserve)
+    valu(f"v_sub_{_kind}", _pair, np.subtract, clamp=saturating(np.subtract, _dtype), preserves_high=_preserve)
     if _kind[0] == "u":
         valu(
             f"v_subrev_{_kind}",
             _pair,
             _reversed(np.subtract),
-            clamp=_reversed(_saturating(np.subtract, _dtype)),
+            clamp=_reversed(saturating(np.subtract, _dtype)),
         )
     for _name, _function in (("min", np.minimum), ("max", np.maximum)):
         valu(f"v_{_name}_{_kind}", _pair, _function)
