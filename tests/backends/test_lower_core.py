@@ -79,14 +79,17 @@ def pack_arguments(
     return packed + bytes(64)
 
 
-def emulate(function: Function, arguments: Mapping[str, Any], grid: Sequence[int]) -> dict[str, np.ndarray]:
+def emulate(
+    function: Function, arguments: Mapping[str, Any], grid: Sequence[int], blocks: int | None = None
+) -> dict[str, np.ndarray]:
     """The arrays after running the gfx942 code on the emulator."""
     result = amd.compile_function(function, get_target("gfx942"))
     emulator, memory = AmdEmulator(result.asm["amdgcn"], result.abi.name, "gfx942"), GlobalMemory()
     arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
     addresses = {name: memory.allocate(array, name) for name, array in arrays.items()}
     full = (*grid, 1, 1, 1)[:3]
-    emulator.launch(memory, full, (result.abi.threads,), pack_arguments(result.abi, addresses, arguments, full))
+    launched = full if blocks is None else (blocks,)
+    emulator.launch(memory, launched, (result.abi.threads,), pack_arguments(result.abi, addresses, arguments, full))
     return {name: memory.read_back(address) for name, address in addresses.items()}
 
 
@@ -491,6 +494,28 @@ def test_program_indices():
       tile.store %x, [%b, %z], %t
     }"""
     check(text, layouts(a=((1, 16), 32, 1, (1, 0))), {"x": np.zeros((24, 16), np.int32)}, (2, 3, 4))
+
+
+def test_persistent_blocks_walk_the_grid():
+    text = """
+    func @k(%x: view<?x64xi32, strides=[64, 1], align=4>) {num_warps = 4, persistent = true} {
+      %z = tile.constant {value = 0} : i32
+      %b = tile.block_id : i32
+      %n = tile.num_blocks : i32
+      %total = tile.num_programs {axis = 0} : i32
+      tile.for %p = %b to %total step %n {
+        %h = tile.constant {value = 100} : i32
+        %bh = tile.mul %b, %h : i32
+        %s = tile.add %bh, %p : i32
+        %t = tile.splat %s : tile<1x64xi32, #a>
+        tile.store %x, [%p, %z], %t
+        tile.yield []
+      }
+    }"""
+    aliases, x = layouts(a=((1, 64), 32, 4, (1, 0))), np.zeros((7, 64), np.int32)
+    got = emulate(parse(text, aliases, 64), {"x": x}, (7,), blocks=3)["x"]
+    np.testing.assert_array_equal(got[:, 0], [p % 3 * 100 + p for p in range(7)])
+    nvidia.compile_function(parse(text, aliases, 32), get_target("sm_90a"))
 
 
 # --- shared memory ----------------------------------------------------------------------------------

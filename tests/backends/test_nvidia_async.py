@@ -353,6 +353,7 @@ def test_operands_in_either_order(transposed):
         ((128, 96, 32), "m64n96k16", 2),
         ((192, 128, 64), "m64n128k16", 12),
         ((128, 128, 128), "m64n128k16", 8),
+        ((64, 320, 64), "m64n64k16", 20),
     ],
 )
 def test_other_tiles(tile, instruction, steps):
@@ -464,6 +465,24 @@ def test_bulk_stores_of_warpgroups_move_their_own_rows():
     own = lower_function(roles(PRODUCE, store.replace("SCOPE", "warpgroup")), TARGET)
     assert own.abi.tensor_maps[1] == TensorMapParam("A", (32, 64), (1, 0), 128)
     assert "cp.async.bulk.wait_group 1;" in own.module.text()
+
+
+def test_operands_of_a_second_group_are_computed_before_the_first():
+    """LLVM must not compute the second group's operand between the groups; a wait passes any tile through."""
+    acc, left = wgmma_accumulator((64, 64), 1), wgmma_operand_a((64, 64), 16, 1)
+    dots = f"""%s_1 = async.slot %a, %n_1 : {SLOT}
+      %zero = tile.constant {{value = 0.0}} : tile<64x64xf32, {acc}>
+      %x = tile.constant {{value = 1.0}} : tile<64x64xbf16, {left}>
+      %p = tile.add %x, %x : tile<64x64xbf16, {left}>
+      %r, %g = async.dot %s_1, %s_1, %zero : tile<64x64xf32, {acc}>, token<mma>
+      %q, %h = async.dot %p, %s_1, %zero : tile<64x64xf32, {acc}>, token<mma>
+      %rr = async.wait [%r] {{pending = 1}} : tile<64x64xf32, {acc}>
+      %qq, %pp = async.wait [%q, %p] : tile<64x64xf32, {acc}>, tile<64x64xbf16, {left}>"""
+    text = mlir(roles(PRODUCE, dots, consumers=1))
+    words = 64 * 64 // 128 // 2
+    pin = f'"", "{",".join(["=r"] * words + [str(i) for i in range(words)])}"'
+    assert text.count('has_side_effects "", ') == 1 and text.index(pin) < text.index("wgmma.mma_async")
+    assert text.index("wait_group.sync.aligned 1") < text.index("wait_group.sync.aligned 0")
 
 
 @pytest.mark.parametrize(

@@ -732,3 +732,54 @@ def test_bf16_gemm_through_lds(arch: str, lds_dma: bool) -> None:
     assert (" lds" in asm) == lds_dma
     c = run(asm, arch, [a, b, np.zeros((m, n), np.float32), np.int32(n), np.int32(k)], grid=(m // 64, n // 64))[2]
     np.testing.assert_allclose(c, a.astype(np.float64) @ b.astype(np.float64).T, atol=1e-3 * np.sqrt(k))
+
+
+E8M0_ONE = 127
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("m", [16, 32])
+def test_scaled_mfma(code: int, m: int) -> None:
+    k = 2048 // m
+    bits = (8, 8, 6, 6, 4)[code]
+    dtype = (OCP, ml_dtypes.float8_e5m2, ml_dtypes.float6_e2m3fn, ml_dtypes.float6_e3m2fn, ml_dtypes.float4_e2m1fn)[code]
+    rng = np.random.default_rng(8)
+    a, b = (rng.normal(size=(m, k)).astype(dtype) for _ in range(2))
+    scale_a, scale_b = (rng.integers(E8M0_ONE - 3, E8M0_ONE + 4, (m, k // 32)).astype(np.uint8) for _ in range(2))
+
+    def pack(matrix: np.ndarray) -> np.ndarray:
+        out = np.zeros((64, bits), np.uint32)
+        for lane in range(64):
+            row, group = lane % m, lane // m
+            for item in range(32):
+                column = 32 * group + item if bits < 8 else k // 2 * (item // 16) + 16 * group + item % 16
+                value = int(matrix[row, column].view(np.uint8))
+                for bit in range(bits):
+                    position = item * bits + bit
+                    out[lane, position // 32] |= np.uint32((value >> bit & 1) << position % 32)
+        return out
+
+    def scales(octets: np.ndarray) -> np.ndarray:
+        return (octets.T.reshape(64).astype(np.uint32) << np.uint32(16)) | np.uint32(0x55AA00FF)
+
+    count = m * m // 64
+    loads = [(f"v{8 + i}", i) for i in range(bits)] + [(f"v{16 + i}", bits + i) for i in range(bits)]
+    loads += [("v24", 2 * bits), ("v25", 2 * bits + 1)]
+    data = np.concatenate([pack(a).T, pack(b).T, scales(scale_a)[None], scales(scale_b)[None]])
+    lines = ["s_load_dwordx4 s[4:7], s[0:1], 0x0", "v_lshlrev_b32_e32 v31, 2, v0"]
+    lines += [f"global_load_dword {register}, v31, s[4:5] offset:{256 * row}" for register, row in loads]
+    name = f"v_mfma_scale_f32_{m}x{m}x{k}_f8f6f4"
+    last = bits - 1
+    lines += [f"{name} a[0:{count - 1}], v[8:{8 + last}], v[16:{16 + last}], 0, v24, v25 "
+              f"op_sel:[0,0,0] op_sel_hi:[1,1,0] cbsz:{code} blgp:{code}"]  # fmt: skip
+    for i in range(count):
+        lines += [f"v_accvgpr_read_b32 v26, a{i}", f"global_store_dword v31, v26, s[6:7] offset:{256 * i}"]
+    out = run(wrap("\n".join(lines)), "gfx950", [data, np.zeros((count, 64), np.float32)], threads=64)[1]
+    # scales() puts the octet at bits 23:16, with one of 0xaa's or-ed in where it is zero there
+    factor_a = np.exp2((scale_a | 0xAA).astype(np.float64) - 127)
+    factor_b = np.exp2((scale_b | 0xAA).astype(np.float64) - 127)
+    wide_a = a.astype(np.float64) * np.repeat(factor_a, 32, axis=1)
+    wide_b = b.astype(np.float64) * np.repeat(factor_b, 32, axis=1)
+    expected = wide_a @ wide_b.T
+    result = _unpack(np.ascontiguousarray(out.T), m, 1, False)[0]
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tilewright.passes.manager import PassOptions
+if TYPE_CHECKING:
+    from tilewright.passes.manager import PassOptions
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class CompileOptions:
 
     def pass_options(self) -> PassOptions:
         """The same choices, for the pass manager."""
+        from tilewright.passes.manager import PassOptions  # a cache hit needs the options, but no passes
+
         return PassOptions(self.num_warps, self.num_stages, self.num_ctas, self.schedule)
 
     @staticmethod

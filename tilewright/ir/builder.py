@@ -205,9 +205,9 @@ class Builder:
 
     # --- asynchronous code --------------------------------------------------------------------
 
-    def alloc(self, slot: SlotType, ring: Value | None = None, hint: str = "") -> Value:
-        """A buffer of one slot, or of one slot for each stage of ``ring``."""
-        stages = ring.type.stages if ring is not None and isinstance(ring.type, RingType) else 1
+    def alloc(self, slot: SlotType, ring: Value | None = None, hint: str = "", stages: int = 1) -> Value:
+        """A buffer of ``stages`` slots, or of one slot for each stage of ``ring``."""
+        stages = ring.type.stages if ring is not None and isinstance(ring.type, RingType) else stages
         return self.insert(async_ops.Alloc(ring, types=[BufferType(stages, slot)], hints=[hint])).result
 
     def ring(self, stages: int, hint: str = "", **attributes: Any) -> Value:

@@ -139,8 +139,8 @@ class _Assignment:
             for group, value in zip(carried, _yielded(op.body), strict=True):
                 self._union(*group, value)
         elif isinstance(op, If):
-            for group in zip(op.results, _yielded(op.then_body), _yielded(op.else_body), strict=True):
-                self._union(*group)
+            for choice in zip(op.results, _yielded(op.then_body), _yielded(op.else_body), strict=True):
+                self._union(*choice)
         elif isinstance(op, Dot | AsyncDot):
             self._union(op.results[0], op.acc)
         elif isinstance(op, Wait):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tilewright.ir.async_ops import AsyncDot
 from tilewright.ir.core import IRError
 from tilewright.ir.layout import (
     LinearLayout,
@@ -83,7 +84,7 @@ class Mfma(MatrixUnit):
         (m, n), grid = self._tiling(shape, warps)
         return mfma_accumulator(shape, (m, n), grid)
 
-    def operand(self, which: str, dot: Dot, warps: int) -> LinearLayout:
+    def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
         _, grid = self._tiling(_result_shape(dot), warps)
         instruction = self.instruction(dot, warps)
         return mfma_operand(operand_shape(dot, which), which, instruction.mnk, instruction.k_per_lane, grid)

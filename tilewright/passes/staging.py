@@ -7,6 +7,8 @@ the warps go on. Where each warpgroup owns whole rows of the tile, it stages and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tilewright.ir.async_ops import Barrier, BulkWait, LocalStore, Role
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Value
@@ -17,8 +19,9 @@ from tilewright.ir.types import SlotType, TileType, ViewType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.placement import bulk_copyable
 
-#: bytes of one line of the staging slot: two swizzled blocks keep the engine busy without much memory
-LINE_BYTES = 256
+#: bytes of one line of a staging slot (one swizzled block), and how many slots take turns: the warps
+#: fill one while the engine empties the other
+LINE_BYTES, SLOTS = 128, 2
 WARPGROUP = 4
 
 
@@ -29,7 +32,7 @@ class Staging(FunctionPass):
     line_bytes: int = LINE_BYTES
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
-        buffers: dict[SlotType, Value] = {}
+        buffers: dict[_Plan, Value] = {}
         for role in [op for op in function.walk() if isinstance(op, Role)]:
             staged = False
             for store in [op for op in role.body.walk() if isinstance(op, Store)]:
@@ -59,38 +62,49 @@ class Staging(FunctionPass):
         return swizzled[0] if swizzled else None
 
 
-def _stage(function: Function, store: Store, layout: SharedLayout, buffers: dict[SlotType, Value]) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    """How a store is staged. Stores share a buffer only if they take turns on its slots in the same way."""
+
+    slot: SlotType
+    #: 1 where an odd number of chunks would meet its own slot one store too early
+    slots: int
+    scope: str
+
+
+def _stage(function: Function, store: Store, layout: SharedLayout, buffers: dict[_Plan, Value]) -> None:
     tile, block = store.value.type, store.parent
     assert isinstance(tile, TileType) and block is not None
-    slot_type = SlotType(layout.shape, tile.dtype, layout)
-    if slot_type not in buffers:
+    chunks = tile.shape[1] // layout.shape[1]
+    slot = SlotType(layout.shape, tile.dtype, layout)
+    plan = _Plan(slot, 1 if chunks % SLOTS else SLOTS, "warpgroup" if owns_rows(tile) else "role")
+    if plan not in buffers:
         top = Builder(function.body.block, store.loc)
         with top.at(function.body.block, 0):
-            buffers[slot_type] = top.alloc(slot_type, hint="staging")
+            buffers[plan] = top.alloc(slot, hint="staging", stages=plan.slots)
     position = block.ops.index(store)
     block.ops.remove(store)
     b = Builder(block, store.loc)
     with b.at(block, position):
-        _emit(b, store, buffers[slot_type], layout.shape[1])
+        _emit(b, store, buffers[plan], plan, chunks)
 
 
-def _emit(b: Builder, store: Store, buffer: Value, width: int) -> None:
+def _emit(b: Builder, store: Store, buffer: Value, plan: _Plan, chunks: int) -> None:
     tile = store.value.type
     assert isinstance(tile, TileType) and tile.layout is not None
-    scope = "warpgroup" if owns_rows(tile) else "role"
-    chunks = tile.shape[1] // width
     row, column = store.index
+    sizes = plan.slot.shape
     first = b.mul(column, b.index(chunks))
     for chunk in range(chunks):
-        offsets, sizes = (0, chunk * width), (tile.shape[0], width)
+        offsets = (0, chunk * sizes[1])
         part = b.extract(store.value, offsets, sizes)
         part.type = TileType(sizes, tile.dtype, tile.layout.extract(offsets, sizes)[0])
-        slot = b.slot(buffer, b.index(0))
-        b.insert(BulkWait(pending=0, read=True, scope=scope))  # the slot's last content has left
-        b.insert(Barrier(scope=scope))
+        slot = b.slot(buffer, b.index(chunk % plan.slots))
+        b.insert(BulkWait(pending=plan.slots - 1, read=True, scope=plan.scope))  # the slot's last content has left
+        b.insert(Barrier(scope=plan.scope))
         b.insert(LocalStore(part, slot))
-        b.insert(Barrier(scope=scope))
-        b.bulk_store(slot, store.view, [row, b.add(first, b.index(chunk))], scope=scope)
+        b.insert(Barrier(scope=plan.scope))
+        b.bulk_store(slot, store.view, [row, b.add(first, b.index(chunk))], scope=plan.scope)
 
 
 def owns_rows(tile: TileType) -> bool:

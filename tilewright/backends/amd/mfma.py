@@ -26,6 +26,11 @@ MFMA_LOWERINGS: Table = {}
 
 Origin = tuple[int, int]
 
+#: classes of instructions that `llvm.amdgcn.sched.group.barrier` names
+SCHEDULE_MFMA, SCHEDULE_DS_READ = 0x8, 0x100
+#: bytes per lane of the widest read: LLVM makes one ds_read2 of two narrower ones
+PAIRED_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -85,6 +90,10 @@ class OperandTiles:
     width: int
     #: the vector of ``width`` elements from a register on
     read: Callable[[int], mlir.Value]
+    #: instructions that one such vector takes
+    cost: float = 0
+    #: instructions so far
+    reads: float = 0
     _first: dict[Origin, int] = field(default_factory=dict)
     _known: dict[int, mlir.Value] = field(default_factory=dict)
 
@@ -95,6 +104,7 @@ class OperandTiles:
         first = self._first[origin]
         if first not in self._known:
             self._known[first] = self.read(first)
+            self.reads += self.cost
         return self._known[first]
 
 
@@ -139,9 +149,28 @@ def lower_operand_load(lw: Lowering, op: LocalLoad) -> None:
 
 def deferred(lw: Lowering) -> dict[Value, SharedAccess]:
     """The tiles that wait in shared memory for their dot."""
+    return _state(lw).deferred
+
+
+@dataclass
+class _State:
+    """What the lowering of one function remembers (`Lowering.backend`)."""
+
+    deferred: dict[Value, SharedAccess] = field(default_factory=dict)
+    groups: int = 0
+
+
+def _state(lw: Lowering) -> _State:
     if lw.backend is None:
-        lw.backend = {}
+        lw.backend = _State()
+    assert isinstance(lw.backend, _State)
     return lw.backend
+
+
+def _next_group(lw: Lowering) -> int:
+    """A number for a sequence of scheduling groups that is independent of the others."""
+    _state(lw).groups += 1
+    return _state(lw).groups
 
 
 # --- the dot ------------------------------------------------------------------------------------
@@ -162,14 +191,43 @@ def lower_dot(lw: Lowering, op: Dot) -> None:
     size, held = instruction.accumulators, lw.registers(op.acc)
     tiles = chunk_origins(layouts[0], size)
     values = {origin: lw.fb.pack_vector(held[first : first + size]) for origin, first in tiles.items()}
+    order, reads = snake(list(tiles)), []
     for k in range(0, tile.shape[1], instruction.k):
-        for row, column in snake(list(tiles)):
+        before = a.reads + b.reads
+        for row, column in order:
             operands = a.at((row, k)), b.at((k, column))
             values[row, column] = _mfma(lw, instruction, tile.dtype, *operands, values[row, column])
+        reads.append(a.reads + b.reads - before)
+    _interleave(lw, reads, len(order))
     result = list(held)
     for origin, first in tiles.items():
         result[first : first + size] = lw.fb.unpack_vector(values[origin])
     lw.define(op.result, result)
+
+
+def _interleave(lw: Lowering, reads: Sequence[float], products: int) -> None:
+    """Ask LLVM's scheduler to spread the reads of each step of K over the ``products`` of the step before.
+
+    Left alone it places them right before their use, where their latency shows: nothing else runs on the SIMD.
+    "Scheduling group barriers", https://llvm.org/docs/AMDGPUUsage.html (llvm.amdgcn.sched.group.barrier).
+    """
+    if len(reads) < 2 or not reads[1]:
+        return
+    fb, number = lw.fb, _next_group(lw)
+
+    def group(mask: int, size: int) -> None:
+        arguments = [fb.i32(mask), fb.i32(size), fb.i32(number)]
+        fb.intrinsic("llvm.amdgcn.sched.group.barrier", None, arguments)
+
+    group(SCHEDULE_DS_READ, round(reads[0]))
+    for following in [*reads[1:], 0]:
+        placed = 0
+        for product in range(products):
+            group(SCHEDULE_MFMA, 1)
+            due = min(round(following), -(-round(following) * (product + 1) // products))
+            if due > placed:
+                group(SCHEDULE_DS_READ, due - placed)
+                placed = due
 
 
 def snake(origins: Sequence[Origin]) -> list[Origin]:
@@ -184,7 +242,9 @@ def snake(origins: Sequence[Origin]) -> list[Origin]:
 def _operand(lw: Lowering, value: Value, width: int) -> OperandTiles:
     waiting = deferred(lw).get(value)
     if waiting is not None:
-        return OperandTiles(lw.layout(value), width, lambda first: _load_vector(waiting, first, width))
+        bytes_ = min(width, waiting.width) * waiting.dtype.bytes
+        cost = width * waiting.dtype.bytes / min(PAIRED_BYTES, 2 * bytes_)
+        return OperandTiles(lw.layout(value), width, lambda first: _load_vector(waiting, first, width), cost)
     registers = lw.registers(value)
     return OperandTiles(lw.layout(value), width, lambda first: join_vector(lw, registers[first : first + width]))
 

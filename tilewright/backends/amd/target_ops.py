@@ -11,6 +11,8 @@ from tilewright.backends.lower.target_ops import Store, TargetOps
 from tilewright.backends.mlir_builder import ir as mlir
 
 _AXES = "xyz"
+#: grid_size_x of hsa_kernel_dispatch_packet_t, in work items (HSA Platform System Architecture, "Kernel dispatch")
+_GRID_SIZE_OFFSET = 12
 #: DPP controls "quad_perm" that exchange lanes 1 and 2 apart
 _QUAD_PERM = {1: 0xB1, 2: 0x4E}
 
@@ -52,13 +54,13 @@ class AmdOps(TargetOps):
         return self._register(lw, f"workgroup.id.{_AXES[axis]}")
 
     def num_blocks(self, lw: Lowering, axis: int) -> mlir.Value:
-        """The launch has as many blocks as the program grid, except a persistent one, which is not in the arguments."""
+        """The grid of the arguments; a persistent launch, which is smaller, has its size in the dispatch packet."""
         if not lw.function.attributes.get("persistent"):
             return lw.entry.grid[axis]
         fb = lw.fb
-        # "implicit kernel arguments": block_count_x, y, z are the first three
-        implicit = fb.intrinsic("llvm.amdgcn.implicitarg.ptr", fb.types.ptr(4))
-        return fb.load(fb.gep(implicit, 4 * axis), fb.types.i32, 4, invariant=True)
+        packet = fb.intrinsic("llvm.amdgcn.dispatch.ptr", fb.types.ptr(4))
+        work_items = fb.load(fb.gep(packet, _GRID_SIZE_OFFSET + 4 * axis), fb.types.i32, 4, invariant=True)
+        return fb.udiv(work_items, lw.entry.abi.threads) if axis == 0 else work_items
 
     def is_leader(self, lw: Lowering) -> mlir.Value:
         return lw.fb.icmp("eq", lw.scope.lane, 0)

@@ -228,7 +228,7 @@ class Lowering:
         if first_warp:
             thread = self.fb.sub(thread, self.fb.i32(first_warp * self.target.warp_size))
         lane = self.fb.and_(thread, self.fb.i32(self.target.warp_size - 1))
-        warp = self.ops.warp_index(self, thread) if num_warps > 1 else self.fb.i32(0)
+        warp = self.fb.i32(0) if num_warps == 1 or single_thread else self.ops.warp_index(self, thread)
         with self.as_scope(ThreadScope(first_warp, num_warps, thread, lane, warp, barrier_id, single_thread)) as scope:
             yield scope
 

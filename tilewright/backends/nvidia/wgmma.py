@@ -211,12 +211,38 @@ def _slot_type(value: Value) -> SlotType:
 # --- order of registers and waits -----------------------------------------------------------------
 
 
+_CONSTRAINTS = {"f32": "f", "f64": "d", "i32": "r", "i64": "l"}
+
+
+def through(lw: Lowering, text: str, values: Sequence[mlir.Value], clobbers: str = "") -> Registers:
+    """The same values as results of an assembly statement: nothing that uses them can come before it."""
+    kinds = [_CONSTRAINTS[str(v.type)] for v in values]
+    ties = [*(f"={kind}" for kind in kinds), *map(str, range(len(values))), *([clobbers] if clobbers else [])]
+    return list(lw.fb.inline_asm([v.type for v in values], text, ",".join(ties), values))
+
+
 def pin(lw: Lowering, values: Sequence[mlir.Value]) -> Registers:
-    """The same values through an empty assembly statement: LLVM cannot compute them later than here."""
-    constraint = {"f32": "f", "i32": "r", "i64": "l"}
-    kinds = [constraint[str(v.type)] for v in values]
-    text = ",".join([*(f"={kind}" for kind in kinds), *map(str, range(len(values)))])
-    return list(lw.fb.inline_asm([v.type for v in values], "", text, values))
+    """The same values through an empty statement: LLVM can neither move them before it nor compute them later."""
+    return through(lw, "", values)
+
+
+def to_words(lw: Lowering, value: Value) -> Registers:
+    """A tile's registers as assembly takes them: 16-bit elements in pairs."""
+    registers = lw.registers(value)
+    return pack_words(lw, registers) if _in_pairs(value) else registers
+
+
+def from_words(lw: Lowering, value: Value, words: Registers) -> Registers:
+    """The inverse of `to_words`."""
+    if not _in_pairs(value):
+        return words
+    assert isinstance(value.type, TileType)
+    vector = lw.fb.types.vec(2, lw.fb.types.dtype(value.type.dtype.name))
+    return [element for word in words for element in lw.fb.unpack_vector(lw.fb.bitcast(word, vector))]
+
+
+def _in_pairs(value: Value) -> bool:
+    return isinstance(value.type, TileType) and value.type.dtype.bits == 16
 
 
 def _pin_later_operands(lw: Lowering, op: AsyncDot) -> None:
@@ -250,24 +276,18 @@ def _issues_before(ops: Sequence[Operation]) -> bool:
 
 
 def _pin_value(lw: Lowering, value: Value) -> None:
-    if not isinstance(value.type, TileType) or isinstance(value.op, Constant | AsyncDot):
-        return
-    registers = lw.registers(value)
-    if value.type.dtype.bits != 16:
-        lw.define(value, pin(lw, registers))
-        return
-    vector = lw.fb.types.vec(2, registers[0].type)
-    words = pin(lw, pack_words(lw, registers))
-    lw.define(value, [e for word in words for e in lw.fb.unpack_vector(lw.fb.bitcast(word, vector))])
+    if isinstance(value.type, TileType) and not isinstance(value.op, Constant | AsyncDot):
+        lw.define(value, from_words(lw, value, pin(lw, to_words(lw, value))))
 
 
 @lowers(Wait, table=WGMMA_LOWERINGS)
 def lower_wait(lw: Lowering, op: Wait) -> None:
-    """``wgmma.wait_group`` with the accumulators passed through it, so that nothing reads them before."""
-    registers = lw.flatten(op.values)
+    """``wgmma.wait_group`` with the values passed through it, so that nothing reads them before."""
     text = f"wgmma.wait_group.sync.aligned {op.pending};"
-    constraints = ",".join(["=f"] * len(registers) + [str(i) for i in range(len(registers))] + [ptx.MEMORY])
-    if registers:
-        lw.define_flat(op.results, lw.fb.inline_asm([r.type for r in registers], text, constraints, registers))
-    else:
+    parts = [to_words(lw, value) for value in op.values]
+    if not parts:
         ptx.emit(lw.fb, text)
+        return
+    words = iter(through(lw, text, [word for part in parts for word in part], ptx.MEMORY))
+    for value, result, part in zip(op.values, op.results, parts, strict=True):
+        lw.define(result, from_words(lw, value, [next(words) for _ in part]))

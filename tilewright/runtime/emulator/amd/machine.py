@@ -20,6 +20,7 @@ from tilewright.runtime.emulator.amd import (  # noqa: F401
     lds,
     mfma,
     salu,
+    scaled_mfma,
     valu_convert,
     valu_float,
     valu_integer,

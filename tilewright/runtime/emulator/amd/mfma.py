@@ -120,19 +120,6 @@ def _broadcast_blocks(a: Array, inst: Instruction) -> Array:
     return a[:, blocks // size * size + inst.number("abid")]
 
 
-#: BLGP: how the 16-lane rows of B are exchanged before use
-_BLGP = {
-    0: (0, 1, 2, 3),
-    1: (0, 1, 0, 1),
-    2: (2, 3, 2, 3),
-    3: (1, 2, 3, 0),
-    4: (0, 0, 0, 0),
-    5: (1, 1, 1, 1),
-    6: (2, 2, 2, 2),
-    7: (3, 3, 3, 3),
-}
-
-
 def _mfma(shape: Shape) -> Handler:
     def execute(state: WaveState, inst: Instruction) -> None:
         a = _matrix(state, inst.operands[1], shape.a, shape.m, shape)

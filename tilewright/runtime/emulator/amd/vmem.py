@@ -159,10 +159,8 @@ def _buffer_access(
     elif inst.flag("idxen"):
         index = state.raw(vaddr).astype(_U64)
     records = word[2].astype(_U64)
-    raw = (stride == 0) | np.bool_(not inst.flag("idxen") and not inst.flag("offen"))
     structured_ok = (index < records) & ((offset + _U64(size) <= stride) | np.bool_(not inst.flag("offen")))
     inside = np.where(stride == 0, offset + _U64(size) <= records, structured_ok)
-    del raw
     address = base + np.broadcast_to(state.raw(soffset), base.shape).astype(_U64) + offset + index * stride
     shape = state.lanes.shape
     inside = np.broadcast_to(inside, shape) & state.lanes
