@@ -10,8 +10,11 @@ import pytest
 from amd_programs import COLUMN_MAJOR, ROW_MAJOR, compiled, emulate, matrix, module_of, normal, scheduled
 
 import tilewright as tw
+from tilewright.backends.amd.compile import compile_functions
 from tilewright.backends.amd.link import read_elf
+from tilewright.backends.amd.registers import accumulation_registers
 from tilewright.ir.interpreter import run
+from tilewright.ir.target import get_target
 from tilewright.kernels.gemm import gemm
 from tilewright.kernels.mlp import mlp
 from tilewright.kernels.softmax import softmax
@@ -175,3 +178,42 @@ def test_the_binary_is_an_hsaco_that_names_its_kernel():
     result = compiled(scheduled(module, "gfx950"), "gfx950")
     names = {symbol.name for symbol in read_elf(result.binary).symbols}
     assert {"gemm", "gemm.kd"} <= names
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_accumulators_alone_in_their_loop_take_accumulation_registers(target: str):
+    module = module_of(gemm, a=matrix(), b=matrix(), c=matrix(), BM=128, BN=256, BK=64)
+    assert accumulation_registers(scheduled(module.clone(), target), get_target(target)) == 128
+    assert accumulation_registers(scheduled(module.clone(), target, num_warps=8), get_target(target)) == 0
+    module = module_of(attention, q=matrix(), k=matrix(), v=matrix(), o=matrix("f32"))
+    assert accumulation_registers(scheduled(module, target), get_target(target)) == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_eight_waves_share_the_registers_without_spills(target: str):
+    module = module_of(gemm, a=matrix(), b=matrix(), c=matrix(), BM=256, BN=256, BK=64 if target == "gfx950" else 32)
+    result = compiled(scheduled(module, target), target)
+    assert result.abi.threads == 512 and result.resources.registers <= 256
+    assert result.resources.spills == result.resources.stack_bytes == 0
+
+
+@pytest.mark.parametrize("b_strides", [ROW_MAJOR, COLUMN_MAJOR])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_default_gemm_computes(target: str, b_strides: tuple[int | None, ...]):
+    module = module_of(gemm, a=matrix(), b=matrix(strides=b_strides), c=matrix(), BM=128, BN=256, BK=64)
+    a, b = normal(200, 200), normal(200, 304, seed=1)
+    b = b if b_strides == ROW_MAJOR else np.asfortranarray(b)
+    c = np.zeros((200, 304), a.dtype)
+    emulate(compiled(scheduled(module, target), target), target, [a, b, c], (2, 2))
+    assert_close(c, a.astype(np.float64) @ b.astype(np.float64), "bf16")
+
+
+def test_one_binary_holds_several_kernels_each_with_its_own_memory():
+    functions = []
+    for tile, name in ((64, "small"), (128, "large")):
+        module = module_of(gemm, a=matrix(), b=matrix(), c=matrix(), BM=tile, BN=tile, BK=32)
+        functions.append(scheduled(module, "gfx950"))
+        functions[-1].name = name
+    result = compile_functions(functions, get_target("gfx950"))
+    assert [abi.name for abi, _ in result.entries] == ["small", "large"]
+    assert [resources.shared_bytes for _, resources in result.entries] == [16384, 32768]

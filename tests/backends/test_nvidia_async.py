@@ -4,7 +4,6 @@ through ptxas. PTX cannot run here, so the first half replays the hardware's add
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from tilewright.backends.nvidia.wgmma import Shape
 from tilewright.backends.result import BackendResult
 from tilewright.ir.abi import TensorMapParam
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, IRError, Module, Region
+from tilewright.ir.core import Block, Function, IRError, Module, Region, Value
 from tilewright.ir.layout import SharedLayout, blocked, wgmma_accumulator, wgmma_operand_a
 from tilewright.ir.parser import parse_module
 from tilewright.ir.target import get_target
@@ -129,7 +128,7 @@ def test_how_a_warpgroup_covers_a_dot():
         ((16, 3, 64), (2, 0, 1), 128),
     ],
 )
-def test_boxes_write_the_slot_as_its_layout_says(shape: Sequence[int], order: Sequence[int], swizzle: int):
+def test_boxes_write_the_slot_as_its_layout_says(shape, order, swizzle):
     """A box's elements lie one after the other, contiguous dim first, then the order of the slot; then swizzled."""
     layout = SharedLayout(tuple(shape), 16, tuple(order), swizzle)
     boxes = cut(layout, shape)
@@ -290,6 +289,12 @@ def attention(rows: int = 128, keys: int = 128, depth: int = 128) -> Module:
     return Module([function], {"target": TARGET.name})
 
 
+def retype(view: Value, **changes: Any) -> None:
+    """Change fields of a view's type."""
+    assert isinstance(view.type, ViewType)
+    view.type = replace(view.type, **changes)
+
+
 def scheduled(module: Module, **options: Any) -> Function:
     for pass_ in parse_pipeline(default_pipeline(TARGET)):
         pass_.run(module, PassContext(TARGET, PassOptions(**options)))
@@ -379,6 +384,17 @@ def test_views_that_the_copy_engine_cannot_address_are_copied_by_threads(align):
         assert count(result, r"ld\.global\S*v2\.b32") > 0
     # writes of threads are made visible to the matrix unit before the stage is announced
     assert count(result, "fence.proxy.async") == 2  # the other one is for the barriers
+
+
+@needs_ptxas
+def test_threads_and_copy_engine_fill_one_stage_together():
+    """The engine's bytes are expected without an arrival: its thread arrives with all others behind the fence."""
+    module = gemm()
+    retype(module.functions[0].params[1], align=2)
+    result = compiled(module)
+    assert count(result, LOADS) == 1 and count(result, "st.shared") > 0
+    assert count(result, r"mbarrier\.expect_tx\S* \[%r\d+\], 16384;") == 1 and count(result, "arrive.expect_tx") == 0
+    assert count(result, r"mbarrier\.init\S* \[%r\d+\], 128;") > 0
 
 
 @needs_ptxas
@@ -500,12 +516,11 @@ def test_copies_that_cannot_be_lowered(producer, message):
 
 def test_a_plan_must_have_placed_rings_and_the_view_must_run_along_the_slot():
     function = roles(PRODUCE, "")
-    function.body.block.ops[0].offset = None
+    function.body.block.ops[0].attributes["offset"] = None
     with pytest.raises(IRError, match="shared-memory plan"):
         mlir(function)
     function = roles(PRODUCE, "")
-    view = function.params[0].type
-    function.params[0].type = replace(view, strides=(1, None))
+    retype(function.params[0], strides=(1, None))
     with pytest.raises(IRError, match="lines run along"):
         mlir(function)
 

@@ -8,6 +8,7 @@ from typing import Any
 from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.kernel import Kernel
 from tilewright.compiler.launch import Grid, Launch
+from tilewright.compiler.lookup import obtain
 from tilewright.compiler.options import CompileOptions
 
 
@@ -28,12 +29,10 @@ def compile(
     ``args`` maps parameters to ``tw.spec`` (tensors), dtypes (scalars) or values (constexprs with no
     default). ``options`` as on a launch. Raises CompileError with the place in the kernel's source.
     """
-    from tilewright.compiler.driver import compile_definition
-
     chosen, rest = CompileOptions.split(options)
     if rest:
         raise TypeError(f"unknown option {next(iter(rest))!r}; options are num_warps, num_stages, num_ctas, schedule")
-    return compile_definition(kernel.definition, target, args, chosen, name)
+    return obtain(kernel.definition, target, args, chosen, name)
 
 
 class BoundDevice:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tilewright.ir.abi import KernelABI
+from tilewright.ir.resources import Resources
 from tilewright.runtime.device import Device
 
 
@@ -16,25 +17,27 @@ class Entry:
     """One entry point of a binary. ``resources``: registers, spills, shared memory, as the tools report them."""
 
     abi: KernelABI
-    resources: Any
+    resources: Resources
 
 
 @dataclass
 class Artifact:
     """A compiled kernel.
 
-    ``asm`` holds the texts by kind (``llvm``, ``ptx`` or ``amdgcn``), ``ir`` the Tile IR after each
-    pass by its name (``input`` is the frontend's). ``entries`` are tried in order at launch: the
-    first whose assumptions on alignment hold is started, and the last one assumes nothing.
+    ``asm`` holds the texts by kind (``llvm``, ``ptx`` or ``amdgcn``); ``passes`` the Tile IR by entry
+    and pass (``input`` is the frontend's). ``entries`` are tried in order at launch: the first whose
+    assumptions on alignment hold is started, and the last one assumes nothing. ``seconds`` is what
+    it took to get the artifact, ``cached`` whether it came from the disk cache.
     """
 
     name: str
     target: str
     binary: bytes
     entries: tuple[Entry, ...]
-    asm: dict[str, str] = field(default_factory=dict)
-    ir: dict[str, str] = field(default_factory=dict)
+    asm: Mapping[str, str] = field(default_factory=dict)
+    passes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
+    cached: bool = False
     _loaded: dict[str, list[tuple[KernelABI, Any]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -43,9 +46,32 @@ class Artifact:
         return self.entries[0].abi
 
     @property
-    def resources(self) -> Any:
+    def resources(self) -> Resources:
         """Resources of the first entry."""
         return self.entries[0].resources
+
+    @property
+    def ir(self) -> Mapping[str, str]:
+        """The Tile IR of the first entry after each pass, by the pass's name."""
+        return self.passes.get(self.abi.name, {})
+
+    def files(self) -> dict[str, str]:
+        """What ``TILEWRIGHT_DUMP_DIR`` receives: relative path -> text, a numbered file for each pass."""
+        found = {}
+        for entry, texts in self.passes.items():
+            for number, (name, text) in enumerate(texts.items()):
+                found[f"{entry}-{self.target}/{number:02d}-{name.partition('.')[0]}.tw"] = text
+        suffixes = {"llvm": "ll", "amdgcn": "s"}
+        for kind, text in self.asm.items():
+            found[f"{self.name}-{self.target}/{self.name}.{suffixes.get(kind, kind)}"] = text
+        return found
+
+    def dump(self, directory: str | Path) -> None:
+        """Write `files` below ``directory``."""
+        for relative, text in self.files().items():
+            path = Path(directory) / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
 
     def save(self, path: str | Path) -> Path:
         """Write the binary (cubin or HSACO) and return its path."""
@@ -64,7 +90,7 @@ class Artifact:
         device.launch(function, abi, grid, args, stream)
 
     def _load(self, device: Device) -> list[tuple[KernelABI, Any]]:
-        module = device.load(self.binary)
+        module = device.load(self.binary, self.asm)
         loaded = [(e.abi, module.function(e.abi.name)) for e in self.entries]
         self._loaded[device.name] = loaded
         return loaded

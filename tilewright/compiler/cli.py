@@ -40,17 +40,21 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         from tilewright.compiler.errors import CompilerCrash
+        from tilewright.frontend.errors import CompileError
         from tilewright.ir.core import IRError
-        from tilewright.passes.manager import PipelineError
         from tilewright.runtime.errors import DeviceError
 
         try:
             command(*args, **kwargs)
-        except PipelineError as error:
-            raise click.UsageError(str(error)) from None
-        except (IRError, CompilerCrash, DeviceError) as error:
+        except (IRError, CompileError, CompilerCrash, DeviceError) as error:
             click.echo(str(error), err=True)
             sys.exit(1)
+        except ValueError as error:
+            from tilewright.passes.manager import PipelineError  # here alone: a cache hit imports no pass
+
+            if isinstance(error, PipelineError):
+                raise click.UsageError(str(error)) from None
+            raise
 
     return wrapped
 
@@ -89,6 +93,7 @@ def compile(
         "binary": str(path),
         "bytes": len(artifact.binary),
         "seconds": round(artifact.seconds, 3),
+        "cached": artifact.cached,
         "entries": [
             {"name": e.abi.name, "threads": e.abi.threads, "shared_bytes": e.abi.shared_bytes, **asdict(e.resources)}
             for e in artifact.entries
@@ -97,7 +102,8 @@ def compile(
     if as_json:
         click.echo(json.dumps(report))
         return
-    click.echo(f"{path}: {len(artifact.binary)} bytes for {target} in {artifact.seconds:.2f} s")
+    how = "from the cache" if artifact.cached else f"in {artifact.seconds:.2f} s"
+    click.echo(f"{path}: {len(artifact.binary)} bytes for {target} {how}")
     for entry in artifact.entries:
         used = entry.resources
         click.echo(
@@ -108,7 +114,6 @@ def compile(
 
 def _artifact(kernel: str, target: str, arguments: tuple[str, ...], num_warps: int | None, num_stages: int | None) -> Any:
     from tilewright.compiler.api import compile as compile_kernel
-    from tilewright.compiler.driver import compile_text
     from tilewright.ir.target import get_target
 
     try:
@@ -116,6 +121,8 @@ def _artifact(kernel: str, target: str, arguments: tuple[str, ...], num_warps: i
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if kernel.endswith(".tw"):
+        from tilewright.compiler.driver import compile_text
+
         return compile_text(Path(kernel).read_text(), target)
     definition = load_kernel(kernel)
     types = parse_arguments(definition.definition, arguments).types()

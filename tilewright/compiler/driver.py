@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -59,19 +58,20 @@ def alignment_variants(args: Mapping[str, Any]) -> list[dict[str, Any]]:
 def compile_modules(modules: Sequence[Module], target: str, options: CompileOptions, start: float) -> Artifact:
     """Run the passes on each module, and the backend on all of them together: one binary with an entry each."""
     machine = get_target(target)
-    name = modules[0].functions[0].name
-    collect = Collect()
-    for number, module in enumerate(modules):
-        instruments: list[Instrument] = [collect] if number == 0 else []
-        dump = DUMP_DIR.get()
-        if dump is not None:
-            instruments.append(Dump(dump / f"{module.functions[0].name}-{target}"))
+    dump = DUMP_DIR.get()
+    passes: dict[str, Mapping[str, str]] = {}
+    for module in modules:
+        name, collect = module.functions[0].name, Collect()
+        instruments: list[Instrument] = [collect]
+        if dump is not None:  # as the passes go, so that a failing one leaves its predecessors' files
+            instruments.append(Dump(dump / f"{name}-{target}"))
         schedule(module, machine, options, instruments)
+        passes[name] = collect.texts
     merged = Module([f for m in modules for f in m.functions], {"target": target})
     result = shared_worker().compile(Request(print_module(merged, locations=True), target))
-    entries = tuple(Entry(abi, resources) for abi, resources in result.entries)
-    artifact = Artifact(name, target, result.binary, entries, result.asm, collect.texts, perf_counter() - start)
-    _dump_assembly(artifact)
+    artifact = _artifact(modules[0].functions[0].name, target, result, passes, start)
+    if dump is not None:
+        artifact.dump(dump)
     return artifact
 
 
@@ -79,8 +79,13 @@ def compile_text(text: str, target: str) -> Artifact:
     """Run the backend alone on scheduled IR text, such as a reproducer file."""
     start = perf_counter()
     result = shared_worker().compile(Request(text, target))
+    name = result.abi.name
+    return _artifact(name, target, result, {name: {"input": text}}, start)
+
+
+def _artifact(name: str, target: str, result: Any, passes: Mapping[str, Mapping[str, str]], start: float) -> Artifact:
     entries = tuple(Entry(abi, resources) for abi, resources in result.entries)
-    return Artifact(entries[0].abi.name, target, result.binary, entries, result.asm, {"input": text}, perf_counter() - start)
+    return Artifact(name, target, result.binary, entries, dict(result.asm), passes, perf_counter() - start)
 
 
 def schedule(
@@ -89,17 +94,6 @@ def schedule(
     """Run the target's pipeline in place."""
     context = PassContext(target, options.pass_options())
     return PassManager(default_pipeline(target), context, instruments).run(module)
-
-
-def _dump_assembly(artifact: Artifact) -> None:
-    directory = DUMP_DIR.get()
-    if directory is None:
-        return
-    folder = Path(directory) / f"{artifact.name}-{artifact.target}"
-    folder.mkdir(parents=True, exist_ok=True)
-    suffixes = {"llvm": "ll", "amdgcn": "s"}
-    for kind, text in artifact.asm.items():
-        (folder / f"{artifact.name}.{suffixes.get(kind, kind)}").write_text(text)
 
 
 __all__ = ["alignment_variants", "compile_definition", "compile_modules", "schedule"]

@@ -54,6 +54,31 @@ def _text(text: str) -> str | None:
     return text
 
 
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _bytes(text: str) -> int:
+    digits = text.strip().lower().removesuffix("b").removesuffix("i")
+    number, unit = (digits[:-1], digits[-1]) if digits[-1:].isalpha() else (digits, "")
+    if unit not in _UNITS or not number.strip().isdecimal():
+        raise ValueError("expected bytes, or a size such as 500M or 2GiB")
+    return int(number) * _UNITS[unit]
+
+
+def default_cache_dir() -> Path:
+    """``~/.cache/tilewright``, or its place under ``XDG_CACHE_HOME``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "tilewright"
+
+
+CACHE_DIR: Variable[Path | None] = Variable(
+    "CACHE_DIR", _path, None, "directory of compiled kernels and tuning results (default: ~/.cache/tilewright)"
+)
+CACHE_SIZE: Variable[int] = Variable(
+    "CACHE_SIZE", _bytes, 2 * 2**30, "bytes that compiled kernels may take on disk, e.g. 500M; 0 keeps none"
+)
+ALWAYS_COMPILE: Variable[bool] = Variable(
+    "ALWAYS_COMPILE", _flag, False, "compile every kernel anew, whatever the cache holds, and store the result"
+)
 DUMP_DIR: Variable[Path | None] = Variable(
     "DUMP_DIR", _path, None, "directory for one IR file per pass and the emitted assembly of every kernel"
 )
@@ -62,4 +87,4 @@ INTERPRET: Variable[bool] = Variable(
 )
 PTXAS: Variable[str | None] = Variable("PTXAS", _text, None, "the ptxas program to use")
 
-VARIABLES: tuple[Variable[Any], ...] = (DUMP_DIR, INTERPRET, PTXAS)
+VARIABLES: tuple[Variable[Any], ...] = (ALWAYS_COMPILE, CACHE_DIR, CACHE_SIZE, DUMP_DIR, INTERPRET, PTXAS)

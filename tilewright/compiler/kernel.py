@@ -7,8 +7,8 @@ from typing import Any
 
 from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.launch import Grid, Launch, Plan
+from tilewright.compiler.lookup import obtain, types_text
 from tilewright.compiler.options import CompileOptions
-from tilewright.frontend.build import build_module
 from tilewright.frontend.definition import KernelDefinition
 from tilewright.ir.core import Function
 
@@ -52,19 +52,19 @@ class Kernel:
         return self._names
 
     def artifact(self, types: Mapping[str, Any], target: str, options: CompileOptions) -> Artifact:
-        """The artifact for argument types, compiled on first use."""
-        key = (tuple(types.items()), target, options)
+        """The artifact for argument types, from the disk cache or compiled on first use."""
+        key = (types_text(types), target, options)
         found = self._artifacts.get(key)
         if found is None:
-            from tilewright.compiler.driver import compile_definition
-
-            found = self._artifacts[key] = compile_definition(self.definition, target, types, options)
+            found = self._artifacts[key] = obtain(self.definition, target, types, options)
         return found
 
     def function(self, types: Mapping[str, Any]) -> Function:
         """The Tile IR for argument types as the frontend builds it, which the interpreter runs."""
-        key = tuple(types.items())
+        key = types_text(types)
         found = self._functions.get(key)
         if found is None:
+            from tilewright.frontend.build import build_module  # not for kernels that come from the cache
+
             found = self._functions[key] = build_module(self.definition, dict(types)).functions[0]
         return found

@@ -285,11 +285,20 @@ def _collect(definition: Definition, found: Dependencies) -> None:
         elif is_plain_constant(value):
             found.constants[f"{definition.name}.{'.'.join(path)}"] = value
         elif isinstance(value, tuple | list):
-            for item in value:
-                if isinstance(item, Definition):
-                    _collect(item, found)
+            found.constants[f"{definition.name}.{'.'.join(path)}"] = _collect_items(value, found)
         elif not isinstance(value, ModuleType | type | markers.Builtin) and not callable(value):
             found.constants[f"{definition.name}.{'.'.join(path)}"] = value
+
+
+def _collect_items(items: tuple[Any, ...] | list[Any], found: Dependencies) -> tuple[Any, ...]:
+    """The constants in a sequence; each helper in it is collected, and named here."""
+    constants: list[Any] = []
+    for item in items:
+        if isinstance(item, Definition):
+            _collect(item, found)
+            item = f"{item.name} of {item.file}:{item.first_line}"
+        constants.append(_collect_items(item, found) if isinstance(item, tuple | list) else item)
+    return tuple(constants)
 
 
 def _paths(tree: ast.FunctionDef) -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from math import gcd
 from typing import Any, TypeVar
 
-from tilewright.ir import async_ops, tile_ops
+from tilewright.ir import async_ops, check_ops, indexed_ops, tile_ops
 from tilewright.ir.core import UNKNOWN, Block, IRError, Location, Operation, Region, Value
 from tilewright.ir.layout import LinearLayout
 from tilewright.ir.types import (
@@ -132,6 +132,16 @@ class Builder:
         type_: Type = TileType(shape, tile.dtype) if shape else ScalarType(tile.dtype)
         return self.insert(tile_ops.Reduce(source, types=[type_], fn=fn, axis=axis)).result
 
+    def scan(self, fn: str, source: Value, axis: int) -> Value:
+        return self.insert(tile_ops.Scan(source, types=[source.type], fn=fn, axis=axis)).result
+
+    def cat(self, sources: Sequence[Value], axis: int) -> Value:
+        """Tiles of one dtype, and of one shape but for ``axis``, one behind the other."""
+        shape = list(_tile(sources[0]).shape)
+        shape[axis] = sum(_tile(source).shape[axis] for source in sources)
+        type_ = TileType(tuple(shape), _tile(sources[0]).dtype)
+        return self.insert(tile_ops.Cat(sources, types=[type_], axis=axis)).result
+
     def dot(self, a: Value, b: Value, acc: Value, precision: str = "default") -> Value:
         return self.insert(tile_ops.Dot(a, b, acc, types=[acc.type], precision=precision)).result
 
@@ -172,6 +182,43 @@ class Builder:
 
     def store(self, view: Value, index: Sequence[Value], value: Value) -> None:
         self.insert(tile_ops.Store(view, index, value))
+
+    def gather(
+        self, view: Value, index: Sequence[Value], indices: Sequence[Value], axes: Sequence[int], pad: float = 0
+    ) -> Value:
+        """See `indexed_ops`: ``indices`` have the result's shape, ``index`` is for the axes not in ``axes``."""
+        type_ = TileType(_tile(indices[0]).shape, _view(view).dtype)
+        return self.insert(indexed_ops.Gather(view, index, indices, types=[type_], axes=tuple(axes), pad=pad)).result
+
+    def scatter(
+        self, view: Value, index: Sequence[Value], indices: Sequence[Value], value: Value, axes: Sequence[int]
+    ) -> None:
+        self.insert(indexed_ops.Scatter(view, index, indices, value, axes=tuple(axes)))
+
+    def atomic(
+        self,
+        fn: str,
+        view: Value,
+        index: Sequence[Value],
+        indices: Sequence[Value],
+        value: Value,
+        axes: Sequence[int] = (),
+        expected: Value | None = None,
+    ) -> Value:
+        """The old values. Without ``axes`` the places are those of a store."""
+        op = indexed_ops.Atomic(view, index, indices, value, expected, types=[value.type], fn=fn, axes=tuple(axes))
+        return self.insert(op).result
+
+    # --- checks -------------------------------------------------------------------------------
+
+    def print_(self, text: str, values: Sequence[Value]) -> None:
+        self.insert(check_ops.Print(values, text=text))
+
+    def assert_(self, condition: Value, text: str = "") -> None:
+        self.insert(check_ops.Assert(condition, text=text))
+
+    def assume(self, condition: Value) -> None:
+        self.insert(check_ops.Assume(condition))
 
     # --- control flow -----------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ class Effect(Flag):
     READ = auto()  # reads global or shared memory
     WRITE = auto()  # writes global or shared memory
     SYNC = auto()  # orders other operations: barriers, waits, asynchronous issue
+    CHECK = auto()  # tells the user or the compiler something about values: stays where it stands
 
 
 class Value:

@@ -1,8 +1,8 @@
 """Runs the IR of any level on NumPy arrays: the meaning of a program, and the judge of every pass.
 
 Scalars are NumPy scalars, tiles NumPy arrays (never written to), views strided NumPy arrays. Layouts have no numeric
-meaning. Here: `run` and the rules of ``tile.*``. Elsewhere: the rules of ``async.*`` (`interpreter_async`), the
-meaning of arithmetic (`interpreter_numerics`), and how operations execute (`interpreter_machine`).
+meaning. Here: `run` and the rules of ``tile.*``. Elsewhere: the rules of ``async.*`` (`interpreter_async`), of gathers,
+atomic updates and checks (`interpreter_indexed`), the meaning of arithmetic (`interpreter_numerics`), and how operations execute (`interpreter_machine`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.ir import interpreter_async
+from tilewright.ir import interpreter_async, interpreter_indexed
 from tilewright.ir import interpreter_numerics as numerics
 from tilewright.ir import tile_ops as t
 from tilewright.ir.core import Function, IRError, Value
@@ -250,6 +250,16 @@ def _reduce(frame: Frame, op: t.Reduce) -> Any:
     return numerics.reduce(op.fn, frame.read(op.source), op.axis)
 
 
+@rule(t.Scan)
+def _scan(frame: Frame, op: t.Scan) -> Any:
+    return numerics.scan(op.fn, frame.read(op.source), op.axis)
+
+
+@rule(t.Cat)
+def _cat(frame: Frame, op: t.Cat) -> Any:
+    return np.concatenate(frame.reads(op.sources), axis=op.axis)
+
+
 @rule(t.Dot)
 def _dot(frame: Frame, op: t.Dot) -> Any:
     a, b = (interpreter_async.tile_or_slot(frame, v) for v in (op.a, op.b))
@@ -322,4 +332,4 @@ def _dtype(value: Value) -> np.dtype[Any]:
     return NUMPY[element_type(value.type)]
 
 
-__all__ = ["DEFAULT_BLOCKS", "run"]
+__all__ = ["DEFAULT_BLOCKS", "interpreter_indexed", "run"]

@@ -128,6 +128,13 @@ def reduce(fn: str, x: Array, axis: int) -> Array:
     return _rounded(_REDUCE[fn].reduce(wide, axis=axis, dtype=wide.dtype), x)
 
 
+def scan(fn: str, x: Array, axis: int) -> Array:
+    """Running totals along an axis; small floats in float32, rounded once."""
+    wide = widen(x)
+    table = {"sum": np.bitwise_xor if x.dtype == np.bool_ else np.add}
+    return _rounded(table[fn].accumulate(wide, axis=axis, dtype=wide.dtype), x)
+
+
 def dot(a: Array, b: Array, acc: Array) -> Array:
     """``acc + a @ b``, rounded once to the accumulator's dtype."""
     kind = _DTYPE_OF[acc.dtype]
@@ -180,5 +187,5 @@ def bitcast(x: Array, dtype: DType) -> Array:
 
 __all__ = [
     "NUMPY", "Array", "binary", "bitcast", "cast", "compare", "constant", "dot", "dtype_of", "poison", "reduce",
-    "unary", "widen",
+    "scan", "unary", "widen",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from lark import Token
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
-from tilewright.ir import async_ops, tile_ops  # noqa: F401  (importing them fills the registry)
+from tilewright.ir import async_ops, check_ops, indexed_ops, tile_ops  # noqa: F401  (importing them fills the registry)
 from tilewright.ir.async_ops import Role
 from tilewright.ir.core import (
     REGISTRY,

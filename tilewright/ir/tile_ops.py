@@ -28,6 +28,7 @@ UNARY = (
 BINARY = ("add", "sub", "mul", "div", "floordiv", "mod", "max", "min", "and", "or", "xor", "shl", "shr")
 COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
 REDUCTIONS = ("sum", "max", "min", "prod")
+SCANS = ("sum",)
 FLOAT_ONLY = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "erf", "floor", "ceil")
 INT_ONLY = ("and", "or", "xor", "shl", "shr")
 
@@ -221,6 +222,44 @@ class Reduce(Operation):
         self.require(0 <= self.axis < len(shape), f"axis {self.axis} is out of range for shape {shape}")
         left = shape[: self.axis] + shape[self.axis + 1 :]
         self.require(_shape(self.result) == left, "result shape is wrong")
+
+
+@operation("tile.scan", family=SCANS)
+class Scan(Operation):
+    """Running totals along ``axis``, each element included in its own. The order of additions is fixed by the layout.
+
+    ``scratch`` (bytes, set by the shared-memory plan) is where warps exchange totals.
+    """
+
+    fn: str = attribute()
+    source: Value = operand()
+    axis: int = attribute()
+    scratch: int | None = attribute(default=None)
+
+    def verify(self) -> None:
+        shape = _shape(self.source)
+        self.require(0 <= self.axis < len(shape), f"axis {self.axis} is out of range for shape {shape}")
+        self.require(self.source.type == self.result.type, "keeps the type")
+
+
+@operation("tile.cat")
+class Cat(Operation):
+    """Tiles one behind the other along ``axis``."""
+
+    sources: list[Value] = operands()
+    axis: int = attribute()
+
+    def verify(self) -> None:
+        self.require(len(self.sources) > 0, "needs a tile")
+        result = _tile(self.result)
+        self.require(0 <= self.axis < result.rank, f"axis {self.axis} is out of range for shape {result.shape}")
+        for value in self.sources:
+            tile = _tile(value)
+            self.require(tile.dtype == result.dtype, "all tiles have one dtype")
+            pairs = zip(_without(tile.shape, self.axis), _without(result.shape, self.axis), strict=True)
+            self.require(all(a == b for a, b in pairs), f"sizes differ along an axis other than {self.axis}")
+        total = sum(_tile(value).shape[self.axis] for value in self.sources)
+        self.require(total == result.shape[self.axis], f"sizes along axis {self.axis} do not add up")
 
 
 @operation("tile.dot")
@@ -450,6 +489,10 @@ def _view(value: Value) -> ViewType:
 
 def _shape(value: Value) -> tuple[int, ...]:
     return value.type.shape if isinstance(value.type, TileType) else ()
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
 def _operand_shape(value: Value) -> tuple[int, ...]:

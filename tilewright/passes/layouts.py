@@ -89,7 +89,7 @@ class _Assignment:
         self.layout: dict[Value, LinearLayout] = {}
         self.ops = [op for op in function.walk() if not isinstance(op, Role)]
         has_dots = any(isinstance(op, Dot | AsyncDot) for op in self.ops)
-        self.unit: MatrixUnit | None = matrix_unit(target) if has_dots else None
+        self.unit: MatrixUnit | None = matrix_unit(target, function) if has_dots else None
 
     def run(self) -> None:
         for op in self.ops:

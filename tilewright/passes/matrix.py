@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import gcd
 
 from tilewright.ir.async_ops import AsyncDot
-from tilewright.ir.core import IRError
+from tilewright.ir.core import Function, IRError
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
@@ -127,12 +127,12 @@ class Wgmma(MatrixUnit):
         return choose_shared_layout(shape, bits, order, [], [], self.target.banks, swizzled)
 
 
-def matrix_unit(target: Target) -> MatrixUnit:
-    """The matrix unit of a target."""
+def matrix_unit(target: Target, function: Function) -> MatrixUnit:
+    """The matrix unit of a target; how it divides tiles may depend on what the function does with them."""
     if target.has("wgmma"):
         return Wgmma(target)
     if target.has("mfma"):
-        from tilewright.passes.matrix_mfma import Mfma
+        from tilewright.passes.matrix_mfma import Mfma, needs_whole_rows
 
-        return Mfma(target)
+        return Mfma(target, needs_whole_rows(function))
     raise IRError(f"{target.name} has no matrix unit that tilewright knows")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tilewright.ir.async_ops import AsyncDot
-from tilewright.ir.core import IRError
+from tilewright.ir.core import Function, IRError
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
@@ -19,8 +19,10 @@ from tilewright.ir.layout import (
     mfma_accumulator,
     mfma_operand,
 )
-from tilewright.ir.tile_ops import Dot
+from tilewright.ir.target import Target
+from tilewright.ir.tile_ops import Dot, Reduce
 from tilewright.ir.types import TileType, bf16, f16, f32
+from tilewright.passes.analysis import backward_slice, enclosing_operations
 from tilewright.passes.copy_layouts import VECTOR_BYTES, copy_layouts
 from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape
 
@@ -52,6 +54,11 @@ class Mfma(MatrixUnit):
 
     reads_slots = False
     asynchronous = False
+
+    def __init__(self, target: Target, whole_rows: bool = False):
+        """``whole_rows``: a wave should hold whole rows of the accumulators (see `needs_whole_rows`)."""
+        super().__init__(target)
+        self.whole_rows = whole_rows
 
     def check(self, dot: Dot) -> None:
         (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
@@ -89,7 +96,7 @@ class Mfma(MatrixUnit):
         instruction = self.instruction(dot, warps)
         return mfma_operand(operand_shape(dot, which), which, instruction.mnk, instruction.k_per_lane, grid)
 
-    def instruction(self, dot: Dot, warps: int) -> Instruction:
+    def instruction(self, dot: Dot | AsyncDot, warps: int) -> Instruction:
         """The instruction for a dot: the largest tile that leaves no wave idle, the longest K that divides."""
         tile, _ = self._tiling(_result_shape(dot), warps)
         k = dict(self.target.mfma_k)[tile]
@@ -116,18 +123,34 @@ class Mfma(MatrixUnit):
         return choose_shared_layout(shape, bits, (depth, 1 - depth), readers, writers, self.target.banks, options)
 
     def _tiling(self, shape: tuple[int, ...], warps: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Instruction tile and grid of waves: no idle wave, then 32x32, then the least operand traffic."""
+        """Instruction tile and grid of waves: no idle wave, then whole rows, then 32x32, then the least traffic."""
         m, n = shape
 
-        def cost(choice: tuple[tuple[int, int], tuple[int, int]]) -> tuple[int, int, int, int]:
+        def cost(choice: tuple[tuple[int, int], tuple[int, int]]) -> tuple[int, ...]:
             (rows, columns), (wm, wn) = choice
             used = min(wm, m // rows) * min(wn, n // columns)
-            return -used, -rows, m // wm + n // wn, max(wm, wn)
+            across = min(wn, n // columns) if self.whole_rows else 0
+            return -used, across, -rows, m // wm + n // wn, max(wm, wn)
 
         choices = list(_tilings(m, n, warps))
         if not choices:
             raise IRError(f"a tile of ({m}, {n}) cannot be spread over {warps} waves of {self.target.name}")
         return min(choices, key=cost)
+
+
+def needs_whole_rows(function: Function) -> bool:
+    """Whether results of dots are reduced along their rows or are the left operand of other dots.
+
+    Both stay inside a wave when it holds whole rows, and cross waves through shared memory when it does not.
+    """
+    loops = enclosing_operations(function)
+    sources = []
+    for op in function.walk():
+        if isinstance(op, Reduce) and isinstance(op.source.type, TileType) and op.axis == op.source.type.rank - 1:
+            sources.append(op.source)
+        elif isinstance(op, Dot | AsyncDot) and isinstance(op.a.type, TileType):
+            sources.append(op.a)
+    return any(isinstance(value.op, Dot | AsyncDot) for value in backward_slice(sources, loops))
 
 
 def _tilings(m: int, n: int, warps: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -158,6 +181,6 @@ def _swizzles(shape: tuple[int, ...], bits: int, order: tuple[int, int]) -> Iter
                     continue
 
 
-def _result_shape(dot: Dot) -> tuple[int, ...]:
+def _result_shape(dot: Dot | AsyncDot) -> tuple[int, ...]:
     assert isinstance(dot.acc.type, TileType)
     return dot.acc.type.shape

@@ -28,7 +28,7 @@ class Mma(FunctionPass):
         dots = [op for op in function.walk() if isinstance(op, Dot)]
         if not dots:
             return
-        unit = matrix_unit(context.target)
+        unit = matrix_unit(context.target, function)
         if not unit.asynchronous:
             return
         warps = int(function.attributes["num_warps"])

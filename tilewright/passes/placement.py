@@ -29,7 +29,7 @@ class Placement(FunctionPass):
         dots = [op for op in function.walk() if isinstance(op, Dot)]
         if not dots:
             return
-        unit = matrix_unit(context.target)
+        unit = matrix_unit(context.target, function)
         for dot in dots:
             unit.check(dot)
         warps = context.options.num_warps or unit.warps(dots)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -193,7 +193,7 @@ class CudaDevice(Device):
             finally:
                 self.call("cuCtxPopCurrent")
 
-    def load(self, binary: bytes) -> CudaModule:
+    def load(self, binary: bytes, asm: Mapping[str, str] | None = None) -> CudaModule:
         """Load a cubin. Functions found in it stay valid until `CudaModule.unload`."""
         with self.current():
             doing = f"Loading a {len(binary)}-byte binary on {self.name} ({self.target})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,8 +34,11 @@ class Device(ABC):
         """What the compiler must target for it: "sm_90a", "gfx942"."""
 
     @abstractmethod
-    def load(self, binary: bytes) -> Module:
-        """Put a binary on the device."""
+    def load(self, binary: bytes, asm: Mapping[str, str] | None = None) -> Module:
+        """Put a binary on the device.
+
+        ``asm``: its texts by kind ("ptx", "amdgcn"), which emulated devices execute in its stead.
+        """
 
     @abstractmethod
     def launch(

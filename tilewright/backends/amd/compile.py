@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from tilewright.backends.amd.codeobject import KernelInfo, read_code_object
 from tilewright.backends.amd.link import link
 from tilewright.backends.amd.mfma import MFMA_LOWERINGS
+from tilewright.backends.amd.registers import function_attributes
 from tilewright.backends.amd.target_ops import AmdOps
 from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, emit_object, merge, optimize
 from tilewright.backends.lower import LOWERINGS, Handler, KernelEntry, Table, declare_kernel, start_lowering
@@ -25,7 +26,7 @@ def lower_function(
     table: Mapping[type[Operation], Handler] = AMD_LOWERINGS,
 ) -> KernelEntry:
     """The kernel in MLIR. Raises `IRError` at the operation that cannot be lowered."""
-    entry = declare_kernel(function, target, kernel_name)
+    entry = declare_kernel(function, target, kernel_name, llvm_attributes=function_attributes(function, target))
     lowering = start_lowering(entry, function, target, AmdOps(target), table)
     with lowering.in_scope(0, entry.abi.threads // target.warp_size):
         lowering.lower_block(function.body.block)

@@ -57,9 +57,13 @@ def block_threads(function: Function, target: Target) -> int:
 
 
 def declare_kernel(
-    function: Function, target: Target, name: str | None = None, tensor_maps: Sequence[TensorMapParam] = ()
+    function: Function,
+    target: Target,
+    name: str | None = None,
+    tensor_maps: Sequence[TensorMapParam] = (),
+    llvm_attributes: Mapping[str, str] | None = None,
 ) -> KernelEntry:
-    """Begin the kernel's LLVM function and lower its parameters."""
+    """Begin the kernel's LLVM function and lower its parameters. ``llvm_attributes``: for LLVM's own target (AMD)."""
     threads = block_threads(function, target)
     abi = KernelABI(
         name=name or function.name,
@@ -72,7 +76,7 @@ def declare_kernel(
     )
     module = Module(target.triple, function.loc.file, function.loc.line)
     types, attributes = _signature(module, function, len(tensor_maps))
-    fb = module.function(abi.name, types, _kernel_attributes(function, target, threads), attributes)
+    fb = module.function(abi.name, types, _kernel_attributes(function, target, threads, llvm_attributes or {}), attributes)
     arguments = iter(fb.arguments)
     params = {p: _lower_param(fb, p, arguments) for p in function.params}
     rest = list(arguments)
@@ -149,10 +153,10 @@ def _lower_param(fb: FunctionBuilder, param: Value, arguments: Any) -> Any:
 # --- kernel attributes ------------------------------------------------------------------------------
 
 
-def _kernel_attributes(function: Function, target: Target, threads: int) -> dict[str, str]:
+def _kernel_attributes(function: Function, target: Target, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
     if target.vendor == "nvidia":
         return _nvidia_attributes(function, threads)
-    return _amd_attributes(target, threads)
+    return _amd_attributes(target, threads, extra)
 
 
 def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
@@ -163,13 +167,14 @@ def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
     return attributes
 
 
-def _amd_attributes(target: Target, threads: int) -> dict[str, str]:
+def _amd_attributes(target: Target, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
     """A fixed block size; as few waves as a block needs on each of the CU's four SIMDs, so that registers are free."""
     waves = max(1, threads // target.warp_size // 4)
+    passed = {"uniform-work-group-size": "true", "amdgpu-no-hostcall-ptr": "", **extra}
     return {
         "rocdl.kernel": "unit",
         "rocdl.flat_work_group_size": f'"{threads},{threads}"',
         "rocdl.reqd_work_group_size": f"array<i32: {threads}, 1, 1>",
         "rocdl.waves_per_eu": f"{waves} : i32",
-        "passthrough": '[["uniform-work-group-size", "true"], ["amdgpu-no-hostcall-ptr", ""]]',
+        "passthrough": "[" + ", ".join(f'["{name}", "{value}"]' for name, value in passed.items()) + "]",
     }

@@ -46,13 +46,14 @@ def _lower_body(lw: Lowering, role: Role) -> None:
         share = launch_registers(int(lw.function.attributes["threads"]))
         if role.registers != share:
             ptx.set_max_registers(fb, role.registers, increase=role.registers > share)
-    # the scope asks whole warps for their index: that must come before one thread goes on alone
-    with lw.in_scope(first_warp, role.warps, state(lw).barrier(role), role.single_thread) as scope:
-        if not role.single_thread:
+    barrier = state(lw).barrier(role)
+    if not role.single_thread:
+        with lw.in_scope(first_warp, role.warps, barrier):
             lw.lower_block(role.body.block)
-            return
-        with fb.if_then(fb.icmp("eq", scope.warp, fb.i32(0))), fb.if_then(lw.ops.is_leader(lw)):
-            lw.lower_block(role.body.block)
+        return
+    first = fb.icmp("eq", lw.scope.warp, first_warp)  # of the block's warps: in its own scope the thread is alone
+    with fb.if_then(first), fb.if_then(lw.ops.is_leader(lw)), lw.in_scope(first_warp, role.warps, barrier, True):
+        lw.lower_block(role.body.block)
 
 
 def launch_registers(threads: int) -> int:

@@ -46,9 +46,7 @@ def unpack_elements(words: Array, code: int) -> Array:
 def _matrix(state: WaveState, operand: Operand, code: int, rows: int, k: int) -> Array:
     """A, or B transposed: float32 [waves, 1, rows, K]."""
     bits, _ = _FORMATS[code]
-    words = np.stack(
-        [np.broadcast_to(state.raw(operand, part), (state.count, 64)) for part in range(bits)], axis=-1
-    )
+    words = np.stack([np.broadcast_to(state.raw(operand, part), (state.count, 64)) for part in range(bits)], axis=-1)
     elements = unpack_elements(words, code)
     lane_groups = k // _ITEMS
     if bits == 8:

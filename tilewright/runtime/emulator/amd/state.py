@@ -260,9 +260,7 @@ class WaveState:
             self.write_exec(value)
             return
         low, high = split64(value)
-        self._write_halves(
-            halves, lambda: self.write_sgpr(register, low), lambda: self.write_sgpr(register + 1, high)
-        )
+        self._write_halves(halves, lambda: self.write_sgpr(register, low), lambda: self.write_sgpr(register + 1, high))
 
     def write_exec(self, bits: Array) -> None:
         """Set EXEC of the selected waves (ISA chapter 3, "EXECute Mask")."""

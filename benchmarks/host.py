@@ -1,0 +1,111 @@
+"""What the host pays before a kernel runs: finding a compiled kernel in the cache, and launching it again.
+
+Needs no GPU. Every lookup is of a kernel that was compiled beforehand into a cache of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+_FIRST_LOOKUP = """
+import json, sys, time
+import tilewright as tw
+from tilewright.compiler.lookup import cache_key, obtain
+from tilewright.compiler.options import CompileOptions
+from tilewright.compiler.version import compiler_version
+from tilewright.kernels.gemm import gemm
+
+def timed(call):
+    start = time.perf_counter()
+    result = call()
+    return result, (time.perf_counter() - start) * 1e6
+
+row = [None, None]
+args = {"a": tw.spec("bf16", ("M", "K")), "b": tw.spec("bf16", ("K", "N")), "c": tw.spec("bf16", ("M", "N"))}
+_, parse = timed(lambda: gemm.definition.parameters)
+_, version = timed(compiler_version)
+artifact, first = timed(lambda: obtain(gemm.definition, sys.argv[1], args, CompileOptions()))
+again = [timed(lambda: obtain(gemm.definition, sys.argv[1], args, CompileOptions()))[1] for _ in range(200)]
+modules = [m for m in sys.modules if m.split(".")[0] in ("mlir", "llvmlite", "lark")
+           or m.startswith(("tilewright.passes", "tilewright.backends"))]
+print(json.dumps({"cached": artifact.cached, "parse_us": parse, "version_us": version, "first_us": first,
+                  "lookup_us": sorted(again)[100], "compiler_modules": modules}))
+"""
+
+
+def lookups(target: str) -> dict[str, Any]:
+    """Microseconds of a lookup in a fresh process: its parts, the first, and the median of the next 200."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ, TILEWRIGHT_CACHE_DIR=folder)
+        command = [sys.executable, "-c", _FIRST_LOOKUP, target]
+        start = time.perf_counter()
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        cold = time.perf_counter() - start
+        runs = []
+        for _ in range(5):
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            runs.append(json.loads(done.stdout))
+        assert all(run["cached"] and not run["compiler_modules"] for run in runs)
+        size = sum(f.stat().st_size for f in Path(folder).rglob("*.kernel"))
+    parts = {name: median(run[name] for run in runs) for name in ("parse_us", "version_us", "first_us", "lookup_us")}
+    return {"target": target, "cold_process_s": cold, "entry_bytes": size, **parts}
+
+
+def launches(repeats: int = 2000) -> dict[str, float]:
+    """Microseconds of a repeated launch but for the driver, on a device that does nothing."""
+    import torch
+
+    import tilewright.compiler.launch as launch
+    from tilewright.kernels.gemm import gemm
+
+    tensors = [torch.empty(64, 64) for _ in range(3)]
+    call = gemm[(1, 1)]
+    call(*tensors, BM=64, BN=64, BK=32)
+    plan = next(iter(gemm.plans.values()))
+    gemm.plans = dict.fromkeys(gemm.plans, launch.Plan(plan.constexprs, plan.sources, plan.defaults, lambda *_: None))
+    return {"launch_us": _per_call(lambda: call(*tensors, BM=64, BN=64, BK=32), repeats)}
+
+
+def _per_call(fn: Callable[[], Any], repeats: int) -> float:
+    samples = []
+    for _ in range(7):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            fn()
+        samples.append((time.perf_counter() - start) / repeats * 1e6)
+    return median(samples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [lookups(target) for target in ("sm_90a", "gfx942")]
+    for row in rows:
+        print(
+            f"{row['target']:>8}  lookup {row['lookup_us']:.0f} us, first in a process {row['first_us']:.0f} us "
+            f"(after parsing the kernel {row['parse_us']:.0f} us, compiler version {row['version_us']:.0f} us); "
+            f"entry {row['entry_bytes']} bytes; a process that compiles {row['cold_process_s']:.2f} s"
+        )
+    result: dict[str, Any] = {"lookups": rows}
+    try:
+        result["launch"] = launches()
+        print(f"  launch  {result['launch']['launch_us']:.2f} us before the driver, 3 torch tensors, 3 constexprs")
+    except ImportError:
+        pass
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
