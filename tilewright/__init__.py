@@ -17,6 +17,7 @@ _TOOLS = {
     "compile": "tilewright.compiler.api",
     "device": "tilewright.compiler.api",
     "devices": "tilewright.runtime.device",
+    "emulate": "tilewright.compiler.api",
     "Artifact": "tilewright.compiler.artifact",
     "DevicePointer": "tilewright.runtime.arguments",
     "DeviceError": "tilewright.runtime.errors",

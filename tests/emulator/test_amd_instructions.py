@@ -245,3 +245,27 @@ def test_guard_gaps_and_freed_allocations() -> None:
     body = "s_load_dwordx2 s[4:5], s[0:1], 0x0\nv_mov_b32_e32 v1, 0\nglobal_load_ubyte v2, v1, s[4:5]"
     with pytest.raises(EmulatorFault, match="outside any allocation"):
         AmdEmulator(wrap(body), "k", "gfx942").launch(memory, (1,), (64,), first.to_bytes(8, "little") + bytes(8))
+
+
+BUFFER_LOAD = """
+    s_load_dwordx4 s[4:7], s[0:1], 0x0
+    v_lshlrev_b32_e32 v31, 2, v0
+    s_mov_b64 s[8:9], s[4:5]
+    s_mov_b32 s10, {records}
+    s_mov_b32 s11, 0x27000
+    s_movk_i32 s12, 0x40
+    buffer_load_{kind} v[1:{last}], v31, s[8:11], s12 offen offset:16
+    global_store_dword v31, v{last}, s[6:7]
+"""
+
+
+def test_the_range_check_of_raw_buffers_counts_the_scalar_offset() -> None:
+    body = BUFFER_LOAD.format(records=160, kind="dword", last=1)
+    data = np.arange(1, 65, dtype=np.uint32)
+    result = run(wrap(body), "gfx942", [data, X], threads=64)[1]
+    np.testing.assert_array_equal(result, np.where(LANE < 20, (LANE + 21) % 65, 0))
+
+
+def test_an_access_that_straddles_the_end_of_its_buffer_faults() -> None:
+    with pytest.raises(EmulatorFault, match="straddles"):
+        run(wrap(BUFFER_LOAD.format(records=160, kind="dwordx2", last=2)), "gfx942", [X, X], threads=64)

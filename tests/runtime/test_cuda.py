@@ -465,8 +465,8 @@ def test_no_driver_is_an_error_that_says_so(driver: FakeDriver) -> None:
 
 def test_this_machine_lists_its_devices_without_raising() -> None:
     names = [info.name for info in devices()]
-    assert names[-1] == "cpu"
-    if names == ["cpu"]:
+    assert names[-3:] == ["cpu", "emulate:gfx942", "emulate:gfx950"]
+    if "cuda:0" not in names:
         with pytest.raises(DeviceError):
             open_device("cuda:0")
 

@@ -10,6 +10,7 @@ from tilewright.compiler.kernel import Kernel
 from tilewright.compiler.launch import Grid, Launch
 from tilewright.compiler.lookup import obtain
 from tilewright.compiler.options import CompileOptions
+from tilewright.runtime.errors import DeviceError
 
 
 def kernel(fn: Callable[..., Any]) -> Kernel:
@@ -57,9 +58,16 @@ class BoundDevice:
 
 
 def device(name: str) -> BoundDevice:
-    """The device called ``name``: "cpu", "cuda:0". DeviceError when this machine does not have it."""
+    """The device called ``name``: "cpu", "cuda:0", "hip:0", "emulate:gfx942". DeviceError when it does not exist."""
     if name != "cpu":
         from tilewright.runtime.device import open_device
 
         open_device(name)
     return BoundDevice(name)
+
+
+def emulate(target: str, ranks: int = 1) -> BoundDevice:
+    """The emulated device of a target, which takes NumPy arrays: ``emulate("gfx942")``."""
+    if ranks != 1:
+        raise DeviceError("Emulating several GPUs is not supported yet: leave out ranks.")
+    return device(f"emulate:{target}")

@@ -86,7 +86,7 @@ class Artifact:
             loaded = self._load(device)
         abi, function = loaded[0]
         if len(loaded) > 1:
-            abi, function = next((e for e in loaded if assumptions_hold(e[0], args)), loaded[-1])
+            abi, function = next((e for e in loaded if assumptions_hold(e[0], args, device)), loaded[-1])
         device.launch(function, abi, grid, args, stream)
 
     def _load(self, device: Device) -> list[tuple[KernelABI, Any]]:
@@ -96,18 +96,16 @@ class Artifact:
         return loaded
 
 
-def assumptions_hold(abi: KernelABI, args: Sequence[Any]) -> bool:
+def assumptions_hold(abi: KernelABI, args: Sequence[Any], device: Device) -> bool:
     """Whether the arguments are aligned as this entry assumes."""
-    import sys
-
     from tilewright.ir.abi import TensorParam
-    from tilewright.runtime.arguments import check_tensor, read_tensor
+    from tilewright.runtime.arguments import check_tensor
     from tilewright.runtime.errors import ArgumentError
 
     for param, argument in zip(abi.params, args, strict=True):
         if isinstance(param, TensorParam):
             try:
-                check_tensor(param, read_tensor(argument, param.name, sys.modules.get("torch"))[0])
+                check_tensor(param, device.view(argument, param.name))
             except ArgumentError:
                 return False
     return True

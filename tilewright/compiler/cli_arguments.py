@@ -101,14 +101,15 @@ def _to_device(values: np.ndarray[Any, Any], dtype: DType, device: str) -> Any:
     from tilewright.ir.interpreter_numerics import NUMPY
 
     array = values.astype(NUMPY[dtype])
-    if device == "cpu":
+    if device == "cpu" or device.startswith("emulate:"):
         return array
     try:
         import torch
     except ImportError:
         raise click.UsageError("running on a GPU needs torch to hold the tensors") from None
     raw = torch.from_numpy(array.view(np.int16) if dtype.name == "bf16" else array)
-    return (raw.view(torch.bfloat16) if dtype.name == "bf16" else raw).to(device)
+    # torch calls AMD's GPUs "cuda" as well
+    return (raw.view(torch.bfloat16) if dtype.name == "bf16" else raw).to(device.replace("hip", "cuda", 1))
 
 
 def summarize(value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -9,15 +10,18 @@ from typing import Any
 
 from tilewright.compiler.artifact import Artifact, Entry
 from tilewright.compiler.environment import DUMP_DIR
+from tilewright.compiler.errors import PassFailure, write_reproducer
 from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.worker import Request, shared_worker
 from tilewright.frontend.build import build_module
 from tilewright.frontend.definition import KernelDefinition
-from tilewright.frontend.markers import TensorSpec
-from tilewright.ir.core import Module
+from tilewright.frontend.errors import ArgumentError
+from tilewright.frontend.markers import TensorSpec, as_dtype
+from tilewright.ir.core import UNKNOWN, IRError, Module
 from tilewright.ir.printer import print_module
 from tilewright.ir.target import Target, get_target
-from tilewright.passes.manager import Collect, Dump, Instrument, PassContext, PassManager
+from tilewright.ir.verifier import verify
+from tilewright.passes.manager import Collect, Dump, Instrument, PassContext, PassError, PassManager
 from tilewright.passes.pipelines import default_pipeline
 
 #: what the fast entry of a binary assumes of addresses and strides (bytes): that of TMA and of 16-byte vectors
@@ -34,6 +38,7 @@ def compile_definition(
     """
     start = perf_counter()
     get_target(target)
+    args = complete_types(definition, args)
     shared_worker().start()  # its imports overlap the frontend and the passes
     name = name or definition.name
     modules = []
@@ -41,6 +46,22 @@ def compile_definition(
         entry = name if number == 0 else f"{name}_unaligned"
         modules.append(build_module(definition, variant, entry))
     return compile_modules(modules, target, options, start)
+
+
+def complete_types(definition: KernelDefinition, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument types with names of dtypes resolved, and annotated scalars that were left out."""
+    complete = dict(args)
+    for parameter in definition.parameters:
+        given = complete.get(parameter.name)
+        if parameter.kind in ("scalar", "plain") and isinstance(given, str):
+            try:
+                complete[parameter.name] = as_dtype(given)
+            except ValueError as error:
+                message = f"kernel '{definition.name}': parameter '{parameter.name}': {error}"
+                raise ArgumentError(message, parameter.loc, length=len(parameter.name)) from None
+        elif parameter.dtype is not None and parameter.name not in complete:
+            complete[parameter.name] = parameter.dtype
+    return complete
 
 
 def alignment_variants(args: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -65,22 +86,41 @@ def compile_modules(modules: Sequence[Module], target: str, options: CompileOpti
         instruments: list[Instrument] = [collect]
         if dump is not None:  # as the passes go, so that a failing one leaves its predecessors' files
             instruments.append(Dump(dump / f"{name}-{target}"))
-        schedule(module, machine, options, instruments)
+        _schedule(module, machine, options, instruments)
         passes[name] = collect.texts
     merged = Module([f for m in modules for f in m.functions], {"target": target})
-    result = shared_worker().compile(Request(print_module(merged, locations=True), target))
-    artifact = _artifact(modules[0].functions[0].name, target, result, passes, start)
+    first = modules[0].functions[0]
+    text = print_module(merged, locations=True)
+    result = shared_worker().compile(Request(text, target, first.name, first.loc))
+    artifact = _artifact(first.name, target, result, passes, start)
     if dump is not None:
         artifact.dump(dump)
     return artifact
 
 
-def compile_text(text: str, target: str) -> Artifact:
-    """Run the backend alone on scheduled IR text, such as a reproducer file."""
+def compile_text(text: str, target: str | None = None, file: str = "<text>") -> Artifact:
+    """Run the backend alone on scheduled IR text, such as a reproducer file.
+
+    ``target`` defaults to the one that the module names. Errors point into ``file`` where the
+    operations do not say where they come from. Raises `ParseError`, IRError or CompileError.
+    """
+    from tilewright.ir.parser import parse_module  # the grammar is not needed otherwise
+
     start = perf_counter()
-    result = shared_worker().compile(Request(text, target))
-    name = result.abi.name
-    return _artifact(name, target, result, {name: {"input": text}}, start)
+    module = parse_module(text, file, text_locations=True)
+    verify(module)
+    if not module.functions:
+        raise IRError(f"{file} has no function")
+    first, named = module.functions[0], module.attributes.get("target")
+    target = target or named
+    if target is None:
+        raise IRError("the module names no target", first.loc, 'write module {target = "sm_90a"}, or use --target')
+    if named not in (None, target):
+        raise IRError(f"the module was scheduled for {named}, not for {target}", first.loc, f"use --target {named}")
+    get_target(target)
+    request = Request(print_module(module, locations=True), target, first.name, first.loc)
+    result = shared_worker().compile(request)
+    return _artifact(first.name, target, result, {first.name: {"input": text}}, start)
 
 
 def _artifact(name: str, target: str, result: Any, passes: Mapping[str, Mapping[str, str]], start: float) -> Artifact:
@@ -91,9 +131,35 @@ def _artifact(name: str, target: str, result: Any, passes: Mapping[str, Mapping[
 def schedule(
     module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument] = ()
 ) -> Module:
-    """Run the target's pipeline in place."""
+    """Run the target's pipeline in place. Raises PassError."""
     context = PassContext(target, options.pass_options())
     return PassManager(default_pipeline(target), context, instruments).run(module)
 
 
-__all__ = ["alignment_variants", "compile_definition", "compile_modules", "schedule"]
+def _schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument]) -> None:
+    """`schedule` with errors as users read them: the source line, and a reproducer where the compiler is at fault."""
+    function = module.functions[0]
+    try:
+        schedule(module, target, options, instruments)
+    except PassError as error:
+        original = error.original
+        loc = error.loc if error.loc != UNKNOWN else function.loc
+        common = {"stage": error.pass_name, "kernel": function.name, "target": target.name}
+        if isinstance(original, IRError) and f"'{error.pass_name}' failed" in error.message:
+            message = f"{original.message} (pass '{error.pass_name}' on kernel '{function.name}' for {target.name})"
+            raise PassFailure(message, loc, error.hint, **common) from error
+        path = write_reproducer(error.reproducer, function.name)
+        pipeline = error.reproducer.partition("\n")[0].removeprefix("// RUN: opt -p ")
+        rerun = shlex.join(["tilewright", "opt", str(path), "--target", target.name, "-p", pipeline])
+        hint = error.hint or "a fault of the compiler: please report it"
+        raise PassFailure(error.message, loc, hint, reproducer=path, rerun=rerun, **common) from error
+
+
+__all__ = [
+    "alignment_variants",
+    "compile_definition",
+    "compile_modules",
+    "compile_text",
+    "complete_types",
+    "schedule",
+]

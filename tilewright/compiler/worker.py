@@ -7,88 +7,271 @@ error. A worker that dies becomes a `CompilerCrash` that keeps the IR as a repro
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
+import re
+import shlex
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+import weakref
+from dataclasses import dataclass, field
 from typing import IO, Any
 
-from tilewright.compiler.errors import BackendFailure, CompilerCrash
+from tilewright.compiler.environment import PREFIX
+from tilewright.compiler.errors import BackendFailure, CompilerCrash, how_it_ended, write_reproducer
+from tilewright.ir.core import UNKNOWN, Location
 
 _LENGTH = struct.Struct("<Q")
+#: what the worker runs: the caller's import path, and pipes apart from the standard streams, which anyone may write to
+_START = (
+    "import sys; sys.path[:] = sys.argv[3:]; "
+    "from tilewright.compiler.worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
+)
+#: how much of what a dead worker printed its error quotes (bytes)
+_QUOTED = 4000
 
 
 @dataclass(frozen=True)
 class Request:
-    """Compile all functions of a module (text with locations) for a target into one binary."""
+    """Compile all functions of a module (text with locations) for a target into one binary.
+
+    ``kernel`` and ``loc`` are for messages: the first entry's name and where it is defined.
+    """
 
     ir: str
     target: str
+    kernel: str = "kernel"
+    loc: Location = UNKNOWN
 
 
+@dataclass
+class _Process:
+    """A running worker: the process, the ends of its pipes, and the file that it prints to."""
+
+    popen: subprocess.Popen[bytes]
+    requests: IO[bytes]
+    answers: IO[bytes]
+    output: IO[bytes]
+    #: how far ``output`` had grown when the current request was sent
+    mark: int = 0
+
+    @staticmethod
+    def start() -> _Process:
+        requests_read, requests_write = os.pipe()
+        answers_read, answers_write = os.pipe()
+        output = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        paths = [os.path.abspath(path) for path in sys.path]
+        try:
+            popen = subprocess.Popen(
+                [sys.executable, "-c", _START, str(requests_read), str(answers_write), *paths],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(requests_read, answers_write),
+                start_new_session=True,  # Ctrl-C is for the caller; `end` takes ptxas along
+            )
+        except BaseException:
+            os.close(requests_write)
+            os.close(answers_read)
+            output.close()
+            raise
+        finally:
+            os.close(requests_read)
+            os.close(answers_write)
+        return _Process(popen, os.fdopen(requests_write, "wb"), os.fdopen(answers_read, "rb"), output)
+
+    def exchange(self, request: Request) -> tuple[str, Any]:
+        """Send a request and receive the answer; EOFError or OSError when the process dies."""
+        self.mark = os.fstat(self.output.fileno()).st_size
+        environment = {k: v for k, v in os.environ.items() if k.startswith(PREFIX) or k == "PATH"}
+        _send(self.requests, (request, environment))
+        answer: tuple[str, Any] = _receive(self.answers)
+        return answer
+
+    def printed(self) -> str:
+        """The end of what the process printed since the current request was sent."""
+        size = os.fstat(self.output.fileno()).st_size
+        start = max(self.mark, size - _QUOTED)
+        return os.pread(self.output.fileno(), size - start, start).decode(errors="replace").strip()
+
+    def end(self) -> int:
+        """Kill the process with what it started unless it is dead, and return its exit code."""
+        if self.popen.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+        return self.popen.wait()
+
+    def close(self) -> None:
+        """Close our ends of the pipes. A request that is half written stays so."""
+        for stream in (self.requests, self.answers, self.output):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+@dataclass(eq=False)
 class Worker:
-    """A backend process, started at once and reused. Thread safe."""
+    """A backend process, started at once and reused. Thread safe: requests take turns.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stderr: IO[bytes] | None = None
+    A forked child starts a process of its own.
+    """
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _process: _Process | None = None
+
+    def __post_init__(self) -> None:
+        _workers.add(self)
+
+    @property
+    def pid(self) -> int | None:
+        """The process that serves now, None where none runs."""
+        return None if self._process is None else self._process.popen.pid
 
     def start(self) -> None:
         """Start the process if none runs; its imports then overlap the caller's passes."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._stderr = tempfile.TemporaryFile()
-        command = [sys.executable, "-m", "tilewright.compiler.worker"]
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, env=environment
-        )
-        atexit.register(self.stop)
+        if self._lock.acquire(blocking=False):  # whoever else holds it has a process
+            try:
+                self._running()
+            finally:
+                self._lock.release()
 
     def stop(self) -> None:
-        """End the process."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+        """End the process; a request that it serves fails."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.end()
+            process.close()
 
     def compile(self, request: Request) -> Any:
         """The `BackendResult` of a request. `BackendFailure` when the backend refuses, `CompilerCrash` when it dies."""
         with self._lock:
-            self.start()
-            assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+            process = self._running()
             try:
-                _send(self._process.stdin, request)
-                kind, answer = _receive(self._process.stdout)
-            except (EOFError, BrokenPipeError):
-                raise self._crash(request) from None
+                kind, answer = process.exchange(request)
+            except (EOFError, OSError, pickle.UnpicklingError):
+                self._process = None
+                code, printed = process.end(), process.printed()
+                process.close()
+                raise _crash(request, code, printed) from None
+            except BaseException:  # Ctrl-C: the answer to come would be taken for that of the next request
+                self.stop()
+                raise
         if kind == "error":
-            raise BackendFailure(**answer)
+            raise _failure(request, **answer)
         return answer
 
-    def _crash(self, request: Request) -> CompilerCrash:
-        assert self._process is not None and self._stderr is not None
-        code = self._process.wait()
-        self._process = None
-        self._stderr.seek(0)
-        tail = self._stderr.read()[-4000:].decode(errors="replace")
-        handle, name = tempfile.mkstemp(prefix="tilewright-crash-", suffix=".tw")
-        with os.fdopen(handle, "w") as file:
-            file.write(request.ir)
-        return CompilerCrash(code, tail, Path(name), request.target)
+    def _running(self) -> _Process:
+        if self._process is not None and self._process.popen.poll() is not None:  # killed while it was idle
+            self.stop()
+        if self._process is None:
+            self._process = _Process.start()
+        return self._process
+
+    def forget(self) -> None:
+        """In a forked child: leave the parent's process alone, and be as new."""
+        process, self._process, self._lock = self._process, None, threading.Lock()
+        if process is not None:
+            process.popen.returncode = 0  # not our child: nothing to wait for
+            # Closed below Python's buffers: a request that the parent was writing must not be flushed twice.
+            for stream in (process.requests, process.answers, process.output):
+                with contextlib.suppress(OSError):
+                    null = os.open(os.devnull, os.O_RDWR)
+                    os.dup2(null, stream.fileno(), inheritable=False)
+                    os.close(null)
 
 
-@cache
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+_shared: list[Worker] = []
+_shared_lock = threading.Lock()
+
+
 def shared_worker() -> Worker:
     """The worker of this process."""
-    return Worker()
+    with _shared_lock:
+        if not _shared:
+            _shared.append(Worker())
+        return _shared[0]
+
+
+def _after_fork() -> None:
+    global _shared_lock  # noqa: PLW0603  (another thread may have held it)
+    _shared_lock = threading.Lock()
+    for worker in list(_workers):
+        worker.forget()
+
+
+def _stop_all() -> None:
+    for worker in list(_workers):
+        worker.stop()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_stop_all)
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+def _failure(
+    request: Request, stage: str, message: str, loc: Location = UNKNOWN, hint: str = "", details: str = ""
+) -> BackendFailure:
+    """The error for what the backend answered; with a reproducer unless the program is to blame."""
+    common = {"stage": stage, "kernel": request.kernel, "target": request.target}
+    if stage == "lowering" and not details:
+        text = f"{message} (kernel '{request.kernel}')"
+        return BackendFailure(text, loc if loc != UNKNOWN else request.loc, hint, **common)
+    text = f"compiling kernel '{request.kernel}' for {request.target} failed in stage '{stage}': {message}"
+    return BackendFailure(text, request.loc, hint, details=details, **_reproducer(request, stage), **common)
+
+
+def _crash(request: Request, code: int, printed: str) -> CompilerCrash:
+    stage = _stage_of(printed)
+    ended = how_it_ended(code)
+    error = CompilerCrash(
+        f"the backend's process died ({ended}) in stage '{stage}' of kernel '{request.kernel}' for {request.target}",
+        request.loc,
+        "out of memory?" if code == -signal.SIGKILL else "a fault of the compiler: please report it",
+        stage=stage,
+        kernel=request.kernel,
+        target=request.target,
+        details=printed,
+        **_reproducer(request, f"{stage}, {ended}"),
+    )
+    error.exit_code = code
+    return error
+
+
+def _reproducer(request: Request, what: str) -> dict[str, Any]:
+    header = f"// kernel '{request.kernel}' for {request.target}: failed in {what}\n"
+    path = write_reproducer(header + request.ir, request.kernel)
+    return {
+        "reproducer": path,
+        "rerun": f"tilewright compile {shlex.quote(str(path))} --target {request.target}",
+    }
+
+
+#: where in the sources each stage is, innermost first in what faulthandler prints
+_STAGES = (("backends/llvm", "llvm"), ("ptxas", "ptxas"), ("backends/amd/link", "link"), ("codeobject", "link"))
+_FRAME = re.compile(r'File "[^"]*?tilewright/([^"]+)\.py", line \d+ in')
+
+
+def _stage_of(printed: str) -> str:
+    """The stage in which a worker died, from the stack that faulthandler printed; "backend" without one."""
+    frames = _FRAME.findall(printed)
+    for frame in frames:
+        for part, stage in _STAGES:
+            if part in frame:
+                return stage
+        if frame.startswith(("backends/lower", "backends/mlir", "backends/nvidia", "backends/amd")):
+            return "lowering"
+    return "parsing" if any(frame.startswith("ir/") for frame in frames) else "backend"
+
+
+# --- messages ---------------------------------------------------------------------------------------
 
 
 def _send(stream: IO[bytes], value: Any) -> None:
@@ -108,41 +291,61 @@ def _receive(stream: IO[bytes]) -> Any:
     return pickle.loads(data)
 
 
-def _answer(request: Request) -> tuple[str, Any]:
-    from tilewright.backends.dispatch import compile_module
-    from tilewright.backends.errors import BackendError
-    from tilewright.ir.core import IRError
-    from tilewright.ir.parser import parse_module
-    from tilewright.ir.target import get_target
+# --- in the worker ------------------------------------------------------------------------------------
 
+
+def _answer(request: Request) -> tuple[str, Any]:
+    from tilewright.ir.core import IRError
+
+    try:
+        from tilewright.backends.dispatch import compile_module
+        from tilewright.backends.errors import BackendError
+        from tilewright.ir.parser import parse_module
+        from tilewright.ir.target import get_target
+    except ImportError as error:
+        message = f"a package of the backend cannot be imported: {error}"
+        return "error", {"stage": "start", "message": message, "hint": "install tilewright with its dependencies"}
     try:
         module = parse_module(request.ir, "<scheduled>")
         return "ok", compile_module(module, get_target(request.target))
     except IRError as error:
         return "error", {"stage": "lowering", "message": error.message, "loc": error.loc, "hint": error.hint}
     except BackendError as error:
-        return "error", {"stage": error.stage, "message": str(error)}
-    except Exception:
+        return "error", {"stage": error.stage, "message": error.message, "details": "\n".join(error.diagnostics)}
+    except Exception as error:
         import traceback
 
-        return "error", {"stage": "internal", "message": traceback.format_exc()}
+        frames = traceback.extract_tb(error.__traceback__)
+        listing = "\n".join(f'File "{f.filename}", line {f.lineno} in {f.name}' for f in reversed(frames))
+        return "error", {
+            "stage": _stage_of(listing),
+            "message": f"internal error: {type(error).__name__}: {error}",
+            "hint": "a fault of the compiler: please report it",
+            "details": "".join(traceback.format_tb(error.__traceback__)[-4:]),
+        }
 
 
-def main() -> None:
-    """Serve requests from standard input until it closes."""
-    requests = sys.stdin.buffer
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever LLVM prints must not reach the answers
-    from tilewright.backends import dispatch
+def serve(requests_from: int, answers_to: int) -> None:
+    """Serve requests from one pipe, with answers on another, until the first closes."""
+    import faulthandler
 
-    dispatch.preload()
-    while True:
-        try:
-            request = _receive(requests)
-        except EOFError:
-            return
-        _send(answers, _answer(request))
+    faulthandler.enable(sys.stderr)
+    for descriptor in (requests_from, answers_to):
+        os.set_inheritable(descriptor, False)  # ptxas must not keep them open
+    with os.fdopen(requests_from, "rb") as requests, os.fdopen(answers_to, "wb") as answers:
+        with contextlib.suppress(ImportError):  # which the answer to the first request reports
+            from tilewright.backends import dispatch
 
-
-if __name__ == "__main__":
-    main()
+            dispatch.preload()
+        while True:
+            try:
+                request, environment = _receive(requests)
+            except EOFError:
+                return
+            os.environ.update(environment)
+            for name in [n for n in os.environ if n.startswith(PREFIX) and n not in environment]:
+                del os.environ[name]
+            try:
+                _send(answers, _answer(request))
+            except BrokenPipeError:  # the parent is gone
+                return

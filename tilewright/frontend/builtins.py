@@ -315,7 +315,7 @@ def absolute(emit: Emitter, x: Any) -> Any:
 def _reduction(fn: str) -> Implementation:
     def implementation(emit: Emitter, x: Any, axis: Any, keepdims: Any) -> Value:
         tile = require_tile(x, f"the operand of tw.{fn}", "x")
-        axes = _reduced_axes(fn, axis, len(tile_shape(tile)))
+        axes = reduce_axes(fn, axis, len(tile_shape(tile)))
         if not isinstance(keepdims, bool):
             raise CompileError(f"keepdims must be True or False, got {describe(keepdims)}", argument="keepdims")
         return _reduce(emit, fn, tile, axes, keepdims)
@@ -323,7 +323,7 @@ def _reduction(fn: str) -> Implementation:
     return implementation
 
 
-def _reduced_axes(fn: str, axis: Any, rank: int) -> list[int]:
+def reduce_axes(fn: str, axis: Any, rank: int) -> list[int]:
     if axis is None:
         return list(range(rank))
     if is_tile(axis) or isinstance(axis, float):
@@ -342,7 +342,7 @@ def _reduced_axes(fn: str, axis: Any, rank: int) -> list[int]:
 
 def _reduce(emit: Emitter, fn: str, tile: Value, axes: list[int], keepdims: bool) -> Value:
     dtype, shape = dtype_of(tile), tile_shape(tile)
-    inner, outer = _reduction_dtypes(fn, dtype)
+    inner, outer = reduction_dtypes(fn, dtype)
     result = emit.cast(tile, inner)
     for axis in reversed(axes):
         result = emit.builder.reduce(fn, result, axis)
@@ -356,7 +356,7 @@ def _reduce(emit: Emitter, fn: str, tile: Value, axes: list[int], keepdims: bool
     return result
 
 
-def _reduction_dtypes(fn: str, dtype: DType) -> tuple[DType, DType]:
+def reduction_dtypes(fn: str, dtype: DType) -> tuple[DType, DType]:
     """The dtype in which a reduction accumulates, and that of its result."""
     arithmetic_dtype(dtype)  # refuses float8
     if fn in ("max", "min"):

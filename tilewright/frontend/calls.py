@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tilewright.frontend import builtins, language
+from tilewright.frontend import builtins, builtins_checks, builtins_indexed, builtins_tiles, language
 from tilewright.frontend.definition import FunctionDefinition, Parameter, as_kernel
 from tilewright.frontend.emitter import Emitter
 from tilewright.frontend.errors import CompileError, place
@@ -171,7 +171,8 @@ class Calls(VisitorBase):
     def _not_callable(self, callee: Any) -> CompileError:
         name = getattr(callee, "__name__", type(callee).__name__)
         if callee is print:
-            return CompileError("print does not work in a kernel", hint="run it in the interpreter, or store the value")
+            hint = 'use tw.device_print("x = {}", x)'
+            return CompileError("print does not work in a kernel", hint=hint)
         if getattr(callee, "__module__", None) == "math":
             hint = f"use tw.{name} on run-time values" if name in language.BUILTINS else ""
             return CompileError(f"math.{name} needs compile-time numbers", hint=hint)
@@ -308,5 +309,8 @@ def _hashable_lookup(table: dict[Any, Any], key: Any) -> Any:
     except TypeError:
         return None
 
+
+#: importing these fills `builtins.IMPLEMENTATIONS`
+TABLES = (builtins, builtins_checks, builtins_indexed, builtins_tiles)
 
 __all__ = ["Calls"]

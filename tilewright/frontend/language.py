@@ -81,6 +81,78 @@ def store(view, index, value):
     """
 
 
+# --- integer tiles as indices ---------------------------------------------------------------------
+
+
+@_builtin
+def gather(view, index, axis=None, tile=None, shape=None, pad=0):
+    """Read the elements that an integer tile names along an axis; out-of-range ones (negative too) read as ``pad``.
+
+    - ``index`` of the view's rank: ``result[c] = view[c, but index[c] along axis]``, NumPy's take_along_axis.
+    - ``index`` of rank one: NumPy's take. Along ``axis`` it names rows; along the other axes the result covers the
+      view's sizes, or with ``shape`` and ``tile`` the tile at that tile index, as `load` counts them:
+      ``tw.gather(x, rows, axis=0, tile=(0, j), shape=(N, 64))``.
+    - A tuple of tiles for a tuple of axes (by default the leading ones) gives a coordinate for each; where all axes
+      have one the tiles may have any rank and the result has their broadcast shape: ``view[rows, columns]``.
+
+    ``shape`` is the result's, which the index broadcasts to; ``tile`` has an entry for each axis, 0 along ``axis``.
+    """
+
+
+@_builtin
+def scatter(view, index, value, axis=None, tile=None):
+    """Write a tile to the places that `gather` with the same arguments reads; out-of-range elements are dropped.
+
+    ``value`` broadcasts with ``index``. Of several elements for one place any one is written.
+    """
+
+
+@_builtin
+def atomic_add(view, index, value, axis=None, tile=None):
+    """Add to the tensor atomically and give the old values; the other ``atomic_*`` functions likewise.
+
+    ``index`` is a tile index as for `store`, or integer tiles as for `scatter` (then with ``axis`` and ``tile``).
+    Relaxed, device scope. Elements out of range are dropped and give 0. A scalar at a tile index gives a scalar.
+    int32, int64, float16, bfloat16, float32, float64. The order of updates, and with it the rounding, may change
+    from run to run.
+    """
+
+
+@_builtin
+def atomic_max(view, index, value, axis=None, tile=None):
+    """The larger of old and new, for int32, int64, float32, float64. A NaN in ``value`` wins."""
+
+
+@_builtin
+def atomic_min(view, index, value, axis=None, tile=None):
+    """The smaller of old and new, for int32, int64, float32, float64. A NaN in ``value`` wins."""
+
+
+@_builtin
+def atomic_and(view, index, value, axis=None, tile=None):
+    """Bitwise and, for int32 and int64."""
+
+
+@_builtin
+def atomic_or(view, index, value, axis=None, tile=None):
+    """Bitwise or, for int32 and int64."""
+
+
+@_builtin
+def atomic_xor(view, index, value, axis=None, tile=None):
+    """Bitwise exclusive or, for int32 and int64."""
+
+
+@_builtin
+def atomic_exchange(view, index, value, axis=None, tile=None):
+    """Write the new value, for int32, int64, float32, float64."""
+
+
+@_builtin
+def atomic_cas(view, index, expected, value, axis=None, tile=None):
+    """Write the new value where the old one has the bits of ``expected``; int32, int64, float32, float64."""
+
+
 # --- making tiles -------------------------------------------------------------------------------
 
 
@@ -241,6 +313,29 @@ def min(x, axis=None, keepdims=False):
 
 
 @_builtin
+def argmax(x, axis=None, keepdims=False):
+    """The position (int32) of the largest element along an axis; of the first of several, of the first NaN.
+
+    ``axis`` None: the position in row-major order, a scalar.
+    """
+
+
+@_builtin
+def argmin(x, axis=None, keepdims=False):
+    """The position (int32) of the smallest element along an axis, as `argmax`."""
+
+
+@_builtin
+def cumsum(x, axis=0):
+    """Running sums along an axis, each element included; dtypes as for `sum`. Same input, same bits."""
+
+
+@_builtin
+def cat(tiles, axis=0):
+    """Tiles one behind the other along an axis: a tuple or list, of one dtype and equal in all other sizes."""
+
+
+@_builtin
 def dot(a, b, acc=None, precision="default"):
     """``acc + a @ b`` for tiles (M, K) and (K, N) of one dtype.
 
@@ -267,43 +362,34 @@ def static_assert(condition, message=""):
     """Fail the compilation unless a compile-time condition holds."""
 
 
+# --- checks -------------------------------------------------------------------------------------
+
+
+@_builtin
+def device_print(text, *values):
+    """Print ``text`` with each ``{}`` replaced by a value: ``tw.device_print("x = {}, n = {}", x, n)``.
+
+    Scalars alone give one line for each program. With tiles (broadcast together) there is one line for each
+    element, which begins with its position. Braces are written twice. Not on AMD GPUs.
+    """
+
+
+@_builtin
+def device_assert(condition, message=""):
+    """Stop the kernel with an error unless a condition holds: a scalar, or every element of a bool tile."""
+
+
+@_builtin
+def assume(condition):
+    """Promise that a scalar condition holds; the compiler relies on it without a check (the interpreter checks).
+
+    ``tw.assume(x.shape[1] % 128 == 0)`` drops the code for tiles that stick out.
+    """
+
+
 # --- in the contract, not supported yet --------------------------------------------------------------
 
 
-@_unsupported
-def gather(view, index, axis=0): ...
-@_unsupported
-def scatter(view, index, value, axis=0): ...
-@_unsupported
-def atomic_add(view, index, value): ...
-@_unsupported
-def atomic_max(view, index, value): ...
-@_unsupported
-def atomic_min(view, index, value): ...
-@_unsupported
-def atomic_and(view, index, value): ...
-@_unsupported
-def atomic_or(view, index, value): ...
-@_unsupported
-def atomic_xor(view, index, value): ...
-@_unsupported
-def atomic_cas(view, index, expected, value): ...
-@_unsupported
-def atomic_exchange(view, index, value): ...
-@_unsupported
-def cumsum(x, axis=0): ...
-@_unsupported
-def cat(tiles, axis=0): ...
-@_unsupported
-def argmax(x, axis): ...
-@_unsupported
-def argmin(x, axis): ...
-@_unsupported
-def device_print(*values): ...
-@_unsupported
-def device_assert(condition, message=""): ...
-@_unsupported
-def assume(condition): ...
 @_unsupported
 def rank(): ...
 @_unsupported

@@ -28,7 +28,7 @@ from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Transpose, While, Yield
-from tilewright.ir.types import BufferType, ScalarType, SlotType, TileType, ViewType, i32
+from tilewright.ir.types import BufferType, ScalarType, SlotType, TileType, ViewType, element_type, i32
 from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -36,8 +36,6 @@ from tilewright.passes.placement import trace_load
 
 #: stages beyond the second would only hold what registers hold anyway
 MOST_STAGES = 2
-#: bytes kept free for warps that exchange partial reductions
-REDUCTION_BYTES = 4096
 #: an operand of at most this many bytes per thread is read once outside the loops around its dot and kept
 KEPT_BYTES = 256
 
@@ -165,10 +163,11 @@ def address_slice(load: Load) -> list[Operation] | None:
 
 def exchange_bytes(function: Function) -> int:
     """Shared memory that layout conversions of computed operands and reductions may want later."""
-    most = 0
+    most, warps = 0, int(function.attributes.get("num_warps", 0))
     for op in function.walk():
-        if isinstance(op, Reduce):
-            most = max(most, REDUCTION_BYTES)
+        if isinstance(op, Reduce):  # each warp its partial results
+            size = op.result.type.size if isinstance(op.result.type, TileType) else 1
+            most = max(most, warps * size * element_type(op.result.type).bytes)
         if isinstance(op, Dot):
             for value in (op.a, op.b):
                 load, _ = trace_load(value)

@@ -284,6 +284,10 @@ class ArgumentBlock:
         """The ``size`` bytes of argument ``index``, for tests and dumps."""
         return ctypes.string_at(self.base + self.offsets[index], size)
 
+    def image(self, size: int) -> bytes:
+        """All arguments as they lie in memory: ``size`` bytes, the layout's."""
+        return ctypes.string_at(self.base, size)
+
 
 class ArgumentLayout:
     """Where each argument of an ABI lies in its block, and how to write one."""
@@ -300,6 +304,11 @@ class ArgumentLayout:
         fields = [field for param in abi.params for field in _fields(param)]
         fields += ["i"] * 3 + [f"{TENSOR_MAP_BYTES}s"] * len(abi.tensor_maps)
         self.offsets, self._struct = _lay_out(fields)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all arguments together."""
+        return self._struct.size
 
     def pack_scalars(self, values: Sequence[Any]) -> bytes:
         """The scalars' bytes, without padding. They are part of launch keys: 0.0 == -0.0, bytes differ."""

@@ -22,9 +22,9 @@ from tilewright.runtime.errors import DeviceError
 
 #: what the flush writes when the size of the last-level cache is unknown
 _DEFAULT_FLUSH_BYTES = 256 * 2**20
-#: idle time queued before each sample, in cycles (about 25 us): while the GPU spins, Python
+#: idle time queued before each sample, in cycles (about 140 us): while the GPU spins, Python
 #: queues the events and the call, so that short kernels are not timed with their launch
-_LEAD_CYCLES = 40_000
+_LEAD_CYCLES = 250_000
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from tilewright.ir.abi import KernelABI
+from tilewright.runtime.arguments import TensorView, read_tensor
 from tilewright.runtime.errors import DeviceError
 
 
@@ -39,6 +42,10 @@ class Device(ABC):
 
         ``asm``: its texts by kind ("ptx", "amdgcn"), which emulated devices execute in its stead.
         """
+
+    def view(self, argument: Any, name: str) -> TensorView:
+        """Address, shape and strides of a tensor argument. ArgumentError names the parameter ``name``."""
+        return read_tensor(argument, name, sys.modules.get("torch"))[0]
 
     @abstractmethod
     def launch(
@@ -82,15 +89,16 @@ def nvidia_target(major: int, minor: int) -> str:
 
 
 def devices() -> list[DeviceInfo]:
-    """The devices of this machine, GPUs first. Never raises and creates no context."""
-    return [*_cuda_devices(), DeviceInfo("cpu", "cpu", "interpreter on NumPy arrays")]
+    """The devices of this machine, GPUs first, emulated ones last. Never raises and creates no context."""
+    from tilewright.runtime.emulated import emulated_devices
+
+    gpus = [*_found("cuda"), *_found("hip")]
+    return [*gpus, DeviceInfo("cpu", "cpu", "interpreter on NumPy arrays"), *emulated_devices()]
 
 
-def _cuda_devices() -> list[DeviceInfo]:
-    from tilewright.runtime import cuda
-
+def _found(kind: str) -> list[DeviceInfo]:
     try:
-        return cuda.enumerate_devices()
+        return list(import_module(f"tilewright.runtime.{kind}").enumerate_devices())
     except DeviceError:
         return []
 
@@ -98,11 +106,13 @@ def _cuda_devices() -> list[DeviceInfo]:
 def open_device(name: str) -> Device:
     """The device called ``name`` ("cuda" means "cuda:0"), the same object at every call."""
     kind, _, index = name.partition(":")
-    if kind != "cuda":
+    if kind == "emulate":
+        return _open_emulated(index)
+    if kind not in ("cuda", "hip"):
         raise DeviceError(f"No runtime opens the device '{name}'. This machine has: {_names()}.")
     if index and not index.isdecimal():
-        raise DeviceError(f"'{name}' names no device: write cuda:0, cuda:1, ...")
-    return _open_cuda(int(index or 0))
+        raise DeviceError(f"'{name}' names no device: write {kind}:0, {kind}:1, ...")
+    return _open_cuda(int(index or 0)) if kind == "cuda" else _open_hip(int(index or 0))
 
 
 @cache
@@ -110,6 +120,20 @@ def _open_cuda(ordinal: int) -> Device:
     from tilewright.runtime import cuda
 
     return cuda.CudaDevice(ordinal)
+
+
+@cache
+def _open_hip(ordinal: int) -> Device:
+    from tilewright.runtime import hip
+
+    return hip.HipDevice(ordinal)
+
+
+@cache
+def _open_emulated(target: str) -> Device:
+    from tilewright.runtime.emulated import EmulatedDevice
+
+    return EmulatedDevice(target)
 
 
 def _names() -> str:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -170,11 +169,6 @@ def _encode(value: int, real: float | None, kind_name: str) -> int:
     return value & ((1 << kind.bits) - 1)
 
 
-def constant_bits(operand: Operand, kind: Kind) -> int:
-    """The bit pattern, ``kind.bits`` wide, of an inline constant or literal (ISA chapter 6)."""
-    return _encode(operand.value, operand.real, kind.name)
-
-
 @lru_cache(maxsize=65536)
 def _constant_array(value: int, real: float | None, kind_name: str) -> Array:
     kind = KINDS[kind_name]
@@ -199,8 +193,3 @@ def _constant_part(value: int, real: float | None, part: int) -> Array:
 def constant_part(operand: Operand, part: int) -> Array:
     """32-bit part ``part`` of a constant as [1, 1]: integers are sign-extended, reals are 32-bit and repeat."""
     return _constant_part(operand.value, operand.real, part)
-
-
-def bfloat16_bits(real: float) -> int:
-    """The bit pattern of a bfloat16 inline constant."""
-    return int(np.array(real, ml_dtypes.bfloat16).view(np.uint16))

@@ -141,8 +141,9 @@ def _buffer_access(
 ) -> Access:
     """Address and range check through a 128-bit descriptor (ISA chapter 9, "Buffer Resource").
 
-    Raw buffers (stride 0) are checked in bytes: ``offset + size <= num_records``, where the offset
-    leaves out soffset. Structured ones are checked by record index. Swizzled ones are not implemented.
+    Raw buffers (stride 0) are checked in bytes against ``num_records - soffset``, structured ones by
+    record index. An access that straddles the end faults, as documents disagree on what it returns.
+    Swizzled descriptors are not implemented.
     """
     word = [state.read_sgpr(resource.index + part)[:, None] for part in range(4)]
     base = join64(word[0], word[1] & _U32(0xFFFF))
@@ -159,9 +160,14 @@ def _buffer_access(
     elif inst.flag("idxen"):
         index = state.raw(vaddr).astype(_U64)
     records = word[2].astype(_U64)
+    scalar_offset = np.broadcast_to(state.raw(soffset), base.shape).astype(_U64)
     structured_ok = (index < records) & ((offset + _U64(size) <= stride) | np.bool_(not inst.flag("offen")))
-    inside = np.where(stride == 0, offset + _U64(size) <= records, structured_ok)
-    address = base + np.broadcast_to(state.raw(soffset), base.shape).astype(_U64) + offset + index * stride
+    begin = offset + scalar_offset
+    inside = np.where(stride == 0, begin + _U64(size) <= records, structured_ok)
+    straddles = (stride == 0) & (begin < records) & ~inside & state.lanes
+    if straddles.any():
+        state.fault(f"a {size}-byte access straddles the end of its buffer", straddles.any(axis=1))
+    address = base + begin + index * stride
     shape = state.lanes.shape
     inside = np.broadcast_to(inside, shape) & state.lanes
     return Access("global", np.broadcast_to(address, shape), state.lanes, inside)

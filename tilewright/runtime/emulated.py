@@ -1,0 +1,221 @@
+"""Devices that execute a kernel's assembly text on host arrays: ``emulate:gfx942``, ``emulate:gfx950``.
+
+A launch copies the memory that its arrays span into the emulator's address space, runs to the end
+and copies it back. Strides, alignment and overlaps of the arrays are those of the host's memory;
+an access outside it is a fault that names the instruction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tilewright.ir.abi import KernelABI, TensorParam
+from tilewright.ir.target import get_target
+from tilewright.ir.types import DTYPES
+from tilewright.runtime.arguments import ArgumentLayout, TensorView, canonical_dtype, check_tensor, normalize_grid
+from tilewright.runtime.device import Device, DeviceInfo, Module
+from tilewright.runtime.errors import ArgumentError, DeviceError
+
+if TYPE_CHECKING:
+    from tilewright.runtime.emulator.amd import AmdEmulator, GlobalMemory, LaunchStatistics
+
+EMULATED = ("gfx942", "gfx950")
+#: the emulator aligns allocations to more than any kernel assumes of an address (bytes)
+_ALIGNMENT = 256
+
+
+def emulated_devices() -> list[DeviceInfo]:
+    """The emulated devices, which every machine has."""
+    return [DeviceInfo(f"emulate:{arch}", arch, "emulator of its assembly on NumPy arrays") for arch in EMULATED]
+
+
+class EmulatedDevice(Device):
+    """One emulated GPU. ``units`` compute units bound the grid of persistent kernels (default: the real part's).
+
+    ``statistics`` tells what the last launch executed.
+    """
+
+    def __init__(self, target: str, units: int | None = None) -> None:
+        if target not in EMULATED:
+            later = " (NVIDIA's comes later)" if target.startswith("sm_") else ""
+            known = ", ".join(f"emulate:{arch}" for arch in EMULATED)
+            raise DeviceError(f"There is no emulator of {target!r}{later}; there are: {known}.")
+        self._target = target
+        self.units = units or get_target(target).units
+        self.statistics: LaunchStatistics | None = None
+
+    @property
+    def name(self) -> str:
+        return f"emulate:{self._target}"
+
+    @property
+    def target(self) -> str:
+        return self._target
+
+    def load(self, binary: bytes, asm: Mapping[str, str] | None = None) -> EmulatedModule:
+        """Take the assembly; the binary is not looked at. DeviceError without ``asm["amdgcn"]``."""
+        if asm is None or "amdgcn" not in asm:
+            raise DeviceError(f"{self.name} executes assembly text, but got a binary alone.")
+        return EmulatedModule(self, asm["amdgcn"])
+
+    def view(self, argument: Any, name: str) -> TensorView:
+        """The view of a NumPy array or a CPU torch tensor."""
+        return host_view(argument, name)
+
+    def launch(
+        self,
+        function: AmdEmulator,
+        abi: KernelABI,
+        grid: int | Sequence[int],
+        args: Sequence[Any],
+        stream: Any = None,
+    ) -> None:
+        """Run to the end. Faults of the kernel are DeviceErrors that name the instruction."""
+        from tilewright.runtime.emulator.amd import EmulatorError, GlobalMemory
+
+        counts = normalize_grid(grid, abi.name)
+        views, scalars = self._split(abi, args)
+        constant = [a for a in args if isinstance(a, np.ndarray) and not a.flags.writeable]
+        layout = ArgumentLayout(abi)
+        packed_scalars = layout.pack_scalars(scalars) if scalars else b""
+        if 0 in counts:
+            return
+        memory = GlobalMemory()
+        regions = map_regions(views, _names(abi), memory)
+        placed = [view._replace(address=_translate(regions, view)) for view in views]
+        kernarg = layout.pack(placed, packed_scalars, counts).image(layout.size)
+        kernarg += bytes(max(0, function.kernel.get("kernarg_size") - len(kernarg)))
+        blocks = (min(prod(counts), self.units * abi.blocks_per_unit), 1, 1) if abi.persistent else counts
+        try:
+            self.statistics = function.launch(memory, blocks, (abi.threads,), kernarg)
+        except EmulatorError as error:
+            raise DeviceError(f"Kernel '{abi.name}' on {self.name}: {error}") from error
+        protected = [_span(host_view(array, "")) for array in constant if array.size]
+        for region in regions:
+            if not region.copy_back(memory, protected):
+                raise DeviceError(f"Kernel '{abi.name}' on {self.name} wrote to a read-only array.")
+
+    def _split(self, abi: KernelABI, args: Sequence[Any]) -> tuple[list[TensorView], list[Any]]:
+        if len(args) != len(abi.params):
+            names = ", ".join(p.name for p in abi.params)
+            raise ArgumentError(f"{abi.name} takes {len(abi.params)} arguments ({names}), not {len(args)}.")
+        views, scalars = [], []
+        for param, argument in zip(abi.params, args, strict=True):
+            if isinstance(param, TensorParam):
+                view = self.view(argument, param.name)
+                check_tensor(param, view)
+                views.append(view)
+            else:
+                scalars.append(argument)
+        return views, scalars
+
+    def synchronize(self) -> None:
+        """Launches have finished when they return."""
+
+
+class EmulatedModule(Module):
+    """Assembly text; each kernel in it is decoded on first use."""
+
+    def __init__(self, device: EmulatedDevice, asm: str) -> None:
+        self.device = device
+        self._asm = asm
+        self._functions: dict[str, AmdEmulator] = {}
+
+    def function(self, name: str) -> AmdEmulator:
+        """The emulator of kernel ``name``. DeviceError lists instructions that it does not know."""
+        from tilewright.runtime.emulator.amd import AmdEmulator, EmulatorError
+
+        if name not in self._functions:
+            try:
+                self._functions[name] = AmdEmulator(self._asm, name, self.device.target)
+            except EmulatorError as error:
+                raise DeviceError(f"Kernel '{name}' on {self.device.name}: {error}") from error
+        return self._functions[name]
+
+
+# --- the memory of host arrays ----------------------------------------------------------------------
+
+
+def host_view(argument: Any, name: str) -> TensorView:
+    """Address, shape, strides (elements) and dtype of an array in host memory."""
+    if isinstance(argument, np.ndarray):
+        item = argument.itemsize
+        if any(step % item for step in argument.strides):
+            raise ArgumentError(f"Argument '{name}' has byte strides {argument.strides}, no multiples of {item} bytes.")
+        steps = tuple(step // item for step in argument.strides)
+        return TensorView(argument.ctypes.data, argument.shape, steps, argument.dtype.name, None)
+    torch = sys.modules.get("torch")
+    if isinstance(argument, getattr(torch, "Tensor", ())) and argument.device.type == "cpu":
+        return TensorView(argument.data_ptr(), tuple(argument.shape), argument.stride(), argument.dtype, None)
+    raise ArgumentError(f"Argument '{name}' must be a NumPy array or a CPU torch tensor on an emulated device.")
+
+
+@dataclass(frozen=True)
+class Region:
+    """Host memory from ``start`` to ``end`` (bytes) and its copy in the emulator, ``lead`` bytes into an allocation."""
+
+    start: int
+    end: int
+    allocation: int
+    lead: int
+
+    def host(self) -> np.ndarray[Any, Any]:
+        """The host's bytes, shared."""
+        size = self.end - self.start
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.start))
+
+    def copy_back(self, memory: GlobalMemory, protected: Sequence[tuple[int, int]]) -> bool:
+        """Write what the kernel changed to the host's memory. False if that lies in a protected span."""
+        ours, host = memory.read_back(self.allocation)[self.lead :], self.host()
+        changed = np.nonzero(ours != host)[0]
+        places = changed + self.start
+        if any(((places >= start) & (places < end)).any() for start, end in protected):
+            return False
+        if changed.size:
+            host[changed] = ours[changed]
+        return True
+
+
+def map_regions(views: Sequence[TensorView], names: Sequence[str], memory: GlobalMemory) -> list[Region]:
+    """Copies of the memory that the views span; views that overlap share a region."""
+    spans = sorted((*_span(view), name) for view, name in zip(views, names, strict=True) if 0 not in view.shape)
+    merged: list[tuple[int, int, str]] = []
+    for start, end, name in spans:
+        if merged and start < merged[-1][1]:
+            last_start, last_end, last_name = merged[-1]
+            merged[-1] = (last_start, max(last_end, end), f"{last_name}, {name}")
+        else:
+            merged.append((start, end, name))
+    regions = []
+    for start, end, name in merged:
+        lead = start % _ALIGNMENT  # kernels see the alignment that the array has
+        contents = np.zeros(lead + end - start, np.uint8)
+        contents[lead:] = Region(start, end, 0, 0).host()
+        regions.append(Region(start, end, memory.allocate(contents, name), lead))
+    return regions
+
+
+def _span(view: TensorView) -> tuple[int, int]:
+    """First byte and the one behind the last of a view that is not empty."""
+    item = DTYPES[canonical_dtype(view.dtype)].bytes
+    reach = [step * (extent - 1) * item for step, extent in zip(view.strides, view.shape, strict=True)]
+    return view.address + sum(n for n in reach if n < 0), view.address + sum(n for n in reach if n > 0) + item
+
+
+def _translate(regions: Sequence[Region], view: TensorView) -> int:
+    """The emulator's address of a view's origin; of an empty one, any."""
+    for region in regions:
+        if 0 not in view.shape and region.start <= view.address < region.end:
+            return region.allocation + region.lead + view.address - region.start
+    return _ALIGNMENT
+
+
+def _names(abi: KernelABI) -> list[str]:
+    return [p.name for p in abi.params if isinstance(p, TensorParam)]
