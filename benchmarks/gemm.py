@@ -13,8 +13,7 @@ from statistics import geometric_mean
 
 import torch
 
-import tilewright as tw
-from tilewright.kernels.gemm import gemm
+from tilewright.kernels.gemm import configuration, matmul
 from tilewright.runtime.bench import compare
 
 SHAPES = [(2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096)]
@@ -43,20 +42,20 @@ def error(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rows: int = 256) ->
 def measure(m: int, n: int, k: int, layout: str, dtype: torch.dtype, repeats: int) -> dict[str, object]:
     a, b = matrix(m, k, layout[0], dtype), matrix(k, n, layout[1], dtype)
     c = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-    grid = (tw.cdiv(m, 128), tw.cdiv(n, 256))
-    gemm[grid](a, b, c)
+    matmul(a, b, c)
     again = torch.full_like(c, float("nan"))
-    gemm[grid](a, b, again)
+    matmul(a, b, again)
     library = torch.mm(a, b)
     errors = error(c, a, b), error(library, a, b)
     same = torch.equal(c.view(torch.int16), again.view(torch.int16))
     out = torch.empty_like(c)
-    result = compare({"ours": lambda: gemm[grid](a, b, c), "cublas": lambda: torch.mm(a, b, out=out)}, repeats=repeats)
+    result = compare({"ours": lambda: matmul(a, b, c), "cublas": lambda: torch.mm(a, b, out=out)}, repeats=repeats)
     ours, theirs = result["ours"].median_us, result["cublas"].median_us
     flops = 2 * m * n * k
     return {
         "shape": f"{m}x{n}x{k}",
         "layout": layout,
+        "tiles": list(configuration(m, n).values()),
         "ours_us": ours,
         "cublas_us": theirs,
         "ratio": theirs / ours,
@@ -83,10 +82,9 @@ def main() -> None:
     rows = [measure(*s, layout, dtype, options.repeats) for s in shapes for layout in options.layouts.split(",")]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, medians, random normal inputs")
     for r in rows:
-        print(
-            f"{r['shape']:>18} {r['layout']}  ours {r['ours_tflops']:6.1f}  cublas {r['cublas_tflops']:6.1f} TFLOP/s  "
-            f"ratio {r['ratio']:.3f}  error {r['error']:.2e} / {r['cublas_error']:.2e}  bit-equal {r['bit_equal']}"
-        )
+        speeds = f"ours {r['ours_tflops']:6.1f}  cublas {r['cublas_tflops']:6.1f} TFLOP/s  ratio {r['ratio']:.3f}"
+        errors = f"error {r['error']:.2e} / {r['cublas_error']:.2e}  bit-equal {r['bit_equal']}"
+        print(f"{r['shape']:>18} {r['layout']} {r['tiles']!s:<14} {speeds}  {errors}")
     mean = geometric_mean(float(str(r["ratio"])) for r in rows)
     print(f"geometric mean of ratios: {mean:.3f}")
     if options.json:

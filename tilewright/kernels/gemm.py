@@ -30,6 +30,39 @@ def gemm(
     tw.store(c, (m, n), acc.to(c.dtype))
 
 
+#: tiles (BM, BN, BK) and their speed at large sizes relative to the first, measured on an H100 (docs/performance.md)
+TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
+    ((128, 256, 64), 1.0),
+    ((64, 256, 64), 0.93),
+    ((256, 128, 64), 0.91),
+    ((128, 128, 64), 0.86),
+    ((64, 128, 128), 0.80),
+    ((128, 64, 128), 0.51),
+    ((64, 64, 128), 0.41),
+)
+
+
+def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
+    """Tile sizes for a product of that size on a GPU of ``units`` SMs, without tuning.
+
+    Picks the tiles whose waves over the SMs take least time, each wave costing its area over its speed.
+    """
+
+    def cost(entry: tuple[tuple[int, int, int], float]) -> float:
+        (bm, bn, _), speed = entry
+        waves = -(-(-(-m // bm) * -(-n // bn)) // units)
+        return waves * bm * bn / speed
+
+    bm, bn, bk = min(TILES, key=cost)[0]
+    return {"BM": bm, "BN": bn, "BK": bk}
+
+
+def matmul(a: Any, b: Any, c: Any) -> None:
+    """``c = a @ b`` with tiles chosen by `configuration`. Arrays of NumPy or torch, on one device."""
+    (m, n), meta = c.shape, configuration(*c.shape)
+    gemm[(tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]))](a, b, c, **meta)
+
+
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The product in float64."""
     product: np.ndarray[Any, Any] = a.astype(np.float64) @ b.astype(np.float64)
