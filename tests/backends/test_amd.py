@@ -56,7 +56,7 @@ def test_gemm(target: str, shape: tuple[int, int, int], align: int, stages: int 
     assert_close(c, interpreted, dtype)
 
 
-@pytest.mark.parametrize("tile", [(16, 16, 16), (32, 32, 16), (48, 64, 48), (96, 32, 64), (256, 16, 32)])
+@pytest.mark.parametrize("tile", [(16, 16, 16), (32, 32, 16), (48, 64, 48), (48, 48, 32), (96, 48, 64), (256, 16, 32)])
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_shape_that_fits_the_unit(target: str, tile: tuple[int, int, int]):
     bm, bn, bk = tile

@@ -10,6 +10,7 @@ from tilewright.compiler.kernel import Kernel
 from tilewright.compiler.launch import Grid, Launch
 from tilewright.compiler.lookup import obtain
 from tilewright.compiler.options import CompileOptions
+from tilewright.frontend.errors import ArgumentError, suggestion
 from tilewright.runtime.errors import DeviceError
 
 
@@ -30,9 +31,15 @@ def compile(
     ``args`` maps parameters to ``tw.spec`` (tensors), dtypes (scalars) or values (constexprs with no
     default). ``options`` as on a launch. Raises CompileError with the place in the kernel's source.
     """
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"tw.compile takes a function under @tw.kernel, got {type(kernel).__name__}")
+    if name is not None and not name.isidentifier():
+        raise ArgumentError(f"name={name!r} cannot name an entry point", hint="use letters, digits and underscores")
     chosen, rest = CompileOptions.split(options)
     if rest:
-        raise TypeError(f"unknown option {next(iter(rest))!r}; options are num_warps, num_stages, num_ctas, schedule")
+        unknown, names = next(iter(rest)), CompileOptions.names()
+        hint = suggestion(unknown, names) or f"options: {', '.join(sorted(names))}; a constexpr goes into args"
+        raise ArgumentError(f"tw.compile has no option {unknown!r}", hint=hint)
     return obtain(kernel.definition, target, args, chosen, name)
 
 

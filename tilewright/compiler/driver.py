@@ -20,6 +20,7 @@ from tilewright.frontend.markers import TensorSpec, as_dtype
 from tilewright.ir.core import UNKNOWN, IRError, Module
 from tilewright.ir.printer import print_module
 from tilewright.ir.target import Target, get_target
+from tilewright.ir.types import ViewType
 from tilewright.ir.verifier import verify
 from tilewright.passes.manager import Collect, Dump, Instrument, PassContext, PassError, PassManager
 from tilewright.passes.pipelines import default_pipeline
@@ -59,6 +60,10 @@ def complete_types(definition: KernelDefinition, args: Mapping[str, Any]) -> dic
             except ValueError as error:
                 message = f"kernel '{definition.name}': parameter '{parameter.name}': {error}"
                 raise ArgumentError(message, parameter.loc, length=len(parameter.name)) from None
+        elif parameter.kind == "tensor" and not isinstance(given, TensorSpec | ViewType | None):
+            message = f"kernel '{definition.name}': parameter '{parameter.name}' is a tensor, got {given!r}"
+            hint = 'describe it: tw.spec("f32", ("M", 64))'
+            raise ArgumentError(message, parameter.loc, hint, len(parameter.name))
         elif parameter.dtype is not None and parameter.name not in complete:
             complete[parameter.name] = parameter.dtype
     return complete
@@ -150,7 +155,8 @@ def _schedule(module: Module, target: Target, options: CompileOptions, instrumen
             raise PassFailure(message, loc, error.hint, **common) from error
         path = write_reproducer(error.reproducer, function.name)
         pipeline = error.reproducer.partition("\n")[0].removeprefix("// RUN: opt -p ")
-        rerun = shlex.join(["tilewright", "opt", str(path), "--target", target.name, "-p", pipeline])
+        fixed = [f"--num-{n}={v}" for n, v in (("warps", options.num_warps), ("stages", options.num_stages)) if v]
+        rerun = shlex.join(["tilewright", "opt", str(path), "--target", target.name, *fixed, "-p", pipeline])
         hint = error.hint or "a fault of the compiler: please report it"
         raise PassFailure(error.message, loc, hint, reproducer=path, rerun=rerun, **common) from error
 

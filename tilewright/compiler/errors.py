@@ -12,6 +12,10 @@ from tilewright.frontend.errors import CompileError
 from tilewright.ir.core import UNKNOWN, Location
 
 
+class ExecutionError(CompileError):
+    """The interpreter stopped a kernel that broke a rule while it ran; shown as other errors are."""
+
+
 class StageError(CompileError):
     """A step after the frontend failed.
 

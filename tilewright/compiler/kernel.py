@@ -46,6 +46,10 @@ class Kernel:
     def _parameter_names(self) -> tuple[tuple[str, ...], frozenset[str]]:
         if self._names is None:  # parsing waits for the first launch, where its errors belong
             parameters = self.definition.parameters
+            for p in parameters:
+                if p.name in CompileOptions.names() | {"stream"}:
+                    message = f"kernel '{self.__name__}' cannot have a parameter '{p.name}'"
+                    raise CompileError(message, p.loc, "that is a launch option: rename the parameter", len(p.name))
             positional = tuple(p.name for p in parameters if not p.keyword_only)
             compile_time = {p.name for p in parameters if p.kind == "constexpr"}
             self._names = positional, frozenset(compile_time | CompileOptions.names())

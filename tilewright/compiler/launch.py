@@ -6,6 +6,7 @@ which binary takes them. Later calls with arguments of the same kinds only look 
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilewright.compiler.arrays import host_array, view_type, where
+from tilewright.compiler.arrays import give_back, host_array, view_type, where
 from tilewright.compiler.environment import INTERPRET
+from tilewright.compiler.errors import ExecutionError
 from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.arguments import BoundArguments, bind_arguments
-from tilewright.frontend.errors import ArgumentError
+from tilewright.frontend.errors import ArgumentError, suggestion
+from tilewright.frontend.promotion import fits
+from tilewright.ir.core import UNKNOWN, IRError
 from tilewright.runtime.device import open_device
+from tilewright.runtime.errors import DeviceError
 
 if TYPE_CHECKING:
     from tilewright.compiler.kernel import Kernel
@@ -60,12 +65,16 @@ class Launch:
     def __call__(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
         """Launch; see `tilewright.kernel`. Raises ArgumentError, CompileError or DeviceError."""
         key = (self.device, INTERPRET.get(), *signature(self.kernel, args, kwargs))
-        plan = self.kernel.plans.get(key)
+        try:
+            plan = self.kernel.plans.get(key)
+        except TypeError:  # an unhashable compile-time value: binding says which
+            key, plan = (), None
         if plan is None:
             plan = make_plan(self.kernel, self.device, args, kwargs)
             if len(self.kernel.plans) >= MOST_PLANS:
                 self.kernel.plans.clear()
-            self.kernel.plans[key] = plan
+            if key:
+                self.kernel.plans[key] = plan
         plan.run(self.grid, args, kwargs, stream)
 
 
@@ -80,10 +89,17 @@ def signature(kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             address = value.data_ptr() % 16
             parts.append((name, value.dtype, value.shape, value.stride(), address, value.get_device()))
         elif name in constexprs:
-            parts.append((name, tuple(value) if isinstance(value, list) else value))
+            parts.append((name, *_constexpr_kind(value)))
         else:
             parts.append((name, *_kind(value)))
     return (len(args), *parts)
+
+
+def _constexpr_kind(value: Any) -> tuple[Any, ...]:
+    """A compile-time value as a key that keeps 1, 1.0 and True apart, and 0.0 from -0.0."""
+    if isinstance(value, tuple | list):
+        return tuple(_constexpr_kind(item) for item in value)
+    return (type(value), repr(value)) if isinstance(value, float) else (type(value), value)
 
 
 def _kind(value: Any) -> tuple[Any, ...]:
@@ -94,18 +110,27 @@ def _kind(value: Any) -> tuple[Any, ...]:
     if isinstance(value, int):
         return int, value in _INT32
     if hasattr(value, "shape"):
-        return type(value), view_type(value), where({"": value})
+        try:
+            return type(value), view_type(value, ""), where({"": value})
+        except (ArgumentError, DeviceError):  # binding says which
+            pass
     return type(value), id(value)
 
 
 def make_plan(kernel: Kernel, device: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
     """Check the arguments, choose the device, and compile for it."""
     options, arguments = CompileOptions.split(kwargs)
+    for name in arguments:
+        option = suggestion(name, CompileOptions.names() | {"stream"})
+        if option and name not in kernel.definition.parameter:
+            hint = suggestion(name, kernel.definition.parameter) or option
+            raise ArgumentError(f"kernel '{kernel.__name__}' has no parameter '{name}'", kernel.definition.loc, hint)
     bound = bind_arguments(kernel.definition, args, arguments)
     place = device or where(bound.tensors)
     names = [p.name for p in kernel.definition.parameters if p.name in bound.tensors or p.name in bound.scalars]
-    starter = _interpreter(kernel, bound, names) if place == "cpu" or INTERPRET.get() else None
-    if starter is None:
+    if place == "cpu" or INTERPRET.get():
+        starter = _interpreter(kernel, bound, names, from_gpu=INTERPRET.get())
+    else:
         starter = _binary(kernel, bound, place, options)
     positions = {name: i for i, name in enumerate(kernel.positional_names[: len(args)])}
     sources = tuple(positions.get(name, name if name in kwargs else None) for name in names)
@@ -117,7 +142,7 @@ Starter = Callable[[tuple[int, int, int], list[Any], Any], None]
 
 def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileOptions) -> Starter:
     device = open_device(place)
-    types = bound.types({name: view_type(value) for name, value in bound.tensors.items()})
+    types = bound.types({name: view_type(value, name) for name, value in bound.tensors.items()})
     artifact = kernel.artifact(types, device.target, options)
 
     def start(grid: tuple[int, int, int], values: list[Any], stream: Any) -> None:
@@ -126,26 +151,48 @@ def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileO
     return start
 
 
-def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str]) -> Starter:
+def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_gpu: bool) -> Starter:
+    """Runs in the interpreter. ``from_gpu``: tensors in GPU memory are copied here and back."""
     from tilewright.ir.interpreter import run
 
-    views = {name: view_type(host_array(value)) for name, value in bound.tensors.items()}
+    views = {name: view_type(host_array(value, name, from_gpu), name) for name, value in bound.tensors.items()}
     function = kernel.function(bound.types(views))
+    integers = {name: dtype for name, dtype in bound.dtypes.items() if dtype.is_int}
 
     def start(grid: tuple[int, int, int], values: list[Any], stream: Any) -> None:
-        arguments = {n: host_array(v) if n in views else v for n, v in zip(names, values, strict=True)}
-        run(function, arguments, grid=grid)
+        given = dict(zip(names, values, strict=True))
+        for name, dtype in integers.items():
+            if not fits(given[name], dtype):  # the interpreter's integers would wrap
+                raise ArgumentError(f"kernel '{kernel.__name__}': argument '{name}': {given[name]} is no {dtype}")
+        arrays = {name: host_array(given[name], name, from_gpu) for name in views}
+        try:
+            run(function, {**given, **arrays}, grid=grid)
+        except IRError as error:
+            loc = error.loc if error.loc != UNKNOWN else function.loc
+            raise ExecutionError(f"{error.message} (kernel '{kernel.__name__}')", loc, error.hint) from error
+        for name, array in arrays.items():
+            give_back(given[name], array)
 
     return start
 
 
 def resolve_grid(grid: Grid, meta: Mapping[str, Any]) -> tuple[int, int, int]:
     """Three sizes from an int, a tuple of up to three, or a function of the compile-time parameters."""
-    given = grid(meta) if callable(grid) else grid
-    sizes = (given,) if isinstance(given, int | np.integer) else tuple(given)
+    try:
+        given = grid(meta) if callable(grid) else grid
+    except KeyError as error:
+        if error.args and error.args[0] in meta:
+            raise
+        hint = f"compile-time parameters: {', '.join(meta) or 'none'}"
+        raise ArgumentError(f"the grid asks for {error}, which is no parameter of the kernel", hint=hint) from error
+    try:
+        sizes = [operator.index(n) for n in (given if isinstance(given, Sequence) else (given,))]
+    except TypeError:
+        message = f"a grid is an integer, a tuple of integers, or a function that gives one; got {given!r}"
+        raise ArgumentError(message, hint="divide with tw.cdiv") from None
     if not 1 <= len(sizes) <= 3:
-        raise ArgumentError(f"a grid has one to three dimensions, got {len(sizes)}")
-    x, y, z = (*(int(n) for n in sizes), *(1,) * (3 - len(sizes)))
-    if min(x, y, z) < 0:
-        raise ArgumentError(f"grid {(x, y, z)} has a negative size")
+        raise ArgumentError(f"a grid has one to three dimensions, got {len(sizes)}: {given!r}")
+    if min(sizes) < 0:
+        raise ArgumentError(f"grid {given!r} has a negative size")
+    x, y, z = (*sizes, 1, 1)[:3]
     return x, y, z

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from tilewright.frontend.errors import ArgumentError
+
 if TYPE_CHECKING:
     from tilewright.passes.manager import PassOptions
 
@@ -28,6 +30,16 @@ class CompileOptions:
         from tilewright.passes.manager import PassOptions  # a cache hit needs the options, but no passes
 
         return PassOptions(self.num_warps, self.num_stages, self.num_ctas, self.schedule)
+
+    def __post_init__(self) -> None:
+        for name in ("num_warps", "num_stages", "num_ctas"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ArgumentError(f"{name} must be a positive integer, got {value!r}")
+        if self.num_ctas not in (None, 1):
+            raise ArgumentError("num_ctas: clusters of several blocks are not supported yet", hint="leave it out")
+        if self.schedule is not None:
+            raise ArgumentError("schedule: named schedules are not supported yet", hint="leave it out")
 
     @staticmethod
     def names() -> set[str]:

@@ -260,7 +260,7 @@ _FRAME = re.compile(r'File "[^"]*?tilewright/([^"]+)\.py", line \d+ in')
 
 
 def _stage_of(printed: str) -> str:
-    """The stage in which a worker died, from the stack that faulthandler printed; "backend" without one."""
+    """The stage in which a worker died, from the stack that faulthandler printed; "code generation" without one."""
     frames = _FRAME.findall(printed)
     for frame in frames:
         for part, stage in _STAGES:
@@ -268,7 +268,7 @@ def _stage_of(printed: str) -> str:
                 return stage
         if frame.startswith(("backends/lower", "backends/mlir", "backends/nvidia", "backends/amd")):
             return "lowering"
-    return "parsing" if any(frame.startswith("ir/") for frame in frames) else "backend"
+    return "parsing" if any(frame.startswith("ir/") for frame in frames) else "code generation"
 
 
 # --- messages ---------------------------------------------------------------------------------------

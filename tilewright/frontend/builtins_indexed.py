@@ -11,7 +11,7 @@ from tilewright.frontend.emitter import Emitter, Shape, broadcast_shapes, requir
 from tilewright.frontend.errors import CompileError
 from tilewright.frontend.methods import require_shape
 from tilewright.frontend.promotion import literal_as
-from tilewright.frontend.subscripts import scalar_index
+from tilewright.frontend.subscripts import only_element, scalar_index
 from tilewright.frontend.values import (
     describe,
     dtype_name,
@@ -26,7 +26,7 @@ from tilewright.frontend.values import (
 )
 from tilewright.ir.core import Value
 from tilewright.ir.indexed_ops import ATOMIC_DTYPES, free_axes, supports_atomic
-from tilewright.ir.types import DTYPES, DType, TileType, i32, i64
+from tilewright.ir.types import DTYPES, DType, i32, i64
 
 
 @dataclass
@@ -251,7 +251,7 @@ def _atomic_tile(
     values = [value] if fn != "cas" else [value, expected]
     if all(is_scalar(v) for v in values):
         tiles = [_operand(emit, v, dtype_of(view), (1,) * rank) for v in values]
-        return _only_element(emit, emit.builder.atomic(fn, view, indices, [], tiles[0], (), (*tiles, None)[1]))
+        return only_element(emit, emit.builder.atomic(fn, view, indices, [], tiles[0], (), (*tiles, None)[1]))
     shape = broadcast_shapes(f"tw.atomic_{fn}", *(tile_shape(v) for v in values))
     if len(shape) != rank:
         message = f"tw.atomic_{fn}: a tile of shape {shape} to a tensor of rank {rank}"
@@ -265,13 +265,6 @@ def _operand(emit: Emitter, value: Any, dtype: DType, shape: Shape) -> Value:
         hint = f"convert it to the tensor's dtype: .to({dtype_name(dtype)})"
         raise CompileError(f"an atomic update of a tensor of {dtype} takes {dtype}, got {describe(value)}", hint=hint, argument="value")
     return emit.conform(value, dtype, shape)
-
-
-def _only_element(emit: Emitter, tile: Value) -> Value:
-    """The element of a tile of one, as a scalar."""
-    while isinstance(tile.type, TileType):
-        tile = emit.builder.reduce("max", tile, tile.type.rank - 1)
-    return tile
 
 
 def _plain_atomic(fn: str) -> Implementation:

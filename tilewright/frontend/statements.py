@@ -96,15 +96,11 @@ class Statements(Expressions):
 
     def visit_Assert(self, node: ast.Assert) -> None:
         condition = self.emit.truth(self.visit(node.test), "the condition of 'assert'")
+        message = str(self.visit(node.msg)) if node.msg else ""
         if isinstance(condition, Value):
-            raise self.error_at(
-                node.test,
-                "'assert' on a run-time value is not supported yet (tw.device_assert)",
-                "assert conditions on constants and tw.constexpr parameters",
-            )
-        if not condition:
-            message = f": {self.visit(node.msg)}" if node.msg else ""
-            raise self.error_at(node.test, f"assertion failed{message}")
+            self.emit.builder.assert_(condition, message or ast.unparse(node.test))
+        elif not condition:
+            raise self.error_at(node.test, "assertion failed" + (f": {message}" if message else ""))
 
 
 __all__ = ["Statements"]

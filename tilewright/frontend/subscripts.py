@@ -117,7 +117,7 @@ def _reform(emit: Emitter, tile: Value, keys: tuple[Any, ...]) -> Value:
     if any(not isinstance(k, Slice) for k in axes):
         shape = tuple(n for n, k in zip(tile_shape(tile), axes, strict=True) if isinstance(k, Slice))
         if not shape:
-            return _only_element(emit, tile)
+            return only_element(emit, tile)
         tile = emit.builder.reshape(tile, shape)
     left = [k for k in keys if k is None or isinstance(k, Slice)]
     for axis, key in enumerate(left):
@@ -126,7 +126,8 @@ def _reform(emit: Emitter, tile: Value, keys: tuple[Any, ...]) -> Value:
     return tile
 
 
-def _only_element(emit: Emitter, tile: Value) -> Value:
+def only_element(emit: Emitter, tile: Value) -> Value:
+    """The element of a tile of one, as a scalar."""
     while is_tile(tile):
         tile = emit.builder.reduce("max", tile, len(tile_shape(tile)) - 1)
     return tile
@@ -171,4 +172,4 @@ def scalar_index(emit: Emitter, value: Any, what: str, argument: str | None = No
     raise CompileError(f"{what} must be an integer scalar, got {describe(value)}", hint=hint, argument=argument)
 
 
-__all__ = ["Slice", "scalar_index", "subscript"]
+__all__ = ["Slice", "only_element", "scalar_index", "subscript"]

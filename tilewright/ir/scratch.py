@@ -1,4 +1,4 @@
-"""Shared memory that single operations borrow: `tile.reduce` across warps and `tile.convert` through memory.
+"""Shared memory that single operations borrow: to combine results of warps, and to pass elements between threads.
 
 The shared-memory plan asks `scratch_bytes`, places as many bytes and sets the operation's ``scratch``; the backends
 lay the data out as described here.
@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import permutations
 
 from tilewright.ir.core import IRError, Operation
+from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
@@ -19,8 +20,8 @@ from tilewright.ir.layout import (
     shared_candidates,
     shared_cycles,
 )
-from tilewright.ir.tile_ops import Convert, Reduce
-from tilewright.ir.types import DType, ScalarType, TileType
+from tilewright.ir.tile_ops import Convert, Reduce, Scan
+from tilewright.ir.types import DType, ScalarType, TileType, Type
 
 #: what the scratch of any operation is aligned to
 SCRATCH_ALIGNMENT = 128
@@ -35,6 +36,10 @@ def scratch_bytes(op: Operation) -> int:
     if isinstance(op, Convert):
         plan = convert_layout(op)
         return 0 if plan is None else plan.bytes
+    if isinstance(op, Scan):
+        return _scan_bytes(op)
+    if isinstance(op, Atomic):
+        return _atomic_bytes(op)
     return 0
 
 
@@ -76,6 +81,65 @@ def _reduce_bytes(op: Reduce) -> int:
     return (left << warps) * accumulator(type_.dtype) if warps else 0
 
 
+# --- scans and atomic updates -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AxisBit:
+    """Who moves along an axis by ``1 << bit``: bit ``position`` of ``dim`` (register, lane or warp)."""
+
+    dim: str
+    position: int
+
+
+def scan_bits(layout: LinearLayout, axis: int) -> tuple[AxisBit, ...]:
+    """The owner of each coordinate bit along ``axis`` inside the core, lowest first.
+
+    ValueError where a bit has several owners, or an owner moves along more than that bit.
+    """
+    owners: dict[int, AxisBit] = {}
+    for dim in ("register", "lane", "warp"):
+        for position, vector in enumerate(layout.basis(dim)):
+            step = vector[axis]
+            if not step:
+                continue
+            if step & (step - 1) or sum(map(bool, vector)) > 1 or step in owners:
+                raise ValueError(f"{dim} bit {position} of {layout} shares its way along axis {axis}")
+            owners[step] = AxisBit(dim, position)
+    count = layout.shape[axis].bit_length() - 1
+    if len(owners) != count:
+        raise ValueError(f"{layout} does not cover axis {axis}")
+    return tuple(owners[1 << bit] for bit in range(count))
+
+
+def distinct_totals(layout: LinearLayout, axis: int, bit: int) -> int:
+    """The totals that a thread holds once its runs of ``1 << bit`` elements along ``axis`` are added up."""
+    table = layout.table("register").copy()
+    table[:, axis] >>= bit
+    return len({tuple(row) for row in table.tolist()})
+
+
+def _scan_bytes(op: Scan) -> int:
+    """Every thread's totals, for the largest exchange between warps."""
+    layout, dtype = _source_layout(op, op.source.type)
+    threads = layout.num_lanes * layout.num_warps
+    bits = [bit for bit, owner in enumerate(scan_bits(layout, op.axis)) if owner.dim == "warp"]
+    return max((distinct_totals(layout, op.axis, bit) * threads * accumulator(dtype) for bit in bits), default=0)
+
+
+def _atomic_bytes(op: Atomic) -> int:
+    """The old values of all threads, where warps hold copies of one element."""
+    layout, dtype = _source_layout(op, op.value.type)
+    threads = layout.num_lanes * layout.num_warps
+    return layout.num_registers * threads * dtype.bytes if layout.free_bits("warp") else 0
+
+
+def _source_layout(op: Operation, type_: Type) -> tuple[LinearLayout, DType]:
+    if not isinstance(type_, TileType) or type_.layout is None:
+        raise IRError(f"'{op.name}': the source has no layout", op.loc)
+    return type_.layout, type_.dtype
+
+
 # --- conversions ----------------------------------------------------------------------------------
 
 
@@ -110,4 +174,7 @@ def _exchange_layout(source: LinearLayout, result: LinearLayout, bits: int) -> S
     return min(best, key=cycles)
 
 
-__all__ = ["SCRATCH_ALIGNMENT", "AxisBits", "accumulator", "axis_bits", "convert_layout", "scratch_bytes"]
+__all__ = [
+    "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_layout", "distinct_totals",
+    "scan_bits", "scratch_bytes",
+]  # fmt: skip

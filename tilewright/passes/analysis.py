@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tilewright.ir.core import Block, Function, Operation, Region, Value
-from tilewright.ir.tile_ops import For, If, OffsetView, PermuteView, ProgramId, Subview, While, Yield
+from tilewright.ir.indexed_ops import Atomic, Scatter
+from tilewright.ir.tile_ops import For, If, OffsetView, PermuteView, ProgramId, Store, Subview, While, Yield
 
 
 def producers(value: Value, loops: dict[Block, Operation]) -> list[Value]:
@@ -85,6 +86,11 @@ def view_root(view: Value) -> Value:
     while isinstance(view.op, Subview | PermuteView | OffsetView):
         view = view.op.view
     return view
+
+
+def written_tensors(function: Function) -> set[Value]:
+    """The kernel parameters that the program writes."""
+    return {view_root(op.view) for op in function.walk() if isinstance(op, Store | Scatter | Atomic)}
 
 
 def program_axes(value: Value, loops: dict[Block, Operation]) -> frozenset[int]:

@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterator
 
 from tilewright.ir.async_ops import AsyncDot, LocalLoad, Role, Wait
 from tilewright.ir.builder import Builder
+from tilewright.ir.check_ops import Print
 from tilewright.ir.core import Function, IRError, Operation, Region, Value
+from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.layout import LinearLayout, blocked
+from tilewright.ir.scratch import scan_bits
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import (
     Binary,
     Bitcast,
     Broadcast,
     Cast,
+    Cat,
     Compare,
     Dot,
     ExpandDims,
@@ -29,6 +33,7 @@ from tilewright.ir.tile_ops import (
     Load,
     Reduce,
     Reshape,
+    Scan,
     Select,
     Store,
     Transpose,
@@ -37,6 +42,7 @@ from tilewright.ir.tile_ops import (
     Yield,
 )
 from tilewright.ir.types import TileType, ViewType
+from tilewright.passes.cat_layouts import CatLayouts, cat_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 
@@ -100,7 +106,7 @@ class _Assignment:
         for op in self.ops:
             self._matrix_anchor(op)
         self._spread()
-        for anchor in (self._operand_anchor, self._memory_anchor, self._default_anchor):
+        for anchor in (self._operand_anchor, self._cat_anchor, self._memory_anchor, self._default_anchor):
             for op in self.ops:
                 anchor(op)
                 self._spread()
@@ -143,6 +149,8 @@ class _Assignment:
                 self._union(*choice)
         elif isinstance(op, Dot | AsyncDot):
             self._union(op.results[0], op.acc)
+        elif isinstance(op, Scan | Gather | Scatter | Atomic | Print):  # views are no tiles and stay out
+            self._union(*op.results, *op.operands)
         elif isinstance(op, Wait):
             for value, result in zip(op.values, op.results, strict=True):
                 self._union(value, result)
@@ -172,11 +180,28 @@ class _Assignment:
                 if isinstance(value.op, LocalLoad):
                     self._assign(value, self._operand_layout(op, which))
 
+    def _cat_anchor(self, op: Operation) -> None:
+        """Joining moves nothing where the parts have a layout of their greatest common part."""
+        if isinstance(op, Cat):
+            layouts = self._cat_layouts(op)
+            self._assign(op.result, layouts.result)
+            for value, layout in zip(op.sources, layouts.sources, strict=True):
+                self._assign(value, layout)
+
+    def _cat_layouts(self, op: Cat) -> CatLayouts:
+        result = _tile(op.result)
+        sizes = [_tile(value).shape[op.axis] for value in op.sources]
+        return cat_layouts(result.shape, op.axis, sizes, result.dtype.bits, self.warps, self.target.warp_size)
+
     def _memory_anchor(self, op: Operation) -> None:
         if isinstance(op, Load):
             self._assign(op.result, self._coalesced(op.result, op.view))
         elif isinstance(op, Store):
             self._assign(op.value, self._coalesced(op.value, op.view))
+        elif isinstance(op, Gather):
+            self._assign(op.result, self._scattered(op.result, op.view, op.axes))
+        elif isinstance(op, Scatter | Atomic):
+            self._assign(op.value, self._scattered(op.value, op.view, op.axes))
 
     def _default_anchor(self, op: Operation) -> None:
         for value in [*op.results, *(a for r in op.regions for a in r.block.args)]:
@@ -191,6 +216,13 @@ class _Assignment:
         assert isinstance(view.type, ViewType)
         axis = view.type.contiguous_axis
         return self._blocked(value, _tile(value).rank - 1 if axis is None else axis)
+
+    def _scattered(self, value: Value, view: Value, axes: tuple[int, ...]) -> LinearLayout:
+        """As a load or store where neighbours along the contiguous axis are neighbours in memory."""
+        assert isinstance(view.type, ViewType)
+        axis, last = view.type.contiguous_axis, _tile(value).rank - 1
+        apart = axis is None or axis in axes or _tile(value).rank != view.type.rank
+        return self._blocked(value, last if apart or axis is None else axis)
 
     def _blocked(self, value: Value, fastest: int) -> LinearLayout:
         tile = _tile(value)
@@ -226,6 +258,14 @@ class _Assignment:
         rule = RULES.get(type(op))
         if rule is not None and all(isinstance(v.type, TileType) for v in (op.operands[0], op.result)):
             self._convert_derived(op)
+        elif isinstance(op, Cat):
+            layouts = self._cat_layouts(op)
+            op.sources = [self._converted(op, v, at) for v, at in zip(op.sources, layouts.sources, strict=True)]
+            self._result_from(op, layouts.result)
+        elif isinstance(op, Scan):
+            layout = self._scannable(op)
+            op.source = self._converted(op, op.source, layout)
+            self._result_from(op, layout)
         elif isinstance(op, Dot | AsyncDot):
             for f, which in zip(op.operand_fields[:2], "ab", strict=True):
                 value = op.groups[f.position][0]
@@ -249,6 +289,22 @@ class _Assignment:
         if derived is None:
             raise IRError(f"'{op.name}': no layout for the result of this shape", op.loc)
         self._convert_result(op, derived, wanted)
+
+    def _scannable(self, op: Scan) -> LinearLayout:
+        """The source's layout, or a plain one where threads share coordinates along the axis."""
+        layout = _tile(op.source).layout
+        assert layout is not None
+        try:
+            scan_bits(layout, op.axis)
+        except ValueError:
+            return self._blocked(op.source, op.axis)
+        return layout
+
+    def _result_from(self, op: Operation, derived: LinearLayout) -> None:
+        wanted = _tile(op.results[0]).layout
+        assert wanted is not None
+        if derived != wanted:
+            self._convert_result(op, derived, wanted)
 
     def _convert_result(self, op: Operation, derived: LinearLayout, wanted: LinearLayout) -> None:
         result, block = op.result, op.parent

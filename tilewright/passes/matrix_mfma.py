@@ -78,13 +78,16 @@ class Mfma(MatrixUnit):
             )
 
     def warps(self, dots: Sequence[Dot]) -> int:
-        """Four waves, one for each SIMD; eight where the accumulators of four would fill the register file."""
+        """Four waves, one for each SIMD; eight where the accumulators of four would fill the register file.
+
+        Fewer where the tiles do not divide by so many.
+        """
         sizes = [operand_shape(d, "a")[0] * operand_shape(d, "b")[1] for d in dots]
-        if max(sizes) > 4 * self.target.warp_size * MOST_ACCUMULATORS:
-            return 8
-        warps = 4
+        warps = 8 if max(sizes) > 4 * self.target.warp_size * MOST_ACCUMULATORS else 4
         while warps > 1 and max(sizes) < warps * 16 * 16:
             warps //= 2
+        while warps > 1 and not all(any(_tilings(*_result_shape(d), warps)) for d in dots):
+            warps //= 2  # 3 x 3 instruction tiles divide by nothing
         return warps
 
     def accumulator(self, shape: tuple[int, ...], warps: int) -> LinearLayout:
@@ -134,7 +137,10 @@ class Mfma(MatrixUnit):
 
         choices = list(_tilings(m, n, warps))
         if not choices:
-            raise IRError(f"a tile of ({m}, {n}) cannot be spread over {warps} waves of {self.target.name}")
+            raise IRError(
+                f"a product of ({m}, {n}) cannot be spread over {warps} waves of {self.target.name}",
+                hint="make the tile's sizes powers of two, or use fewer num_warps",
+            )
         return min(choices, key=cost)
 
 

@@ -11,9 +11,15 @@ from __future__ import annotations
 
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, Load, Store, Transpose
+from tilewright.ir.tile_ops import Dot, Load, Transpose
 from tilewright.ir.types import TileType, ViewType
-from tilewright.passes.analysis import backward_slice, control_values, enclosing_operations, view_root
+from tilewright.passes.analysis import (
+    backward_slice,
+    control_values,
+    enclosing_operations,
+    view_root,
+    written_tensors,
+)
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import matrix_unit
 
@@ -35,7 +41,7 @@ class Placement(FunctionPass):
         warps = context.options.num_warps or unit.warps(dots)
         function.attributes["num_warps"] = warps
         loops, uses = enclosing_operations(function), uses_of(function.body)
-        written = {view_root(op.view) for op in function.walk() if isinstance(op, Store)}
+        written = written_tensors(function)
         for dot in dots:
             for which, value in (("a", dot.a), ("b", dot.b)):
                 load, perm = trace_load(value)

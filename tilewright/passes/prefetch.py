@@ -27,7 +27,7 @@ from tilewright.ir.async_ops import Alloc, Barrier, LocalStore
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Transpose, While, Yield
+from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Scan, Transpose, While, Yield
 from tilewright.ir.types import BufferType, ScalarType, SlotType, TileType, ViewType, element_type, i32
 from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
@@ -165,7 +165,7 @@ def exchange_bytes(function: Function) -> int:
     """Shared memory that layout conversions of computed operands and reductions may want later."""
     most, warps = 0, int(function.attributes.get("num_warps", 0))
     for op in function.walk():
-        if isinstance(op, Reduce):  # each warp its partial results
+        if isinstance(op, Reduce | Scan):  # each warp its partial results
             size = op.result.type.size if isinstance(op.result.type, TileType) else 1
             most = max(most, warps * size * element_type(op.result.type).bytes)
         if isinstance(op, Dot):

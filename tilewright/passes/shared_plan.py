@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from tilewright.ir.async_ops import Alloc, MakeRing
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import scratch_bytes
-from tilewright.ir.tile_ops import Convert, Reduce
 from tilewright.ir.types import BufferType, RingType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
@@ -29,7 +28,7 @@ class SharedPlan(FunctionPass):
     def run_on_function(self, function: Function, context: PassContext) -> None:
         allocs = [op for op in function.walk() if isinstance(op, Alloc)]
         rings = [op for op in function.walk() if isinstance(op, MakeRing)]
-        users = [op for op in function.walk() if isinstance(op, Reduce | Convert) and scratch_bytes(op)]
+        users = [op for op in function.walk() if scratch_bytes(op)]
         scratch = max((scratch_bytes(op) for op in users), default=0)
         limit = context.target.shared_bytes
         elastic = [r for r in rings if r.elastic]

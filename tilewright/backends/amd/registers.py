@@ -13,15 +13,15 @@ from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Yield
 from tilewright.ir.types import TileType
 
-#: fewer accumulators per lane leave room enough
-FEWEST, MOST = 96, 256
+#: fewer accumulators per lane leave room enough; with more than half of the file LLVM (22) spills
+FEWEST, MOST = 96, 128
 SIMDS = 4
 
 
 def accumulation_registers(function: Function, target: Target) -> int:
     """Registers per lane of the accumulators that should not be ordinary ones; 0 where LLVM's own choice is best.
 
-    With two waves on a SIMD a lane has 256 registers of both kinds together, and dividing them costs more than it gives.
+    With two waves on a SIMD a lane has 256 registers of both kinds together: dividing them costs more than it gives.
     """
     if function.attributes.get("num_warps", SIMDS) > SIMDS:
         return 0

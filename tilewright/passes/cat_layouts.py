@@ -1,0 +1,38 @@
+"""Register layouts for joining tiles: the parts and the whole are copies of one core along the axis.
+
+The core is as long as the largest power of two that divides every part, so that each copy belongs to one part and
+joining renames registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+from tilewright.ir.layout import LinearLayout, blocked
+from tilewright.ir.layout_linear import power_of_two_part
+
+
+@dataclass(frozen=True)
+class CatLayouts:
+    """``sources``: the layout of each part; ``result``: that of the whole."""
+
+    sources: tuple[LinearLayout, ...]
+    result: LinearLayout
+
+
+def cat_layouts(
+    shape: Sequence[int], axis: int, sizes: Sequence[int], element_bits: int, warps: int, warp_size: int
+) -> CatLayouts:
+    """Layouts for a tile of ``shape`` made of parts with ``sizes`` along ``axis``."""
+    length = power_of_two_part(gcd(*sizes))
+    core = [length if position == axis else size for position, size in enumerate(shape)]
+    order = tuple(reversed(range(len(shape))))
+    base = blocked(core, element_bits, warps, warp_size, order)
+
+    def repeated(size: int) -> LinearLayout:
+        repeat = [size // length if position == axis else count for position, count in enumerate(base.repeat)]
+        return LinearLayout.make(dict(base.bases), base.shape, repeat)
+
+    return CatLayouts(tuple(repeated(size) for size in sizes), repeated(sum(sizes)))
