@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 #: public name -> module that defines it; every other public name belongs to the language
 _TOOLS = {
+    "Config": "tilewright.compiler.config",
+    "autotune": "tilewright.compiler.autotune",
     "kernel": "tilewright.compiler.api",
     "compile": "tilewright.compiler.api",
     "device": "tilewright.compiler.api",

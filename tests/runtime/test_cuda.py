@@ -16,7 +16,7 @@ import pytest
 from fake_driver import CONTEXT, OTHER_CONTEXT, CUresult, FakeDriver, FakeTensor, fake_torch
 
 from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
-from tilewright.runtime import cuda
+from tilewright.runtime import cuda, launching
 from tilewright.runtime.arguments import DevicePointer, TensorView, bf16_bits, row_major
 from tilewright.runtime.cuda import CudaDevice
 from tilewright.runtime.device import devices, nvidia_target, open_device
@@ -279,10 +279,10 @@ def test_repeated_arguments_reuse_their_block(
 
 def test_kept_launches_are_bounded(device: CudaDevice, driver: FakeDriver, function: cuda.CudaFunction) -> None:
     abi = kernel(ScalarParam("n", "i32"))
-    for n in range(2 * cuda._KEPT_LAUNCHES):
+    for n in range(2 * launching._KEPT_LAUNCHES):
         device.launch(function, abi, 1, [n])
         assert driver.arguments([4]) == ints(n)
-    assert len(function.launcher(abi)._ready) == cuda._KEPT_LAUNCHES
+    assert len(function.launcher(abi)._ready) == launching._KEPT_LAUNCHES
 
 
 def test_a_lru_drops_what_was_unused_for_longest() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+import hashlib
 import importlib.util
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +120,7 @@ class Module:
         self._attributes: dict[str, Any] = {}
         self._type_attributes: dict[Type, Any] = {}
         self._symbols: dict[str, int] = {}
+        self._declared: set[str] = set()
         self._module = ir.Module.create(self.unknown_location)
         self._module.operation.attributes["llvm.target_triple"] = self.string(triple)
         self._top = ir.InsertionPoint(self._module.body)
@@ -163,6 +165,40 @@ class Module:
         )
         self._symbols[name] = space
         return name
+
+    def text_global(self, text: str) -> str:
+        """Declare a constant C string in global memory; returns its symbol. Equal texts are one."""
+        name = f"text_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        if name not in self._symbols:
+            data = text.encode() + b"\0"
+            self._create_top(
+                "llvm.mlir.global",
+                {
+                    "sym_name": self.string(name),
+                    "global_type": self.type_attribute(self.types.array(len(data), self.types.i8)),
+                    "linkage": self.attribute("#llvm.linkage<internal>"),
+                    "addr_space": self.integer(32, 1),
+                    "constant": self.attribute("unit"),
+                    "value": ir.StringAttr.get(data, context=self.context),
+                },
+                regions=1,
+            )
+            self._symbols[name] = 1
+        return name
+
+    def declare(self, name: str, argument_types: Sequence[Type], result: Type | None) -> None:
+        """Declare an external function for `FunctionBuilder.call`, once."""
+        if name in self._declared:
+            return
+        self._declared.add(name)
+        arguments = ", ".join(str(t).removeprefix("!llvm.") for t in argument_types)
+        signature = self.types.parse(f"!llvm.func<{str(result) if result else 'void'} ({arguments})>")
+        table = {
+            "sym_name": self.string(name),
+            "function_type": self.type_attribute(signature),
+            "linkage": self.attribute("#llvm.linkage<external>"),
+        }
+        self._create_top("llvm.func", table, regions=1)
 
     def address_space(self, symbol: str) -> int:
         return self._symbols[symbol]
@@ -816,6 +852,20 @@ class FunctionBuilder:
             attributes.update(self._fast(fastmath))
         call = self.op("llvm.call_intrinsic", [] if result is None else [result], arguments, attributes)
         return None if result is None else call.result
+
+    def call(self, name: str, result: Type | None, arguments: Sequence[Value]) -> Any:
+        """Call a function declared by ``Module.declare``; None if it returns nothing."""
+        attributes = {
+            "callee": ir.FlatSymbolRefAttr.get(name, context=self.module.context),
+            "op_bundle_sizes": self.module.attribute("array<i32>"),
+            "operandSegmentSizes": self.module.attribute(f"array<i32: {len(arguments)}, 0>"),
+        }
+        call = self.op("llvm.call", [] if result is None else [result], arguments, attributes)
+        return None if result is None else call.result
+
+    def text(self, text: str) -> Value:
+        """A generic pointer to a constant C string."""
+        return self.addrspacecast(self.address_of(self.module.text_global(text)), self.types.ptr())
 
     def inline_asm(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.kernel import Kernel
-from tilewright.compiler.launch import Grid, Launch
+from tilewright.compiler.launch import Grid
 from tilewright.compiler.lookup import obtain
 from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.errors import ArgumentError, suggestion
@@ -51,7 +51,7 @@ class BoundDevice:
 
     def launch(self, kernel: Kernel, grid: Grid, *args: Any, **meta: Any) -> None:
         """``kernel[grid](*args, **meta)`` on this device."""
-        Launch(kernel, grid, self.name)(*args, **meta)
+        kernel.bind(grid, self.name)(*args, **meta)
 
     def synchronize(self) -> None:
         """Wait for everything launched on this device."""

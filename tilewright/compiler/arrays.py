@@ -19,7 +19,7 @@ FAST_ALIGNMENT = 16
 
 
 def where(tensors: Mapping[str, Any]) -> str:
-    """The device that holds the arrays: "cpu" or "cuda:N". ArgumentError when they are spread."""
+    """The device that holds the arrays: "cpu", "cuda:N" or "hip:N". ArgumentError when they are spread."""
     places = {name: _place(value) for name, value in tensors.items()}
     distinct = sorted(set(places.values()))
     if len(distinct) > 1:
@@ -33,10 +33,15 @@ def _place(value: Any) -> str:
         return "cpu"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        return f"cuda:{value.get_device()}" if value.is_cuda else "cpu"
+        return f"{_torch_runtime(torch)}:{value.get_device()}" if value.is_cuda else "cpu"
     if isinstance(value, DevicePointer) or hasattr(value, "__cuda_array_interface__"):
         return "cuda:0"
     return "cpu"
+
+
+def _torch_runtime(torch: Any) -> str:
+    """Torch for ROCm calls AMD's GPUs "cuda" too."""
+    return "hip" if getattr(getattr(torch, "version", None), "hip", None) else "cuda"
 
 
 def view_type(value: Any, name: str = "tensor") -> ViewType:

@@ -1,26 +1,40 @@
-"""The ``tilewright`` command. Exit codes: 0 ok, 1 the program is wrong, 2 usage."""
+"""The ``tilewright`` command. Exit codes: 0 ok, 1 the program is wrong, 2 usage.
+
+With ``--json`` the result is one JSON object (or list) on standard output; an error is
+``{"error": {"message", "file", "line", "column", "hint", ...}}`` there, besides its text on standard error.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tilewright.compiler.cli_arguments import (
-    ArgumentText,
+    describe,
     load_kernel,
     parse_arguments,
+    parse_grid,
     random_arrays,
+    snapshot,
     summarize,
 )
+from tilewright.compiler.user_program import UserProgramError
 
-TARGET = click.option("--target", default="sm_90a", show_default=True, help="sm_90a, gfx942 or gfx950")
+if TYPE_CHECKING:
+    from tilewright.compiler.artifact import Artifact
+
+DEFAULT_TARGET = "sm_90a"
+TARGET = click.option(
+    "--target", default=None, help=f"sm_90a, gfx942 or gfx950  [default: what a .tw file names, else {DEFAULT_TARGET}]"
+)
 ARGUMENTS = click.option(
     "--arg",
     "arguments",
@@ -29,34 +43,65 @@ ARGUMENTS = click.option(
     help="a tensor as dtype[dims] (a=bf16[M,64]), a run-time scalar as its dtype (scale=f32) or, with run, its "
     "value, a constexpr as its value (BM=128)",
 )
-WARPS = click.option("--num-warps", type=int, default=None)
-STAGES = click.option("--num-stages", type=int, default=None)
+WARPS = click.option("--num-warps", type=click.IntRange(min=1), default=None, help="warps that compute")
+STAGES = click.option("--num-stages", type=click.IntRange(min=1), default=None, help="depth of the rings")
 JSON = click.option("--json", "as_json", is_flag=True, help="machine-readable output")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors of the user's program into a message and exit code 1."""
+    """Turn errors of the user's program into a message (with ``--json`` also an object) and exit code 1."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        from tilewright.compiler.errors import CompilerCrash
+        from tilewright.compiler.environment import VariableError
         from tilewright.frontend.errors import CompileError
         from tilewright.ir.core import IRError
         from tilewright.runtime.errors import DeviceError
 
         try:
             command(*args, **kwargs)
-        except (IRError, CompileError, CompilerCrash, DeviceError) as error:
-            click.echo(str(error), err=True)
+        except VariableError as error:
+            raise click.UsageError(str(error)) from None
+        except (IRError, CompileError, DeviceError, UserProgramError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # click ends quietly
+            click.echo(_message(error), err=True)
+            if kwargs.get("as_json"):
+                click.echo(json.dumps({"error": _error_object(error)}))
             sys.exit(1)
-        except ValueError as error:
-            from tilewright.passes.manager import PipelineError  # here alone: a cache hit imports no pass
-
-            if isinstance(error, PipelineError):
-                raise click.UsageError(str(error)) from None
-            raise
 
     return wrapped
+
+
+def _message(error: Exception) -> str:
+    """The text of an error, with the source line where the location says which."""
+    from tilewright.frontend.errors import CompileError
+    from tilewright.ir.core import IRError
+    from tilewright.runtime.errors import DeviceError
+
+    if isinstance(error, IRError) and not hasattr(error, "source_line"):
+        return str(CompileError(error.message, error.loc, error.hint))
+    if isinstance(error, DeviceError | OSError):
+        return f"error: {error}"
+    return str(error)
+
+
+def _error_object(error: Exception) -> dict[str, Any]:
+    from tilewright.ir.core import UNKNOWN
+
+    loc = getattr(error, "loc", UNKNOWN)
+    known = loc != UNKNOWN
+    reproducer = getattr(error, "reproducer", None)
+    return {
+        "type": type(error).__name__,
+        "message": getattr(error, "message", str(error)),
+        "file": loc.file if known else None,
+        "line": loc.line if known else None,
+        "column": loc.column if known else None,
+        "hint": getattr(error, "hint", "") or None,
+        "stage": getattr(error, "stage", "") or None,
+        "reproducer": str(reproducer) if isinstance(reproducer, Path) else None,
+    }
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,12 +116,14 @@ def main() -> None:
 @ARGUMENTS
 @WARPS
 @STAGES
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="binary (default: NAME.cubin or .hsaco)")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="binary  [default: NAME.cubin or .hsaco]"
+)
 @JSON
 @reports_errors
 def compile(
     kernel: str,
-    target: str,
+    target: str | None,
     arguments: tuple[str, ...],
     num_warps: int | None,
     num_stages: int | None,
@@ -85,17 +132,17 @@ def compile(
 ) -> None:
     """Compile a kernel, or scheduled IR text, to a binary."""
     artifact = _artifact(kernel, target, arguments, num_warps, num_stages)
-    suffix = ".cubin" if target.startswith("sm_") else ".hsaco"
+    suffix = ".cubin" if "ptx" in artifact.asm else ".hsaco"
     path = artifact.save(output or Path(artifact.name + suffix))
     report = {
         "kernel": artifact.name,
-        "target": target,
+        "target": artifact.target,
         "binary": str(path),
         "bytes": len(artifact.binary),
         "seconds": round(artifact.seconds, 3),
         "cached": artifact.cached,
         "entries": [
-            {"name": e.abi.name, "threads": e.abi.threads, "shared_bytes": e.abi.shared_bytes, **asdict(e.resources)}
+            {**asdict(e.resources), "name": e.abi.name, "threads": e.abi.threads, "shared_bytes": e.abi.shared_bytes}
             for e in artifact.entries
         ],
     }
@@ -103,37 +150,53 @@ def compile(
         click.echo(json.dumps(report))
         return
     how = "from the cache" if artifact.cached else f"in {artifact.seconds:.2f} s"
-    click.echo(f"{path}: {len(artifact.binary)} bytes for {target} {how}")
+    click.echo(f"{path}: {len(artifact.binary):,} bytes for {artifact.target} {how}")
     for entry in artifact.entries:
         used = entry.resources
         click.echo(
             f"  {entry.abi.name}: {entry.abi.threads} threads, {used.registers} registers, "
-            f"{entry.abi.shared_bytes} bytes of shared memory, {used.spills} spills"
+            f"{entry.abi.shared_bytes:,} bytes of shared memory, {used.spills} spills"
         )
 
 
-def _artifact(kernel: str, target: str, arguments: tuple[str, ...], num_warps: int | None, num_stages: int | None) -> Any:
+def _artifact(
+    kernel: str, target: str | None, arguments: tuple[str, ...], num_warps: int | None, num_stages: int | None
+) -> Artifact:
     from tilewright.compiler.api import compile as compile_kernel
-    from tilewright.ir.target import get_target
 
-    try:
-        get_target(target)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+    target = None if target is None else _known_target(target)
     if kernel.endswith(".tw"):
         from tilewright.compiler.driver import compile_text
 
-        return compile_text(Path(kernel).read_text(), target)
-    definition = load_kernel(kernel)
-    types = parse_arguments(definition.definition, arguments).types()
-    return compile_kernel(definition, target, types, num_warps=num_warps, num_stages=num_stages)
+        if arguments or num_warps or num_stages:
+            raise click.UsageError("a .tw file is scheduled already: it takes no --arg, --num-warps or --num-stages")
+        return compile_text(_read(Path(kernel)), target, kernel)
+    loaded = load_kernel(kernel)
+    types = parse_arguments(loaded.definition, arguments).types(loaded.definition)
+    return compile_kernel(loaded, target or DEFAULT_TARGET, types, num_warps=num_warps, num_stages=num_stages)
+
+
+def _known_target(name: str) -> str:
+    from tilewright.ir.target import get_target
+
+    try:
+        return get_target(name).name
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"cannot read {path}: {error}") from None
 
 
 @main.command()
 @click.argument("kernel", metavar="FILE.py:NAME")
 @ARGUMENTS
 @click.option("--grid", required=True, help="programs along each axis: 8 or 8,5")
-@click.option("--device", "device_name", default="cpu", show_default=True)
+@click.option("--device", "device_name", default="cpu", show_default=True, help="a name that `devices` lists")
 @click.option("--seed", default=0, show_default=True, help="of the normally distributed inputs")
 @WARPS
 @STAGES
@@ -152,55 +215,68 @@ def run(
     """Run a kernel once on random tensors and summarise every tensor that it wrote."""
     from tilewright.compiler.api import device
 
+    sizes = parse_grid(grid)
     loaded = load_kernel(kernel)
-    given = parse_arguments(loaded.definition, arguments)
+    given = parse_arguments(loaded.definition, arguments, to_run=True)
+    where = device(device_name)  # before the tensors: its errors say more than those of moving them there
     arrays = random_arrays(given, seed, device_name)
-    before = {name: summarize(value) for name, value in arrays.items()}
-    values: dict[str, ArgumentText] = {**arrays, **given.values}
-    device(device_name).launch(loaded, _grid(grid), num_warps=num_warps, num_stages=num_stages, **values)
-    device(device_name).synchronize()
-    after = {name: summarize(value) for name, value in arrays.items()}
-    written = {name: summary for name, summary in after.items() if summary != before[name]}
+    before = {name: snapshot(value) for name, value in arrays.items()}
+    start = perf_counter()
+    where.launch(loaded, sizes, num_warps=num_warps, num_stages=num_stages, **arrays, **given.values)
+    where.synchronize()
+    seconds = perf_counter() - start
+    written = {name: summarize(value) for name, value in arrays.items() if snapshot(value) != before[name]}
     if as_json:
-        click.echo(json.dumps(written))
+        report = {"kernel": loaded.__name__, "device": device_name, "grid": sizes, "seconds": round(seconds, 4)}
+        click.echo(json.dumps({**report, "written": written}))
         return
+    click.echo(f"{loaded.__name__} on {device_name}, grid {grid}: {seconds:.3f} s with compilation")
     for name, summary in written.items():
-        click.echo(f"{name}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+        click.echo(f"  {name} {describe(summary)}")
     if not written:
-        click.echo("no tensor changed")
-
-
-def _grid(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.UsageError(f"--grid {text}: expected integers separated by commas") from None
+        click.echo("  no tensor changed: does the grid cover the output?")
 
 
 @main.command()
 @click.argument("file", type=click.File("r"), default="-")
-@click.option("-p", "--pipeline", default=None, help="passes, as in canonicalize,pipeline{num-stages=4}; default: the target's")
+@click.option(
+    "-p", "--pipeline", default=None, help="passes, as in canonicalize,pipeline{num-stages=4}  [default: the target's]"
+)
 @TARGET
+@WARPS
+@STAGES
 @click.option("--locations", is_flag=True, help="print source locations")
 @reports_errors
-def opt(file: Any, pipeline: str | None, target: str, locations: bool) -> None:
+def opt(
+    file: Any,
+    pipeline: str | None,
+    target: str | None,
+    num_warps: int | None,
+    num_stages: int | None,
+    locations: bool,
+) -> None:
     """Run passes on IR text and print the result."""
     from tilewright.ir.parser import parse_module
     from tilewright.ir.printer import print_module
     from tilewright.ir.target import get_target
     from tilewright.ir.verifier import verify
-    from tilewright.passes.manager import PassContext, PassManager
+    from tilewright.passes.manager import PassContext, PassManager, PassOptions, PipelineError, parse_pipeline
     from tilewright.passes.pipelines import default_pipeline
 
     try:
-        machine = get_target(target)
-    except ValueError as error:
+        passes = None if pipeline is None else parse_pipeline(pipeline)
+    except PipelineError as error:
         raise click.UsageError(str(error)) from None
-    module = parse_module(file.read(), file.name)
+    try:
+        text = file.read()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"cannot read {file.name}: {error}") from None
+    module = parse_module(text, file.name, text_locations=not locations)
+    machine = get_target(_known_target(target or module.attributes.get("target") or DEFAULT_TARGET))
     verify(module)
-    passes = default_pipeline(machine) if pipeline is None else pipeline
-    PassManager(passes, PassContext(machine)).run(module)
-    click.echo(print_module(module, locations), nl=False)
+    context = PassContext(machine, PassOptions(num_warps, num_stages))
+    manager = PassManager(default_pipeline(machine) if passes is None else passes, context)
+    click.echo(print_module(manager.run(module), locations), nl=False)
 
 
 @main.command()
@@ -209,33 +285,63 @@ def opt(file: Any, pipeline: str | None, target: str, locations: bool) -> None:
 @ARGUMENTS
 @WARPS
 @STAGES
-@click.option("--after", default=None, help="IR after this pass (input: before all); default: the last")
+@click.option("--after", default=None, help="IR after this pass (input: before all)  [default: the last]")
 @click.option("--asm", default=None, help="assembly instead of IR: llvm, ptx or amdgcn")
-@click.option("--list", "list_only", is_flag=True, help="list the passes and assembly kinds there are")
+@click.option("--list", "list_only", is_flag=True, help="list the passes and kinds of assembly that there are")
+@JSON
 @reports_errors
 def dump(
     kernel: str,
-    target: str,
+    target: str | None,
     arguments: tuple[str, ...],
     num_warps: int | None,
     num_stages: int | None,
     after: str | None,
     asm: str | None,
     list_only: bool,
+    as_json: bool,
 ) -> None:
     """Print a kernel's IR after a pass, or its assembly."""
-    artifact = _artifact(kernel, target, arguments, num_warps, num_stages)
+    if asm and after:
+        raise click.UsageError("--after and --asm exclude each other")
+    target = _known_target(target or DEFAULT_TARGET)
+    texts: Mapping[str, str]
+    if asm:
+        texts = _artifact(kernel, target, arguments, num_warps, num_stages).asm
+    else:
+        texts = _passes(kernel, target, arguments, num_warps, num_stages)
     if list_only:
-        click.echo("\n".join([*artifact.ir, *(f"--asm {kind}" for kind in artifact.asm)]))
+        kinds = _assembly_kinds(target)
+        listing = "\n".join([*texts, *(f"--asm {kind}" for kind in kinds)])
+        click.echo(json.dumps({"passes": list(texts), "asm": kinds}) if as_json else listing)
         return
-    texts, key = (artifact.asm, asm) if asm else (artifact.ir, after or list(artifact.ir)[-1])
-    if key not in texts:
-        raise click.UsageError(f"there is no {key!r}; there are: {', '.join(texts)}")
-    click.echo(texts[key], nl=False)
+    name = asm or after or list(texts)[-1]
+    if name not in texts:
+        raise click.UsageError(f"there is no {name!r} for {target}; there are: {', '.join(texts)}")
+    click.echo(json.dumps({"name": name, "text": texts[name]}) if as_json else texts[name].rstrip("\n"))
+
+
+def _assembly_kinds(target: str) -> list[str]:
+    from tilewright.ir.target import get_target
+
+    return ["llvm", "ptx" if get_target(target).vendor == "nvidia" else "amdgcn"]
+
+
+def _passes(
+    kernel: str, target: str, arguments: tuple[str, ...], num_warps: int | None, num_stages: int | None
+) -> Mapping[str, str]:
+    """The IR after each pass, for which no backend needs to run."""
+    from tilewright.compiler.driver import run_passes
+    from tilewright.compiler.options import CompileOptions
+
+    definition = load_kernel(kernel).definition
+    types = parse_arguments(definition, arguments).types(definition)
+    return run_passes(definition, target, types, CompileOptions(num_warps, num_stages))
 
 
 @main.command()
 @JSON
+@reports_errors
 def devices(as_json: bool) -> None:
     """List the devices that kernels can run on here."""
     from tilewright.runtime.device import devices as list_devices
@@ -244,13 +350,15 @@ def devices(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(d) for d in found]))
         return
+    width = max(len(d.name) for d in found)
     for d in found:
         extra = f", {d.units} units, {d.memory / 2**30:.0f} GiB" if d.units else ""
-        click.echo(f"{d.name:<12} {d.target:<8} {d.description}{extra}")
+        click.echo(f"{d.name:<{width}}  {d.target:<8} {d.description}{extra}")
 
 
 @main.command()
 @JSON
+@reports_errors
 def env(as_json: bool) -> None:
     """List the environment variables that tilewright reads, with their values."""
     from tilewright.compiler.environment import VARIABLES
@@ -260,7 +368,8 @@ def env(as_json: bool) -> None:
         click.echo(json.dumps(rows))
         return
     for row in rows:
-        click.echo(f"{row['name']}={row['value'] or ''}\n    {row['help']}")
+        value = "" if row["value"] is None else row["value"]
+        click.echo(f"{row['name']}={int(value) if isinstance(value, bool) else value}\n    {row['help']}")
 
 
 def _shown(value: Any) -> Any:

@@ -12,7 +12,8 @@ from tilewright.compiler.artifact import Artifact, Entry
 from tilewright.compiler.environment import DUMP_DIR
 from tilewright.compiler.errors import PassFailure, write_reproducer
 from tilewright.compiler.options import CompileOptions
-from tilewright.compiler.worker import Request, shared_worker
+from tilewright.compiler.pool import shared_pool
+from tilewright.compiler.worker import Request
 from tilewright.frontend.build import build_module
 from tilewright.frontend.definition import KernelDefinition
 from tilewright.frontend.errors import ArgumentError
@@ -40,7 +41,7 @@ def compile_definition(
     start = perf_counter()
     get_target(target)
     args = complete_types(definition, args)
-    shared_worker().start()  # its imports overlap the frontend and the passes
+    shared_pool().start()  # its imports overlap the frontend and the passes
     name = name or definition.name
     modules = []
     for number, variant in enumerate(alignment_variants(args)):
@@ -96,11 +97,21 @@ def compile_modules(modules: Sequence[Module], target: str, options: CompileOpti
     merged = Module([f for m in modules for f in m.functions], {"target": target})
     first = modules[0].functions[0]
     text = print_module(merged, locations=True)
-    result = shared_worker().compile(Request(text, target, first.name, first.loc))
+    result = shared_pool().compile(Request(text, target, first.name, first.loc))
     artifact = _artifact(first.name, target, result, passes, start)
     if dump is not None:
         artifact.dump(dump)
     return artifact
+
+
+def run_passes(
+    definition: KernelDefinition, target: str, args: Mapping[str, Any], options: CompileOptions
+) -> dict[str, str]:
+    """The IR of the first entry after each pass, by the pass's name, as in ``Artifact.ir``; no backend runs."""
+    machine, collect = get_target(target), Collect()
+    first = alignment_variants(complete_types(definition, args))[0]
+    _schedule(build_module(definition, first), machine, options, [collect])
+    return collect.texts
 
 
 def compile_text(text: str, target: str | None = None, file: str = "<text>") -> Artifact:
@@ -124,7 +135,7 @@ def compile_text(text: str, target: str | None = None, file: str = "<text>") -> 
         raise IRError(f"the module was scheduled for {named}, not for {target}", first.loc, f"use --target {named}")
     get_target(target)
     request = Request(print_module(module, locations=True), target, first.name, first.loc)
-    result = shared_worker().compile(request)
+    result = shared_pool().compile(request)
     return _artifact(first.name, target, result, {first.name: {"input": text}}, start)
 
 
@@ -133,9 +144,7 @@ def _artifact(name: str, target: str, result: Any, passes: Mapping[str, Mapping[
     return Artifact(name, target, result.binary, entries, dict(result.asm), passes, perf_counter() - start)
 
 
-def schedule(
-    module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument] = ()
-) -> Module:
+def schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument] = ()) -> Module:
     """Run the target's pipeline in place. Raises PassError."""
     context = PassContext(target, options.pass_options())
     return PassManager(default_pipeline(target), context, instruments).run(module)
@@ -149,7 +158,7 @@ def _schedule(module: Module, target: Target, options: CompileOptions, instrumen
     except PassError as error:
         original = error.original
         loc = error.loc if error.loc != UNKNOWN else function.loc
-        common = {"stage": error.pass_name, "kernel": function.name, "target": target.name}
+        common: dict[str, Any] = {"stage": error.pass_name, "kernel": function.name, "target": target.name}
         if isinstance(original, IRError) and f"'{error.pass_name}' failed" in error.message:
             message = f"{original.message} (pass '{error.pass_name}' on kernel '{function.name}' for {target.name})"
             raise PassFailure(message, loc, error.hint, **common) from error
@@ -167,5 +176,6 @@ __all__ = [
     "compile_modules",
     "compile_text",
     "complete_types",
+    "run_passes",
     "schedule",
 ]

@@ -13,6 +13,10 @@ T = TypeVar("T")
 PREFIX = "TILEWRIGHT_"
 
 
+class VariableError(ValueError):
+    """The text of an environment variable means nothing; the message names the variable."""
+
+
 @dataclass(frozen=True)
 class Variable(Generic[T]):
     """One variable: ``TILEWRIGHT_<name>``. `get` reads it at each call."""
@@ -27,14 +31,14 @@ class Variable(Generic[T]):
         return PREFIX + self.name
 
     def get(self) -> T:
-        """The value; ValueError names the variable when its text does not parse."""
+        """The value; VariableError names the variable when its text does not parse."""
         text = os.environ.get(self.full_name)
         if text is None or text == "":
             return self.default
         try:
             return self.parse(text)
         except ValueError as error:
-            raise ValueError(f"{self.full_name}={text!r}: {error}") from None
+            raise VariableError(f"{self.full_name}={text!r}: {error}") from None
 
 
 def _flag(text: str) -> bool:
@@ -85,6 +89,12 @@ DUMP_DIR: Variable[Path | None] = Variable(
 INTERPRET: Variable[bool] = Variable(
     "INTERPRET", _flag, False, "run every launch in the NumPy interpreter, whatever device its arrays live on"
 )
+PRINT_AUTOTUNING: Variable[bool] = Variable(
+    "PRINT_AUTOTUNING", _flag, False, "print what the autotuner measured of each configuration, and its choice"
+)
+TUNING_FILE: Variable[Path | None] = Variable(
+    "TUNING_FILE", _path, None, "JSON file of the autotuner's choices (default: tuning.json in the cache directory)"
+)
 PTXAS: Variable[str | None] = Variable("PTXAS", _text, None, "the ptxas program to use")
 
-VARIABLES: tuple[Variable[Any], ...] = (ALWAYS_COMPILE, CACHE_DIR, CACHE_SIZE, DUMP_DIR, INTERPRET, PTXAS)
+VARIABLES: tuple[Variable[Any], ...] = (ALWAYS_COMPILE, CACHE_DIR, CACHE_SIZE, DUMP_DIR, INTERPRET, PRINT_AUTOTUNING, PTXAS, TUNING_FILE)

@@ -10,6 +10,7 @@ from tilewright.compiler.launch import Grid, Launch, Plan
 from tilewright.compiler.lookup import obtain, types_text
 from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.definition import KernelDefinition
+from tilewright.frontend.errors import CompileError
 from tilewright.ir.core import Function
 
 
@@ -28,7 +29,11 @@ class Kernel:
         return f"<tilewright kernel {self.__name__}>"
 
     def __getitem__(self, grid: Grid) -> Launch:
-        return Launch(self, grid)
+        return self.bind(grid)
+
+    def bind(self, grid: Grid, device: str | None = None) -> Launch:
+        """``kernel[grid]``, on a device by name instead of where the arrays live."""
+        return Launch(self, grid, device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(f"kernel '{self.__name__}' needs a grid: {self.__name__}[grid](...)")

@@ -220,7 +220,7 @@ def _failure(
     request: Request, stage: str, message: str, loc: Location = UNKNOWN, hint: str = "", details: str = ""
 ) -> BackendFailure:
     """The error for what the backend answered; with a reproducer unless the program is to blame."""
-    common = {"stage": stage, "kernel": request.kernel, "target": request.target}
+    common: dict[str, Any] = {"stage": stage, "kernel": request.kernel, "target": request.target}
     if stage == "lowering" and not details:
         text = f"{message} (kernel '{request.kernel}')"
         return BackendFailure(text, loc if loc != UNKNOWN else request.loc, hint, **common)

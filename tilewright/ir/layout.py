@@ -2,6 +2,9 @@
 
 from tilewright.ir.layout_fragments import (
     blocked,
+    fma_accumulator,
+    fma_operand_a,
+    fma_operand_b,
     mfma_accumulator,
     mfma_operand,
     mma_sync_accumulator,
@@ -28,6 +31,9 @@ __all__ = [
     "blocked",
     "choose_shared_layout",
     "conversion_kind",
+    "fma_accumulator",
+    "fma_operand_a",
+    "fma_operand_b",
     "mfma_accumulator",
     "mfma_operand",
     "mma_sync_accumulator",

@@ -69,10 +69,13 @@ _MMA_LANES: list[Vector] = [(0, 2), (0, 4), (1, 0), (2, 0), (4, 0)]
 
 
 def _operand_a_fragment(element_bits: int) -> tuple[int, list[Vector], list[Vector]]:
-    """(instruction K, register bases, lane bases) of a 16-row A fragment: each row of 32 bytes, four lanes a row."""
-    if element_bits not in (8, 16, 32):
-        raise ValueError(f"no register A fragment for {element_bits}-bit elements (8, 16 or 32)")
-    packed = 32 // element_bits  # elements of one 32-bit register, consecutive along K
+    """(instruction K, register bases, lane bases) of a 16-row A fragment: eight registers' worth of K, four lanes a row.
+
+    64-bit elements have the map of 32-bit ones, in pairs of registers (PTX ISA, "Matrix Fragments for mma.m16n8k8").
+    """
+    if element_bits not in (8, 16, 32, 64):
+        raise ValueError(f"no register A fragment for {element_bits}-bit elements (8, 16, 32 or 64)")
+    packed = max(1, 32 // element_bits)  # elements of one 32-bit register, consecutive along K
     in_word: list[Vector] = [(0, 1 << bit) for bit in range(log2_exact(packed))]
     registers: list[Vector] = [*in_word, (8, 0), (0, 4 * packed)]
     return 8 * packed, registers, [(0, packed), (0, 2 * packed), (1, 0), (2, 0), (4, 0)]
@@ -170,16 +173,53 @@ def mma_sync_accumulator(shape: Sequence[int], warps: tuple[int, int] = (1, 1)) 
 
 
 def mma_sync_operand_a(shape: Sequence[int], element_bits: int = 16, warps: tuple[int, int] = (1, 1)) -> LinearLayout:
-    """A fragment (M, K) of mma.sync m16n8k16 (16-bit), k32 (8-bit) or k8 (tf32)."""
+    """A fragment (M, K) of mma.sync m16n8k16 (16-bit), k32 (8-bit) or k8 (tf32, f64)."""
     instruction_k, registers, lanes = _operand_a_fragment(element_bits)
     return _warp_tiles(shape, (16, instruction_k), registers, lanes, (warps[0], 1), warps)
 
 
 def mma_sync_operand_b(shape: Sequence[int], element_bits: int = 16, warps: tuple[int, int] = (1, 1)) -> LinearLayout:
-    """B fragment (K, N) of mma.sync m16n8k16 (16-bit), k32 (8-bit) or k8 (tf32): column g, rows 2 t + {0, 1}, +8."""
+    """B fragment (K, N) of mma.sync m16n8k16 (16-bit), k32 (8-bit) or k8 (tf32, f64): column g, rows as A's columns."""
     instruction_k, registers, lanes = _operand_a_fragment(element_bits)
     transposed = [(k, m) for m, k in registers if m == 0]
     return _warp_tiles(shape, (instruction_k, 8), transposed, [(k, m) for m, k in lanes], (1, warps[1]), warps)
+
+
+def fma_tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of the block of an (M, columns) tile that the 4 x 8 lanes of one warp hold (see `fma_accumulator`)."""
+    return 16, 8 * min(4, power_of_two_part(columns // 8))
+
+
+def fma_accumulator(shape: Sequence[int], warps: tuple[int, int] = (1, 1)) -> LinearLayout:
+    """Accumulators of outer products: lanes 4 x 8, each with runs of 4 rows and (N permitting) 4 columns.
+
+    A lane's runs lie ``fma_tile`` apart, so that 16-byte reads of an operand by the lanes of a warp are contiguous.
+    """
+    rows, columns = _fma_bases(shape[1])
+    registers: list[Vector] = [*((0, 1 << bit) for bit in range(log2_exact(columns))), (1, 0), (2, 0)]
+    lanes: list[Vector] = [*((0, columns << bit) for bit in range(3)), *((rows << bit, 0) for bit in range(2))]
+    return _warp_tiles(shape, fma_tile(shape[1]), registers, lanes, warps, warps)
+
+
+def fma_operand_a(shape: Sequence[int], columns: int, warps: tuple[int, int] = (1, 1)) -> LinearLayout:
+    """Operand (M, K) of outer products into ``columns`` columns: a lane has the rows of its accumulators, all of K."""
+    rows, _ = _fma_bases(columns)
+    lanes: list[Vector] = [(0, 0)] * 3 + [(rows << bit, 0) for bit in range(2)]
+    return _warp_tiles(shape, (fma_tile(columns)[0], 1), [(1, 0), (2, 0)], lanes, (warps[0], 1), warps)
+
+
+def fma_operand_b(shape: Sequence[int], warps: tuple[int, int] = (1, 1)) -> LinearLayout:
+    """Operand (K, N) of outer products: a lane has the columns of its accumulators, all of K."""
+    _, columns = _fma_bases(shape[1])
+    registers: list[Vector] = [(0, 1 << bit) for bit in range(log2_exact(columns))]
+    lanes: list[Vector] = [*((0, columns << bit) for bit in range(3)), (0, 0), (0, 0)]
+    return _warp_tiles(shape, (1, fma_tile(shape[1])[1]), registers, lanes, (1, warps[1]), warps)
+
+
+def _fma_bases(columns: int) -> tuple[int, int]:
+    """Consecutive rows and columns of one lane."""
+    rows, width = fma_tile(columns)
+    return rows // 4, width // 8
 
 
 # ---- AMD ---------------------------------------------------------------------------------------------------------

@@ -36,13 +36,20 @@ class Target:
     registers_per_unit: int = 65536
 
     def has(self, feature: str) -> bool:
-        """Whether the hardware has a feature: tma, wgmma, mbarrier, setmaxnreg, cp_async, mma_sync, mfma."""
+        """Whether the hardware has a feature, and tilewright uses it there.
+
+        tma, wgmma, mbarrier, setmaxnreg; cp_async, mma_sync, mma_fp8 (fp8 operands of mma.sync), mma_f64 (its larger
+        f64 shapes), stmatrix; mfma.
+        """
         return feature in self.features
 
 
 _NVIDIA: dict[str, Any] = dict(
     vendor="nvidia", warp_size=32, registers_per_thread=255, triple="nvptx64-nvidia-cuda", banks="nvidia"
 )
+#: what all NVIDIA targets have, and what came with Hopper and stayed; PTX ISA, "Target ISA Notes" of mma and stmatrix
+_AMPERE = frozenset({"cp_async", "mma_sync"})
+_HOPPER = _AMPERE | {"mma_fp8", "mma_f64", "stmatrix"}
 _AMD: dict[str, Any] = dict(
     vendor="amd", warp_size=64, registers_per_thread=512, triple="amdgcn-amd-amdhsa", llvm_features="",
     features=frozenset({"mfma"}), registers_per_unit=131072,
@@ -52,8 +59,24 @@ TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         Target(
-            "sm_90a", shared_bytes=232448, units=132, cpu="sm_90a", llvm_features="+ptx83",
-            features=frozenset({"tma", "wgmma", "mbarrier", "setmaxnreg", "cp_async", "mma_sync"}), **_NVIDIA,
+            "sm_80", shared_bytes=166912, units=108, cpu="sm_80", llvm_features="+ptx80",
+            features=_AMPERE, **_NVIDIA,
+        ),
+        Target(
+            "sm_89", shared_bytes=101376, units=128, cpu="sm_89", llvm_features="+ptx84",
+            features=_AMPERE | {"mma_fp8"}, **_NVIDIA,
+        ),
+        Target(
+            "sm_90a", shared_bytes=232448, units=132, cpu="sm_90a", llvm_features="+ptx84",
+            features=_HOPPER | {"tma", "wgmma", "mbarrier", "setmaxnreg"}, **_NVIDIA,
+        ),
+        Target(
+            "sm_100a", shared_bytes=232448, units=148, cpu="sm_100a", llvm_features="+ptx86",
+            features=_HOPPER, **_NVIDIA,
+        ),
+        Target(
+            "sm_120a", shared_bytes=101376, units=170, cpu="sm_120a", llvm_features="+ptx87",
+            features=_HOPPER, **_NVIDIA,
         ),
         Target(
             "gfx942", shared_bytes=65536, units=304, cpu="gfx942", banks="cdna3",

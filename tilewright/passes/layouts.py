@@ -170,7 +170,7 @@ class _Assignment:
 
     def _matrix_anchor(self, op: Operation) -> None:
         if isinstance(op, Dot | AsyncDot) and self.unit is not None:
-            self._assign(op.acc, self.unit.accumulator(_tile(op.acc).shape, self.warps))
+            self._assign(op.acc, self.unit.result(op, self.warps))
 
     def _operand_anchor(self, op: Operation) -> None:
         """Tiles read from shared memory for a matrix operand arrive in the operand's layout."""
@@ -271,6 +271,15 @@ class _Assignment:
                 value = op.groups[f.position][0]
                 if isinstance(value.type, TileType):
                     op.groups[f.position] = [self._converted(op, value, self._operand_layout(op, which))]
+            self._convert_accumulator(op)
+
+    def _convert_accumulator(self, op: Dot | AsyncDot) -> None:
+        """Where another dot has given the accumulator's class its layout, turn it into this one's and back."""
+        assert self.unit is not None
+        held, wanted = _tile(op.acc).layout, self.unit.result(op, self.warps)
+        if held != wanted and held is not None:
+            op.acc = self._converted(op, op.acc, wanted)
+            self._convert_result(op, wanted, held)
 
     def _convert_derived(self, op: Operation) -> None:
         """Make the result's layout what the operation derives from its source's."""
@@ -307,7 +316,7 @@ class _Assignment:
             self._convert_result(op, derived, wanted)
 
     def _convert_result(self, op: Operation, derived: LinearLayout, wanted: LinearLayout) -> None:
-        result, block = op.result, op.parent
+        result, block = op.results[0], op.parent
         assert block is not None
         b = Builder(block, op.loc)
         with b.at(block, block.ops.index(op) + 1):

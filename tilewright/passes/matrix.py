@@ -47,6 +47,10 @@ class MatrixUnit(ABC):
     def accumulator(self, shape: tuple[int, ...], warps: int) -> LinearLayout:
         """Registers of an accumulator (M, N)."""
 
+    def result(self, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
+        """Registers of one dot's accumulator, where they depend on more than its shape."""
+        return self.accumulator(result_type(dot).shape, warps)
+
     @abstractmethod
     def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
         """Registers of operand ``a`` (M, K) or ``b`` (K, N)."""
@@ -71,6 +75,12 @@ def operand_dtype(dot: Dot | AsyncDot) -> DType:
     type_ = dot.a.type
     assert isinstance(type_, TileType | SlotType)
     return type_.dtype
+
+
+def result_type(dot: Dot | AsyncDot) -> TileType:
+    """The type of the accumulator and the result."""
+    assert isinstance(dot.acc.type, TileType)
+    return dot.acc.type
 
 
 class Wgmma(MatrixUnit):
@@ -127,10 +137,43 @@ class Wgmma(MatrixUnit):
         return choose_shared_layout(shape, bits, order, [], [], self.target.banks, swizzled)
 
 
+ROLES, PREFETCH = "roles", "prefetch"
+
+
+def schedule_of(function: Function, target: Target) -> str:
+    """How a function's copies and dots are scheduled: ``roles`` or ``prefetch`` (`tilewright.passes.pipelines`).
+
+    The `schedule` pass writes the choice down. Without it, a target with hardware for roles uses them unless a dot
+    does not fit the asynchronous matrix unit; then the whole function computes with operands in registers.
+    """
+    chosen = function.attributes.get("schedule")
+    if chosen is not None:
+        return str(chosen)
+    return ROLES if role_obstacle(function, target) is None else PREFETCH
+
+
+def role_obstacle(function: Function, target: Target) -> IRError | None:
+    """Why a function cannot be scheduled with roles; None where it can."""
+    if not target.has("setmaxnreg"):
+        return IRError(f"{target.name} has no hardware for roles", function.loc)
+    for op in function.walk():
+        if isinstance(op, Dot):
+            try:
+                Wgmma(target).check(op)
+            except IRError as error:
+                return error
+    return None
+
+
 def matrix_unit(target: Target, function: Function) -> MatrixUnit:
-    """The matrix unit of a target; how it divides tiles may depend on what the function does with them."""
-    if target.has("wgmma"):
+    """The matrix unit of a function's dots; how it divides tiles may depend on what the function does with them."""
+    if target.has("wgmma") and schedule_of(function, target) == ROLES:
         return Wgmma(target)
+    if target.has("mma_sync"):
+        from tilewright.passes.matrix_mma_sync import SynchronousUnits
+        from tilewright.passes.matrix_mfma import needs_whole_rows
+
+        return SynchronousUnits(target, needs_whole_rows(function))
     if target.has("mfma"):
         from tilewright.passes.matrix_mfma import Mfma, needs_whole_rows
 

@@ -86,7 +86,7 @@ class Mfma(MatrixUnit):
         warps = 8 if max(sizes) > 4 * self.target.warp_size * MOST_ACCUMULATORS else 4
         while warps > 1 and max(sizes) < warps * 16 * 16:
             warps //= 2
-        while warps > 1 and not all(any(_tilings(*_result_shape(d), warps)) for d in dots):
+        while warps > 1 and not all(any(_tilings(shape[0], shape[1], warps)) for shape in map(_result_shape, dots)):
             warps //= 2  # 3 x 3 instruction tiles divide by nothing
         return warps
 

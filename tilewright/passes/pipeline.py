@@ -25,6 +25,7 @@ from tilewright.ir.tile_ops import For, If, Load, Transpose, While, Yield
 from tilewright.ir.types import ScalarType, SlotType, TileType, i32
 from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.matrix import ROLES, schedule_of
 
 #: a copy and a use at the same time
 LEAST_STAGES = 2
@@ -50,7 +51,7 @@ class Pipeline(FunctionPass):
     num_stages: int | None = None
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
-        if not context.target.has("mbarrier"):
+        if schedule_of(function, context.target) != ROLES:
             return
         groups = find_groups(function)
         if not groups:

@@ -7,11 +7,15 @@ from tilewright.ir.target import Target
 #: what every program goes through first, still on values
 SIMPLIFY = "canonicalize,cse,licm,dce"
 
-#: copies by an engine or by their own warps, handed over through hardware barriers
-ROLES = f"{SIMPLIFY},tile-order,canonicalize,cse,placement,pipeline,roles,{SIMPLIFY},mma,layouts,staging,fences"
+#: copies by an engine or by their own warps, handed over through hardware barriers. A function that `schedule` sends
+#: through prefetch passes these by, as one with roles passes by prefetch.
+ROLES = (
+    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,prefetch,{SIMPLIFY},"
+    "mma,layouts,staging,fences"
+)
 
-#: copies by the computing warps themselves, one step ahead of their use
-PREFETCH = f"{SIMPLIFY},tile-order,canonicalize,cse,placement,prefetch,{SIMPLIFY},layouts"
+#: copies by the computing warps themselves, ahead of their use
+PREFETCH = f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,prefetch,{SIMPLIFY},layouts"
 
 
 def default_pipeline(target: Target) -> str:

@@ -57,7 +57,7 @@ class Placement(FunctionPass):
                 if layout is None:
                     continue
                 load.shared = layout if perm is None else layout.transpose(_inverse(perm))
-                load.engine = copy_engine(load, context.target)
+                load.engine = copy_engine(load, context.target) if unit.asynchronous else "threads"
 
 
 def trace_load(value: Value) -> tuple[Load | None, tuple[int, ...] | None]:

@@ -32,6 +32,7 @@ from tilewright.ir.types import BufferType, ScalarType, SlotType, TileType, View
 from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.matrix import PREFETCH, schedule_of
 from tilewright.passes.placement import trace_load
 
 #: stages beyond the second would only hold what registers hold anyway
@@ -89,7 +90,7 @@ class Prefetch(FunctionPass):
     num_stages: int | None = None
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
-        if context.target.has("mbarrier"):
+        if schedule_of(function, context.target) != PREFETCH:
             return
         warps = int(function.attributes.get("num_warps", 0))
         loads = [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]

@@ -1,6 +1,6 @@
 """tile-order: which program a hardware block runs, and when.
 
-A kernel with matrix products on a target with asynchronous copies becomes persistent: each block
+A kernel with matrix products that is scheduled with roles becomes persistent: each block
 walks the grid, so that copies for the next tile overlap the end of this one. Where two loads
 follow different grid axes, the tiles that run at the same time form a square-ish window (groups of
 ``group`` rows), so that both operands are found in L2 again.
@@ -14,6 +14,7 @@ from tilewright.ir.tile_ops import BlockId, Dot, Load, NumBlocks, ProgramId
 from tilewright.ir.types import ScalarType, i32
 from tilewright.passes.analysis import enclosing_operations, program_axes
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.matrix import ROLES, schedule_of
 
 
 @register_pass("tile-order")
@@ -27,7 +28,8 @@ class TileOrder(FunctionPass):
         ids = [op for op in function.walk() if isinstance(op, ProgramId)]
         persistent = self.persistent
         if persistent is None:
-            persistent = context.target.has("tma") and any(isinstance(op, Dot) for op in function.walk())
+            has_dots = any(isinstance(op, Dot) for op in function.walk())
+            persistent = has_dots and schedule_of(function, context.target) == ROLES
         axes = reuse_axes(function)
         if not ids or not (persistent or axes):
             return

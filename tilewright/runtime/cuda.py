@@ -7,37 +7,23 @@ much as reading the arguments and calling the driver.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
-from types import ModuleType
 from typing import Any
 
-from tilewright.ir.abi import KernelABI, TensorParam
-from tilewright.runtime.arguments import (
-    INT32_MAX,
-    ArgumentBlock,
-    ArgumentLayout,
-    DevicePointer,
-    TensorView,
-    check_tensor,
-    normalize_grid,
-    read_tensor,
-)
+from tilewright.ir.abi import KernelABI, TensorMapParam
+from tilewright.runtime.arguments import DevicePointer, TensorView
 from tilewright.runtime.device import Device, DeviceInfo, Module, nvidia_target
 from tilewright.runtime.errors import ArgumentError, DeviceError
+from tilewright.runtime.launching import Launcher, ReadyLaunch
 from tilewright.runtime.tensor_maps import TensorMapEncoder
 
-__all__ = ["CudaDevice", "CudaFunction", "CudaModule", "DevicePointer", "Launcher", "enumerate_devices"]
+__all__ = ["CudaDevice", "CudaFunction", "CudaLauncher", "CudaModule", "DevicePointer", "enumerate_devices"]
 
 #: dynamic shared memory that a kernel may have without asking, in bytes
 _DEFAULT_SHARED_BYTES = 48 * 1024
 _MAX_GRID_YZ = 65535
-#: launches of one function whose packed arguments are kept
-_KEPT_LAUNCHES = 256
 
 _ADVICE = {
     "CUDA_ERROR_NO_DEVICE": "No NVIDIA GPU is visible: look at nvidia-smi and CUDA_VISIBLE_DEVICES.",
@@ -268,7 +254,7 @@ class CudaFunction:
         self.handle = handle
         self._allowed_shared = _DEFAULT_SHARED_BYTES
         # by identity: hashing an ABI would cost more than the launch. A launcher keeps its ABI alive.
-        self._launchers: dict[int, Launcher] = {}
+        self._launchers: dict[int, CudaLauncher] = {}
 
     def allow_shared(self, size: int) -> None:
         """Permit launches with ``size`` bytes of dynamic shared memory."""
@@ -284,136 +270,40 @@ class CudaFunction:
             self.device.call("cuFuncSetAttribute", self.handle, attribute, size)
         self._allowed_shared = size
 
-    def launcher(self, abi: KernelABI) -> Launcher:
+    def launcher(self, abi: KernelABI) -> CudaLauncher:
         """The launcher for one ABI, made at the first call."""
         launcher = self._launchers.get(id(abi))
         if launcher is None:
-            launcher = self._launchers[id(abi)] = Launcher(self, abi)
+            launcher = self._launchers[id(abi)] = CudaLauncher(self, abi)
         return launcher
 
 
-@dataclass(frozen=True)
-class _ReadyLaunch:
-    """Everything of a launch but the stream: checked, encoded, packed. ``arguments`` is None for an empty grid."""
+class CudaLauncher(Launcher):
+    """Launches one function with one ABI through cuLaunchKernel."""
 
-    blocks: tuple[int, int, int]
-    arguments: ArgumentBlock | None
-
-
-class Launcher:
-    """Launches one function with one ABI: ``launcher(grid, args, stream)``.
-
-    Arguments already seen (same addresses, shapes, strides, scalar bits and grid) go straight to
-    the driver; others are checked against the ABI and packed first.
-    """
+    device: CudaDevice
 
     def __init__(self, function: CudaFunction, abi: KernelABI) -> None:
         function.allow_shared(abi.shared_bytes)
+        super().__init__(function.device, function.device.ordinal, abi)
         self.function = function
-        self.device = function.device
-        self.abi = abi
-        self.layout = ArgumentLayout(abi)
-        self._tensor_params = [p for p in abi.params if isinstance(p, TensorParam)]
-        self._is_tensor = [isinstance(p, TensorParam) for p in abi.params]
-        self._map_sources = [self._source(m.param) for m in abi.tensor_maps]
-        self._ready: dict[Any, _ReadyLaunch] = {}
         self._cu_launch_kernel = self.device._driver.cuLaunchKernel
         self._get_current = self.device._driver.cuCtxGetCurrent
 
-    def _source(self, name: str) -> int:
-        for index, param in enumerate(self._tensor_params):
-            if param.name == name:
-                return index
-        raise ArgumentError(f"{self.abi.name} has a tensor map of '{name}', which is none of its tensors.")
+    def units(self) -> int:
+        return self.device.multiprocessors
 
-    def __call__(self, grid: int | Sequence[int], args: Sequence[Any], stream: Any = None) -> None:
-        """Start the kernel; see `CudaDevice.launch`."""
-        if len(args) != len(self._is_tensor):
-            raise ArgumentError(
-                f"{self.abi.name} takes {len(self._is_tensor)} arguments "
-                f"({', '.join(p.name for p in self.abi.params)}), not {len(args)}."
-            )
-        torch = sys.modules.get("torch")
-        views, scalars, producers, from_torch = self._split(args, torch)
-        packed = self.layout.pack_scalars(scalars) if scalars else b""
-        key = (tuple(grid) if isinstance(grid, list) else grid, packed, *views)
-        ready = self._ready.get(key) or self._prepare(key)
-        if ready.arguments is None:
-            return
-        handle = _stream_handle(stream, torch if from_torch else None, self.device.ordinal)
-        for producer in producers:
-            if producer != handle:  # the array interface, v3: wait for the producer's stream
-                self._wait_for(producer)
-        self._start(ready, handle)
-
-    def _split(self, args: Sequence[Any], torch: ModuleType | None) -> tuple[list[Any], list[Any], list[int], bool]:
-        """The views, scalars and producers' streams among ``args``; last, whether a torch tensor was there."""
-        tensor_type: Any = getattr(torch, "Tensor", ())  # absent, too, from a torch that is being imported
-        views: list[Any] = []
-        scalars: list[Any] = []
-        producers: list[int] = []
-        from_torch = False
-        for is_tensor, arg in zip(self._is_tensor, args, strict=True):
-            if not is_tensor:
-                scalars.append(arg)
-            elif type(arg) is tensor_type and arg.is_cuda:
-                # read_torch, without its cost: a plain tuple equals the TensorView as a key
-                views.append((arg.data_ptr(), arg.shape, arg.stride(), arg.dtype, arg.get_device()))
-                from_torch = True
-            else:
-                view, producer = self._read(arg, len(views), torch)
-                views.append(view)
-                from_torch = from_torch or isinstance(arg, tensor_type)
-                if producer is not None:
-                    producers.append(producer)
-        return views, scalars, producers, from_torch
-
-    def _read(self, argument: Any, index: int, torch: ModuleType | None) -> tuple[TensorView, int | None]:
-        return read_tensor(argument, self._tensor_params[index].name, torch)
-
-    def _prepare(self, key: tuple[Any, ...]) -> _ReadyLaunch:
-        grid, packed, *entries = key
-        counts = normalize_grid(grid, self.abi.name)
-        views = [TensorView(*entry) for entry in entries]
-        for param, view in zip(self._tensor_params, views, strict=True):
-            check_tensor(param, view, self.device.ordinal)
-        blocks = self._blocks(counts)
-        if 0 in counts:
-            ready = _ReadyLaunch(blocks, None)
-        else:
-            maps = [
-                self.device.tensor_maps.encode(param, views[source])
-                for param, source in zip(self.abi.tensor_maps, self._map_sources, strict=True)
-            ]
-            ready = _ReadyLaunch(blocks, self.layout.pack(views, packed, counts, maps))
-        self._keep(key, ready)
-        return ready
-
-    def _keep(self, key: tuple[Any, ...], ready: _ReadyLaunch) -> None:
-        """Remember a launch, first in first out; an exact LRU would cost every launch some time."""
-        try:
-            while len(self._ready) >= _KEPT_LAUNCHES:
-                self._ready.pop(next(iter(self._ready)), None)
-        except (StopIteration, RuntimeError):  # another thread changed the dictionary meanwhile
-            pass
-        self._ready[key] = ready
-
-    def _blocks(self, counts: tuple[int, int, int]) -> tuple[int, int, int]:
-        total = prod(counts)
-        if self.abi.persistent:
-            if total > INT32_MAX:
-                raise ArgumentError(
-                    f"The grid of {self.abi.name}, {counts}, has {total} programs; at most {INT32_MAX} can be counted."
-                )
-            return (min(total, self.device.multiprocessors * self.abi.blocks_per_unit), 1, 1)
+    def check_grid(self, counts: tuple[int, int, int]) -> None:
         if max(counts[1:]) > _MAX_GRID_YZ:
             raise ArgumentError(
                 f"The grid of {self.abi.name}, {counts}, exceeds {_MAX_GRID_YZ} in its second or third dimension, "
                 "which is CUDA's limit: put the large dimension first."
             )
-        return counts
 
-    def _start(self, ready: _ReadyLaunch, stream: int) -> None:
+    def tensor_map(self, param: TensorMapParam, view: TensorView) -> bytes:
+        return self.device.tensor_maps.encode(param, view)
+
+    def start(self, ready: ReadyLaunch, stream: int) -> None:
         status, context = self._get_current()
         if not status and int(context) == self.device._context_handle:
             self._launch(ready, stream)
@@ -421,7 +311,7 @@ class Launcher:
         with self.device.current():
             self._launch(ready, stream)
 
-    def _launch(self, ready: _ReadyLaunch, stream: int) -> None:
+    def _launch(self, ready: ReadyLaunch, stream: int) -> None:
         x, y, z = ready.blocks
         assert ready.arguments is not None
         (status,) = self._cu_launch_kernel(
@@ -444,32 +334,6 @@ class Launcher:
                 f"threads and {self.abi.shared_bytes} bytes of shared memory",
             )
 
-    def _wait_for(self, stream: int) -> None:
+    def wait_for(self, stream: int) -> None:
         with self.device.current():
             self.device.call("cuStreamSynchronize", stream)
-
-
-def _stream_handle(stream: Any, torch: ModuleType | None, ordinal: int) -> int:
-    """The CUstream, as an integer, of what a caller passed; ``torch`` is None if no tensor is torch's."""
-    if stream is None:
-        return 0 if torch is None else _torch_stream(torch, ordinal)
-    if isinstance(stream, int):
-        return stream
-    if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1])
-    if hasattr(stream, "cuda_stream"):
-        return int(stream.cuda_stream)
-    try:
-        return int(stream)
-    except (TypeError, ValueError):
-        raise ArgumentError(
-            f"A stream must be a CUDA handle (int), a torch stream or have __cuda_stream__, not {stream!r}."
-        ) from None
-
-
-def _torch_stream(torch: ModuleType, ordinal: int) -> int:
-    try:
-        # what torch.cuda.current_stream wraps, without making a Stream object
-        return int(torch._C._cuda_getCurrentRawStream(ordinal))
-    except AttributeError:
-        return int(torch.cuda.current_stream(ordinal).cuda_stream)

@@ -41,6 +41,10 @@ _MATH: dict[str, Callable[[Lowering, mlir.Value], mlir.Value]] = {
 class AmdOps(TargetOps):
     """CDNA3 and CDNA4: waves of 64 threads."""
 
+    device_scope = "agent"
+    #: tensors are memory of this GPU, where float atomics are instructions and no loops of compare-and-swap
+    atomic_attributes = ("rocdl.no_fine_grained_memory", "rocdl.no_remote_memory", "rocdl.ignore_denormal_mode")
+
     def _register(self, lw: Lowering, name: str) -> mlir.Value:
         return lw.fb.op(f"rocdl.{name}", [lw.fb.types.i32]).result
 

@@ -1,6 +1,20 @@
 """Shared lowering: scheduled Tile IR to MLIR's LLVM dialect, for both GPU backends. Importing it fills `LOWERINGS`."""
 
-from tilewright.backends.lower import control, convert, memory, reduce, reshape, scalars, shared, views
+from tilewright.backends.lower import (
+    atomics,
+    cat,
+    checks,
+    control,
+    convert,
+    gather,
+    memory,
+    reduce,
+    reshape,
+    scalars,
+    scan,
+    shared,
+    views,
+)
 from tilewright.backends.lower.context import (
     LOWERINGS,
     BufferRef,
@@ -30,15 +44,20 @@ __all__ = [
     "ThreadScope",
     "TokenRef",
     "ViewRef",
+    "atomics",
     "block_threads",
+    "cat",
+    "checks",
     "control",
     "convert",
     "declare_kernel",
+    "gather",
     "lowers",
     "memory",
     "reduce",
     "reshape",
     "scalars",
+    "scan",
     "shared",
     "start_lowering",
     "views",

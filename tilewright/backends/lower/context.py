@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import lcm
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tilewright.backends.errors import BackendError
@@ -160,6 +161,8 @@ class Lowering:
         self.current: Operation | None = None
         self._values: dict[Value, Any] = {}
         self._scope: ThreadScope | None = None
+        #: what is known to divide run-time integers
+        self._multiples: dict[mlir.Value, int] = {}
         #: free for a backend's own bookkeeping
         self.backend: Any = None
 
@@ -210,6 +213,17 @@ class Lowering:
         if not isinstance(type_, TileType) or type_.layout is None:
             raise self.error(f"{value} has no layout: the layout pass must run before lowering")
         return type_.layout
+
+    # --- what the user promised -----------------------------------------------------------------
+
+    def assume_multiple(self, value: mlir.Value, divisor: int) -> None:
+        """From here on ``divisor`` is known to divide an integer."""
+        self._multiples[value] = lcm(self._multiples.get(value, 1), divisor)
+
+    def is_multiple(self, value: IntLike, divisor: int) -> bool:
+        """Whether ``divisor`` is known to divide a number."""
+        known = value if isinstance(value, int) else self._multiples.get(value, 1)
+        return known % divisor == 0
 
     # --- threads ------------------------------------------------------------------------------
 

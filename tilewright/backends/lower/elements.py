@@ -115,16 +115,16 @@ def from_words(lw: Lowering, words: Sequence[mlir.Value], dtype: DType) -> mlir.
 
 
 def widen(lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
-    """f16 and bf16 as f32; everything else as it is."""
+    """Floats of 16 and 8 bits as f32; everything else as it is."""
     if is_fp8(dtype):
-        raise lw.error(f"arithmetic and casts of {dtype} are not supported on {lw.target.name} yet")
+        return lw.ops.widen_fp8(lw, value, dtype)
     return lw.fb.fpext(value, lw.fb.types.f32) if is_small_float(dtype) else value
 
 
 def round_to(lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value]:
-    """f32 values rounded to f16 or bf16 (nearest even); f32 and other values as they are."""
+    """f32 values rounded to floats of 16 or 8 bits (nearest even); f32 and other values as they are."""
     if is_fp8(dtype):
-        raise lw.error(f"arithmetic and casts of {dtype} are not supported on {lw.target.name} yet")
+        return lw.ops.round_fp8(lw, values, dtype)
     if not is_small_float(dtype):
         return list(values)
     pairs = lw.ops.round_pairs(lw, values, dtype) if len(values) > 1 else None

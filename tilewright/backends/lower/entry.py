@@ -76,7 +76,8 @@ def declare_kernel(
     )
     module = Module(target.triple, function.loc.file, function.loc.line)
     types, attributes = _signature(module, function, len(tensor_maps))
-    fb = module.function(abi.name, types, _kernel_attributes(function, target, threads, llvm_attributes or {}), attributes)
+    kernel_attributes = _kernel_attributes(function, target, threads, llvm_attributes or {})
+    fb = module.function(abi.name, types, kernel_attributes, attributes)
     arguments = iter(fb.arguments)
     params = {p: _lower_param(fb, p, arguments) for p in function.params}
     rest = list(arguments)

@@ -74,7 +74,7 @@ class TileAccess:
     def is_ragged(self, axis: int) -> bool:
         """Whether a tile can be partly inside along ``axis``; otherwise it is inside or outside as a whole."""
         size, origin, tile = self.view.shape[axis], self.view.origin[axis], self.sizes[axis]
-        return not (isinstance(size, int) and isinstance(origin, int) and size % tile == 0 and origin % tile == 0)
+        return not (isinstance(origin, int) and origin % tile == 0 and self.lw.is_multiple(size, tile))
 
     def _contiguous_axis(self) -> int | None:
         axes = [axis for axis, stride in enumerate(self.view.strides) if isinstance(stride, int) and stride == 1]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tilewright.backends.lower import fp8
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.target import Target
 from tilewright.ir.types import DType
@@ -20,6 +21,10 @@ Store: TypeAlias = tuple[Any, Any, Any, int]
 
 class TargetOps(ABC):
     """Hooks of one GPU vendor. Methods emit operations at the lowering's insertion point."""
+
+    #: LLVM's name for all threads of the GPU, and what atomic operations must carry to become instructions
+    device_scope: str = ""
+    atomic_attributes: tuple[str, ...] = ()
 
     def __init__(self, target: Target):
         self.target = target
@@ -70,6 +75,16 @@ class TargetOps(ABC):
     def store_if(self, lw: Lowering, accesses: Sequence[Store]) -> None:
         """Global stores, each done where its predicate holds."""
 
+    # --- messages -------------------------------------------------------------------------------
+
+    def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
+        """Print a text in printf's notation; values are i32, i64 or f64."""
+        raise lw.error(f"device_print does not exist on {self.target.name}", "store the value, or run on the cpu device")
+
+    def fail(self, lw: Lowering, text: str, file: str, line: int) -> None:
+        """Stop the kernel; with the message where the hardware's runtime can show one."""
+        lw.fb.intrinsic("llvm.trap", None)
+
     # --- arithmetic -----------------------------------------------------------------------------
 
     @abstractmethod
@@ -79,6 +94,14 @@ class TargetOps(ABC):
     @abstractmethod
     def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
         """f32 quotient, at most 2.5 ulp off."""
+
+    def widen_fp8(self, lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
+        """An 8-bit float as f32."""
+        return fp8.widen(lw, value, dtype)
+
+    def round_fp8(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value]:
+        """f32 values as 8-bit floats: nearest even, saturating."""
+        return [fp8.round_to(lw, value, dtype) for value in values]
 
     def round_pairs(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value] | None:
         """f32 values rounded to f16 or bf16 two at a time; None where that gains nothing."""

@@ -9,11 +9,13 @@ from tilewright.backends.lower.elements import element
 from tilewright.backends.lower.math_f32 import SOFTWARE
 from tilewright.backends.lower.target_ops import Store, TargetOps
 from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.backends.nvidia import debug
 from tilewright.ir.types import DType
 
 _AXES = "xyz"
 _FULL_MASK = -1
 _FIRST_WARPGROUP_BARRIER = 8
+_FP8 = {"f8e4m3": "e4m3", "f8e5m2": "e5m2"}
 _LN2 = 0.693147182464599609375
 
 
@@ -44,6 +46,8 @@ _MATH: dict[str, Callable[[Lowering, mlir.Value], mlir.Value]] = {
 
 class NvidiaOps(TargetOps):
     """Hopper and its relatives: warps of 32 threads."""
+
+    device_scope = "device"
 
     def _register(self, lw: Lowering, name: str) -> mlir.Value:
         return lw.fb.op(f"nvvm.read.ptx.sreg.{name}", [lw.fb.types.i32]).result
@@ -99,12 +103,34 @@ class NvidiaOps(TargetOps):
             else:
                 _predicated_store(lw, predicate, pointer, value)
 
+    def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
+        debug.print_line(lw, text, values)
+
+    def fail(self, lw: Lowering, text: str, file: str, line: int) -> None:
+        debug.fail(lw, text, file, line)
+
     def math(self, lw: Lowering, fn: str, x: mlir.Value) -> mlir.Value:
         return _MATH[fn](lw, x)
 
     def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
         """div.full.f32: at most 2 ulp over the full range."""
         return lw.fb.inline_asm(x.type, "div.full.f32 $0, $1, $2;", "=f,f,f", [x, y], side_effects=False)
+
+    def widen_fp8(self, lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
+        """cvt.rn.f16x2.e4m3x2 and e5m2x2 (sm_89 and later): f16 holds every 8-bit float."""
+        fb, types = lw.fb, lw.fb.types
+        text = f"cvt.rn.f16x2.{_FP8[dtype.name]}x2 $0, $1;"
+        pair = fb.inline_asm(types.i32, text, "=r,h", [fb.zext(value, types.i16)], side_effects=False)
+        return fb.fpext(fb.bitcast(fb.trunc(pair, types.i16), types.f16), types.f32)
+
+    def round_fp8(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value]:
+        """cvt.rn.satfinite.e4m3x2.f32 and e5m2x2: two values a conversion; the first operand is the upper byte."""
+        fb, types = lw.fb, lw.fb.types
+        text, rounded = f"cvt.rn.satfinite.{_FP8[dtype.name]}x2.f32 $0, $1, $2;", []
+        for low, high in zip(values[::2], [*values[1::2], fb.f32(0.0)], strict=False):
+            pair = fb.inline_asm(types.i16, text, "=h,f,f", [high, low], side_effects=False)
+            rounded += [fb.trunc(pair, types.i8), fb.trunc(fb.lshr(pair, 8), types.i8)]
+        return rounded[: len(values)]
 
     def round_pairs(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value] | None:
         """cvt.rn.bf16x2.f32 and f16x2: two values a conversion, and the pair is already packed for a store."""
