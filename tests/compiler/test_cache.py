@@ -159,8 +159,8 @@ def test_a_hit_imports_no_compiler(kernels: Any, tmp_path: Path) -> None:
 
 def test_the_command_line_says_when_it_hits(kernels: Any, tmp_path: Path) -> None:
     kernels()
-    command = ["compile", f"{tmp_path}/program.py:scale", "--target", "gfx942", "--arg", "x=f32[N]", "--arg", "y=f32[N]"]
-    command += ["-o", str(tmp_path / "out.hsaco"), "--json"]
+    command = ["compile", f"{tmp_path}/program.py:scale", "--target", "gfx942", "--arg", "x=f32[N]"]
+    command += ["--arg", "y=f32[N]", "-o", str(tmp_path / "out.hsaco"), "--json"]
     reports = []
     for _ in range(2):
         done = subprocess.run(

@@ -21,7 +21,7 @@ from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.tuning_file import tuning_file
 from tilewright.frontend.definition import KernelDefinition, constant_text
 from tilewright.frontend.errors import ArgumentError, suggestion
-from tilewright.runtime.device import open_device
+from tilewright.runtime.device import Device, open_device
 from tilewright.runtime.errors import DeviceError
 
 #: ``prune(configs, arguments) -> configs``: leaves out candidates before anything is compiled
@@ -122,8 +122,7 @@ class AutotunedLaunch(Launch):
 
         kernel, device = self.kernel, open_device(place)
         key = tuning_key(kernel, arguments)
-        info = getattr(device, "info", None)
-        full = f"{kernel.__name__} {program_digest(kernel.definition)} | {device.target} {info and info.description} | {key}"
+        full = " | ".join([f"{kernel.__name__} {program_digest(kernel.definition)}", _hardware(device), key])
         file = tuning_file()
         pinned = file.entries().get(full)
         choice = None if pinned is None else _matching(kernel.configs, pinned)
@@ -196,6 +195,12 @@ def program_digest(definition: KernelDefinition) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
+def _hardware(device: Device) -> str:
+    """The GPU by what it is, not by its number."""
+    info = getattr(device, "info", None)
+    return device.target if info is None else f"{device.target} {info.description}"
+
+
 def _known(kernel: str, name: str, signature: Mapping[str, inspect.Parameter], where: str) -> None:
     if name in signature or (where.startswith("the config") and name in CompileOptions.names()):
         return
@@ -209,10 +214,7 @@ def _known(kernel: str, name: str, signature: Mapping[str, inspect.Parameter], w
 
 
 def _as_json(config: Config) -> dict[str, Any]:
-    meta = {
-        name: value if isinstance(value, int | float | str | bool) else str(value)
-        for name, value in config.meta.items()
-    }
+    meta = {n: v if isinstance(v, int | float | str) else constant_text(v) for n, v in config.meta.items()}
     return {"meta": meta, **config.options()}
 
 
@@ -224,7 +226,6 @@ def _matching(configs: Sequence[Config], entry: Mapping[str, Any]) -> Config | N
 
 def _refuse_capture() -> None:
     """Measuring synchronises, which a CUDA graph under capture does not survive."""
-    torch = sys.modules.get("torch")
-    capturing = getattr(getattr(torch, "cuda", None), "is_current_stream_capturing", None)
-    if capturing is not None and capturing():
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
         raise DeviceError("A kernel cannot be tuned while a CUDA graph is captured: launch it once before.")

@@ -160,7 +160,9 @@ def _schedule(module: Module, target: Target, options: CompileOptions, instrumen
         loc = error.loc if error.loc != UNKNOWN else function.loc
         common: dict[str, Any] = {"stage": error.pass_name, "kernel": function.name, "target": target.name}
         if isinstance(original, IRError) and f"'{error.pass_name}' failed" in error.message:
-            message = f"{original.message} (pass '{error.pass_name}' on kernel '{function.name}' for {target.name})"
+            first, line_end, rest = original.message.partition("\n")
+            where = f"(pass '{error.pass_name}' on kernel '{function.name}' for {target.name})"
+            message = f"{first.removesuffix(':')} {where}{':' * first.endswith(':')}{line_end}{rest}"
             raise PassFailure(message, loc, error.hint, **common) from error
         path = write_reproducer(error.reproducer, function.name)
         pipeline = error.reproducer.partition("\n")[0].removeprefix("// RUN: opt -p ")

@@ -97,4 +97,13 @@ TUNING_FILE: Variable[Path | None] = Variable(
 )
 PTXAS: Variable[str | None] = Variable("PTXAS", _text, None, "the ptxas program to use")
 
-VARIABLES: tuple[Variable[Any], ...] = (ALWAYS_COMPILE, CACHE_DIR, CACHE_SIZE, DUMP_DIR, INTERPRET, PRINT_AUTOTUNING, PTXAS, TUNING_FILE)
+VARIABLES: tuple[Variable[Any], ...] = (
+    ALWAYS_COMPILE,
+    CACHE_DIR,
+    CACHE_SIZE,
+    DUMP_DIR,
+    INTERPRET,
+    PRINT_AUTOTUNING,
+    PTXAS,
+    TUNING_FILE,
+)

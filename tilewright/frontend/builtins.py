@@ -369,7 +369,7 @@ def reduction_dtypes(fn: str, dtype: DType) -> tuple[DType, DType]:
 
 
 IMPLEMENTATIONS.update({tw.BUILTINS[fn]: _reduction(fn) for fn in ("sum", "prod", "max", "min")})
-PRECISIONS = ("default", "ieee", "tf32")
+PRECISIONS = ("default", "ieee", "tf32", "3xtf32")
 
 
 @implements(tw.dot)

@@ -14,6 +14,7 @@ from tilewright.passes import (
     roles,
     schedule,
     shared_plan,
+    skew,
     staging,
     tile_order,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "roles",
     "schedule",
     "shared_plan",
+    "skew",
     "staging",
     "tile_order",
 ]

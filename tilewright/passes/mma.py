@@ -1,7 +1,7 @@
 """mma: issue matrix products asynchronously and keep groups in flight.
 
 On a unit that reads shared memory and runs beside the warps (wgmma), a `tile.dot` becomes an issue
-and a wait. Where a loop only accumulates, the wait moves one iteration on: the groups of iteration i
+and a wait where its result is first needed. Where a loop only accumulates, the wait moves one iteration on: the groups of iteration i
 run while iteration i + 1 is issued, so the stages they read are released one iteration later too.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Barrier, LocalStore, Release
+from tilewright.ir.async_ops import Alloc, AsyncDot, Barrier, LocalStore, Release
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, IRError, Value, replace_uses, uses_of
+from tilewright.ir.core import Block, Function, IRError, Operation, Value, replace_uses, uses_of
 from tilewright.ir.tile_ops import Dot, For, Yield
 from tilewright.ir.types import RingType, SlotType, TileType
+from tilewright.passes.fences import buffer_of
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 
@@ -64,17 +65,77 @@ def _share_operand(function: Function, dot: Dot, unit: MatrixUnit, warps: int) -
     dot.b = slot
 
 
+@dataclass
+class _Group:
+    """A dot that was issued and not yet awaited. ``result`` is its value before the pass."""
+
+    result: Value
+    flying: Value
+    token: Value
+    rings: set[Value]
+    buffers: set[Value]
+
+
 def _issue_and_wait(function: Function, block: Block) -> None:
+    """Issue each dot where it stands and wait where its result is first needed, or its operands are given back.
+
+    The unit finishes groups in order, so waiting for one leaves exactly the younger ones in flight.
+    """
     mapping: dict[Value, Value] = {}
-    for dot in [op for op in block.ops if isinstance(op, Dot)]:
-        position = block.ops.index(dot)
-        b = Builder(block, dot.loc)
-        with b.at(block, position):
-            flying, token = b.async_dot(dot.a, dot.b, dot.acc)
-            flying.hint = dot.result.hint
-            (mapping[dot.result],) = b.wait([flying], token)
-        block.ops.remove(dot)
+    uses = uses_of(function.body)
+    flying: list[_Group] = []
+    old = list(block.ops)
+    block.set_ops([])
+    b = Builder(block)
+    for op in old:
+        b.loc = op.loc
+        chained = op.acc if isinstance(op, Dot) and uses[op.acc] == [op] else None
+        needed = [n for n, group in enumerate(flying) if _needs(op, group, chained)]
+        if op.terminator and flying:
+            needed = [len(flying) - 1]
+        if needed:
+            flying = _wait(b, flying, max(needed), mapping)
+        if isinstance(op, Dot):
+            flying.append(_issue(b, op, flying))
+        else:
+            b.insert(op)
+    if flying:
+        _wait(b, flying, len(flying) - 1, mapping)
     replace_uses(function.body, mapping)
+
+
+def _needs(op: Operation, group: _Group, chained: Value | None) -> bool:
+    """The operation reads a group's result, or gives back memory that the group reads."""
+    inside = list(op.walk())
+    if any(isinstance(o, Dot | AsyncDot) for o in inside[1:]):
+        return True  # groups are counted within one block
+    if any(group.result in o.operands for o in inside):
+        return group.result is not chained
+    return any(
+        (isinstance(o, Release) and o.ring in group.rings)
+        or (isinstance(o, LocalStore) and buffer_of(o.slot) in group.buffers)
+        for o in inside
+    )
+
+
+def _issue(b: Builder, dot: Dot, flying: list[_Group]) -> _Group:
+    """Issue a dot; an accumulator still in flight passes on to it."""
+    acc = next((g.flying for g in flying if g.result is dot.acc), dot.acc)
+    result, token = b.async_dot(dot.a, dot.b, acc)
+    result.hint = dot.result.hint
+    buffers = {buffer_of(v) for v in (dot.a, dot.b) if isinstance(v.type, SlotType)}
+    rings = {buffer.op.ring for buffer in buffers if isinstance(buffer.op, Alloc) and buffer.op.ring is not None}
+    return _Group(dot.result, result, token, rings, buffers)
+
+
+def _wait(b: Builder, flying: list[_Group], last: int, mapping: dict[Value, Value]) -> list[_Group]:
+    """Wait for the groups up to number ``last``; gives those still in flight."""
+    retired, rest = flying[: last + 1], flying[last + 1 :]
+    passed_on = {g.flying.op.acc for g in flying if isinstance(g.flying.op, AsyncDot)}
+    readable = [g for g in retired if g.flying not in passed_on]
+    results = b.wait([g.flying for g in readable], retired[-1].token, pending=len(rest))
+    mapping.update({g.result: value for g, value in zip(readable, results, strict=True)})
+    return rest
 
 
 @dataclass

@@ -11,7 +11,7 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
     f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,prefetch,{SIMPLIFY},"
-    "mma,layouts,staging,fences"
+    "skew,mma,layouts,staging,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use

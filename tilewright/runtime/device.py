@@ -124,9 +124,9 @@ def _open_cuda(ordinal: int) -> Device:
 
 @cache
 def _open_hip(ordinal: int) -> Device:
-    from tilewright.runtime import hip
+    from tilewright.runtime.hip import HipDevice
 
-    return hip.HipDevice(ordinal)
+    return HipDevice(ordinal)
 
 
 @cache

@@ -151,9 +151,9 @@ def host_view(argument: Any, name: str) -> TensorView:
             raise ArgumentError(f"Argument '{name}' has byte strides {argument.strides}, no multiples of {item} bytes.")
         steps = tuple(step // item for step in argument.strides)
         return TensorView(argument.ctypes.data, argument.shape, steps, argument.dtype.name, None)
-    tensor: Any = argument
-    if isinstance(tensor, getattr(sys.modules.get("torch"), "Tensor", ())) and tensor.device.type == "cpu":
-        return TensorView(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, None)
+    torch_tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+    if isinstance(argument, torch_tensor) and argument.device.type == "cpu":
+        return TensorView(argument.data_ptr(), tuple(argument.shape), argument.stride(), argument.dtype, None)
     raise ArgumentError(f"Argument '{name}' must be a NumPy array or a CPU torch tensor on an emulated device.")
 
 

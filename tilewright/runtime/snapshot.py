@@ -23,7 +23,8 @@ def save(device: Device, argument: Any, name: str) -> Restore:
     Torch tensors, NumPy arrays, and on CUDA devices whatever has an address. DeviceError otherwise.
     """
     torch = sys.modules.get("torch")
-    if isinstance(argument, getattr(torch, "Tensor", ())):
+    torch_tensor: Any = getattr(torch, "Tensor", ())
+    if isinstance(argument, torch_tensor):
         copy = argument.clone()
         return lambda: _restore_torch(torch, argument, copy)
     if isinstance(argument, np.ndarray):

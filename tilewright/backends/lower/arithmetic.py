@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tilewright.backends.lower.elements import element
+from tilewright.backends.lower.fp8 import truncate_to_odd
 from tilewright.backends.lower.ranges import Range
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.types import DType, f64, i1
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Apply = Callable[["Lowering", mlir.Value, mlir.Value], mlir.Value]
 
 _FLOAT_COMPARE = {"eq": "oeq", "ne": "une", "lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge"}
-_EXACT_F64 = ("sqrt", "floor", "ceil")
+_EXACT_F64 = ("sqrt", "rsqrt", "floor", "ceil")
 
 
 # --- unary --------------------------------------------------------------------------------------
@@ -37,6 +38,8 @@ def unary(lw: Lowering, fn: str, x: mlir.Value, dtype: DType) -> mlir.Value:
     if dtype == f64:
         if fn not in _EXACT_F64:
             raise lw.error(f"{fn} of f64 is not supported on {lw.target.name} yet", "cast to f32")
+        if fn == "rsqrt":
+            return lw.fb.fdiv(1.0, lw.fb.sqrt(x))
         return lw.fb.float_unary(fn, x)
     return lw.ops.math(lw, fn, x)
 
@@ -173,7 +176,9 @@ def _cast_float(lw: Lowering, x: mlir.Value, source: DType, result: DType) -> ml
     fb = lw.fb
     if result.is_float:
         if source == f64:
-            return x if result == f64 else fb.fptrunc(x, fb.types.f32)
+            if result == f64:
+                return x
+            return fb.fptrunc(x, fb.types.f32) if result == f32 else truncate_to_odd(lw, x)
         return fb.fpext(x, fb.types.f64) if result == f64 else x
     if result == i1:
         return fb.fcmp("une", x, 0.0)

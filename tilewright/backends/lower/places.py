@@ -44,6 +44,8 @@ class Places:
         self.first: dict[int, tuple[int, int] | None] = {}
         for axis, value in zip(self.free, index, strict=True):
             self._place_tile(axis, value)
+        self._terms: dict[tuple[int, IntLike], IntLike] = {}
+        self._base = self._thread_base()
 
     def _place_tile(self, axis: int, index: Value) -> None:
         math, size, origin = self.lw.index, self.layout.tile_shape[axis], self.view.origin[axis]
@@ -103,13 +105,41 @@ class Places:
             return value
         return math.add(math.wide(value), math.wide(origin))
 
-    def pointer(self, register: int) -> mlir.Value:
+    def _thread_base(self) -> mlir.Value:
+        """The address as far as it does not depend on the register."""
         math, view = self.lw.index, self.view
         terms: list[IntLike] = [view.offset]
         for axis, stride in enumerate(view.strides):
-            terms.append(math.mul(math.wide(self._coordinate(axis, register)), stride))
-        offset = math.mul(math.sum(terms), view.dtype.bytes)
-        return self.lw.fb.gep(view.base, math.value(offset, 64))
+            if axis in self.given:
+                terms.append(math.mul(math.wide(view.origin[axis]), stride))
+                continue
+            first = self.starts[axis]
+            if self.coordinates.separates(axis):
+                first = math.add(first, self.coordinates.thread[axis])
+            terms.append(math.mul(math.wide(first), stride))
+        return self._moved(view.base, math.sum(terms))
+
+    def _moved(self, base: mlir.Value, elements: IntLike) -> mlir.Value:
+        offset = self.lw.index.mul(elements, self.view.dtype.bytes)
+        return self.lw.fb.gep(base, self.lw.index.value(offset, 64))
+
+    def _term(self, axis: int, register: int) -> IntLike:
+        """Elements that a register's own coordinate along an axis adds to the thread's base."""
+        math = self.lw.index
+        steps: IntLike
+        if axis in self.given:
+            steps = self.given[axis][register]
+        elif self.coordinates.separates(axis):
+            steps = self.coordinates.register[register][axis]
+        else:
+            steps = self.coordinates.of(register, axis)
+        if (axis, steps) not in self._terms:
+            self._terms[axis, steps] = math.mul(math.wide(steps), self.view.strides[axis])
+        return self._terms[axis, steps]
+
+    def pointer(self, register: int) -> mlir.Value:
+        terms = [self._term(axis, register) for axis in range(self.view.rank)]
+        return self._moved(self._base, self.lw.index.sum(terms))
 
     def width(self) -> int:
         """Elements of one access where the tile is inside along the open axes."""
@@ -143,5 +173,5 @@ class Places:
         """The same places for one side of a branch: values made there are not defined on the other side."""
         other = object.__new__(Places)
         other.__dict__.update(self.__dict__)
-        other.coordinates = self.coordinates.fresh()
+        other.coordinates, other._terms = self.coordinates.fresh(), {}
         return other

@@ -25,7 +25,7 @@ LOCAL_LOWERINGS: Table = {}
 @lowers(LocalStore, table=LOCAL_LOWERINGS)
 def lower_store(lw: Lowering, op: LocalStore) -> None:
     slot, layout = lw.slot(op.slot), lw.layout(op.value)
-    if not stores_matrices(slot, layout) or sole_holder(lw, layout) is not None:
+    if not lw.target.has("stmatrix") or not stores_matrices(slot, layout) or sole_holder(lw, layout) is not None:
         lower_local_store(lw, op)
         return
     rows = matrix_rows(layout, slot.layout.order[0])

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from tilewright.backends.lower import LOWERINGS, Table
+from tilewright.backends.nvidia.fragments import FRAGMENT_LOWERINGS
 from tilewright.backends.nvidia.local import LOCAL_LOWERINGS
+from tilewright.backends.nvidia.mma_sync import MMA_LOWERINGS
 from tilewright.backends.nvidia.rings import RING_LOWERINGS
 from tilewright.backends.nvidia.roles import ROLE_LOWERINGS
 from tilewright.backends.nvidia.tma import TMA_LOWERINGS
 from tilewright.backends.nvidia.wgmma import WGMMA_LOWERINGS
 
 NVIDIA_LOWERINGS: Table = (
-    LOWERINGS | RING_LOWERINGS | ROLE_LOWERINGS | TMA_LOWERINGS | WGMMA_LOWERINGS | LOCAL_LOWERINGS
+    LOWERINGS
+    | RING_LOWERINGS
+    | ROLE_LOWERINGS
+    | TMA_LOWERINGS
+    | WGMMA_LOWERINGS
+    | LOCAL_LOWERINGS
+    | FRAGMENT_LOWERINGS
+    | MMA_LOWERINGS
 )

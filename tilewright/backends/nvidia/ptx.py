@@ -155,3 +155,12 @@ def store_matrices(fb: FunctionBuilder, address: mlir.Value, words: Sequence[mli
     trans = ".trans" if transposed else ""
     text = f"stmatrix.sync.aligned.m8n8.x{len(words)}{trans}.shared.b16 [$0], {{{places}}};"
     emit(fb, text, "r" * (len(words) + 1), [address, *words])
+
+
+def load_matrices(fb: FunctionBuilder, address: mlir.Value, count: int, transposed: bool) -> list[mlir.Value]:
+    """``ldmatrix``: the words of 1, 2 or 4 matrices of 8 x 16 bytes; lane l addresses row l % 8 of matrix l / 8."""
+    places = ", ".join(f"${i}" for i in range(count))
+    trans = ".trans" if transposed else ""
+    text = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{places}}}, [${count}];"
+    constraints = ",".join([*["=r"] * count, "r", MEMORY])
+    return list(fb.inline_asm([fb.types.i32] * count, text, constraints, [address]))

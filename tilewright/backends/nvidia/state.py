@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tilewright.backends.mlir_builder import ir as mlir
@@ -10,7 +10,7 @@ from tilewright.ir.async_ops import Alloc, LocalLoad, Publish, Role, Slot, Trans
 from tilewright.ir.core import Function, Value
 
 if TYPE_CHECKING:
-    from tilewright.backends.lower.context import Lowering
+    from tilewright.backends.lower.context import Lowering, SlotRef
 
 WARP_SIZE = 32
 WARPGROUP_WARPS = 4
@@ -29,6 +29,8 @@ class AsyncState:
     publishes: dict[Value, Publish]
     #: rings with slots that threads read themselves
     read_by_threads: set[Value]
+    #: operands that wait in shared memory for their dot: value -> `SlotRef`
+    deferred: dict[Value, SlotRef] = field(default_factory=dict)
 
     @classmethod
     def of(cls, function: Function) -> AsyncState:

@@ -1,0 +1,46 @@
+"""Every function of the language on the emulated MI300, and compiled for the other targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from amd_programs import compiled, emulate, module_of, scheduled
+from language_programs import CASES, Case
+
+from tilewright.backends.nvidia.compile import compile_function as compile_nvidia
+from tilewright.ir import interpreter, interpreter_numerics
+from tilewright.ir.core import Module
+from tilewright.ir.target import get_target
+from tilewright.ir.types import ViewType
+
+
+def module(case: Case, arrays: list[np.ndarray]) -> tuple[Module, dict[str, int]]:
+    options = {k: v for k, v in case.meta.items() if k == "num_warps"}
+    meta = {k: v for k, v in case.meta.items() if k not in options}
+    names = [p.name for p in case.kernel.definition.parameters if p.kind == "tensor"]
+    types: dict[str, Any] = {
+        name: ViewType((None,) * x.ndim, interpreter_numerics.dtype_of(x), (None,) * (x.ndim - 1) + (1,), x.itemsize)
+        for name, x in zip(names, arrays, strict=True)
+    }
+    return module_of(case.kernel, **types, **meta), options
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_emulated(case: Case):
+    arrays = case.arrays()
+    built, options = module(case, arrays)
+    function = scheduled(built, "gfx942", **options)
+    interpreted = [x.copy() for x in arrays]
+    interpreter.run(function, interpreted, case.grid)
+    case.check(interpreted)
+    emulate(compiled(function, "gfx942"), "gfx942", arrays, case.grid)
+    case.check(arrays)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiles_for_hopper(case: Case):
+    built, options = module(case, case.arrays())
+    result = compile_nvidia(scheduled(built, "sm_90a", **options), get_target("sm_90a"))
+    assert result.resources.spill_stores == 0
