@@ -10,8 +10,8 @@ from lowered_kernels import BF16, check, emulate, layouts, normal, parse
 
 from tilewright.backends.nvidia import compile as nvidia
 from tilewright.ir.core import IRError
-from tilewright.ir.layout import LinearLayout, SharedLayout, blocked
-from tilewright.ir.scratch import convert_layout, scratch_bytes
+from tilewright.ir.layout import LinearLayout, SharedLayout, bank_conflicts, blocked, shared_vector_bytes
+from tilewright.ir.scratch import convert_plan, scratch_bytes
 from tilewright.ir.target import get_target
 
 NUMPY: dict[str, Any] = {
@@ -521,7 +521,76 @@ def test_conversions_choose_layouts_without_conflicts():
     aliases = layouts(a=((64, 64), 32, 4, (1, 0)), b=((64, 64), 32, 4, (0, 1)))
     for warp_size in (32, 64):
         (convert,) = [op for op in parse(text, aliases, warp_size).walk() if op.name == "tile.convert"]
-        layout = convert_layout(convert)
-        assert layout is not None
-        assert layout.bytes == scratch_bytes(convert) == 64 * 64 * 4
-        assert layout.swizzle or layout.max_phase > 1
+        plan = convert_plan(convert).exchange
+        assert plan is not None
+        assert plan.bytes == scratch_bytes(convert) == 64 * 64 * 4
+        banks = "nvidia" if warp_size == 32 else "cdna3"
+        for side, op in ((plan.writer, "write"), (plan.reader, "read")):
+            assert bank_conflicts(side, plan.memory, shared_vector_bytes(side, plan.memory), banks, op) == 0
+
+
+CONVERSION = """
+func @k(%x: view<?x?xDT, strides=[?, 1], align=16>, %y: view<?x?xDT, strides=[?, 1], align=16>) {num_warps = 4} {
+  %z = tile.constant {value = 0} : i32
+  %a = tile.load %x, [%z, %z] : tile<ROWSxCOLSxDT, #a>
+  %b = tile.convert %a : tile<ROWSxCOLSxDT, #b>
+  %s = tile.add %b, %b : tile<ROWSxCOLSxDT, #b>
+  %c = tile.convert %s : tile<ROWSxCOLSxDT, #a>
+  tile.store %y, [%z, %z], %c
+}
+"""
+
+
+def mixed(layout: LinearLayout, seed: int) -> LinearLayout:
+    """Registers and lanes of every warp exchanged at random."""
+    rng, count = np.random.default_rng(seed), len(layout.basis("register"))
+    vectors = [*layout.basis("register"), *layout.basis("lane")]
+    vectors = [vectors[i] for i in rng.permutation(len(vectors))]
+    bases = {"register": vectors[:count], "lane": vectors[count:], "warp": layout.basis("warp")}
+    return LinearLayout.make(bases, layout.shape, layout.repeat)
+
+
+@pytest.mark.parametrize("name", ["f32", "bf16", "i8", "i64"])
+@pytest.mark.parametrize("seed", range(3))
+def test_conversions_inside_a_warp(name, seed):
+    """Shuffles wherever they are cheapest, else shared memory: on all targets and element sizes."""
+    bits = np.dtype(NUMPY[name]).itemsize * 8
+    text = CONVERSION.replace("DT", name).replace("ROWS", "32").replace("COLS", "64")
+
+    def aliases(warp_size: int) -> str:
+        a = blocked((32, 64), bits, 4, warp_size, (1, 0))
+        return f"#a = {a}\n#b = {mixed(a, seed)}\n"
+
+    x = (normal(32, 64, seed=seed) * 20).astype(NUMPY[name])
+    check(text, aliases, {"x": x, "y": np.zeros_like(x)}, (1,))
+
+
+@pytest.mark.parametrize(("name", "bits"), [("f32", 32), ("bf16", 16), ("i8", 8)])
+def test_shuffled_conversions_use_no_shared_memory(name, bits):
+    """Neighbouring lanes exchange halves of what they hold."""
+    text = CONVERSION.replace("DT", name).replace("ROWS", "16").replace("COLS", "64")
+
+    def aliases(warp_size: int) -> str:
+        a = blocked((16, 64), bits, 4, warp_size, (1, 0), max_vector_bytes=4 * bits // 8)
+        registers, lanes = list(a.basis("register")), list(a.basis("lane"))
+        registers[-1], lanes[1] = lanes[1], registers[-1]
+        b = LinearLayout.make({"register": registers, "lane": lanes, "warp": a.basis("warp")}, a.shape, a.repeat)
+        return f"#a = {a}\n#b = {b}\n"
+
+    x = (normal(16, 64) * 20).astype(NUMPY[name])
+    check(text, aliases, {"x": x, "y": np.zeros_like(x)}, (1,))
+    function = parse(text, aliases, 32)
+    assert [convert_plan(op).kind for op in function.walk() if op.name == "tile.convert"] == ["shuffle"] * 2
+    assert function.attributes["shared_bytes"] == 0
+    ptx = nvidia.compile_function(function, get_target("sm_90a")).asm["ptx"]
+    assert "shfl.sync" in ptx and "st.shared" not in ptx
+
+
+@pytest.mark.parametrize(("rows", "columns", "name"), [(128, 128, "bf16"), (96, 128, "f32"), (64, 192, "bf16")])
+def test_large_conversions_go_in_slices(rows, columns, name):
+    bits = np.dtype(NUMPY[name]).itemsize * 8
+    text = CONVERSION.replace("DT", name).replace("ROWS", str(rows)).replace("COLS", str(columns))
+    aliases = layouts(a=((rows, columns), bits, 4, (1, 0)), b=((rows, columns), bits, 4, (0, 1)))
+    x = normal(rows, columns, dtype=NUMPY[name])
+    check(text, aliases, {"x": x, "y": np.zeros_like(x)}, (1,))
+    assert parse(text, aliases, 64).attributes["shared_bytes"] <= 2 * 32768  # two conversions, each within its limit

@@ -167,7 +167,9 @@ def test_text_errors():
         compile_text('module {target = "gfx942"} {}')
     with pytest.raises(IRError, match=r"k\.tw:1:1: unexpected"):
         compile_text("?", "sm_90a", "k.tw")
-    unscheduled = "func @g(%x: view<?xf32, strides=[1], align=4>) {threads = 128} {\n  %i = tile.program_id {axis = 0} : i32\n"
+    unscheduled = (
+        "func @g(%x: view<?xf32, strides=[1], align=4>) {threads = 128} {\n  %i = tile.program_id {axis = 0} : i32\n"
+    )
     unscheduled += "  %t = tile.load %x, [%i] : tile<64xf32>\n  tile.store %x, [%i], %t\n}"
     with pytest.raises(BackendFailure, match=r"k\.tw:3:\d+: error"):
         compile_text(unscheduled, "sm_90a", "k.tw")
@@ -183,7 +185,9 @@ def line_of(kernel, text):
 
 def test_frontend_errors_have_place_caret_and_advice():
     with pytest.raises(tw.CompileError) as caught:
-        tw.compile(add, "sm_90a", {"x": tw.spec("f32", ("N",)), "y": tw.spec("f32", ("N",)), "out": tw.spec("f32", ("N",))})
+        tw.compile(
+            add, "sm_90a", {"x": tw.spec("f32", ("N",)), "y": tw.spec("f32", ("N",)), "out": tw.spec("f32", ("N",))}
+        )
     error = caught.value
     assert error.loc.file.endswith("compiler_programs.py")
     assert error.loc.line == line_of(add, "tw.store")

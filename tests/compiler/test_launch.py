@@ -90,7 +90,10 @@ def test_empty_arrays_and_empty_grids():
 # --- grids ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [3, (3,), [3], (3, 1), (3, 1, 1), np.int64(3), lambda meta: (tw.cdiv(300, meta["B"]),), lambda meta: 3])  # fmt: skip
+GRIDS = [3, (3,), [3], (3, 1), (3, 1, 1), np.int64(3), lambda meta: (tw.cdiv(300, meta["B"]),), lambda meta: 3]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_grids(grid):
     x, y = np.ones(300, "f4"), poisoned(300)
     scale[grid](x, y, 2.0)
@@ -198,7 +201,7 @@ def test_options_are_accepted_and_checked():
         ({"num_warps": 0}, "num_warps must be a positive integer, got 0"),
         ({"num_stages": "3"}, "num_stages must be a positive integer"),
         ({"num_warp": 4}, "no parameter 'num_warp'(.|\n)*did you mean 'num_warps'"),
-        ({"schedule": "fast"}, "not supported yet"),
+        ({"schedule": "fast"}, "unknown schedule 'fast'"),
         ({"num_ctas": 2}, "not supported yet"),
     ]:
         with pytest.raises(tw.ArgumentError, match=message):
@@ -243,7 +246,9 @@ def test_errors_name_the_parameter(args, meta, message):
 def test_an_error_while_running_shows_the_line():
     frozen = np.ones(128, "f4")
     frozen.flags.writeable = False
-    with pytest.raises(tw.CompileError, match=r"compiler_programs\.py:\d+:\d+: error: .*read-only(.|\n)*tw\.store\(y(.|\n)*\^"):
+    with pytest.raises(
+        tw.CompileError, match=r"compiler_programs\.py:\d+:\d+: error: .*read-only(.|\n)*tw\.store\(y(.|\n)*\^"
+    ):
         scale[1](X, frozen, 1.0)
 
 

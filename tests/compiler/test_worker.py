@@ -68,7 +68,10 @@ def later(seconds, call):
     timer.join()
 
 
-@pytest.mark.parametrize(("bomb", "ended", "code"), [(Bomb, "killed by SIGABRT", -6), (Exit, "exit code 3", 3), (Kill, "killed by SIGKILL", -9)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bomb", "ended", "code"),
+    [(Bomb, "killed by SIGABRT", -6), (Exit, "exit code 3", 3), (Kill, "killed by SIGKILL", -9)],
+)
 def test_a_crash_is_an_error_with_kernel_stage_and_reproducer(worker, scheduled, tmp_path, bomb, ended, code):
     request = Request(bomb(scheduled), "sm_90a", "scale", Location(__file__, 30, 1))
     with pytest.raises(CompilerCrash) as caught:
@@ -76,7 +79,14 @@ def test_a_crash_is_an_error_with_kernel_stage_and_reproducer(worker, scheduled,
     error = caught.value
     assert isinstance(error, tw.CompileError)
     assert (error.kernel, error.target, error.exit_code, error.stage) == ("scale", "sm_90a", code, "code generation")
-    for text in ("kernel 'scale'", "sm_90a", "stage 'code generation'", ended, f"{__file__}:30:1", str(error.reproducer)):
+    for text in (
+        "kernel 'scale'",
+        "sm_90a",
+        "stage 'code generation'",
+        ended,
+        f"{__file__}:30:1",
+        str(error.reproducer),
+    ):
         assert text in str(error)
     assert error.reproducer.parent == tmp_path
     assert pickle.loads(pickle.dumps(error)).exit_code == code
@@ -115,8 +125,17 @@ def test_killed_while_idle(worker, scheduled):
 
 
 def test_stages_are_read_from_the_stack():
-    stack = 'Fatal Python error: Aborted\n\n  File "/x/llvmlite/binding/ffi.py", line 1 in f\n  File "/x/tilewright/{}.py", line 3 in g\n'
-    stages = {"backends/llvm": "llvm", "backends/nvidia/ptxas": "ptxas", "backends/lower/memory": "lowering", "backends/amd/link": "link", "ir/parser": "parsing"}  # fmt: skip
+    stack = (
+        "Fatal Python error: Aborted\n\n"
+        '  File "/x/llvmlite/binding/ffi.py", line 1 in f\n  File "/x/tilewright/{}.py", line 3 in g\n'
+    )
+    stages = {
+        "backends/llvm": "llvm",
+        "backends/nvidia/ptxas": "ptxas",
+        "backends/lower/memory": "lowering",
+        "backends/amd/link": "link",
+        "ir/parser": "parsing",
+    }
     assert {path: _stage_of(stack.format(path)) for path in stages} == stages
 
 
@@ -136,7 +155,9 @@ def test_internal_errors_name_the_kernel_and_keep_a_reproducer(worker, scheduled
 def test_a_failing_tool_names_the_stage(worker, scheduled, monkeypatch):
     worker.start()
     monkeypatch.setenv("TILEWRIGHT_PTXAS", "/nowhere/ptxas")
-    with pytest.raises(BackendFailure, match=r"kernel 'scale' for sm_90a failed in stage 'ptxas': .*/nowhere/ptxas") as caught:
+    with pytest.raises(
+        BackendFailure, match=r"kernel 'scale' for sm_90a failed in stage 'ptxas': .*/nowhere/ptxas"
+    ) as caught:
         worker.compile(Request(scheduled, "sm_90a", "scale"))
     assert caught.value.stage == "ptxas"
     monkeypatch.delenv("TILEWRIGHT_PTXAS")
@@ -155,13 +176,11 @@ def test_interrupting_a_request_leaves_no_stale_answer(worker, scheduled):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    worker.start()
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)  # starting the process alone takes longer
         with pytest.raises(KeyboardInterrupt):
             worker.compile(Request(scheduled, "sm_90a"))
-            time.sleep(1)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

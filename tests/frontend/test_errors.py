@@ -41,6 +41,18 @@ def typed(x: tw.float32, n: tw.constexpr, t: tw.Tensor = None):
     return x * n
 
 
+@tw.function
+def no_result(n):
+    n + 1
+
+
+@tw.function
+def sometimes(n):
+    if n > 0:
+        return 1
+    return 2
+
+
 @KernelDefinition
 def another_kernel(x):
     pass
@@ -492,9 +504,136 @@ def endless(x, y, n):
         pass
 
 
-@case("tw.gather is not supported yet", "tw.gather(x, 0)")
+@case("tw.rank is not supported yet", "tw.rank()")
 def not_supported(x, y, n):
+    tw.rank()
+
+
+@case("tw.gather needs an integer tile, got the compile-time int 0", "0", "tw.load")
+def gather_of_a_number(x, y, n):
     tw.gather(x, 0)
+
+
+@case("an index must be a tile of integers, got tile<4xf32>", "tile", ".to(tw.int32)")
+def gather_by_floats(x, y, n):
+    tile = tw.load(x, 0, 4)
+    tw.gather(x, tile)
+
+
+@case("axis 1 is out of range for a tensor of rank 1", "1", "-1..0")
+def gather_axis(x, y, n):
+    tw.gather(x, tw.arange(4), axis=1)
+
+
+@case("tw.gather: the size of axis 1 is known at run time only", "tw.arange(4)", "shape=(n, 64)")
+def gather_without_shape(m):
+    tw.gather(m, tw.arange(4), axis=0)
+
+
+@case("tw.gather: an index of shape (4, 1) does not broadcast to (8, 16)", "(8, 16)", "sizes are equal")
+def gather_shape(m):
+    tw.gather(m, tw.arange(4), axis=0, shape=(8, 16))
+
+
+@case("tw.gather: the tile index along axis 0 must be 0", "(1, 0)", "add to the index")
+def gather_tile(m):
+    tw.gather(m, tw.arange(4), axis=0, tile=(1, 0), shape=(4, 16))
+
+
+@case("1 index tiles for the axes (0, 1)", "(0, 1)", "one integer tile for each axis")
+def gather_axes(m):
+    tw.gather(m, tw.arange(4), axis=(0, 1))
+
+
+@case("cannot store a i32 tile to a tensor of f32", "tw.arange(4)", ".to(tw.float32)")
+def scatter_dtype(x, y, n):
+    tw.scatter(y, tw.arange(4), tw.arange(4))
+
+
+@case("'tw.scatter' on tiles of shapes (4,) and (8,), which do not broadcast", "tw.scatter(y, tw.arange(4), tw.zeros((8,)))")
+def scatter_shape(x, y, n):
+    tw.scatter(y, tw.arange(4), tw.zeros((8,)))
+
+
+@case("tw.atomic_xor does not exist for tw.float32", "y", "tw.int32, tw.int64")
+def atomic_dtype(x, y, n):
+    tw.atomic_xor(y, 0, 1)
+
+
+@case("tw.atomic_max does not exist for tw.float16", "half", "tw.float32")
+def atomic_half(half):
+    tw.atomic_max(half, 0, 1.0)
+
+
+@case("an atomic update of a tensor of f32 takes f32, got i32 scalar", "n", ".to(tw.float32)")
+def atomic_value(x, y, n):
+    tw.atomic_add(y, 0, n)
+
+
+@case("axis= goes with integer tiles, not with a tile index", "0")
+def atomic_axis(x, y, n):
+    tw.atomic_add(y, n, 1.0, axis=0)
+
+
+@case("axis 1 is out of range for a tile of rank 1", "1", "-1..0")
+def cumsum_axis(x, y, n):
+    tw.cumsum(tw.zeros((4,)), 1)
+
+
+@case("tw.argmax takes one axis or None", "(0, 1)")
+def argmax_axes(x, y, n):
+    tw.argmax(tw.zeros((4, 4)), (0, 1))
+
+
+@case("tw.cat takes a tuple or list of tiles, got tile<4xf32>", "tw.zeros((4,))", "tw.cat([a, b], axis=0)")
+def cat_of_a_tile(x, y, n):
+    tw.cat(tw.zeros((4,)))
+
+
+@case("tw.cat: shapes (4, 4) and (4, 8) differ along an axis other than 0", "[a, b]")
+def cat_shapes(x, y, n):
+    a, b = tw.zeros((4, 4)), tw.zeros((4, 8))
+    tw.cat([a, b], axis=0)
+
+
+@case("tw.cat: tiles of different dtypes, f32 and i32", "[tw.zeros((4,)), tw.arange(4)]", ".to(tw.float32)")
+def cat_dtypes(x, y, n):
+    tw.cat([tw.zeros((4,)), tw.arange(4)])
+
+
+@case("tw.device_print: 1 values for 2 '{}'", '"{} {}"', "tw.device_print")
+def print_count(x, y, n):
+    tw.device_print("{} {}", n)
+
+
+@case("'{' at character 0 of '{n}'", '"{n}"')
+def print_format(x, y, n):
+    tw.device_print("{n}", n)
+
+
+@case("tw.device_assert needs bools, got tile<4xi32>", "tw.arange(4)", "x != 0")
+def assert_tile(x, y, n):
+    tw.device_assert(tw.arange(4))
+
+
+@case("tw.assume needs a scalar condition, got tile<4xi1>", "tw.arange(4) > 0", "tw.min")
+def assume_tile(x, y, n):
+    tw.assume(tw.arange(4) > 0)
+
+
+@case("the assumption is false at compile time", "1 > 2")
+def false_assumption(x, y, n):
+    tw.assume(1 > 2)
+
+
+@case("'+' does not apply to None", "no_result(n) + 1")
+def missing_return(x, y, n):
+    tw.store(y, 0, no_result(n) + 1)
+
+
+@case("'return' inside a run-time 'if' or loop is not supported", "return 1", "in every branch")
+def return_in_a_branch(x, y, n):
+    tw.store(y, 0, sometimes(n))
 
 
 @case("'**' needs a compile-time exponent", "2.0 ** n", "tw.exp2")
@@ -504,7 +643,7 @@ def general_power(x, y, n):
 
 @pytest.mark.parametrize(("kernel", "message", "underlined", "hint"), CASES)
 def test_error(kernel, message, underlined, hint, fail, view):
-    types = dict(x=view("f32", None), y=view("f32", None), half=view("f16", None), n=tw.int32)
+    types = dict(x=view("f32", None), y=view("f32", None), half=view("f16", None), m=view("f32", None, None), n=tw.int32)
     failure = fail(kernel, **{name: t for name, t in types.items() if name in KernelDefinition(kernel).parameter})
     assert failure.message.startswith(message)
     assert failure.underlined == underlined

@@ -132,7 +132,9 @@ def test_every_level_gives_the_same_bits(name: str, target: str, align: int) -> 
 
 
 #: the passes after which the program is run again; the others are covered by their own tests
-CHANGES_SCHEDULE = {"tile-order", "pipeline", "roles", "mma", "prefetch", "layouts", "staging", "fences", "shared-plan"}
+CHANGES_SCHEDULE = {
+    "tile-order", "pipeline", "roles", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences", "shared-plan",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("stages", [1, 2, 5])

@@ -77,6 +77,10 @@ class AutotunedKernel(Kernel):
             _known(self.__name__, name, signature, "restore_value or reset_to_zero")
         self.key = tuple(_KeyPart(self.__name__, text, signature) for text in key)
 
+    @property
+    def chosen_names(self) -> frozenset[str]:
+        return frozenset(name for config in self.configs for name in config.meta)
+
     def bind(self, grid: Grid, device: str | None = None) -> Launch:
         return AutotunedLaunch(self, grid, device)
 
@@ -95,11 +99,11 @@ class AutotunedLaunch(Launch):
         config = self._choose(args, kwargs)
         self.kernel.best_config = config
         given = config.arguments()
-        twice = [name for name in given if name in kwargs]
+        twice = [name for name in given if kwargs.get(name) is not None]
         if twice:
             hint = "leave it out, or launch the kernel without tw.autotune"
             raise ArgumentError(f"'{twice[0]}' is chosen by tw.autotune of '{self.kernel.__name__}'", hint=hint)
-        super().__call__(*args, stream=stream, **kwargs, **given)
+        super().__call__(*args, stream=stream, **{**kwargs, **given})
 
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Config:
         kernel = self.kernel

@@ -7,10 +7,8 @@ With ``--json`` the result is one JSON object (or list) on standard output; an e
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -26,82 +24,20 @@ from tilewright.compiler.cli_arguments import (
     snapshot,
     summarize,
 )
-from tilewright.compiler.user_program import UserProgramError
+from tilewright.compiler.cli_check import bench, check
+from tilewright.compiler.cli_options import (
+    ARGUMENTS,
+    DEFAULT_TARGET,
+    JSON,
+    SCHEDULE,
+    STAGES,
+    TARGET,
+    WARPS,
+    reports_errors,
+)
 
 if TYPE_CHECKING:
     from tilewright.compiler.artifact import Artifact
-
-DEFAULT_TARGET = "sm_90a"
-TARGET = click.option(
-    "--target", default=None, help=f"sm_90a, gfx942 or gfx950  [default: what a .tw file names, else {DEFAULT_TARGET}]"
-)
-ARGUMENTS = click.option(
-    "--arg",
-    "arguments",
-    multiple=True,
-    metavar="NAME=SPEC",
-    help="a tensor as dtype[dims] (a=bf16[M,64]), a run-time scalar as its dtype (scale=f32) or, with run, its "
-    "value, a constexpr as its value (BM=128)",
-)
-WARPS = click.option("--num-warps", type=click.IntRange(min=1), default=None, help="warps that compute")
-STAGES = click.option("--num-stages", type=click.IntRange(min=1), default=None, help="depth of the rings")
-JSON = click.option("--json", "as_json", is_flag=True, help="machine-readable output")
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors of the user's program into a message (with ``--json`` also an object) and exit code 1."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        from tilewright.compiler.environment import VariableError
-        from tilewright.frontend.errors import CompileError
-        from tilewright.ir.core import IRError
-        from tilewright.runtime.errors import DeviceError
-
-        try:
-            command(*args, **kwargs)
-        except VariableError as error:
-            raise click.UsageError(str(error)) from None
-        except (IRError, CompileError, DeviceError, UserProgramError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise  # click ends quietly
-            click.echo(_message(error), err=True)
-            if kwargs.get("as_json"):
-                click.echo(json.dumps({"error": _error_object(error)}))
-            sys.exit(1)
-
-    return wrapped
-
-
-def _message(error: Exception) -> str:
-    """The text of an error, with the source line where the location says which."""
-    from tilewright.frontend.errors import CompileError
-    from tilewright.ir.core import IRError
-    from tilewright.runtime.errors import DeviceError
-
-    if isinstance(error, IRError) and not hasattr(error, "source_line"):
-        return str(CompileError(error.message, error.loc, error.hint))
-    if isinstance(error, DeviceError | OSError):
-        return f"error: {error}"
-    return str(error)
-
-
-def _error_object(error: Exception) -> dict[str, Any]:
-    from tilewright.ir.core import UNKNOWN
-
-    loc = getattr(error, "loc", UNKNOWN)
-    known = loc != UNKNOWN
-    reproducer = getattr(error, "reproducer", None)
-    return {
-        "type": type(error).__name__,
-        "message": getattr(error, "message", str(error)),
-        "file": loc.file if known else None,
-        "line": loc.line if known else None,
-        "column": loc.column if known else None,
-        "hint": getattr(error, "hint", "") or None,
-        "stage": getattr(error, "stage", "") or None,
-        "reproducer": str(reproducer) if isinstance(reproducer, Path) else None,
-    }
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -116,6 +52,7 @@ def main() -> None:
 @ARGUMENTS
 @WARPS
 @STAGES
+@SCHEDULE
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="binary  [default: NAME.cubin or .hsaco]"
 )
@@ -127,11 +64,12 @@ def compile(
     arguments: tuple[str, ...],
     num_warps: int | None,
     num_stages: int | None,
+    schedule: str | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """Compile a kernel, or scheduled IR text, to a binary."""
-    artifact = _artifact(kernel, target, arguments, num_warps, num_stages)
+    artifact = _artifact(kernel, target, arguments, num_warps, num_stages, schedule)
     suffix = ".cubin" if "ptx" in artifact.asm else ".hsaco"
     path = artifact.save(output or Path(artifact.name + suffix))
     report = {
@@ -160,7 +98,12 @@ def compile(
 
 
 def _artifact(
-    kernel: str, target: str | None, arguments: tuple[str, ...], num_warps: int | None, num_stages: int | None
+    kernel: str,
+    target: str | None,
+    arguments: tuple[str, ...],
+    num_warps: int | None,
+    num_stages: int | None,
+    schedule: str | None,
 ) -> Artifact:
     from tilewright.compiler.api import compile as compile_kernel
 
@@ -168,12 +111,14 @@ def _artifact(
     if kernel.endswith(".tw"):
         from tilewright.compiler.driver import compile_text
 
-        if arguments or num_warps or num_stages:
-            raise click.UsageError("a .tw file is scheduled already: it takes no --arg, --num-warps or --num-stages")
+        if arguments or num_warps or num_stages or schedule:
+            raise click.UsageError("a .tw file is scheduled already: it takes no arguments and no options of passes")
         return compile_text(_read(Path(kernel)), target, kernel)
     loaded = load_kernel(kernel)
     types = parse_arguments(loaded.definition, arguments).types(loaded.definition)
-    return compile_kernel(loaded, target or DEFAULT_TARGET, types, num_warps=num_warps, num_stages=num_stages)
+    return compile_kernel(
+        loaded, target or DEFAULT_TARGET, types, num_warps=num_warps, num_stages=num_stages, schedule=schedule
+    )
 
 
 def _known_target(name: str) -> str:
@@ -200,6 +145,7 @@ def _read(path: Path) -> str:
 @click.option("--seed", default=0, show_default=True, help="of the normally distributed inputs")
 @WARPS
 @STAGES
+@SCHEDULE
 @JSON
 @reports_errors
 def run(
@@ -210,6 +156,7 @@ def run(
     seed: int,
     num_warps: int | None,
     num_stages: int | None,
+    schedule: str | None,
     as_json: bool,
 ) -> None:
     """Run a kernel once on random tensors and summarise every tensor that it wrote."""
@@ -217,12 +164,13 @@ def run(
 
     sizes = parse_grid(grid)
     loaded = load_kernel(kernel)
-    given = parse_arguments(loaded.definition, arguments, to_run=True)
+    given = parse_arguments(loaded.definition, arguments, to_run=True, chosen=loaded.chosen_names)
     where = device(device_name)  # before the tensors: its errors say more than those of moving them there
     arrays = random_arrays(given, seed, device_name)
     before = {name: snapshot(value) for name, value in arrays.items()}
     start = perf_counter()
-    where.launch(loaded, sizes, num_warps=num_warps, num_stages=num_stages, **arrays, **given.values)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "schedule": schedule}
+    where.launch(loaded, sizes, **options, **arrays, **given.values)
     where.synchronize()
     seconds = perf_counter() - start
     written = {name: summarize(value) for name, value in arrays.items() if snapshot(value) != before[name]}
@@ -245,6 +193,7 @@ def run(
 @TARGET
 @WARPS
 @STAGES
+@SCHEDULE
 @click.option("--locations", is_flag=True, help="print source locations")
 @reports_errors
 def opt(
@@ -253,6 +202,7 @@ def opt(
     target: str | None,
     num_warps: int | None,
     num_stages: int | None,
+    schedule: str | None,
     locations: bool,
 ) -> None:
     """Run passes on IR text and print the result."""
@@ -274,7 +224,7 @@ def opt(
     module = parse_module(text, file.name, text_locations=not locations)
     machine = get_target(_known_target(target or module.attributes.get("target") or DEFAULT_TARGET))
     verify(module)
-    context = PassContext(machine, PassOptions(num_warps, num_stages))
+    context = PassContext(machine, PassOptions(num_warps, num_stages, schedule=schedule))
     manager = PassManager(default_pipeline(machine) if passes is None else passes, context)
     click.echo(print_module(manager.run(module), locations), nl=False)
 
@@ -285,6 +235,7 @@ def opt(
 @ARGUMENTS
 @WARPS
 @STAGES
+@SCHEDULE
 @click.option("--after", default=None, help="IR after this pass (input: before all)  [default: the last]")
 @click.option("--asm", default=None, help="assembly instead of IR: llvm, ptx or amdgcn")
 @click.option("--list", "list_only", is_flag=True, help="list the passes and kinds of assembly that there are")
@@ -296,6 +247,7 @@ def dump(
     arguments: tuple[str, ...],
     num_warps: int | None,
     num_stages: int | None,
+    schedule: str | None,
     after: str | None,
     asm: str | None,
     list_only: bool,
@@ -307,9 +259,9 @@ def dump(
     target = _known_target(target or DEFAULT_TARGET)
     texts: Mapping[str, str]
     if asm:
-        texts = _artifact(kernel, target, arguments, num_warps, num_stages).asm
+        texts = _artifact(kernel, target, arguments, num_warps, num_stages, schedule).asm
     else:
-        texts = _passes(kernel, target, arguments, num_warps, num_stages)
+        texts = _passes(kernel, target, arguments, num_warps, num_stages, schedule)
     if list_only:
         kinds = _assembly_kinds(target)
         listing = "\n".join([*texts, *(f"--asm {kind}" for kind in kinds)])
@@ -328,7 +280,12 @@ def _assembly_kinds(target: str) -> list[str]:
 
 
 def _passes(
-    kernel: str, target: str, arguments: tuple[str, ...], num_warps: int | None, num_stages: int | None
+    kernel: str,
+    target: str,
+    arguments: tuple[str, ...],
+    num_warps: int | None,
+    num_stages: int | None,
+    schedule: str | None,
 ) -> Mapping[str, str]:
     """The IR after each pass, for which no backend needs to run."""
     from tilewright.compiler.driver import run_passes
@@ -336,7 +293,7 @@ def _passes(
 
     definition = load_kernel(kernel).definition
     types = parse_arguments(definition, arguments).types(definition)
-    return run_passes(definition, target, types, CompileOptions(num_warps, num_stages))
+    return run_passes(definition, target, types, CompileOptions(num_warps, num_stages, schedule=schedule))
 
 
 @main.command()
@@ -370,6 +327,10 @@ def env(as_json: bool) -> None:
     for row in rows:
         value = "" if row["value"] is None else row["value"]
         click.echo(f"{row['name']}={int(value) if isinstance(value, bool) else value}\n    {row['help']}")
+
+
+main.add_command(bench)
+main.add_command(check)
 
 
 def _shown(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,10 +76,13 @@ def parse_grid(text: str) -> tuple[int, ...]:
 # --- --arg --------------------------------------------------------------------------------------
 
 
-def parse_arguments(definition: KernelDefinition, texts: tuple[str, ...], to_run: bool = False) -> Arguments:
+def parse_arguments(
+    definition: KernelDefinition, texts: tuple[str, ...], to_run: bool = False, chosen: Collection[str] = ()
+) -> Arguments:
     """Sort ``name=spec`` texts by what they describe; usage errors for wrong and missing ones.
 
-    ``to_run``: sizes and scalars must have values, as a launch needs them.
+    ``to_run``: sizes and scalars must have values, as a launch needs them. ``chosen``: parameters
+    that the autotuner gives.
     """
     given = Arguments()
     seen: set[str] = set()
@@ -92,7 +95,7 @@ def parse_arguments(definition: KernelDefinition, texts: tuple[str, ...], to_run
             raise click.UsageError(f"--arg {text}: {name} is given twice")
         seen.add(name)
         _sort(definition.parameter[name], text, spec, to_run, given)
-    missing = [p for p in definition.parameters if p.name not in seen and _is_needed(p, to_run)]
+    missing = [p for p in definition.parameters if p.name not in {*seen, *chosen} and _is_needed(p, to_run)]
     if missing:
         wanted = " ".join(f"--arg {p.name}={_example(p, to_run)}" for p in missing)
         raise click.UsageError(f"kernel {definition.name!r} needs {wanted}")
@@ -169,11 +172,12 @@ def random_arrays(given: Arguments, seed: int, device: str) -> dict[str, Any]:
     arrays = {}
     for name, spec in given.tensors.items():
         values = rng.standard_normal([int(n) for n in spec.shape])
-        arrays[name] = _to_device(values if spec.dtype.is_float else values * 10, spec.dtype, device)
+        arrays[name] = to_device(values if spec.dtype.is_float else values * 10, spec.dtype, device)
     return arrays
 
 
-def _to_device(values: np.ndarray[Any, Any], dtype: DType, device: str) -> Any:
+def to_device(values: np.ndarray[Any, Any], dtype: DType, device: str) -> Any:
+    """An array in a dtype where ``device`` wants it: a NumPy array, or a torch tensor on a GPU."""
     import numpy as np
 
     from tilewright.ir.interpreter_numerics import NUMPY

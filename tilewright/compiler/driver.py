@@ -11,6 +11,7 @@ from typing import Any
 from tilewright.compiler.artifact import Artifact, Entry
 from tilewright.compiler.environment import DUMP_DIR
 from tilewright.compiler.errors import PassFailure, write_reproducer
+from tilewright.compiler.limits import check_spills
 from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.pool import shared_pool
 from tilewright.compiler.worker import Request
@@ -98,6 +99,7 @@ def compile_modules(modules: Sequence[Module], target: str, options: CompileOpti
     first = modules[0].functions[0]
     text = print_module(merged, locations=True)
     result = shared_pool().compile(Request(text, target, first.name, first.loc))
+    check_spills(result.entries, target, first.loc)
     artifact = _artifact(first.name, target, result, passes, start)
     if dump is not None:
         artifact.dump(dump)
@@ -167,6 +169,7 @@ def _schedule(module: Module, target: Target, options: CompileOptions, instrumen
         path = write_reproducer(error.reproducer, function.name)
         pipeline = error.reproducer.partition("\n")[0].removeprefix("// RUN: opt -p ")
         fixed = [f"--num-{n}={v}" for n, v in (("warps", options.num_warps), ("stages", options.num_stages)) if v]
+        fixed += [f"--schedule={options.schedule}"] if options.schedule else []
         rerun = shlex.join(["tilewright", "opt", str(path), "--target", target.name, *fixed, "-p", pipeline])
         hint = error.hint or "a fault of the compiler: please report it"
         raise PassFailure(error.message, loc, hint, reproducer=path, rerun=rerun, **common) from error

@@ -48,6 +48,11 @@ class Kernel:
         """Compile-time parameters and compile options."""
         return self._parameter_names()[1]
 
+    @property
+    def chosen_names(self) -> frozenset[str]:
+        """Compile-time parameters that a launch need not give since `tw.autotune` chooses them."""
+        return frozenset()
+
     def _parameter_names(self) -> tuple[tuple[str, ...], frozenset[str]]:
         if self._names is None:  # parsing waits for the first launch, where its errors belong
             parameters = self.definition.parameters

@@ -11,13 +11,17 @@ from tilewright.frontend.errors import ArgumentError
 if TYPE_CHECKING:
     from tilewright.passes.manager import PassOptions
 
+#: how copies and matrix products can be arranged (`tilewright.passes.schedule`)
+SCHEDULES = ("roles", "prefetch")
+
 
 @dataclass(frozen=True)
 class CompileOptions:
     """What the user fixes; None leaves the choice to the passes.
 
     ``num_warps``: warps that compute (producer warps come on top). ``num_stages``: depth of the rings.
-    ``num_ctas``, ``schedule``: reserved for clusters and named schedules.
+    ``schedule``: "roles" (copying and computing warps side by side) or "prefetch" (each warp copies ahead for itself).
+    ``num_ctas``: reserved for clusters.
     """
 
     num_warps: int | None = None
@@ -38,8 +42,9 @@ class CompileOptions:
                 raise ArgumentError(f"{name} must be a positive integer, got {value!r}")
         if self.num_ctas not in (None, 1):
             raise ArgumentError("num_ctas: clusters of several blocks are not supported yet", hint="leave it out")
-        if self.schedule is not None:
-            raise ArgumentError("schedule: named schedules are not supported yet", hint="leave it out")
+        if self.schedule not in (None, *SCHEDULES):
+            known = " and ".join(map(repr, SCHEDULES))
+            raise ArgumentError(f"unknown schedule {self.schedule!r}", hint=f"schedules are {known}")
 
     @staticmethod
     def names() -> set[str]:

@@ -19,7 +19,7 @@ from tilewright.frontend.arguments import BoundArguments, bind_arguments
 from tilewright.frontend.errors import ArgumentError, CompileError
 from tilewright.ir.core import Effect, Value
 from tilewright.ir.types import ViewType
-from tilewright.runtime.bench import Clock, compare, pick_clock
+from tilewright.runtime.bench import Clock, compare, on_device, pick_clock
 from tilewright.runtime.device import Device
 from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.snapshot import save
@@ -74,7 +74,7 @@ def tune(trial: Trial, configs: Sequence[Config], title: str, clock: Clock | Non
     Tensors hold afterwards what they held before.
     """
     outcome = Outcome(configs[0])
-    with _progress(title, len(configs)) as advance:
+    with on_device(trial.device), _progress(title, len(configs)) as advance:
         plans, errors = _compile(trial, configs, advance)
         restores = _save(trial, list(plans)) if plans else []
         try:

@@ -28,13 +28,10 @@ def load_program(path: Path) -> ModuleType:
     except CompileError:
         raise
     except SyntaxError as error:
-        raise UserProgramError("".join(traceback.format_exception_only(error)).rstrip()) from None
+        where = "" if error.filename else f"{path}: "
+        raise UserProgramError(where + "".join(traceback.format_exception_only(error)).rstrip()) from None
     except SystemExit as error:
         raise UserProgramError(f"{path} ended with exit code {error.code} while it was imported") from None
-    except ValueError as error:  # null bytes
-        if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-            raise UserProgramError(f"{path} is no Python source: {error}") from None
-        raise UserProgramError(_trace(error)) from None
     except Exception as error:
         raise UserProgramError(_trace(error)) from None
     return module

@@ -125,10 +125,15 @@ def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any) -> Value:
             hint="give one size per dimension and reshape the tile afterwards",
             argument="shape",
         )
+    return emit.builder.load(view, indices, sizes, require_pad(pad, dtype_of(view)))
+
+
+def require_pad(pad: Any, dtype: DType) -> int | float:
+    """What elements outside a tensor read as: a compile-time number that the dtype holds."""
     if not is_number(pad):
         raise CompileError(f"pad must be a compile-time number, got {describe(pad)}", argument="pad")
-    value = literal_as(pad, dtype_of(view))
-    return emit.builder.load(view, indices, sizes, value if value != 0 else 0)
+    value = literal_as(pad, dtype)
+    return value if value != 0 and dtype != i1 else int(value != 0)
 
 
 @implements(tw.store)

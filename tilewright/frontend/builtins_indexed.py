@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.frontend import language as tw
-from tilewright.frontend.builtins import IMPLEMENTATIONS, Implementation, implements
+from tilewright.frontend.builtins import IMPLEMENTATIONS, Implementation, implements, require_pad
 from tilewright.frontend.emitter import Emitter, Shape, broadcast_shapes, require_tile
 from tilewright.frontend.errors import CompileError
 from tilewright.frontend.methods import require_shape
-from tilewright.frontend.promotion import literal_as
 from tilewright.frontend.subscripts import only_element, scalar_index
 from tilewright.frontend.values import (
     describe,
@@ -144,13 +143,6 @@ def _check_broadcast(places: Places, shape: Shape, argument: str) -> None:
         raise CompileError(message, hint="sizes are equal, or 1 in the index", argument=argument)
 
 
-def _require_pad(pad: Any, dtype: DType) -> int | float:
-    if not is_number(pad):
-        raise CompileError(f"pad must be a compile-time number, got {describe(pad)}", argument="pad")
-    value = literal_as(pad, dtype)
-    return value if value != 0 else 0
-
-
 @implements(tw.gather)
 def gather(emit: Emitter, view: Any, index: Any, axis: Any, tile: Any, shape: Any, pad: Any) -> Value:
     places = _places(emit, "gather", view, index, axis, tile)
@@ -159,7 +151,7 @@ def gather(emit: Emitter, view: Any, index: Any, axis: Any, tile: Any, shape: An
         message = f"tw.gather: a result of rank {len(result)} from a tensor of rank {places.rank}"
         raise CompileError(message, hint="give one size per dimension", argument="shape")
     _check_broadcast(places, result, "shape")
-    value = _require_pad(pad, dtype_of(view))
+    value = require_pad(pad, dtype_of(view))
     return emit.builder.gather(view, places.tile, places.indices(emit, result), places.axes, value)
 
 

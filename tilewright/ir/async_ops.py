@@ -83,7 +83,8 @@ class Acquire(Operation):
 class Copy(Operation):
     """Start copying the tile at ``index`` of a global view into a slot; parts outside read as ``pad``.
 
-    The token's kind says who copies: ``tma`` (bulk copy engine, pad must be 0) or ``threads``.
+    The token's kind says who copies: ``tma`` (bulk copy engine, pad must be 0), ``cp_async`` (asynchronous copies of
+    the threads, pad must be 0) or ``threads``.
     """
 
     view: Value = operand()
@@ -150,6 +151,8 @@ class AsyncDot(Operation):
 @operation("async.wait", effect=Effect.SYNC)
 class Wait(Operation):
     """Wait until at most ``pending`` groups of the matrix unit are in flight, the youngest ones.
+
+    With the token of a ``cp_async`` copy: until at most ``pending`` of this thread's copies of that kind are.
 
     ``token`` names the group that is waited for where it is known in this block. ``values`` are
     accumulators of the groups waited for, passed through: only the results may be read.

@@ -168,7 +168,17 @@ def cast(x: Array, dtype: DType) -> Array:
         limit = _FP8_MAX[dtype]
         compute = np.float64 if wide.dtype == np.float64 else np.float32
         return np.clip(wide.astype(compute), -limit, limit).astype(target)
+    if target == _BF16 and wide.dtype == np.float64:
+        wide = _rounded_to_odd(wide)  # ml_dtypes goes by way of float32 and would round twice
     return wide.astype(target)
+
+
+def _rounded_to_odd(x: Array) -> Array:
+    """float64 as float32 such that rounding further gives what rounding once would have."""
+    near = np.asarray(x, np.float64).astype(np.float32)
+    back = near.astype(np.float64)
+    odd = (near.view(np.int32) - (np.abs(back) > np.abs(x))).astype(np.int32) | 1
+    return np.where((back != x) & ~np.isnan(near), odd.view(np.float32), near)
 
 
 def _truncate(x: Array, dtype: DType) -> Array:

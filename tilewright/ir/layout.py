@@ -1,5 +1,7 @@
 """Tile layouts: the one import for `LinearLayout`, fragment constructors and shared-memory layouts."""
 
+from tilewright.ir.layout_convert import ConversionPlan, conversion_cost, plan_conversion
+from tilewright.ir.layout_exchange import ExchangeLayout, ExchangePlan
 from tilewright.ir.layout_fragments import (
     blocked,
     fma_accumulator,
@@ -22,14 +24,20 @@ from tilewright.ir.layout_shared import (
     shared_cycles,
     shared_vector_bytes,
 )
+from tilewright.ir.layout_shuffle import ShufflePlan
 
 __all__ = [
+    "ConversionPlan",
+    "ExchangeLayout",
+    "ExchangePlan",
     "LayoutInverse",
     "LinearLayout",
     "SharedLayout",
+    "ShufflePlan",
     "bank_conflicts",
     "blocked",
     "choose_shared_layout",
+    "conversion_cost",
     "conversion_kind",
     "fma_accumulator",
     "fma_operand_a",
@@ -39,6 +47,7 @@ __all__ = [
     "mma_sync_accumulator",
     "mma_sync_operand_a",
     "mma_sync_operand_b",
+    "plan_conversion",
     "shared_candidates",
     "shared_cycles",
     "shared_vector_bytes",

@@ -201,19 +201,32 @@ def fma_accumulator(shape: Sequence[int], warps: tuple[int, int] = (1, 1)) -> Li
     return _warp_tiles(shape, fma_tile(shape[1]), registers, lanes, warps, warps)
 
 
-def fma_operand_a(shape: Sequence[int], columns: int, warps: tuple[int, int] = (1, 1)) -> LinearLayout:
-    """Operand (M, K) of outer products into ``columns`` columns: a lane has the rows of its accumulators, all of K."""
+def fma_operand_a(
+    shape: Sequence[int], columns: int, warps: tuple[int, int] = (1, 1), along_k: bool = False
+) -> LinearLayout:
+    """Operand (M, K) of outer products into ``columns`` columns: a lane has the rows of its accumulators, all of K.
+
+    ``along_k``: runs of up to four consecutive k are innermost, instead of the lane's runs of rows.
+    """
     rows, _ = _fma_bases(columns)
     lanes: list[Vector] = [(0, 0)] * 3 + [(rows << bit, 0) for bit in range(2)]
-    return _warp_tiles(shape, (fma_tile(columns)[0], 1), [(1, 0), (2, 0)], lanes, (warps[0], 1), warps)
+    run = _fma_run(shape[1], along_k)
+    registers: list[Vector] = [*((0, 1 << bit) for bit in range(log2_exact(run))), (1, 0), (2, 0)]
+    return _warp_tiles(shape, (fma_tile(columns)[0], run), registers, lanes, (warps[0], 1), warps)
 
 
-def fma_operand_b(shape: Sequence[int], warps: tuple[int, int] = (1, 1)) -> LinearLayout:
-    """Operand (K, N) of outer products: a lane has the columns of its accumulators, all of K."""
+def fma_operand_b(shape: Sequence[int], warps: tuple[int, int] = (1, 1), along_k: bool = False) -> LinearLayout:
+    """Operand (K, N) of outer products: a lane has the columns of its accumulators, all of K (see `fma_operand_a`)."""
     _, columns = _fma_bases(shape[1])
-    registers: list[Vector] = [(0, 1 << bit) for bit in range(log2_exact(columns))]
+    run = _fma_run(shape[0], along_k)
+    registers: list[Vector] = [(1 << bit, 0) for bit in range(log2_exact(run))]
+    registers += [(0, 1 << bit) for bit in range(log2_exact(columns))]
     lanes: list[Vector] = [*((0, columns << bit) for bit in range(3)), (0, 0), (0, 0)]
-    return _warp_tiles(shape, (1, fma_tile(shape[1])[1]), registers, lanes, (1, warps[1]), warps)
+    return _warp_tiles(shape, (run, fma_tile(shape[1])[1]), registers, lanes, (1, warps[1]), warps)
+
+
+def _fma_run(depth: int, along_k: bool) -> int:
+    return min(4, power_of_two_part(depth)) if along_k else 1
 
 
 def _fma_bases(columns: int) -> tuple[int, int]:

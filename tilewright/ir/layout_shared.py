@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,20 @@ from tilewright.ir.layout_linear import (
     power_of_two_part,
     unit,
 )
+
+
+
+class MemoryLayout(Protocol):
+    """What counting accesses asks of a layout in shared memory."""
+
+    @property
+    def shape(self) -> Vector: ...
+    @property
+    def core_shape(self) -> Vector: ...
+    @property
+    def element_bits(self) -> int: ...
+    def offset_of(self, *coords: npt.ArrayLike) -> IntArray: ...
+
 
 Access = tuple[LinearLayout, int]  # (register layout, wanted bytes per lane and instruction)
 
@@ -249,7 +264,7 @@ def access_phases(target: str, vector_bytes: int, op: str) -> tuple[int, list[li
     return 32, _consecutive(64, min(32, 128 // vector_bytes))
 
 
-def _instruction_addresses(registers: LinearLayout, shared: SharedLayout, vector_bytes: int) -> IntArray:
+def _instruction_addresses(registers: LinearLayout, shared: MemoryLayout, vector_bytes: int) -> IntArray:
     """[instruction, lane] first byte of each access; ValueError where a vector is not contiguous and aligned.
 
     Without repetitions the map from (register, lane, warp) to addresses is linear: instructions differ by the XOR of
@@ -281,7 +296,7 @@ def _instruction_addresses(registers: LinearLayout, shared: SharedLayout, vector
 
 
 def bank_conflicts(
-    register_layout: LinearLayout, shared_layout: SharedLayout, vector_bytes: int, target: str, op: str = "read"
+    register_layout: LinearLayout, shared_layout: MemoryLayout, vector_bytes: int, target: str, op: str = "read"
 ) -> int:
     """Extra cycles of the worst instruction when registers move to or from shared memory; 0 = conflict free.
 
@@ -313,7 +328,7 @@ def _busiest_bank(words: IntArray, banks: int) -> IntArray:
 # ---- choice --------------------------------------------------------------------------------------------------------
 
 
-def shared_vector_bytes(register_layout: LinearLayout, shared_layout: SharedLayout, max_bytes: int = 16) -> int:
+def shared_vector_bytes(register_layout: LinearLayout, shared_layout: MemoryLayout, max_bytes: int = 16) -> int:
     """Widest access, at most max_bytes, that both layouts allow (at least one element)."""
     width = max_bytes
     while width * 8 > shared_layout.element_bits and width > 1:
@@ -327,7 +342,7 @@ def shared_vector_bytes(register_layout: LinearLayout, shared_layout: SharedLayo
 
 
 def shared_cycles(
-    register_layout: LinearLayout, shared_layout: SharedLayout, max_bytes: int, target: str, op: str
+    register_layout: LinearLayout, shared_layout: MemoryLayout, max_bytes: int, target: str, op: str
 ) -> int:
     """Cycles a warp needs to move its part of the tile: instructions * (phases + worst conflicts)."""
     width = shared_vector_bytes(register_layout, shared_layout, max_bytes)

@@ -7,19 +7,10 @@ lay the data out as described here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import permutations
 
 from tilewright.ir.core import IRError, Operation
 from tilewright.ir.indexed_ops import Atomic
-from tilewright.ir.layout import (
-    LinearLayout,
-    SharedLayout,
-    choose_shared_layout,
-    conversion_kind,
-    shared_candidates,
-    shared_cycles,
-)
+from tilewright.ir.layout import ConversionPlan, LinearLayout, plan_conversion
 from tilewright.ir.tile_ops import Convert, Reduce, Scan
 from tilewright.ir.types import DType, ScalarType, TileType, Type
 
@@ -34,8 +25,7 @@ def scratch_bytes(op: Operation) -> int:
     if isinstance(op, Reduce):
         return _reduce_bytes(op)
     if isinstance(op, Convert):
-        plan = convert_layout(op)
-        return 0 if plan is None else plan.bytes
+        return convert_plan(op).scratch_bytes
     if isinstance(op, Scan):
         return _scan_bytes(op)
     if isinstance(op, Atomic):
@@ -143,38 +133,17 @@ def _source_layout(op: Operation, type_: Type) -> tuple[LinearLayout, DType]:
 # --- conversions ----------------------------------------------------------------------------------
 
 
-def convert_layout(op: Convert) -> SharedLayout | None:
-    """The layout of the tile in scratch memory; None where the conversion renames registers.
-
-    Bools take a byte each. The layout is the one with the fewest bank conflicts for both sides.
-    """
+def convert_plan(op: Convert) -> ConversionPlan:
+    """How the conversion is done; scheduling and lowering agree on it. Bools take a byte each."""
     source, result = op.source.type, op.result.type
     if not isinstance(source, TileType) or source.layout is None or not isinstance(result, TileType):
         raise IRError(f"'{op.name}': the source has no layout", op.loc)
     assert result.layout is not None
-    if conversion_kind(source.layout, result.layout) in ("identity", "registers"):
-        return None
-    return _exchange_layout(source.layout, result.layout, max(8, source.dtype.bits))
-
-
-@lru_cache(maxsize=256)
-def _exchange_layout(source: LinearLayout, result: LinearLayout, bits: int) -> SharedLayout:
-    banks = _BANKS[source.num_lanes]
-    shape = source.tile_shape
-    orders = list(permutations(range(len(shape)))) if len(shape) <= 3 else [tuple(reversed(range(len(shape))))]
-    writers, readers = [(source, 16)], [(result, 16)]
-    best = [
-        choose_shared_layout(shape, bits, order, readers, writers, banks, shared_candidates(shape, bits, order, banks))
-        for order in orders
-    ]
-
-    def cycles(layout: SharedLayout) -> int:
-        return shared_cycles(source, layout, 16, banks, "write") + shared_cycles(result, layout, 16, banks, "read")
-
-    return min(best, key=cycles)
+    banks = _BANKS[source.layout.num_lanes]
+    return plan_conversion(source.layout, result.layout, max(8, source.dtype.bits), banks)
 
 
 __all__ = [
-    "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_layout", "distinct_totals",
+    "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_plan", "distinct_totals",
     "scan_bits", "scratch_bytes",
 ]  # fmt: skip

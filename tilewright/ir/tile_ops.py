@@ -347,7 +347,7 @@ class Load(Operation):
     """Read the tile at ``index`` (counted in tiles); parts outside the view read as ``pad``.
 
     Placement sets ``shared``, the shared-memory layout through which the tile travels to its
-    consumer, and ``engine``, who copies it: ``tma`` (bulk copy engine) or ``threads``.
+    consumer, and ``engine``, who copies it: ``tma`` (bulk copy engine), ``cp_async`` or ``threads``.
     """
 
     view: Value = operand()

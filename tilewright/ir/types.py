@@ -165,7 +165,8 @@ class RingType(Type):
 class TokenType(Type):
     """A handle on asynchronous work. ``kind`` is the unit that completes it.
 
-    tma (bulk copy engine), threads (ordinary stores of the copying threads), mma (matrix unit),
+    tma (bulk copy engine), threads (ordinary stores of the copying threads), cp_async (their asynchronous copies; every
+    copy is a group of its own, which `async.wait` counts), mma (matrix unit),
     bulk_store (shared to global by the copy engine).
     """
 

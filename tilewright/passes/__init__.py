@@ -2,12 +2,14 @@
 
 from tilewright.passes import (
     canonicalize,
+    copy_ahead,
     cse,
     dce,
     fences,
     layouts,
     licm,
     mma,
+    peel,
     pipeline,
     placement,
     prefetch,
@@ -21,12 +23,14 @@ from tilewright.passes import (
 
 __all__ = [
     "canonicalize",
+    "copy_ahead",
     "cse",
     "dce",
     "fences",
     "layouts",
     "licm",
     "mma",
+    "peel",
     "pipeline",
     "placement",
     "prefetch",

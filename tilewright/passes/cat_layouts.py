@@ -1,7 +1,7 @@
-"""Register layouts for joining tiles: the parts and the whole are copies of one core along the axis.
+"""Register layouts for joining and cutting tiles: the parts and the whole are copies of one core.
 
 The core is as long as the largest power of two that divides every part, so that each copy belongs to one part and
-joining renames registers.
+joining renames registers; so does cutting at offsets that the core divides.
 """
 
 from __future__ import annotations
@@ -36,3 +36,21 @@ def cat_layouts(
         return LinearLayout.make(dict(base.bases), base.shape, repeat)
 
     return CatLayouts(tuple(repeated(size) for size in sizes), repeated(sum(sizes)))
+
+
+def part_layouts(
+    shape: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    element_bits: int,
+    warps: int,
+    warp_size: int,
+) -> tuple[LinearLayout, LinearLayout]:
+    """Layouts for a tile of ``shape`` and for its part at ``offsets``."""
+    core = [power_of_two_part(gcd(*axis)) for axis in zip(shape, offsets, sizes, strict=True)]
+    base = blocked(core, element_bits, warps, warp_size, tuple(reversed(range(len(shape)))))
+
+    def repeated(whole: Sequence[int]) -> LinearLayout:
+        return LinearLayout.make(dict(base.bases), base.shape, [n // c for n, c in zip(whole, core, strict=True)])
+
+    return repeated(shape), repeated(sizes)

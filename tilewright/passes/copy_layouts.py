@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.ir.layout import LinearLayout, blocked
+from tilewright.ir.layout import LinearLayout, SharedLayout, blocked, shared_candidates
 from tilewright.ir.layout_linear import log2_exact, power_of_two_part, unit
 
 #: widest access of one thread, and the run that adjacent lanes must read to be served together (a quad of lanes)
@@ -72,3 +72,16 @@ def _turning(
         return LinearLayout.make({"register": registers + rest, "lane": lane, "warp": warp}, core, repeat)
 
     return CopyLayouts(make(vector + column), make(column + vector))
+
+
+def vector_swizzles(shape: Sequence[int], element_bits: int, order: Sequence[int], banks: str) -> list[SharedLayout]:
+    """Shared layouts that keep 16-byte vectors whole: those of the copy engine, then XOR swizzles of such vectors."""
+    options = shared_candidates(shape, element_bits, order, banks)
+    for per_phase in (1, 2, 4, 8):
+        for phases in (2, 4, 8):
+            try:
+                vector = VECTOR_BYTES * 8 // element_bits
+                options.append(SharedLayout(tuple(shape), element_bits, tuple(order), 0, vector, per_phase, phases))
+            except ValueError:
+                continue
+    return options

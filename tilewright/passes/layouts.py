@@ -42,7 +42,7 @@ from tilewright.ir.tile_ops import (
     Yield,
 )
 from tilewright.ir.types import TileType, ViewType
-from tilewright.passes.cat_layouts import CatLayouts, cat_layouts
+from tilewright.passes.cat_layouts import CatLayouts, cat_layouts, part_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 
@@ -296,8 +296,27 @@ class _Assignment:
             return
         derived = forward(op, held)
         if derived is None:
-            raise IRError(f"'{op.name}': no layout for the result of this shape", op.loc)
-        self._convert_result(op, derived, wanted)
+            source_layout, derived = self._plain_layouts(op)
+            op.groups[0] = [self._converted(op, source, source_layout)]
+        self._result_from(op, derived)
+
+    def _plain_layouts(self, op: Operation) -> tuple[LinearLayout, LinearLayout]:
+        """Layouts of source and result between which the operation moves nothing, whatever theirs are."""
+        source, result = op.operands[0], op.result
+        tile = _tile(source)
+        if isinstance(op, Extract):
+            sizes = _tile(result).shape
+            return part_layouts(
+                tile.shape, op.offsets, sizes, tile.dtype.bits, self.warps, self.target.warp_size
+            )
+        forward, backward = RULES[type(op)]
+        candidates: list[LinearLayout | None] = [self._blocked(source, axis) for axis in reversed(range(tile.rank))]
+        candidates += [backward(op, self._blocked(result, axis)) for axis in reversed(range(_tile(result).rank))]
+        for candidate in candidates:
+            derived = forward(op, candidate) if candidate is not None else None
+            if candidate is not None and derived is not None:
+                return candidate, derived
+        raise IRError(f"'{op.name}': no layout for the result of this shape", op.loc)
 
     def _scannable(self, op: Scan) -> LinearLayout:
         """The source's layout, or a plain one where threads share coordinates along the axis."""

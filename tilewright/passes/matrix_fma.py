@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.ir.async_ops import AsyncDot
+from tilewright.ir.async_ops import AsyncDot, LocalLoad
 from tilewright.ir.core import IRError
 from tilewright.ir.layout import (
     LinearLayout,
@@ -21,8 +21,8 @@ from tilewright.ir.layout import (
 from tilewright.ir.layout_fragments import fma_tile
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
-from tilewright.ir.types import f32
-from tilewright.passes.copy_layouts import VECTOR_BYTES, copy_layouts
+from tilewright.ir.types import SlotType, f32
+from tilewright.passes.copy_layouts import VECTOR_BYTES, vector_swizzles
 from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape, result_type
 from tilewright.passes.warp_grid import warp_grid
 
@@ -68,16 +68,25 @@ class Fma(MatrixUnit):
         return fma_accumulator(shape, self.grid(shape, warps))
 
     def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
+        """In the order of the slot that the operand is read from."""
+        value = dot.a if which == "a" else dot.b
+        depth = 1 if which == "a" else 0
+        slot = value.op.slot.type if isinstance(value.op, LocalLoad) else None
+        return self._operand(which, dot, warps, isinstance(slot, SlotType) and slot.layout.order[0] == depth)
+
+    def _operand(self, which: str, dot: Dot | AsyncDot, warps: int, along_k: bool) -> LinearLayout:
         shape = result_type(dot).shape
         grid = self.grid(shape, warps)
         if which == "a":
-            return fma_operand_a(operand_shape(dot, "a"), shape[1], grid)
-        return fma_operand_b(operand_shape(dot, "b"), grid)
+            return fma_operand_a(operand_shape(dot, "a"), shape[1], grid, along_k)
+        return fma_operand_b(operand_shape(dot, "b"), grid, along_k)
 
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
-        """M or N runs fastest: threads read runs of rows and columns, many of them the same."""
+        """The direction of global memory, so that nothing is turned; else along M or N, which threads share."""
         shape, bits = operand_shape(dot, which), operand_dtype(dot).bits
-        along = 0 if which == "a" else 1
-        staging = copy_layouts(shape, bits, contiguous, along, warps, self.target.warp_size)
-        readers, writers = [(self.operand(which, dot, warps), VECTOR_BYTES)], [(staging.store, VECTOR_BYTES)]
-        return choose_shared_layout(shape, bits, (along, 1 - along), readers, writers, self.target.banks)
+        depth = 1 if which == "a" else 0
+        fastest = 1 - depth if contiguous is None else contiguous
+        order = (fastest, 1 - fastest)
+        readers = [(self._operand(which, dot, warps, fastest == depth), VECTOR_BYTES)]
+        options = vector_swizzles(shape, bits, order, self.target.banks)
+        return choose_shared_layout(shape, bits, order, readers, [], self.target.banks, options)

@@ -24,6 +24,7 @@ from tilewright.ir.layout import (
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import DType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i8, i32
+from tilewright.passes.copy_layouts import vector_swizzles
 from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape, result_type
 from tilewright.passes.matrix_fma import Fma
 from tilewright.passes.warp_grid import warp_grid
@@ -31,8 +32,8 @@ from tilewright.passes.warp_grid import warp_grid
 #: rows and columns of one instruction
 TILE = (16, 8)
 MOST_WARPS = 8
-#: 32-bit accumulators per thread that leave room for operands
-MOST_ACCUMULATORS = 128
+#: 32-bit accumulators per thread that leave room for operands and copies in flight, of 16-bit elements and others
+MOST_ACCUMULATORS, MOST_OTHERS = 128, 64
 #: precisions of float32 dots that the matrix unit computes
 TF32_PRECISIONS = ("tf32", "3xtf32")
 
@@ -93,10 +94,11 @@ class MmaSync(MatrixUnit):
 
     def warps(self, dots: Sequence[Dot]) -> int:
         """Four; eight where the accumulators of four would fill the registers; fewer where tiles are fewer."""
+        most = MOST_ACCUMULATORS if all(operand_dtype(dot).bits == 16 for dot in dots) else MOST_OTHERS
         words = max(result_type(dot).size * result_type(dot).dtype.bits // 32 for dot in dots)
         tiles = max(result_type(dot).size for dot in dots) // (TILE[0] * TILE[1])
         warps = 4
-        while warps < MOST_WARPS and words > warps * self.target.warp_size * MOST_ACCUMULATORS:
+        while warps < MOST_WARPS and words > warps * self.target.warp_size * most:
             warps *= 2
         while warps > 1 and tiles < warps:
             warps //= 2
@@ -122,9 +124,9 @@ class MmaSync(MatrixUnit):
         depth = 1 if which == "a" else 0
         fastest = depth if contiguous is None or bits == 8 else contiguous
         order = (fastest, 1 - fastest)
-        options = shared_candidates(shape, bits, order, self.target.banks)
         if bits == 16 or (fastest == depth and bits < 64):
-            return options[0]
+            return shared_candidates(shape, bits, order, self.target.banks)[0]
+        options = vector_swizzles(shape, bits, order, self.target.banks)
         readers = [(self.operand(which, dot, warps), bits // 8)]
         return choose_shared_layout(shape, bits, order, readers, [], self.target.banks, options)
 

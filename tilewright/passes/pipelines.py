@@ -10,12 +10,12 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: copies by an engine or by their own warps, handed over through hardware barriers. A function that `schedule` sends
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
-    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,prefetch,{SIMPLIFY},"
-    "skew,mma,layouts,staging,fences"
+    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,copy-ahead,prefetch,{SIMPLIFY},"
+    "peel,canonicalize,cse,dce,skew,mma,layouts,staging,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use
-PREFETCH = f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,prefetch,{SIMPLIFY},layouts"
+PREFETCH = f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,copy-ahead,prefetch,{SIMPLIFY},layouts"
 
 
 def default_pipeline(target: Target) -> str:

@@ -9,6 +9,8 @@ could not compute it), or when the program also writes its tensor (order must be
 
 from __future__ import annotations
 
+from math import gcd
+
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, Load, Transpose
@@ -25,6 +27,8 @@ from tilewright.passes.matrix import matrix_unit
 
 #: cuTensorMapEncodeTiled: base address and strides are multiples of 16 bytes, rank at most 5
 TMA_ALIGNMENT, TMA_MAX_RANK = 16, 5
+#: the smallest copy of cp.async
+CP_ASYNC_BYTES = 4
 
 
 @register_pass("placement")
@@ -57,7 +61,8 @@ class Placement(FunctionPass):
                 if layout is None:
                     continue
                 load.shared = layout if perm is None else layout.transpose(_inverse(perm))
-                load.engine = copy_engine(load, context.target) if unit.asynchronous else "threads"
+                choose = copy_engine if unit.asynchronous else thread_engine
+                load.engine = choose(load, context.target)
 
 
 def trace_load(value: Value) -> tuple[Load | None, tuple[int, ...] | None]:
@@ -93,6 +98,21 @@ def early_address(load: Load, loops: dict[Block, Operation]) -> bool:
 def copy_engine(load: Load, target: Target) -> str:
     """``tma`` where the bulk copy engine can fill the slot, else ``threads``."""
     return "tma" if load.pad == 0 and bulk_copyable(load.view, target) else "threads"
+
+
+def thread_engine(load: Load, target: Target) -> str:
+    """``cp_async`` where threads can copy whole words without registers, else ``threads``.
+
+    The slot runs along the direction of global memory, and all rows start at multiples of the vector's size.
+    """
+    view, tile = load.view.type, load.result.type
+    assert isinstance(view, ViewType) and isinstance(tile, TileType) and load.shared is not None
+    axis = view.contiguous_axis
+    if not target.has("cp_async") or load.pad != 0 or axis is None or load.shared.order[0] != axis:
+        return "threads"
+    size = view.dtype.bytes
+    rows = [size * s if s is not None else view.align for n, s in enumerate(view.strides) if n != axis]
+    return "cp_async" if gcd(view.align, size * tile.shape[axis], *rows) >= CP_ASYNC_BYTES else "threads"
 
 
 def bulk_copyable(view: Value, target: Target) -> bool:

@@ -28,7 +28,7 @@ from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Scan, Transpose, While, Yield
-from tilewright.ir.types import BufferType, ScalarType, SlotType, TileType, ViewType, element_type, i32
+from tilewright.ir.types import BufferType, SlotType, TileType, ViewType, element_type
 from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -97,9 +97,9 @@ class Prefetch(FunctionPass):
         if not loads:
             return
         loops = enclosing_operations(function)
-        groups = find_groups([_transit(load, warps, context.target) for load in loads], loops)
+        groups = find_groups([transit(load, warps, context.target) for load in loads], loops)
         self._choose_stages(function, groups, context)
-        _allocate(function, groups)
+        allocate(function, groups)
         for group in groups:
             if group.ahead:
                 loop = loops[group.block]
@@ -110,7 +110,7 @@ class Prefetch(FunctionPass):
 
     def _choose_stages(self, function: Function, groups: list[Group], context: PassContext) -> None:
         wanted = self.num_stages or context.options.num_stages
-        used = sum(g.bytes for g in groups) + exchange_bytes(function)
+        used = sum(g.bytes for g in groups) + exchange_bytes(function) + allocated_bytes(function)
         for group in groups:
             if not group.ahead or wanted == 1:
                 continue
@@ -119,7 +119,8 @@ class Prefetch(FunctionPass):
                 used += group.bytes
 
 
-def _transit(load: Load, warps: int, target: Target) -> Transit:
+def transit(load: Load, warps: int, target: Target) -> Transit:
+    """The way of a placed load through registers."""
     tile, view, shared = load.result.type, load.view.type, load.shared
     assert isinstance(tile, TileType) and isinstance(view, ViewType) and shared is not None
     layouts = copy_layouts(tile.shape, tile.dtype.bits, view.contiguous_axis, shared.order[0], warps, target.warp_size)
@@ -162,6 +163,12 @@ def address_slice(load: Load) -> list[Operation] | None:
     return [op for op in block.ops if op in needed]
 
 
+def allocated_bytes(function: Function) -> int:
+    """Shared memory of the buffers that there are."""
+    types = [op.result.type for op in function.walk() if isinstance(op, Alloc)]
+    return sum(type_.bytes for type_ in types if isinstance(type_, BufferType))
+
+
 def exchange_bytes(function: Function) -> int:
     """Shared memory that layout conversions of computed operands and reductions may want later."""
     most, warps = 0, int(function.attributes.get("num_warps", 0))
@@ -177,7 +184,8 @@ def exchange_bytes(function: Function) -> int:
     return most
 
 
-def _allocate(function: Function, groups: list[Group]) -> None:
+def allocate(function: Function, groups: list[Group]) -> None:
+    """A buffer for each load, with the stages of its group."""
     b = Builder(function.body.block, function.loc)
     with b.at(function.body.block, 0):
         for group in groups:
@@ -231,7 +239,7 @@ def _in_place(function: Function, group: Group, repeats: bool) -> None:
         else:
             b.insert(op)
     for transit in group.transits:
-        _read(function, transit, block, None)
+        read_slots(function, transit, block, None)
 
 
 # --- loads that run ahead -----------------------------------------------------------------------
@@ -247,7 +255,7 @@ def _prefetch(function: Function, loop: For, group: Group) -> None:
         first = b.index(0)
         _write_all(b, group.transits, _issue_all(b, group.transits, slices, {loop.index: loop.lo}), first)
         b.insert(Barrier())
-    count = _carry_count(loop, first) if group.stages > 1 else None
+    count = carry(loop, first, "count") if group.stages > 1 else None
     block.set_ops([op for op in block.ops if op not in loads])
     with b.at(block, 0):
         following = b.add(loop.index, loop.step)
@@ -264,7 +272,7 @@ def _prefetch(function: Function, loop: For, group: Group) -> None:
             terminator.values = [*terminator.values, after]
         b.insert(Barrier())
     for transit in group.transits:
-        _read(function, transit, block, count)
+        read_slots(function, transit, block, count)
 
 
 def _issue_all(
@@ -282,13 +290,13 @@ def _write_all(b: Builder, transits: list[Transit], values: list[Value], count: 
         transit.write(b, value, count)
 
 
-def _carry_count(loop: For, zero: Value) -> Value:
-    """Carry a running number of iterations through the loop (its yield is extended by the caller)."""
-    loop.inits = [*loop.inits, zero]
-    loop.results.append(Value(ScalarType(i32), loop, "count"))
-    count = Value(ScalarType(i32), loop.body.block, "count")
-    loop.body.block.args.append(count)
-    return count
+def carry(loop: For, initial: Value, hint: str) -> Value:
+    """Carry one more value through the loop (its yield is extended by the caller); the body's argument."""
+    loop.inits = [*loop.inits, initial]
+    loop.results.append(Value(initial.type, loop, hint))
+    carried = Value(initial.type, loop.body.block, hint)
+    loop.body.block.args.append(carried)
+    return carried
 
 
 # --- readers ------------------------------------------------------------------------------------
@@ -305,7 +313,7 @@ def _dots(function: Function, transit: Transit) -> list[Operation]:
     return found
 
 
-def _read(function: Function, transit: Transit, block: Block, count: Value | None) -> None:
+def read_slots(function: Function, transit: Transit, block: Block, count: Value | None) -> None:
     """Let the dots read the slot; transpositions on the way become views of it."""
     uses = uses_of(function.body)
     pending: list[tuple[Value, tuple[Transpose, ...]]] = [(transit.load.result, ())]

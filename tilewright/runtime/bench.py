@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from types import ModuleType
@@ -196,6 +197,18 @@ def pick_clock(device: Device | None = None) -> Clock:
     if gpu and torch is not None and torch.cuda.is_available():
         return TorchClock(torch)
     return CudaClock(device) if isinstance(device, CudaDevice) else WallClock()
+
+
+@contextmanager
+def on_device(device: Device) -> Iterator[None]:
+    """Make a GPU torch's current one, so that torch's events and streams are of the device that is measured."""
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    ordinal = getattr(device, "ordinal", None)
+    if cuda is None or ordinal is None or not cuda.is_available():
+        yield
+        return
+    with cuda.device(ordinal):
+        yield
 
 
 def measure(

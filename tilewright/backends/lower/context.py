@@ -300,10 +300,11 @@ class Lowering:
     # --- flattening, for control flow ---------------------------------------------------------
 
     def register_types(self, value: Value) -> list[Any]:
-        """The MLIR types of a value that control flow carries: one per register, none for a token."""
+        """The MLIR types of a value that control flow carries: one per register or pair, none for a token."""
         type_ = value.type
         if isinstance(type_, TileType):
-            return [self.fb.types.dtype(type_.dtype.name)] * self.layout(value).num_registers
+            element, count = self.fb.types.dtype(type_.dtype.name), self.layout(value).num_registers
+            return [self.fb.types.vec(2, element)] * (count // 2) if self._in_pairs(type_) else [element] * count
         if isinstance(type_, ScalarType):
             return [self.fb.types.dtype(type_.dtype.name)]
         if isinstance(type_, SlotType):
@@ -312,6 +313,11 @@ class Lowering:
             return []
         raise self.error(f"control flow cannot carry {value}")
 
+    def _in_pairs(self, type_: TileType) -> bool:
+        """16-bit elements travel in pairs, a hardware register each, so that conversions of two stay whole."""
+        assert type_.layout is not None
+        return type_.dtype.bits == 16 and type_.layout.num_registers % 2 == 0
+
     def flatten(self, values: Sequence[Value]) -> list[mlir.Value]:
         """All MLIR values behind scalars, tiles and slots, in order."""
         flat: list[mlir.Value] = []
@@ -319,6 +325,9 @@ class Lowering:
             lowered = self.lowered(value)
             if isinstance(lowered, SlotRef):
                 flat.append(self.index.value(lowered.base))
+            elif isinstance(value.type, TileType) and self._in_pairs(value.type):
+                registers = self.registers(value)
+                flat += [self.fb.pack_vector(pair) for pair in zip(registers[::2], registers[1::2], strict=True)]
             elif not isinstance(lowered, TokenRef):
                 flat += self.registers(value)
         return flat
@@ -335,7 +344,9 @@ class Lowering:
 
     def _define_part(self, value: Value, part: Registers) -> None:
         type_ = value.type
-        if isinstance(type_, TileType):
+        if isinstance(type_, TileType) and self._in_pairs(type_):
+            self.define(value, [element for pair in part for element in self.fb.unpack_vector(pair)])
+        elif isinstance(type_, TileType):
             self.define(value, part)
         elif isinstance(type_, SlotType):
             self.define(value, SlotRef(part[0], type_))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from tilewright.backends.lower.context import Lowering, lowers
+from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import tile_ops
 from tilewright.ir.core import Value
 from tilewright.ir.layout import LinearLayout
@@ -73,5 +76,27 @@ def lower_transpose(lw: Lowering, op: tile_ops.Transpose) -> None:
 
 @lowers(tile_ops.Extract)
 def lower_extract(lw: Lowering, op: tile_ops.Extract) -> None:
-    derived, registers = lw.layout(op.source).extract(op.offsets, lw.layout(op.result).tile_shape)
+    source, result = lw.layout(op.source), lw.layout(op.result)
+    try:
+        derived, registers = source.extract(op.offsets, result.tile_shape)
+    except ValueError:
+        _extract_copies(lw, op, source, result)
+        return
     rename(lw, op.result, op.source, derived, registers)
+
+
+def _extract_copies(lw: Lowering, op: tile_ops.Extract, source: LinearLayout, result: LinearLayout) -> None:
+    """The part begins at a multiple of the run that lanes and warps cover: its registers are some of the source's."""
+    reach = [0] * source.rank
+    for dim in ("lane", "warp"):
+        if source.basis(dim) != result.basis(dim):
+            raise lw.error("threads do not hold the elements of the part: the layout pass must convert")
+        for vector in source.basis(dim):
+            reach = [known | step for known, step in zip(reach, vector, strict=True)]
+    if any(offset % (1 << bits.bit_length()) for offset, bits in zip(op.offsets, reach, strict=True) if bits):
+        raise lw.error("the part begins inside the run of the threads: the layout pass must convert")
+    held: dict[tuple[int, ...], mlir.Value] = {}
+    for coordinate, value in zip(source.table("register").tolist(), lw.registers(op.source), strict=True):
+        held.setdefault(tuple(coordinate), value)
+    wanted = result.table("register") + np.asarray(op.offsets)
+    lw.define(op.result, [held[tuple(coordinate)] for coordinate in wanted.tolist()])

@@ -9,6 +9,7 @@ bits are XORed into the thread's part once per distinct value.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import reduce
 from operator import or_, xor
 
@@ -19,7 +20,7 @@ from tilewright.backends.lower.index import IntLike
 from tilewright.backends.lower.memory import run_if
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import async_ops
-from tilewright.ir.layout import LinearLayout, SharedLayout, shared_vector_bytes
+from tilewright.ir.layout import ExchangeLayout, LinearLayout, SharedLayout, shared_vector_bytes
 from tilewright.ir.types import BufferType, DType, SlotType
 
 MAX_VECTOR_BYTES = 16
@@ -28,7 +29,14 @@ MAX_VECTOR_BYTES = 16
 class SharedAccess:
     """The addresses at which the threads of a register layout find their elements in a slot."""
 
-    def __init__(self, lw: Lowering, slot: IntLike, shared: SharedLayout, registers: LinearLayout, dtype: DType):
+    def __init__(
+        self,
+        lw: Lowering,
+        slot: IntLike,
+        shared: SharedLayout | ExchangeLayout,
+        registers: LinearLayout,
+        dtype: DType,
+    ):
         check_threads(lw, registers)
         self.lw, self.shared, self.registers, self.dtype = lw, shared, registers, dtype
         self.bases, self.strides = shared.offset_bases(), shared.repeat_strides()
@@ -41,6 +49,12 @@ class SharedAccess:
         self.thread = math.xor(math.linear_map(scope.lane, lanes), math.linear_map(scope.warp, warps))
         self.far = math.sum([self._thread_beyond(axis) for axis in range(registers.rank)])
         self._starts: dict[int, mlir.Value] = {}
+
+    def fresh(self) -> SharedAccess:
+        """The same access for one side of a branch: values made there are not defined on the other side."""
+        other = copy(self)
+        other._starts = {}
+        return other
 
     def _inside(self, coordinate: Sequence[int]) -> int:
         """The bytes that a coordinate contributes by XOR: its part inside the core."""

@@ -146,6 +146,29 @@ def wait_stores(fb: FunctionBuilder, pending: int, read: bool) -> None:
     emit(fb, f"cp.async.bulk.wait_group{'.read' if read else ''} {pending};")
 
 
+# --- copies of single threads: "Data Movement and Conversion Instructions: Asynchronous copy" ---------------------
+
+
+def copy_async(
+    fb: FunctionBuilder, address: mlir.Value, pointer: mlir.Value, size: int, count: mlir.Value | None = None
+) -> None:
+    """``cp.async`` of 4, 8 or 16 bytes from global to shared memory; zeros from byte ``count`` on."""
+    kind = "cg" if size == 16 else "ca"
+    places, arguments = ("", []) if count is None else (", $2", [count])
+    text = f"cp.async.{kind}.shared.global [$0], [$1], {size}{places};"
+    emit(fb, text, "rl" + "r" * len(arguments), [address, pointer, *arguments])
+
+
+def commit_copies(fb: FunctionBuilder) -> None:
+    """``cp.async.commit_group``: this thread's copies since the last one are a group."""
+    emit(fb, "cp.async.commit_group;")
+
+
+def wait_copies(fb: FunctionBuilder, pending: int) -> None:
+    """Wait until at most the ``pending`` youngest groups of this thread's copies are unfinished."""
+    emit(fb, f"cp.async.wait_group {pending};")
+
+
 # --- matrices -------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from tilewright.backends.lower.index import IntLike
 from tilewright.backends.lower.memory import run_if
 from tilewright.backends.lower.views import index_operand
 from tilewright.backends.mlir_builder import ir as mlir
-from tilewright.backends.nvidia import ptx
+from tilewright.backends.nvidia import cp_async, ptx
 from tilewright.backends.nvidia.rings import announce, engine_alone, full_barrier, is_engine, ring
 from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_index, warpgroup_leader
 from tilewright.backends.nvidia.thread_copies import copy_by_threads
@@ -26,7 +26,7 @@ from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, Publish, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.layout import SharedLayout
 from tilewright.ir.tile_ops import OffsetView, PermuteView, Subview
-from tilewright.ir.types import SlotType, ViewType
+from tilewright.ir.types import SlotType, TokenType, ViewType
 
 MOST_BOX = 256
 
@@ -160,6 +160,9 @@ def _transfers(
 
 @lowers(Copy, table=TMA_LOWERINGS)
 def lower_copy(lw: Lowering, op: Copy) -> None:
+    if isinstance(op.result.type, TokenType) and op.result.type.kind == cp_async.KIND:
+        cp_async.lower_cp_async(lw, op)
+        return
     if not is_engine(op.result):
         copy_by_threads(lw, op)
         lw.define(op.result, TokenRef("threads"))

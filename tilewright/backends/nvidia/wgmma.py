@@ -20,7 +20,7 @@ from tilewright.ir.async_ops import AsyncDot, Wait
 from tilewright.ir.core import Operation, Value
 from tilewright.ir.layout import LinearLayout, wgmma_accumulator, wgmma_operand_a
 from tilewright.ir.tile_ops import Constant
-from tilewright.ir.types import DType, SlotType, TileType, bf16, f16, f32
+from tilewright.ir.types import DType, SlotType, TileType, TokenType, bf16, f16, f32
 
 BLOCK_ROWS, MOST_COLUMNS, COLUMN_STEP = 64, 256, 8
 
@@ -282,7 +282,13 @@ def _pin_value(lw: Lowering, value: Value) -> None:
 
 @lowers(Wait, table=WGMMA_LOWERINGS)
 def lower_wait(lw: Lowering, op: Wait) -> None:
-    """``wgmma.wait_group`` with the values passed through it, so that nothing reads them before."""
+    """``wgmma.wait_group`` with the values passed through it, so that nothing reads them before.
+
+    A wait for copies of threads counts their groups instead.
+    """
+    if op.token is not None and op.token.type == TokenType("cp_async"):
+        ptx.wait_copies(lw.fb, op.pending)
+        return
     text = f"wgmma.wait_group.sync.aligned {op.pending};"
     parts = [to_words(lw, value) for value in op.values]
     if not parts:

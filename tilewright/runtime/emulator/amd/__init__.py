@@ -8,6 +8,6 @@ Architecture* (CDNA3) and *AMD Instinct CDNA4 Instruction Set Architecture*, by 
 
 from tilewright.runtime.emulator.amd.errors import DecodeError, EmulatorError, EmulatorFault
 from tilewright.runtime.emulator.amd.machine import AmdEmulator, LaunchStatistics
-from tilewright.runtime.emulator.amd.memory import GlobalMemory
+from tilewright.runtime.emulator.memory import GlobalMemory
 
 __all__ = ["AmdEmulator", "DecodeError", "EmulatorError", "EmulatorFault", "GlobalMemory", "LaunchStatistics"]

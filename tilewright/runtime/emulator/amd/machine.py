@@ -28,10 +28,11 @@ from tilewright.runtime.emulator.amd import (  # noqa: F401
 )
 from tilewright.runtime.emulator.amd.decode import Kernel, decode_kernel
 from tilewright.runtime.emulator.amd.errors import DecodeError, EmulatorError, EmulatorFault
-from tilewright.runtime.emulator.amd.memory import GlobalMemory, MemorySystem
+from tilewright.runtime.emulator.amd.memory import MemorySystem
 from tilewright.runtime.emulator.amd.operands import Array
 from tilewright.runtime.emulator.amd.registry import ARCHITECTURES
 from tilewright.runtime.emulator.amd.state import LANES, WaveState, pack_lanes
+from tilewright.runtime.emulator.memory import GlobalMemory
 
 _U32 = np.uint32
 #: bytes after the kernel arguments that a widened scalar load may touch

@@ -1,0 +1,114 @@
+"""Every function and dtype of the language on a real CUDA device, against NumPy. Skipped where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from language_programs import CASES, Case
+
+import tilewright as tw
+from tilewright.compiler.options import CompileOptions
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+#: NumPy dtypes that torch knows under another name
+TORCH = {
+    np.dtype(ml_dtypes.bfloat16): torch.bfloat16,
+    np.dtype(ml_dtypes.float8_e4m3fn): torch.float8_e4m3fn,
+    np.dtype(ml_dtypes.float8_e5m2): torch.float8_e5m2,
+}
+
+
+def to_device(array):
+    if array.dtype in TORCH:
+        raw = torch.from_numpy(array.view(np.int8 if array.itemsize == 1 else np.int16))
+        return raw.view(TORCH[array.dtype]).cuda()
+    return torch.from_numpy(array).cuda()
+
+
+def to_host(tensor, like):
+    if like.dtype in TORCH:
+        return tensor.view(torch.int8 if like.itemsize == 1 else torch.int16).cpu().numpy().view(like.dtype)
+    return tensor.cpu().numpy()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_on_the_device(case: Case):
+    arrays = case.arrays()
+    tensors = [to_device(array) for array in arrays]
+    options, meta = CompileOptions.split(case.meta)
+    case.kernel[case.grid](*tensors, **case.meta)
+    torch.cuda.synchronize()
+    assert options is not None and meta is not None
+    case.check([to_host(t, a) for t, a in zip(tensors, arrays, strict=True)])
+
+
+PRINTS = """
+import torch, tilewright as tw
+
+@tw.kernel
+def show(x: tw.Tensor, n: tw.int64, s: tw.float32):
+    t = tw.load(x, 0, 4)
+    tw.device_print("n = {}, s = {}, 100%, {{}}", n, s)
+    tw.device_print("{} is {}", t, t > 1)
+
+show[(1,)](torch.arange(4, device="cuda", dtype=torch.float16) + 0.5, 2**40, 1.5)
+torch.cuda.synchronize()
+"""
+
+
+def test_device_print(tmp_path):
+    (tmp_path / "program.py").write_text(PRINTS)
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert f"n = {2**40}, s = 1.5, 100%, {{}}" in lines
+    assert sorted(line for line in lines if "is" in line) == [f"[{i}] {i + 0.5} is {int(i > 0)}" for i in range(4)]
+
+
+ASSERTS = """
+import torch, tilewright as tw
+
+@tw.kernel
+def checked(x: tw.Tensor):
+    t = tw.load(x, 0, 256)
+    tw.device_assert(t >= 0, "x is negative")
+    tw.store(x, 0, t + 1)
+
+x = torch.zeros(256, device="cuda")
+checked[(1,)](x)
+torch.cuda.synchronize()
+assert x.sum() == 256
+print("passed once", flush=True)
+x[200] = -5
+checked[(1,)](x)
+torch.cuda.synchronize()
+"""
+
+
+def test_device_assert(tmp_path):
+    (tmp_path / "program.py").write_text(ASSERTS)
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "passed once" in done.stdout
+    assert "x is negative" in done.stdout + done.stderr
+
+
+@tw.kernel
+def promised(x: tw.Tensor, y: tw.Tensor):
+    tw.assume(x.shape[0] % 512 == 0)
+    i = tw.program_id(0)
+    tw.store(y, i, tw.load(x, i, 512) * 2)
+
+
+def test_assume():
+    x = torch.randn(4096, device="cuda")
+    y = torch.empty_like(x)
+    promised[(8,)](x, y)
+    assert torch.equal(y, x * 2)

@@ -1,0 +1,34 @@
+"""What a compiled kernel may not exceed: a kernel that keeps its tiles in memory is an error, not a slow kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tilewright.compiler.errors import BackendFailure
+from tilewright.ir.core import Location
+from tilewright.ir.resources import Resources
+from tilewright.ir.target import get_target
+
+#: bytes per thread (NVIDIA) or registers (AMD) that may go to memory and back, stores and loads together
+SPILL_LIMIT = {"nvidia": 4096, "amd": 1024}
+
+
+def check_spills(entries: Iterable[tuple[Any, Resources]], target: str, loc: Location) -> None:
+    """Raise `BackendFailure` where a kernel needs far more registers than a thread has. ``entries``: (ABI, resources)."""
+    machine = get_target(target)
+    limit, unit = SPILL_LIMIT[machine.vendor], "bytes" if machine.vendor == "nvidia" else "registers"
+    for abi, used in entries:
+        if used.spills > limit:
+            raise BackendFailure(
+                f"'{abi.name}' needs too many registers: a thread of {target} has {machine.registers_per_thread}, and "
+                f"{used.spills} {unit} would go to memory and back (at most {limit})",
+                loc,
+                "use smaller tiles, or more warps (num_warps=)",
+                stage="registers",
+                kernel=abi.name,
+                target=target,
+            )
+
+
+__all__ = ["SPILL_LIMIT", "check_spills"]

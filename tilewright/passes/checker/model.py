@@ -1,0 +1,286 @@
+"""What the schedule checker knows of a function: its memory, rings, roles, and the threads that it follows.
+
+A role's threads run the same code on the same scalars, so a few stand for all. Of each warpgroup (of the whole role
+where warpgroups make no difference) the checker follows two: the *first*, which acts for the warpgroup where one
+thread is enough, and one *other*, in another warp. Barriers treat all others alike, so what orders these two orders
+any two; what does not order them is a race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from tilewright.ir.async_ops import (
+    Alloc,
+    AsyncDot,
+    BulkStore,
+    Copy,
+    LocalLoad,
+    MakeRing,
+    Publish,
+    Release,
+    Role,
+    Slot,
+    TransposeSlot,
+    Wait,
+)
+from tilewright.ir.core import Function, IRError, Operation, Value
+from tilewright.ir.scratch import scratch_bytes
+from tilewright.ir.target import Target
+from tilewright.ir.types import BufferType, RingType, TileType, TokenType
+
+WARPGROUP = 4
+BARRIER_BYTES = 8
+
+
+@dataclass(eq=False)
+class Region:
+    """A slot, or the scratch memory of operations. ``start`` is None before the shared-memory plan."""
+
+    number: int
+    label: str
+    start: int | None
+    size: int
+    op: Operation
+    #: regions that share bytes with this one
+    overlaps: list[Region] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class RingModel:
+    """A ring's barriers; `number` counts the rings."""
+
+    number: int
+    label: str
+    op: MakeRing
+    stages: int
+    producers: int
+    consumers: int
+    #: threads read slots of it with their own loads: its release begins with a barrier of the warpgroup
+    read_by_threads: bool = False
+
+
+@dataclass(eq=False)
+class RoleModel:
+    """The code of one role, or all of a function without roles (``op`` None)."""
+
+    number: int
+    name: str
+    op: Role | None
+    warps: int
+    threads: int
+    groups: int
+    single_thread: bool
+
+
+@dataclass(eq=False)
+class Agent:
+    """A thread that the checker follows. ``weight``: how many threads it stands for."""
+
+    number: int
+    role: RoleModel
+    group: int
+    first: bool
+    weight: int
+
+    @property
+    def name(self) -> str:
+        name = self.role.name
+        if self.role.groups > 1:
+            name += f" warpgroup {self.group}"
+        return name if self.role.single_thread else name + (" first thread" if self.first else " other threads")
+
+    @property
+    def leads_role(self) -> bool:
+        return self.first and self.group == 0
+
+
+class Model:
+    """The facts. Raises IRError where they contradict each other in any execution."""
+
+    def __init__(self, function: Function, target: Target):
+        self.function, self.target = function, target
+        self.ops = list(function.walk())
+        self.rings: dict[Value, RingModel] = {}
+        self.buffers: dict[Value, list[Region]] = {}
+        self.scratch: dict[Operation, Region] = {}
+        self.regions: list[Region] = []
+        self.publishes = {token: op for op in self.ops if isinstance(op, Publish) for token in op.tokens}
+        self.waited = {op.token for op in self.ops if isinstance(op, Wait) and op.token is not None}
+        self._find_memory()
+        self._find_overlaps()
+        self.roles = list(self._find_roles())
+        self.groups = max(role.groups for role in self.roles)
+        self.agents = list(self._find_agents())
+        self._check_tokens()
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether there is anything to check."""
+        return bool(self.regions or self.rings or any(isinstance(op, AsyncDot) for op in self.ops))
+
+    @cached_property
+    def most_stages(self) -> int:
+        depths = [ring.stages for ring in self.rings.values()]
+        return max([*depths, *(len(slots) for slots in self.buffers.values())], default=1)
+
+    # --- memory -------------------------------------------------------------------------------------
+
+    def _find_memory(self) -> None:
+        for op in self.ops:
+            if isinstance(op, MakeRing):
+                type_: Any = op.result.type
+                assert isinstance(type_, RingType)
+                label = f"%{op.result.hint}" if op.result.hint else "the ring"
+                ring = RingModel(len(self.rings), label, op, type_.stages, op.producers, op.consumers)
+                self.rings[op.result] = ring
+            elif isinstance(op, Alloc):
+                self._add_buffer(op)
+            elif op.attributes.get("scratch") is not None:
+                self._add_scratch(op)
+            elif isinstance(op, LocalLoad):
+                found = ring_of(op.slot)
+                if found is not None:
+                    self.rings[found].read_by_threads = True
+
+    def _add_buffer(self, op: Alloc) -> None:
+        type_ = op.result.type
+        assert isinstance(type_, BufferType)
+        shape = "x".join(map(str, type_.slot.shape))
+        label = f"%{op.result.hint}" if op.result.hint else f"a buffer of {shape} {type_.slot.dtype}"
+        slots = []
+        for stage in range(type_.stages):
+            start = None if op.offset is None else op.offset + stage * type_.slot.bytes
+            slots.append(self._region(f"slot {stage} of {label}", start, type_.slot.bytes, op))
+        self.buffers[op.result] = slots
+        if op.ring is not None and self.rings[op.ring].stages != type_.stages:
+            raise IRError(
+                f"{label} has {type_.stages} slots, but its ring has {self.rings[op.ring].stages} stages", op.loc
+            )
+
+    def _add_scratch(self, op: Operation) -> None:
+        start, size = op.attributes["scratch"], scratch_bytes(op)
+        if size == 0:
+            return
+        for other in self.scratch.values():
+            if (other.start, other.size) == (start, size):
+                self.scratch[op] = other
+                return
+        self.scratch[op] = self._region(f"the scratch memory of '{op.name}'", start, size, op)
+
+    def _region(self, label: str, start: int | None, size: int, op: Operation) -> Region:
+        region = Region(len(self.regions), label, start, size, op)
+        self.regions.append(region)
+        return region
+
+    def _find_overlaps(self) -> None:
+        """Regions that share bytes; memory that holds barriers may not share any."""
+        placed: list[tuple[int, int, Region | RingModel]] = [
+            (r.start, r.start + r.size, r) for r in self.regions if r.start is not None
+        ]
+        for ring in self.rings.values():
+            if ring.op.offset is not None:
+                placed.append((ring.op.offset, ring.op.offset + 2 * ring.stages * BARRIER_BYTES, ring))
+        placed.sort(key=lambda item: item[0])
+        limit = self.function.attributes.get("shared_bytes")
+        for position, (_, end, one) in enumerate(placed):
+            if limit is not None and end > limit:
+                raise IRError(f"{one.label} ends at byte {end} of {limit} of shared memory", one.op.loc)
+            for start, _, other in placed[position + 1 :]:
+                if start >= end:
+                    break
+                if isinstance(one, Region) and isinstance(other, Region):
+                    one.overlaps.append(other)
+                    other.overlaps.append(one)
+                else:
+                    raise IRError(
+                        f"{one.label} and {other.label} (from {other.op.loc}) share bytes of shared memory, "
+                        "and one holds barriers",
+                        one.op.loc,
+                        "the shared-memory plan gave them overlapping offsets",
+                    )
+
+    # --- roles and threads --------------------------------------------------------------------------
+
+    def _find_roles(self) -> Iterator[RoleModel]:
+        top = [op for op in self.function.body.block.ops if isinstance(op, Role)]
+        lanes = self.target.warp_size
+        if not top:
+            warps = int(self.function.attributes.get("num_warps") or 1)
+            yield RoleModel(0, "the block", None, warps, warps * lanes, self._groups(warps, self.ops), False)
+        for number, op in enumerate(top):
+            threads = 1 if op.single_thread else op.warps * lanes
+            groups = 1 if op.single_thread else self._groups(op.warps, list(op.walk()))
+            yield RoleModel(number, f"role @{op.kind}", op, op.warps, threads, groups, op.single_thread)
+        for op in self.function.body.block.ops:
+            if top and not isinstance(op, Role) and op.base_name in BESIDE_ROLES:
+                raise IRError(f"'{op.name}' stands beside roles; the checker knows it inside them only", op.loc)
+
+    def _groups(self, warps: int, ops: list[Operation]) -> int:
+        """How many warpgroups act each on their own; 1 where none does."""
+        alone = any(
+            isinstance(op, AsyncDot | Release | BulkStore) or op.attributes.get("scope") == "warpgroup" for op in ops
+        )
+        return max(1, warps // WARPGROUP) if alone and self.target.vendor == "nvidia" else 1
+
+    def _find_agents(self) -> Iterator[Agent]:
+        number = 0
+        for role in self.roles:
+            for group in range(role.groups):
+                yield Agent(number, role, group, True, 1)
+                number += 1
+                if role.threads > 1:
+                    yield Agent(number, role, group, False, role.threads // role.groups - 1)
+                    number += 1
+
+    # --- checks of the text -------------------------------------------------------------------------
+
+    def _check_tokens(self) -> None:
+        for op in self.ops:
+            if isinstance(op, Copy) and op.result not in self.publishes and op.result not in self.waited:
+                raise IRError(
+                    "nobody waits for this copy: its token is neither published nor waited for",
+                    op.loc,
+                    "async.publish the token to a ring, or async.wait for it",
+                )
+        for ring in self.rings.values():
+            if ring.producers < 1 or ring.consumers < 1:
+                raise IRError(f"{ring.label} has no producers or no consumers", ring.op.loc)
+
+
+#: what acts on the machine and has no place beside roles
+BESIDE_ROLES = frozenset(
+    f"async.{name}"
+    for name in "acquire copy publish await release dot wait local_load local_store bulk_store bulk_wait barrier".split()
+)
+
+
+def ring_of(slot: Value) -> Value | None:
+    """The ring whose stages a slot belongs to."""
+    while isinstance(slot.op, Slot | TransposeSlot):
+        slot = slot.op.buffer if isinstance(slot.op, Slot) else slot.op.slot
+    return slot.op.ring if isinstance(slot.op, Alloc) else None
+
+
+def by_engine(token: Value) -> bool:
+    """Whether the copy engine completes the token."""
+    return isinstance(token.type, TokenType) and token.type.kind == "tma"
+
+
+def engine_alone(op: Publish) -> bool:
+    """The engine makes all copies that a publish announces: the first of them is its only arrival."""
+    return bool(op.tokens) and all(by_engine(token) for token in op.tokens)
+
+
+def splits_rows(tile: Any, groups: int) -> bool:
+    """Each of ``groups`` warpgroups holds an equal run of whole rows of a tile."""
+    if groups < 2 or not isinstance(tile, TileType) or tile.layout is None:
+        return False
+    if tile.layout.is_repeated and tile.layout.repeat[0] > 1:
+        return False
+    bits = tile.layout.basis("warp")[2:]
+    expected = [(tile.shape[0] // groups << bit, *(0 for _ in tile.shape[1:])) for bit in range(len(bits))]
+    return 1 << len(bits) == groups and [tuple(b) for b in bits] == expected

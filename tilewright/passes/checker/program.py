@@ -1,0 +1,533 @@
+"""What each role does: its schedule, compiled once, then run on small inputs into a trace of events.
+
+Only scalars that decide control flow, slots and counts are computed; tiles are dropped, but for the number of the
+matrix unit's group that an accumulator in flight belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilewright.ir import async_ops as a
+from tilewright.ir.check_ops import Assume
+from tilewright.ir.core import Block, Effect, Operation, Region, Value
+from tilewright.ir.tile_ops import Dot, For, If, While, Yield
+from tilewright.ir.types import SlotType, TileType
+from tilewright.passes.checker.faults import Fault
+from tilewright.passes.checker.model import Model, RoleModel, by_engine, engine_alone, ring_of, splits_rows
+from tilewright.passes.checker.scalars import evaluator, parameter_key
+from tilewright.passes.checker.scenarios import Inputs
+
+#: iterations of a `while` whose condition depends on data
+MOST_UNKNOWN = 24
+
+Step = Callable[["Run"], None]
+
+
+class Infeasible(Exception):
+    """No execution has these inputs, or none that ends."""
+
+
+@dataclass(slots=True)
+class Event:
+    """One step of a role: ``kind`` names the rule of the machine, the rest are its arguments."""
+
+    kind: str
+    op: Operation
+    ring: Any = None
+    count: int = 0
+    #: (region, rows that each warpgroup keeps to itself, how elements are spread over threads)
+    access: Any = None
+    other: Any = None
+
+
+@dataclass(eq=False)
+class Run:
+    """One execution of a role."""
+
+    inputs: Inputs
+    env: dict[Any, Any]
+    most_events: int
+    events: list[Event] = field(default_factory=list)
+    #: groups of the matrix unit that were issued, and that are known to be finished
+    issued: int = 0
+    retired: int = 0
+    cut: bool = False
+    shortened: bool = False
+
+
+class _Full(Exception):
+    """The trace is as long as it may be."""
+
+
+class RoleProgram:
+    """The steps of one role."""
+
+    def __init__(self, model: Model, role: RoleModel):
+        self.model, self.role = model, role
+        self.compiler = _Compiler(model, role)
+        block = model.function.body.block
+        before = [op for op in block.ops if not isinstance(op, a.Role)]
+        ops = before if role.op is None else [*before, *role.op.body.block.ops]
+        self.steps = self.compiler.block(ops)
+
+    def trace(self, inputs: Inputs, most_events: int) -> Run:
+        """Run on inputs. Raises Fault for what one thread does wrong on its own, Infeasible."""
+        run = Run(inputs, dict(self.compiler.constants), most_events)
+        for param in self.model.function.params:
+            run.env[param] = inputs.scalars.get(param, parameter_key(param))
+        try:
+            for step in self.steps:
+                step(run)
+        except _Full:
+            run.cut = True
+        if run.issued > run.retired and not run.cut:
+            dots = [event.op for event in run.events if event.kind == "dot"]
+            raise Fault(
+                f"{self.role.name} ends with {run.issued - run.retired} dots in flight",
+                dots[-1],
+                hint="async.wait for them at its end",
+                events=[(self.role.name, event) for event in run.events],
+            )
+        return run
+
+
+class _Compiler:
+    """Turns operations into steps; see `RoleProgram`."""
+
+    def __init__(self, model: Model, role: RoleModel):
+        self.model, self.role = model, role
+        body = model.function.body if role.op is None else role.op.body
+        self.constants: dict[Value, Any] = {}
+        self.owners = {r.block: op for op in model.ops for r in op.regions}
+        self.flying = _flying(body)
+        self.busy = _busy(body, self.flying)
+        self.needed = self._needed(body)
+
+    # --- what matters -------------------------------------------------------------------------------
+
+    def _needed(self, body: Region) -> set[Value]:
+        """Values that the schedule's course depends on."""
+        pending: list[Value] = []
+        for op in body.walk():
+            if op in self.busy:
+                pending += _control(op) if op.regions else [v for v in op.operands if not _is_tile(v)]
+        seen: set[Value] = set()
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            pending += self._sources(value)
+        return seen
+
+    def _sources(self, value: Value) -> Iterable[Value]:
+        op = value.op
+        if op is None:
+            assert isinstance(value.owner, Block)
+            owner = self.owners.get(value.owner)
+            position = value.owner.args.index(value)
+            if isinstance(owner, For):
+                return [owner.lo, owner.hi, owner.step] if position == 0 else _carried(owner, position - 1)
+            return _carried(owner, position) if isinstance(owner, While) else []
+        position = op.results.index(value)
+        if isinstance(op, For | While):
+            return [*_carried(op, position), *_control(op)]
+        if isinstance(op, If):
+            return [op.condition, *(_yields(r)[position] for r in op.regions)]
+        return op.operands
+
+    # --- steps --------------------------------------------------------------------------------------
+
+    def block(self, ops: Iterable[Operation]) -> list[Step]:
+        steps: list[Step] = []
+        for op in ops:
+            if isinstance(op, For | While | If):
+                if op in self.busy or any(v in self.needed for v in op.results):
+                    steps.append(_STRUCTURED[type(op)](self, op))
+                continue
+            if op in self.busy:
+                steps += self._checks(op)
+                steps += _events(self, op)
+            elif op.results and any(v in self.needed for v in op.results) and not isinstance(op, a.Alloc | a.MakeRing):
+                self._scalar(op, steps)
+        return steps
+
+    def _scalar(self, op: Operation, steps: list[Step]) -> None:
+        evaluate = evaluator(op)
+        if op.base_name == "tile.constant":
+            self.constants[op.results[0]] = evaluate(None)
+            return
+        if len(op.results) != 1:
+            for number, value in enumerate(op.results):
+                steps.append(_assign(value, lambda run, n=number, e=evaluate: e(run) + n))
+            return
+        steps.append(_assign(op.results[0], evaluate))
+
+    def _checks(self, op: Operation) -> list[Step]:
+        """Accumulators in flight go to the next dot or to a wait, and nowhere else."""
+        allowed = op.groups[2] if isinstance(op, a.AsyncDot) else op.operands if isinstance(op, a.Wait) else []
+        reads = [v for v in op.operands if v in self.flying and not any(v is w for w in allowed)]
+        return [_not_in_flight(self, op, value) for value in reads]
+
+    def carried(self, values: Iterable[Value]) -> list[int]:
+        """The positions of values that are worth carrying."""
+        return [n for n, v in enumerate(values) if v in self.needed or v in self.flying]
+
+    def fault(self, run: Run, message: str, op: Operation, other: Operation | None = None, hint: str = "") -> Fault:
+        return Fault(message, op, other, hint, [(self.role.name, event) for event in run.events])
+
+
+# --- analysis -------------------------------------------------------------------------------------
+
+
+def _is_tile(value: Value) -> bool:
+    return isinstance(value.type, TileType)
+
+
+def _carried(op: Any, position: int) -> list[Value]:
+    return [op.inits[position], _yields(op.regions[-1])[position]]
+
+
+def _yields(region: Region) -> list[Value]:
+    terminator = region.block.terminator
+    return terminator.values if isinstance(terminator, Yield) else []
+
+
+def _control(op: Operation) -> list[Value]:
+    if isinstance(op, For):
+        return [op.lo, op.hi, op.step]
+    return [op.condition] if isinstance(op, If) else _yields(op.regions[0])[:1] if isinstance(op, While) else []
+
+
+def _flying(body: Region) -> set[Value]:
+    """Values that may be accumulators in flight."""
+    found = {op.results[0] for op in body.walk() if isinstance(op, a.AsyncDot)}
+    size = -1 if found else 0
+    while size != len(found):
+        size = len(found)
+        for op in body.walk():
+            if isinstance(op, For | While):
+                arguments = [op.carried] if isinstance(op, For) else [r.block.args for r in op.regions]
+                for n, (init, value) in enumerate(zip(op.inits, _yields(op.regions[-1])[-len(op.inits) :], strict=False)):
+                    if init in found or value in found:
+                        found.update([op.results[n], *(args[n] for args in arguments)])
+            elif isinstance(op, If):
+                for n, result in enumerate(op.results):
+                    if any(_yields(r)[n] in found for r in op.regions):
+                        found.add(result)
+    return found
+
+
+_ACTS = (
+    a.Acquire, a.Copy, a.Publish, a.Await, a.Release, a.AsyncDot, a.Wait, a.LocalLoad, a.LocalStore, a.Fence,
+    a.Barrier, a.BulkStore, a.BulkWait, Assume,
+)  # fmt: skip
+
+
+def _busy(body: Region, flying: set[Value]) -> set[Operation]:
+    """Operations that the machine sees, and those that hold such."""
+    found: set[Operation] = set()
+
+    def visit(op: Operation) -> bool:
+        inside = [visit(nested) for r in op.regions for nested in r.block.ops]
+        acts = isinstance(op, _ACTS) or op.attributes.get("scratch") is not None
+        reads = not op.terminator and not op.regions and any(v in flying for v in op.operands)
+        slots = isinstance(op, Dot) and any(isinstance(v.type, SlotType) for v in op.operands)
+        if acts or reads or slots or any(inside):
+            found.add(op)
+            return True
+        return False
+
+    for op in body.block.ops:
+        visit(op)
+    return found
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def _assign(value: Value, evaluate: Callable[[Any], Any]) -> Step:
+    def step(run: Run) -> None:
+        run.env[value] = evaluate(run)
+
+    return step
+
+
+def _not_in_flight(compiler: _Compiler, op: Operation, value: Value) -> Step:
+    def step(run: Run) -> None:
+        group = run.env.get(value, 0)
+        if group > run.retired:
+            dot = [event.op for event in run.events if event.kind == "dot"][group - 1]
+            raise compiler.fault(
+                run,
+                f"'{op.name}' reads an accumulator whose dot is in flight",
+                op,
+                dot,
+                "only the results of async.wait may be read",
+            )
+
+    return step
+
+
+def _for(compiler: _Compiler, op: For) -> Step:
+    lo, hi, step_, index = op.lo, op.hi, op.step, op.index
+    kept = compiler.carried(op.carried)
+    kept = sorted({*kept, *compiler.carried(op.results)})
+    arguments, results = [op.carried[n] for n in kept], [op.results[n] for n in kept]
+    inits, yielded = [op.inits[n] for n in kept], [_yields(op.body)[n] for n in kept]
+    body = compiler.block(op.body.block.ops)
+
+    def step(run: Run) -> None:
+        env = run.env
+        values = [env.get(v, 0) for v in inits]
+        for i in indices(run, env[lo], env[hi], env[step_]):
+            env[index] = i
+            env.update(zip(arguments, values, strict=True))
+            for inner in body:
+                inner(run)
+            values = [env.get(v, 0) for v in yielded]
+        env.update(zip(results, values, strict=True))
+
+    return step
+
+
+def indices(run: Run, lo: int, hi: int, step: int) -> Iterable[int]:
+    """A loop's indices; of long loops the first and the last ones, a multiple of all stage counts left out."""
+    every = range(lo, hi, step) if step > 0 else range(0)
+    count, most = len(every), run.inputs.most_trips
+    if most is None or count <= most + run.inputs.period:
+        return every
+    run.shortened = True
+    left_out = (count - most) // run.inputs.period * run.inputs.period
+    first = (count - left_out) // 2
+    return [*every[:first], *every[first + left_out :]]
+
+
+def _while(compiler: _Compiler, op: While) -> Step:
+    before, body = op.regions
+    kept = sorted({n for r in op.regions for n in compiler.carried(r.block.args)} | set(compiler.carried(op.results)))
+    inits, results = [op.inits[n] for n in kept], [op.results[n] for n in kept]
+    tests, arguments = [before.block.args[n] for n in kept], [body.block.args[n] for n in kept]
+    (condition, *_), yielded = _yields(before), [_yields(body)[n] for n in kept]
+    checks, steps = compiler.block(before.block.ops), compiler.block(body.block.ops)
+
+    def step(run: Run) -> None:
+        env = run.env
+        values = [env.get(v, 0) for v in inits]
+        for _ in range(MOST_UNKNOWN):
+            env.update(zip(tests, values, strict=True))
+            for inner in checks:
+                inner(run)
+            if not env[condition]:
+                env.update(zip(results, values, strict=True))
+                return
+            env.update(zip(arguments, values, strict=True))
+            for inner in steps:
+                inner(run)
+            values = [env.get(v, 0) for v in yielded]
+        raise Infeasible("a loop that data ends went on for long")
+
+    return step
+
+
+def _if(compiler: _Compiler, op: If) -> Step:
+    kept = compiler.carried(op.results)
+    results, condition = [op.results[n] for n in kept], op.condition
+    branches = []
+    for region in (op.else_body, op.then_body):
+        values = _yields(region)
+        branches.append((compiler.block(region.block.ops), [values[n] for n in kept]))
+
+    def step(run: Run) -> None:
+        env = run.env
+        steps, values = branches[bool(env[condition])]
+        for inner in steps:
+            inner(run)
+        for result, value in zip(results, values, strict=True):
+            env[result] = env.get(value, 0)
+
+    return step
+
+
+_STRUCTURED: dict[type[Operation], Callable[[_Compiler, Any], Step]] = {For: _for, While: _while, If: _if}
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+def _events(compiler: _Compiler, op: Operation) -> list[Step]:
+    """The steps of an operation that the machine sees."""
+    make = _MAKERS.get(type(op))
+    if make is not None:
+        return make(compiler, op)
+    if op.attributes.get("scratch") is not None and op in compiler.model.scratch:
+        return _exchange(compiler, op) + _result(compiler, op)
+    if isinstance(op, Dot):
+        slots = [v for v in op.operands if isinstance(v.type, SlotType)]
+        return [_emit("load", op, lambda run, v=slot: (run.env[v], False, None)) for slot in slots]
+    return _result(compiler, op)
+
+
+def _result(compiler: _Compiler, op: Operation) -> list[Step]:
+    """The value of an operation that is both seen and computed with."""
+    steps: list[Step] = []
+    if any(v in compiler.needed for v in op.results) and op.effect in (Effect.PURE, Effect.READ):
+        compiler._scalar(op, steps)
+    return steps
+
+
+def _emit(kind: str, op: Operation, access: Callable[[Run], Any] | None = None, other: Any = None) -> Step:
+    def step(run: Run) -> None:
+        if len(run.events) >= run.most_events:
+            raise _Full
+        run.events.append(Event(kind, op, None, 0, None if access is None else access(run), other))
+
+    return step
+
+
+def _ring_event(kind: str) -> Callable[[_Compiler, Any], list[Step]]:
+    def make(compiler: _Compiler, op: Any) -> list[Step]:
+        ring, count = compiler.model.rings[op.ring], op.count
+
+        def step(run: Run) -> None:
+            if len(run.events) >= run.most_events:
+                raise _Full
+            number = run.env[count]
+            if number < 0:
+                raise compiler.fault(run, f"the use count of {ring.label} is {number}", op)
+            run.events.append(Event(kind, op, ring, number))
+
+        return [step]
+
+    return make
+
+
+def _publish(compiler: _Compiler, op: a.Publish) -> list[Step]:
+    return _ring_event("announced" if engine_alone(op) else "publish")(compiler, op)
+
+
+def _release(compiler: _Compiler, op: a.Release) -> list[Step]:
+    steps = _ring_event("release")(compiler, op)
+    if compiler.model.rings[op.ring].read_by_threads and not compiler.role.single_thread:
+        return [_emit("barrier", op, other="warpgroup"), *steps]  # part of the release (backends/nvidia/rings.py)
+    return steps
+
+
+def _copy(compiler: _Compiler, op: a.Copy) -> list[Step]:
+    publish = compiler.model.publishes.get(op.result)
+    slot, spread = op.slot, ("copy", id(op))
+    if publish is None:
+        return [_emit("start_copy", op, lambda run: (run.env[slot], False, spread))]
+    if not by_engine(op.result):
+        return [_emit("store", op, lambda run: (run.env[slot], False, spread))]
+    first = engine_alone(publish) and publish.tokens[0] is op.result
+    ring, count = compiler.model.rings[publish.ring], publish.count
+
+    def step(run: Run) -> None:
+        if len(run.events) >= run.most_events:
+            raise _Full
+        run.events.append(Event("bulk_copy", op, ring, run.env[count], (run.env[slot], False, None), first))
+
+    return [step]
+
+
+def _dot(compiler: _Compiler, op: a.AsyncDot) -> list[Step]:
+    result, token = op.results
+    rows = isinstance(op.acc.type, TileType) and op.acc.type.shape[0] > 64
+    slots = [(v, rows and v is op.a and isinstance(v.op, a.Slot)) for v in (op.a, op.b) if isinstance(v.type, SlotType)]
+
+    def step(run: Run) -> None:
+        if len(run.events) >= run.most_events:
+            raise _Full
+        run.issued += 1
+        run.env[result] = run.env[token] = run.issued
+        run.events.append(Event("dot", op, access=[(run.env[v], own, None) for v, own in slots]))
+
+    return [step]
+
+
+def _wait(compiler: _Compiler, op: a.Wait) -> list[Step]:
+    token, pending = op.token, op.pending
+    if token is not None and isinstance(token.op, a.Copy):
+        return [_emit("wait_copies", op, other=pending)]
+
+    def step(run: Run) -> None:
+        if len(run.events) >= run.most_events:
+            raise _Full
+        run.retired = max(run.retired, run.issued - pending)
+        run.events.append(Event("wait", op, None, run.issued - pending))
+        for value in [*op.values, *([token] if token is not None else [])]:
+            group = run.env.get(value, 0)
+            if group > run.retired:
+                dot = [event.op for event in run.events if event.kind == "dot"][group - 1]
+                text = f"'{op.name}' waits for a dot that is among the {pending} that may stay in flight"
+                raise compiler.fault(run, text, op, dot, f"pending = {run.issued - group} at most")
+
+    return [step]
+
+
+def _local(kind: str) -> Callable[[_Compiler, Any], list[Step]]:
+    def make(compiler: _Compiler, op: Any) -> list[Step]:
+        slot, tile = op.slot, op.result.type if kind == "load" else op.value.type
+        own = splits_rows(tile, compiler.role.groups) and isinstance(slot.op, a.Slot)
+        spread = ("tile", tile.layout)
+        if kind == "load" and (tile.layout is None or tile.layout.free_bits("lane") or tile.layout.free_bits("warp")):
+            spread = ("copies", tile.layout)
+        return [_emit(kind, op, lambda run: (run.env[slot], own, spread))]
+
+    return make
+
+
+def _bulk_store(compiler: _Compiler, op: a.BulkStore) -> list[Step]:
+    slot, own = op.slot, op.scope == "warpgroup" and compiler.role.groups > 1
+    return [_emit("bulk_store", op, lambda run: (run.env[slot], own, None), own)]
+
+
+def _exchange(compiler: _Compiler, op: Operation) -> list[Step]:
+    """Threads of a role pass elements through scratch memory, between two barriers of the role."""
+    region = compiler.model.scratch[op].number
+    return [
+        _emit("barrier", op, other="role"),
+        _emit("store", op, lambda run: (region, False, ("exchange", id(op)))),
+        _emit("barrier", op, other="role"),
+        _emit("load", op, lambda run: (region, False, None)),
+    ]
+
+
+def _slot(compiler: _Compiler, op: a.Slot) -> Callable[[Any], int]:
+    numbers = [region.number for region in compiler.model.buffers[op.buffer]]
+    count = op.count
+    return lambda run: numbers[run.env[count] % len(numbers)]
+
+
+def _assume(compiler: _Compiler, op: Assume) -> list[Step]:
+    condition = op.condition
+
+    def step(run: Run) -> None:
+        if not run.env[condition]:
+            raise Infeasible("an assumption does not hold")
+
+    return [step]
+
+
+_MAKERS: dict[type[Operation], Callable[[_Compiler, Any], list[Step]]] = {
+    a.Acquire: _ring_event("acquire"),
+    a.Await: _ring_event("await"),
+    a.Publish: _publish,
+    a.Release: _release,
+    a.Copy: _copy,
+    a.AsyncDot: _dot,
+    a.Wait: _wait,
+    a.LocalLoad: _local("load"),
+    a.LocalStore: _local("store"),
+    a.Fence: lambda compiler, op: [_emit("fence", op)],
+    a.Barrier: lambda compiler, op: [_emit("barrier", op, other=op.scope)],
+    a.BulkStore: _bulk_store,
+    a.BulkWait: lambda compiler, op: [_emit("bulk_wait", op, other=op.pending)],
+    Assume: _assume,
+}
+
+__all__ = ["Event", "Infeasible", "RoleProgram", "Run", "ring_of"]

@@ -1,0 +1,116 @@
+"""copy-ahead: placed loads as asynchronous copies of the computing threads, several iterations ahead of their use.
+
+For targets with ``cp.async`` and loads that `placement` gives to that engine. In a loop whose load addresses depend
+on nothing but the loop's index and values from outside, the copies of iteration i + stages - 1 are started when
+those of iteration i are needed::
+
+    async.wait [] token(%last) {pending = (stages - 2) * copies}   // this thread's part of stage i is there
+    async.barrier                                                  // everybody's is, and stage i - 1 has been read
+    %t = async.copy ... [i + stages - 1], %slot[i + stages - 1]
+    %a = async.local_load %slot[i]
+    %acc1 = tile.dot %a, ...
+
+Copies run past the end of the loop: they are bounds-checked, and the wait behind the loop covers them. Every copy is
+a group of its own, so that waits count copies. The other loads are left to `tilewright.passes.prefetch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilewright.ir.async_ops import Barrier
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Function, Operation, Value
+from tilewright.ir.tile_ops import For, Load, Yield
+from tilewright.passes.analysis import enclosing_operations
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.matrix import PREFETCH, schedule_of
+from tilewright.passes.prefetch import (
+    Group,
+    address_slice,
+    allocate,
+    carry,
+    exchange_bytes,
+    find_groups,
+    read_slots,
+    transit,
+)
+
+ENGINE = "cp_async"
+#: stages beyond hide no more latency
+MOST_STAGES = 4
+
+
+@register_pass("copy-ahead")
+class CopyAhead(FunctionPass):
+    """``num_stages``: slots of each load; None: up to four, as many as shared memory allows. Not for fewer than two."""
+
+    num_stages: int | None = None
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        if schedule_of(function, context.target) != PREFETCH:
+            return
+        warps, loops = int(function.attributes.get("num_warps", 0)), enclosing_operations(function)
+        placed = [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]
+        transits = [transit(load, warps, context.target) for load in placed]
+        mine = [t for t in transits if t.load.engine == ENGINE]
+        groups = [g for g in find_groups(mine, loops) if g.ahead]
+        used = sum(t.slot.bytes for t in transits) + exchange_bytes(function)
+        for group in groups:
+            wanted = self.num_stages or context.options.num_stages
+            others = used - group.bytes
+            fitting = (context.target.shared_bytes - others) // group.bytes
+            group.stages = wanted if wanted is not None else min(MOST_STAGES, fitting)
+            if group.stages < 2:
+                continue
+            used = others + group.stages * group.bytes
+            loop = loops[group.block]
+            assert isinstance(loop, For)
+            allocate(function, [group])
+            _rotate(function, loop, group)
+
+
+def _rotate(function: Function, loop: For, group: Group) -> None:
+    block, outer, stages = loop.body.block, loop.parent, group.stages
+    assert outer is not None
+    loads = [t.load for t in group.transits]
+    slices = [op for op in block.ops if any(op in (address_slice(load) or []) for load in loads)]
+    b = Builder(outer, loop.loc)
+    with b.at(outer, outer.ops.index(loop)):
+        zero, index, token = b.index(0), loop.lo, None
+        for stage in range(stages - 1):
+            token = _start(b, group, slices, {loop.index: index}, b.index(stage))
+            index = b.add(index, loop.step)
+    assert token is not None
+    count, last = carry(loop, zero, "count"), carry(loop, token, "copied")
+    block.set_ops([op for op in block.ops if op not in loads])
+    with b.at(block, 0):
+        b.wait([], last, pending=(stages - 2) * len(loads))
+        b.insert(Barrier())
+        distance = b.mul(loop.step, b.index(stages - 1))
+        token = _start(b, group, slices, {loop.index: b.add(loop.index, distance)}, b.add(count, b.index(stages - 1)))
+    terminator = block.terminator
+    assert isinstance(terminator, Yield)
+    with b.at(block, len(block.ops) - 1):
+        terminator.values = [*terminator.values, b.add(count, b.index(1)), token]
+    with b.at(outer, outer.ops.index(loop) + 1):
+        b.wait([], loop.results[-1], pending=0)
+        b.insert(Barrier())  # whoever fills the slots next may do so
+    for t in group.transits:
+        read_slots(function, t, block, count)
+
+
+def _start(
+    b: Builder, group: Group, slices: Sequence[Operation], mapping: dict[Value, Value], count: Value
+) -> Value:
+    """Start the copies of one iteration; the token of the last."""
+    mapping, token = dict(mapping), None
+    for op in slices:
+        b.insert(op.clone(mapping))
+    for t in group.transits:
+        b.loc = t.load.loc
+        assert t.buffer is not None
+        view, index = mapping.get(t.load.view, t.load.view), [mapping.get(v, v) for v in t.load.index]
+        token = b.copy(view, index, b.slot(t.buffer, count), ENGINE, t.load.pad)
+    assert token is not None
+    return token

@@ -1,0 +1,145 @@
+"""peel: split a loop where its masks become necessary, and drop them before.
+
+A mask like ``columns < n`` with ``columns = j * BN + arange(BN)`` is all true up to some iteration. Where
+every selection of a loop's body depends on such comparisons, linear in the loop index, the iterations
+before that point run in a loop of their own without the masks. Only loops with matrix products are split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tilewright.ir.async_ops import Role
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Function, Value, replace_uses
+from tilewright.ir.tile_ops import Binary, Broadcast, Compare, Constant, Dot, ExpandDims, For, Iota, Select, Splat
+from tilewright.ir.types import ScalarType, TileType, i32
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+
+
+@register_pass("peel")
+class Peel(FunctionPass):
+    """Applies to consumer loops: the producer's copies do not depend on masks."""
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        roles = [op for op in function.walk() if isinstance(op, Role)]
+        for loop in [op for role in roles for op in role.body.walk() if isinstance(op, For)]:
+            if any(isinstance(op, Dot) for op in loop.body.block.ops):
+                masks = find_masks(loop)
+                if masks:
+                    _split(loop, masks)
+
+
+@dataclass
+class Linear:
+    """``sum(coefficient * scalar) + constant``, the constant anywhere in ``[low, high]`` over a tile's elements."""
+
+    terms: dict[Value, int] = field(default_factory=dict)
+    low: int = 0
+    high: int = 0
+
+    def plus(self, other: Linear, sign: int = 1) -> Linear:
+        terms = dict(self.terms)
+        for value, factor in other.terms.items():
+            terms[value] = terms.get(value, 0) + sign * factor
+        low, high = (other.low, other.high) if sign > 0 else (-other.high, -other.low)
+        return Linear({v: c for v, c in terms.items() if c}, self.low + low, self.high + high)
+
+    def times(self, factor: int) -> Linear:
+        ends = sorted((self.low * factor, self.high * factor))
+        return Linear({v: c * factor for v, c in self.terms.items() if factor}, *ends)
+
+
+def linear(value: Value) -> Linear | None:
+    """The linear form of an i32 scalar or tile; None where it has none."""
+    op = value.op
+    if isinstance(op, Constant):
+        return Linear({}, int(op.value), int(op.value)) if isinstance(op.value, int) else None
+    if isinstance(op, Iota) and isinstance(value.type, TileType):
+        return Linear({}, op.start, op.start + value.type.size - 1)
+    if isinstance(op, Splat | ExpandDims | Broadcast):
+        return linear(op.source)
+    if isinstance(op, Binary) and op.fn in ("add", "sub", "mul"):
+        left, right = linear(op.lhs), linear(op.rhs)
+        if left is not None and right is not None:
+            if op.fn != "mul":
+                return left.plus(right, 1 if op.fn == "add" else -1)
+            for one, other in ((left, right), (right, left)):
+                if not one.terms and one.low == one.high:
+                    return other.times(one.low)
+    return Linear({value: 1}) if value.type == ScalarType(i32) else None
+
+
+@dataclass
+class Mask:
+    """A selection that is superfluous while ``form < 0`` in every element."""
+
+    select: Select
+    forms: list[Linear]
+
+
+def find_masks(loop: For) -> list[Mask]:
+    """The selections whose conditions hold in all iterations before some point."""
+    if not isinstance(loop.step.op, Constant) or loop.step.op.value != 1:
+        return []
+    local = {v for op in loop.body.walk() for v in op.results} | set(loop.carried)
+    masks = []
+    for op in loop.body.block.ops:
+        if isinstance(op, Select) and isinstance(op.condition.type, TileType):
+            forms = _conjuncts(op.condition)
+            if forms and all(f.terms.get(loop.index, 0) > 0 and not local & set(f.terms) for f in forms):
+                masks.append(Mask(op, forms))
+    return masks
+
+
+def _conjuncts(condition: Value) -> list[Linear]:
+    """Forms that are all negative exactly where the condition holds; empty where there are none."""
+    op = condition.op
+    if isinstance(op, Broadcast | ExpandDims):
+        return _conjuncts(op.source)
+    if isinstance(op, Binary) and op.fn == "and":
+        left, right = _conjuncts(op.lhs), _conjuncts(op.rhs)
+        return left + right if left and right else []
+    if not isinstance(op, Compare) or op.fn not in ("lt", "le", "gt", "ge"):
+        return []
+    small, large = (op.lhs, op.rhs) if op.fn in ("lt", "le") else (op.rhs, op.lhs)
+    left_form, right_form = linear(small), linear(large)
+    if left_form is None or right_form is None:
+        return []
+    form = left_form.plus(right_form, -1)
+    return [form if op.fn in ("lt", "gt") else form.plus(Linear({}, 1, 1), -1)]
+
+
+def _split(loop: For, masks: list[Mask]) -> None:
+    """``for lo..hi`` becomes ``for lo..middle`` without the masks, then ``for middle..hi`` with them."""
+    block = loop.parent
+    assert block is not None
+    position = block.ops.index(loop)
+    b = Builder(block, loop.loc)
+    with b.at(block, position):
+        end = loop.hi
+        for mask in masks:
+            for form in mask.forms:
+                end = b.binary("min", end, _first_failure(b, form, loop.index))
+        middle = b.binary("max", loop.lo, end)
+        mapping: dict[Value, Value] = {loop.lo: loop.lo, loop.hi: middle}
+        free = loop.clone(mapping)
+        assert isinstance(free, For)
+        free.hi = middle
+        b.insert(free)
+    replace_uses(free.body, {mapping[m.select.result]: mapping[m.select.on_true] for m in masks})
+    drop = {id(mapping[m.select.result].op) for m in masks}
+    free.body.block.set_ops([op for op in free.body.block.ops if id(op) not in drop])
+    loop.lo, loop.inits = middle, list(free.results)
+
+
+def _first_failure(b: Builder, form: Linear, index: Value) -> Value:
+    """The first iteration j in which ``a j + rest + high < 0`` fails: ``ceil((-rest - high) / a)``."""
+    factor = form.terms[index]
+    total = b.index(-form.high)
+    for value, coefficient in form.terms.items():
+        if value is not index:
+            total = b.sub(total, b.mul(value, b.index(coefficient)))
+    return b.binary("floordiv", b.add(total, b.index(factor - 1)), b.index(factor))
+
+
