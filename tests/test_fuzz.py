@@ -1,4 +1,4 @@
-"""Random tile programs: every pass of every pipeline keeps their bits, and compiled code agrees with the interpreter."""
+"""Random tile programs: every pass of every pipeline keeps their bits, and compiled code agrees with them."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_readme_program_runs(tmp_path, monkeypatch):
 
 def commands(text):
     """The shell commands that a text shows: lines of code blocks and spans in backquotes."""
-    shell = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S))
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
     for span in [*re.findall(r"`([^`\n]+)`", without_code(text)), *shell.splitlines()]:
         words = shlex.split(re.split("[|>]", span)[0], comments=True)
         if len(words) > 1 and words[0] == "tilewright":
@@ -71,7 +71,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, (words, result.output)
         ran.append(words[0])
-    assert set(ran) == {"compile", "run", "dump"}
+    assert set(ran) == {"compile", "run", "dump", "check"}
 
 
 def test_make_targets_exist():

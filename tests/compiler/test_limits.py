@@ -20,9 +20,9 @@ def chatty(x: tw.Tensor):
 
 @tw.kernel
 def greedy(x: tw.Tensor, y: tw.Tensor):
-    a = tw.load(x, (0, 0), (256, 256))
+    a = tw.load(x, (0, 0), (64, 256))
     for i in tw.range(x.shape[0]):
-        a = a * tw.load(x, (i, 0), (256, 256)) + tw.load(y, (i, 1), (256, 256)) * a
+        a = a * tw.load(x, (i, 0), (64, 256)) + tw.load(y, (i, 1), (64, 256)) * a
     tw.store(y, (0, 0), a)
 
 

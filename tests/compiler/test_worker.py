@@ -242,6 +242,7 @@ def test_a_killed_program_takes_the_process_along():
 def test_ctrl_c_reaches_the_program_alone():
     # the whole process group gets the signal, as from a terminal
     script = PRELUDE + (
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it\n"
         "os.setpgrp(); compile('a'); pid = shared_worker().pid\n"
         "try:\n    os.killpg(0, signal.SIGINT); signal.pause()\n"
         "except KeyboardInterrupt:\n    compile('b'); assert shared_worker().pid == pid; print('fine')"

@@ -550,7 +550,10 @@ def scatter_dtype(x, y, n):
     tw.scatter(y, tw.arange(4), tw.arange(4))
 
 
-@case("'tw.scatter' on tiles of shapes (4,) and (8,), which do not broadcast", "tw.scatter(y, tw.arange(4), tw.zeros((8,)))")
+@case(
+    "'tw.scatter' on tiles of shapes (4,) and (8,), which do not broadcast",
+    "tw.scatter(y, tw.arange(4), tw.zeros((8,)))",
+)
 def scatter_shape(x, y, n):
     tw.scatter(y, tw.arange(4), tw.zeros((8,)))
 
@@ -626,7 +629,7 @@ def false_assumption(x, y, n):
     tw.assume(1 > 2)
 
 
-@case("'+' does not apply to None", "no_result(n) + 1")
+@case("'+' does not apply to None", "no_result(n) + 1", "without 'return'")
 def missing_return(x, y, n):
     tw.store(y, 0, no_result(n) + 1)
 
@@ -643,7 +646,9 @@ def general_power(x, y, n):
 
 @pytest.mark.parametrize(("kernel", "message", "underlined", "hint"), CASES)
 def test_error(kernel, message, underlined, hint, fail, view):
-    types = dict(x=view("f32", None), y=view("f32", None), half=view("f16", None), m=view("f32", None, None), n=tw.int32)
+    types = dict(
+        x=view("f32", None), y=view("f32", None), half=view("f16", None), m=view("f32", None, None), n=tw.int32
+    )
     failure = fail(kernel, **{name: t for name, t in types.items() if name in KernelDefinition(kernel).parameter})
     assert failure.message.startswith(message)
     assert failure.underlined == underlined

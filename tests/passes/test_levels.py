@@ -23,6 +23,7 @@ from tilewright.ir.printer import print_module
 from tilewright.ir.target import TARGETS, get_target
 from tilewright.ir.types import DTYPES, ViewType
 from tilewright.ir.verifier import verify
+from tilewright.kernels.attention import attention
 from tilewright.kernels.gemm import gemm
 from tilewright.kernels.mlp import mlp
 from tilewright.kernels.softmax import softmax
@@ -73,6 +74,14 @@ CASES = {
     ),
     "gemm-empty-k": case(gemm, {"a": (64, 0), "b": (0, 64)}, ("c", (64, 64)), (1, 1, 1), **SMALL),
     "mlp": case(mlp, {"x": (130, 100), "w1": (100, 64), "w2": (64, 90)}, ("y", (130, 90)), (3, 1, 1), BM=64, BH=64, BN=64, BK=32),
+    "attention": case(
+        attention, {"q": (1, 2, 150, 64), "k": (1, 1, 200, 64), "v": (1, 1, 200, 64)}, ("o", (1, 2, 150, 64)), (3, 2, 1),
+        scalars={"scale": 0.18}, D=64, BM=64, BN=64,
+    ),
+    "attention-causal": case(
+        attention, {"q": (2, 1, 200, 64), "k": (2, 1, 200, 64), "v": (2, 1, 200, 64)}, ("o", (2, 1, 200, 64)), (4, 1, 2),
+        scalars={"scale": 0.18}, D=64, BM=64, BN=64, CAUSAL=True,
+    ),
     "softmax": case(softmax, {"x": (5, 1000)}, ("y", (5, 1000)), (5, 1, 1), BN=1024),
     "residual": case(
         residual, {"x": (100, 70), "w": (70, 64), "r": (100, 64)}, ("y", (100, 64)), (2, 1, 1), scalars={"scale": 0.5}
@@ -81,9 +90,12 @@ CASES = {
 
 
 def build(entry: Case, align: int) -> Module:
-    names = [*entry.inputs, entry.output[0]]
+    shapes = {**entry.inputs, entry.output[0]: entry.output[1]}
     types: dict[str, Any] = {
-        name: ViewType((None, None), DTYPES["bf16"], entry.strides.get(name, ROW_MAJOR), align) for name in names
+        name: ViewType(
+            (None,) * len(shape), DTYPES["bf16"], entry.strides.get(name, (None,) * (len(shape) - 1) + (1,)), align
+        )
+        for name, shape in shapes.items()
     }
     types |= {name: DTYPES["f32"] for name in entry.scalars}
     return build_module(entry.kernel.definition, {**types, **entry.meta})
@@ -133,7 +145,7 @@ def test_every_level_gives_the_same_bits(name: str, target: str, align: int) -> 
 
 #: the passes after which the program is run again; the others are covered by their own tests
 CHANGES_SCHEDULE = {
-    "tile-order", "pipeline", "roles", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences", "shared-plan",
+    "tile-order", "pipeline", "roles", "peel", "skew", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences", "shared-plan",
 }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 import tilewright as tw
@@ -60,7 +59,15 @@ class Case:
 CASES: list[Case] = []
 
 
-def add(name: str, kernel: Any, arrays: Callable[[], list[Array]], expected: Any, grid: Any = (1,), slack: float = 1.0, **meta: Any):  # fmt: skip
+def add(
+    name: str,
+    kernel: Any,
+    arrays: Callable[[], list[Array]],
+    expected: Any,
+    grid: Any = (1,),
+    slack: float = 1.0,
+    **meta: Any,
+) -> None:
     CASES.append(Case(name, kernel, arrays, expected, grid, meta, slack))
 
 
@@ -150,7 +157,9 @@ def _apart(a: Array, b: Array) -> Array:
     wide = np.where(np.abs(b.astype(np.float64)) < 0.5, 1.5, b.astype(np.float64))
     quotient = a.astype(np.float64) / wide.astype(a.dtype).astype(np.float64)
     near = np.abs(quotient - np.round(quotient)) < 0.05
-    return np.where(near, np.where(np.abs(a.astype(np.float64)) < 0.2, 4 * np.sign(a.astype(np.float64)) + (a == 0), a.astype(np.float64) * 0.8), wide).astype(a.dtype)  # fmt: skip
+    number = a.astype(np.float64)
+    moved = np.where(np.abs(number) < 0.2, 4 * np.sign(number) + (number == 0), number * 0.8)
+    return np.where(near, moved, wide).astype(a.dtype)
 
 
 @tw.kernel
@@ -185,7 +194,8 @@ def shifts(x: tw.Tensor, y: tw.Tensor, z: tw.Tensor):
 
 def _shift_rows(x: Array, y: Array, z: Array) -> tuple[Array | None, ...]:
     three = np.full_like(x, 3)
-    return None, None, np.stack([numerics.binary(f, x, s) for f, s in (("shl", y), ("shr", y), ("shl", three), ("shr", three))])  # fmt: skip
+    rows = (("shl", y), ("shr", y), ("shl", three), ("shr", three))
+    return None, None, np.stack([numerics.binary(f, x, s) for f, s in rows])
 
 
 for _name in ("i1", *INTEGERS):
@@ -222,7 +232,9 @@ for _name in ("i1", *INTEGERS, *FLOATS):
     add(
         f"comparisons-{_name}", comparisons,
         lambda n=_name: [
-            _with_nan(n, np.round(numbers(n, 256)).astype(NUMPY[n])), np.round(numbers(n, 256, seed=1)).astype(NUMPY[n]), blank("i1", 6, 256)
+            _with_nan(n, np.round(numbers(n, 256)).astype(NUMPY[n])),
+            np.round(numbers(n, 256, seed=1)).astype(NUMPY[n]),
+            blank("i1", 6, 256),
         ],
         lambda x, y, z: (None, None, np.stack([x == y, x != y, x < y, x <= y, x > y, x >= y])),
     )  # fmt: skip
@@ -272,7 +284,10 @@ def bitcasts(x: tw.Tensor, y: tw.Tensor):
     tw.store(y, 0, tw.bitcast(tw.load(x, 0, 256), y.dtype))
 
 
-for _name, _other in (("f32", "i32"), ("i32", "f32"), ("bf16", "i16"), ("f16", "bf16"), ("f64", "i64"), ("f8e4m3", "i8"), ("i8", "f8e5m2")):  # fmt: skip
+for _name, _other in (
+    ("f32", "i32"), ("i32", "f32"), ("bf16", "i16"), ("f16", "bf16"), ("f64", "i64"), ("f8e4m3", "i8"),
+    ("i8", "f8e5m2"),
+):  # fmt: skip
     add(
         f"bitcast-{_name}-{_other}", bitcasts,
         lambda n=_name, o=_other: [numbers(n, 256, low=1), blank(o, 256)],
@@ -292,7 +307,7 @@ def reductions(x: tw.Tensor, rows: tw.Tensor, columns: tw.Tensor, everything: tw
 
 
 def _reduction(fn: str, name: str) -> None:
-    result = "i32" if fn in ("sum", "prod") and name in ("i1", "i8", "i16") or fn.startswith("arg") else name
+    result = "i32" if (fn in ("sum", "prod") and name in ("i1", "i8", "i16")) or fn.startswith("arg") else name
 
     def arrays() -> list[Array]:
         x = numbers(name, 32, 64, low=0.9, high=1.1) if fn == "prod" else numbers(name, 32, 64)
@@ -348,12 +363,14 @@ def joined(x: tw.Tensor, y: tw.Tensor, z: tw.Tensor, *, AXIS: tw.constexpr, A: t
 
 for _name, _a, _b, _axis in (
     ("f32", (16, 32), (16, 32), 0), ("f32", (16, 32), (16, 32), 1), ("f32", (64, 32), (32, 32), 0),
-    ("i32", (8, 48), (8, 16), 1), ("bf16", (3, 64), (5, 64), 0), ("f64", (1, 128), (1, 64), -1), ("i8", (16, 1), (16, 3), 1),
+    ("i32", (8, 48), (8, 16), 1), ("bf16", (3, 64), (5, 64), 0), ("f64", (1, 128), (1, 64), -1),
+    ("i8", (16, 1), (16, 3), 1),
 ):  # fmt: skip
     add(
         f"cat-{_name}-{_a[0]}x{_a[1]}-{_b[0]}x{_b[1]}-{_axis}", joined,
         lambda n=_name, a=_a, b=_b, axis=_axis: [
-            numbers(n, *a), numbers(n, *b, seed=1), blank(n, *np.concatenate([np.zeros(a), np.zeros(b), np.zeros(a)], axis).shape)
+            numbers(n, *a), numbers(n, *b, seed=1),
+            blank(n, *np.concatenate([np.zeros(a), np.zeros(b), np.zeros(a)], axis).shape),
         ],
         lambda x, y, z, axis=_axis: (None, None, np.concatenate([x, y * y.dtype.type(2), x], axis)),
         AXIS=_axis, A=_a, B=_b, slack=0,
@@ -377,7 +394,9 @@ def taken(x: Array, index: Array, axis: int, pad: float) -> Array:
 
 
 @tw.kernel
-def gather_rows(x: tw.Tensor, i: tw.Tensor, y: tw.Tensor, *, AXIS: tw.constexpr, SHAPE: tw.constexpr, PAD: tw.constexpr):
+def gather_rows(
+    x: tw.Tensor, i: tw.Tensor, y: tw.Tensor, *, AXIS: tw.constexpr, SHAPE: tw.constexpr, PAD: tw.constexpr
+):
     rows = tw.load(i, 0, SHAPE[AXIS], pad=-1)
     for j in tw.range(tw.cdiv(x.shape[1 - AXIS], SHAPE[1 - AXIS])):
         place = (0, j) if AXIS == 0 else (j, 0)
@@ -530,7 +549,7 @@ def _tiles(y: Array, old: Array) -> tuple[Array, Array]:
 
 add(
     "atomic-tile-index", atomic_tiles, lambda: [np.zeros((6, 13), np.int32), blank("i32", 16, 16)],
-    lambda y, old: _tiles(y, old), (2,), num_warps=4,
+    _tiles, (2,), num_warps=4,
 )  # fmt: skip
 
 

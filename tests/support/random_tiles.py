@@ -95,9 +95,11 @@ class Program:
     def binary(self) -> None:
         a = self.tile()
         b = self.tile(a.dtype, a.shape)
-        forms = ["{a} + {b}", "{a} - {b}", "{a} * {b}", "tw.maximum({a}, {b})", "tw.minimum({a}, {b})", "tw.where({a} < {b}, {a}, {b})", "-{a}", "tw.abs({a})"]  # fmt: skip
+        forms = "{a} + {b};{a} - {b};{a} * {b};tw.maximum({a}, {b});tw.minimum({a}, {b});-{a};tw.abs({a})".split(";")
+        forms.append("tw.where({a} < {b}, {a}, {b})")
         if a.dtype == "i32":
-            forms += ["{a} & {b}", "{a} ^ {b}", "{a} | 5", "{a} >> 2", "{a} << 1", "{a} // 3", "{a} % 7", "~{a}", "({a} == {b}).to(tw.int32)"]  # fmt: skip
+            forms += "{a} & {b};{a} ^ {b};{a} | 5;{a} >> 2;{a} << 1;{a} // 3;{a} % 7;~{a}".split(";")
+            forms.append("({a} == {b}).to(tw.int32)")
         self.new(self.pick(forms).format(a=a.name, b=b.name), a.dtype, a.shape)
 
     def cast(self) -> None:
@@ -111,7 +113,9 @@ class Program:
         else:
             kind = self.pick(("float16", "bfloat16", "float8_e4m3", "int32"))
             text = f"{a.name}.to(tw.{kind})"
-            self.new(text if kind == "int32" else f"{text}.to(tw.float32)", "i32" if kind == "int32" else "f32", a.shape)
+            self.new(
+                text if kind == "int32" else f"{text}.to(tw.float32)", "i32" if kind == "int32" else "f32", a.shape
+            )
 
     def reduce(self) -> None:
         a = self.tile()
@@ -205,14 +209,14 @@ class Program:
         self.tiles, self.scalars = tiles, scalars
 
     def statements(self, count: int, nested: bool = False) -> None:
-        kinds = [self.binary, self.binary, self.cast, self.reduce, self.spread, self.scan, self.reshape, self.cat, self.gather, self.update, self.dot]  # fmt: skip
+        kinds = [self.binary, self.binary, self.cast, self.reduce, self.spread, self.scan, self.reshape]
+        kinds += [self.cat, self.gather, self.update, self.dot]
         for _ in range(count):
             self.pick(kinds if nested else [*kinds, self.loop, self.branch])()
 
     def finish(self) -> None:
         """Every store has a place of its own: the order of two that overlap is not defined."""
         for number, tile in enumerate(self.tiles[-3:]):
-            rows = tile.shape if len(tile.shape) == 2 else (1, *tile.shape)
             value = tile.name if len(tile.shape) == 2 else f"{tile.name}[None, :]"
             self.emit(f"tw.store({'f' if tile.dtype == 'f32' else 'i'}[{number}, p, q], (0, 0), {value})")
 

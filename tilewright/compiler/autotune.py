@@ -66,7 +66,7 @@ class AutotunedKernel(Kernel):
         self.configs = tuple(configs)
         self.prune, self.protect = prune, tuple(protect)
         self.best_config: Config | None = None
-        self.choices: dict[str, Config] = {}
+        self.choices: dict[Any, Config] = {}
         signature = inspect.signature(kernel.definition.fn).parameters
         if not self.configs:
             raise ArgumentError(f"tw.autotune of '{self.__name__}' has no configs")
@@ -113,7 +113,7 @@ class AutotunedLaunch(Launch):
         place = self.device or where({n: v for n, v in arguments.items() if hasattr(v, "shape")})
         if INTERPRET.get() or not place.startswith(("cuda", "hip")):
             return self._pruned(arguments)[0]
-        key = f"{place} {tuning_key(kernel, arguments)}"
+        key = (place, *_quick_key(kernel, arguments))
         found = kernel.choices.get(key)
         if found is None:
             found = kernel.choices[key] = self._pinned_or_tuned(place, arguments, args, kwargs)
@@ -181,6 +181,18 @@ class _KeyPart:
             return eval(self._code, {"__builtins__": {}}, {**self.defaults, **arguments})
         except Exception as error:
             raise ArgumentError(f"the key {self.text!r} of tw.autotune: {type(error).__name__}: {error}") from error
+
+
+def _quick_key(kernel: AutotunedKernel, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """`tuning_key` without making texts: equal for equal ones."""
+    parts = [part.value(arguments) for part in kernel.key]
+    constexprs = kernel.constexpr_names
+    for name, value in arguments.items():
+        if name in constexprs:
+            parts += [name, type(value), tuple(value) if isinstance(value, list) else value]
+        elif (dtype := getattr(value, "dtype", None)) is not None:
+            parts += [name, dtype]
+    return tuple(parts)
 
 
 def tuning_key(kernel: AutotunedKernel, arguments: Mapping[str, Any]) -> str:

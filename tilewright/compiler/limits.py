@@ -15,7 +15,10 @@ SPILL_LIMIT = {"nvidia": 4096, "amd": 1024}
 
 
 def check_spills(entries: Iterable[tuple[Any, Resources]], target: str, loc: Location) -> None:
-    """Raise `BackendFailure` where a kernel needs far more registers than a thread has. ``entries``: (ABI, resources)."""
+    """Raise `BackendFailure` where a kernel needs far more registers than a thread has.
+
+    ``entries``: (ABI, resources) of each.
+    """
     machine = get_target(target)
     limit, unit = SPILL_LIMIT[machine.vendor], "bytes" if machine.vendor == "nvidia" else "registers"
     for abi, used in entries:

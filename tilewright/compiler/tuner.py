@@ -76,6 +76,7 @@ def tune(trial: Trial, configs: Sequence[Config], title: str, clock: Clock | Non
     outcome = Outcome(configs[0])
     with on_device(trial.device), _progress(title, len(configs)) as advance:
         plans, errors = _compile(trial, configs, advance)
+        trial.device.synchronize()  # earlier work may be on another stream than ours
         restores = _save(trial, list(plans)) if plans else []
         try:
             runnable = {c: p for c, p in plans.items() if _runs(trial, c, p, errors)}

@@ -57,10 +57,10 @@ def device_assert(emit: Emitter, condition: Any, message: Any) -> None:
             hint = "compare it: x != 0"
             given = describe(condition)
             raise CompileError(f"tw.device_assert needs bools, got {given}", hint=hint, argument="condition")
-        emit.builder.assert_(condition, text)
+        emit.builder.check(condition, text)
         return
     holds = emit.truth(condition, "the condition of tw.device_assert")
-    emit.builder.assert_(holds if isinstance(holds, Value) else emit.constant(holds, i1), text)
+    emit.builder.check(holds if isinstance(holds, Value) else emit.constant(holds, i1), text)
 
 
 @implements(tw.assume)

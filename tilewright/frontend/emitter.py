@@ -116,6 +116,8 @@ class Emitter:
         """An arithmetic or bitwise operator on numbers, scalars and tiles."""
         a, b = self.plain(a), self.plain(b)
         symbol, meaning = ARITHMETIC[fn]
+        if a is None or b is None:
+            require_operands(symbol, a, b)
         if not contains_value(a) and not contains_value(b):
             return fold(symbol, meaning, a, b)
         if isinstance(a, tuple) and isinstance(b, tuple) and fn == "add":
@@ -250,6 +252,7 @@ def require_operands(symbol: str, *values: Any) -> None:
     for value in values:
         if not is_operand(value):
             hint = "load a tile first: tw.load(view, index, shape)" if isinstance(value, Value) else ""
+            hint = "a helper gives None where it ends without 'return'" if value is None else hint
             raise CompileError(f"'{symbol}' does not apply to {describe(value)}", hint=hint)
 
 

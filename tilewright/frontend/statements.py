@@ -98,7 +98,7 @@ class Statements(Expressions):
         condition = self.emit.truth(self.visit(node.test), "the condition of 'assert'")
         message = str(self.visit(node.msg)) if node.msg else ""
         if isinstance(condition, Value):
-            self.emit.builder.assert_(condition, message or ast.unparse(node.test))
+            self.emit.builder.check(condition, message or ast.unparse(node.test))
         elif not condition:
             raise self.error_at(node.test, "assertion failed" + (f": {message}" if message else ""))
 

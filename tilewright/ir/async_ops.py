@@ -40,13 +40,14 @@ class Alloc(Operation):
 class MakeRing(Operation):
     """Full and empty barriers. ``producers``/``consumers`` are the arrivals that complete a phase.
 
-    An ``elastic`` ring gets as many stages as shared memory allows. The shared-memory plan sets
+    An ``elastic`` ring gets as many stages as shared memory allows, up to ``most``. The shared-memory plan sets
     ``offset`` (bytes) of the barriers, 8 bytes each: full[stages], then empty[stages].
     """
 
     producers: int = attribute(default=1)
     consumers: int = attribute(default=1)
     elastic: bool = attribute(default=False)
+    most: int | None = attribute(default=None)
     offset: int | None = attribute(default=None)
 
 

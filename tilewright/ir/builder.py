@@ -214,7 +214,7 @@ class Builder:
     def print_(self, text: str, values: Sequence[Value]) -> None:
         self.insert(check_ops.Print(values, text=text))
 
-    def assert_(self, condition: Value, text: str = "") -> None:
+    def check(self, condition: Value, text: str = "") -> None:
         self.insert(check_ops.Assert(condition, text=text))
 
     def assume(self, condition: Value) -> None:

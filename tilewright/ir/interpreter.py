@@ -2,7 +2,8 @@
 
 Scalars are NumPy scalars, tiles NumPy arrays (never written to), views strided NumPy arrays. Layouts have no numeric
 meaning. Here: `run` and the rules of ``tile.*``. Elsewhere: the rules of ``async.*`` (`interpreter_async`), of gathers,
-atomic updates and checks (`interpreter_indexed`), the meaning of arithmetic (`interpreter_numerics`), and how operations execute (`interpreter_machine`).
+atomic updates and checks (`interpreter_indexed`), the meaning of arithmetic (`interpreter_numerics`), and how
+operations execute (`interpreter_machine`).
 """
 
 from __future__ import annotations

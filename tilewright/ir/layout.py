@@ -1,5 +1,6 @@
 """Tile layouts: the one import for `LinearLayout`, fragment constructors and shared-memory layouts."""
 
+from tilewright.ir.layout_access import access_cost, near_coalesced
 from tilewright.ir.layout_convert import ConversionPlan, conversion_cost, plan_conversion
 from tilewright.ir.layout_exchange import ExchangeLayout, ExchangePlan
 from tilewright.ir.layout_fragments import (
@@ -34,6 +35,7 @@ __all__ = [
     "LinearLayout",
     "SharedLayout",
     "ShufflePlan",
+    "access_cost",
     "bank_conflicts",
     "blocked",
     "choose_shared_layout",
@@ -47,6 +49,7 @@ __all__ = [
     "mma_sync_accumulator",
     "mma_sync_operand_a",
     "mma_sync_operand_b",
+    "near_coalesced",
     "plan_conversion",
     "shared_candidates",
     "shared_cycles",

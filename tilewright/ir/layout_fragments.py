@@ -24,6 +24,8 @@ _MFMA_ACCUMULATORS: dict[tuple[int, int], tuple[list[Vector], list[Vector]]] = {
     (4, 64): ([(1, 0), (2, 0)], [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (0, 32)]),
     (64, 4): ([(1, 0), (2, 0)], [(0, 1), (0, 2), (4, 0), (8, 0), (16, 0), (32, 0)]),
 }
+#: f64 16 x 16: a lane has every fourth row
+_MFMA_F64: tuple[list[Vector], list[Vector]] = ([(4, 0), (8, 0)], [(0, 1), (0, 2), (0, 4), (0, 8), (1, 0), (2, 0)])
 
 
 def blocked(
@@ -239,15 +241,23 @@ def _fma_bases(columns: int) -> tuple[int, int]:
 
 
 def mfma_accumulator(
-    shape: Sequence[int], instr: tuple[int, int] = (32, 32), warps: tuple[int, int] = (1, 1)
+    shape: Sequence[int],
+    instr: tuple[int, int] = (32, 32),
+    warps: tuple[int, int] = (1, 1),
+    element_bits: int = 32,
+    transposed: bool = False,
 ) -> LinearLayout:
-    """D fragment of MFMA on wave64. instr: (32, 32), (16, 16), (4, 64) or (64, 4).
+    """D fragment of MFMA on wave64. instr: (32, 32), (16, 16), (4, 64) or (64, 4); f64: (16, 16) alone.
 
-    32x32: column l % 32, row 8 (r // 4) + 4 (l // 32) + r % 4, r in 0..15. 16x16: column l % 16, row 4 (l // 16) + r.
+    32x32: column l % 32, row 8 (r // 4) + 4 (l // 32) + r % 4, r in 0..15. 16x16: column l % 16, row 4 (l // 16) + r,
+    in f64 l // 16 + 4 r. ``transposed``: the product of the transposed operands, rows and columns exchanged.
     """
-    if instr not in _MFMA_ACCUMULATORS:
-        raise ValueError(f"no MFMA with tile {instr}; known: {sorted(_MFMA_ACCUMULATORS)}")
-    registers, lanes = _MFMA_ACCUMULATORS[instr]
+    if instr not in _MFMA_ACCUMULATORS or (element_bits == 64 and instr != (16, 16)):
+        known = [(16, 16)] if element_bits == 64 else sorted(_MFMA_ACCUMULATORS)
+        raise ValueError(f"no MFMA with tile {instr} of {element_bits}-bit accumulators; known: {known}")
+    registers, lanes = _MFMA_F64 if element_bits == 64 else _MFMA_ACCUMULATORS[instr]
+    if transposed:
+        registers, lanes = ([(column, row) for row, column in bases] for bases in (registers, lanes))
     return _warp_tiles(shape, instr, registers, lanes, warps, warps)
 
 

@@ -56,6 +56,7 @@ class SharedLayout:
     - swizzle 128, 64 or 32 (bytes = block width, the TMA modes): address bits [4:6] ^= bits [7:9] (128), [4:5] ^=
       [7:8] (64), [4] ^= [7] (32). One TMA box per block writes exactly this.
     - max_phase > 1 (AMD, as Triton): column ^= (line // per_phase % max_phase) * vec, vec in elements.
+    - phases: column ^= vec * (XOR of phases[i] over the set bits i of line), any linear swizzle by lines.
     - neither: plain. The block is then the whole width, or its power-of-two part where the width is not one.
     """
 
@@ -66,6 +67,7 @@ class SharedLayout:
     vec: int = 1
     per_phase: int = 1
     max_phase: int = 1
+    phases: Vector = ()
 
     def __post_init__(self) -> None:
         if sorted(self.order) != list(range(len(self.shape))) or not self.shape or min(self.shape) < 1:
@@ -74,7 +76,7 @@ class SharedLayout:
             raise ValueError(f"elements of {self.element_bits} bits: shared layouts take a power of two of bits")
         if self.swizzle not in _SWIZZLE_CHUNK_BITS:
             raise ValueError(f"swizzle of {self.swizzle} bytes: only 0, 32, 64 and 128 exist")
-        if self.swizzle and self.max_phase > 1:
+        if (self.swizzle > 0) + (self.max_phase > 1) + (len(self.phases) > 0) > 1:
             raise ValueError("a layout is either byte-swizzled or phase-swizzled, not both")
         if not all(is_power_of_two(value) for value in (self.vec, self.per_phase, self.max_phase)):
             raise ValueError("vec, per_phase and max_phase are powers of two")
@@ -85,6 +87,8 @@ class SharedLayout:
             )
         if self.max_phase > 1 and self.vec * self.max_phase > self.block_size:
             raise ValueError(f"{self.max_phase} phases of {self.vec} elements exceed a line of {self.block_size}")
+        if any(phase < 0 or (phase + 1) * self.vec > self.block_size for phase in self.phases):
+            raise ValueError(f"phases {list(self.phases)} of {self.vec} elements exceed a line of {self.block_size}")
         self._check_repetitions()
 
     def _check_repetitions(self) -> None:
@@ -95,8 +99,9 @@ class SharedLayout:
         if self.swizzle and prod(core) * self.element_bits % period_bits:
             raise ValueError(f"{list(self.shape)} repeats a core of {list(core)}, which cuts the swizzle's pattern")
         lines, core_lines = self.num_lines, prod(core) // core[self.order[0]]
-        if self.max_phase > 1 and lines != core_lines and core_lines % (self.per_phase * self.max_phase):
-            raise ValueError(f"{lines} lines repeat {core_lines}, which cuts the pattern of {self.max_phase} phases")
+        period = 1 << len(self.phases) if self.phases else self.per_phase * self.max_phase if self.max_phase > 1 else 1
+        if lines != core_lines and core_lines % period:
+            raise ValueError(f"{lines} lines repeat {core_lines}, which cuts the pattern of {period} lines")
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
@@ -133,6 +138,8 @@ class SharedLayout:
         column = arrays[self.order[0]]
         block, column = column // self.block_size, column % self.block_size
         column = column ^ (line // self.per_phase % self.max_phase * self.vec)
+        for bit, phase in enumerate(self.phases):
+            column = column ^ ((line >> bit & 1) * (phase * self.vec))
         offset = (block * self.num_lines + line) * self.block_size + column
         if not self.swizzle:
             return offset
@@ -196,6 +203,8 @@ class SharedLayout:
         kind = f"{self.swizzle}B" if self.swizzle else "none"
         if self.max_phase > 1:
             kind = f"xor, vec={self.vec}, per_phase={self.per_phase}, max_phase={self.max_phase}"
+        elif self.phases:
+            kind = f"xor, vec={self.vec}, phases={_list_text(self.phases)}"
         return f"shared<{kind}, order={_list_text(self.order)}>"
 
     def __str__(self) -> str:
@@ -212,9 +221,12 @@ class SharedLayout:
         if "order" not in fields or size is None or bits is None:
             raise ValueError(f"{text!r} lacks order, or shape and bits that its context does not give")
         order, kind = fields.pop("order"), match[1]
-        if set(fields) != ({"vec", "per_phase", "max_phase"} if kind == "xor" else set()):
+        allowed = [{"vec", "per_phase", "max_phase"}, {"vec", "phases"}] if kind == "xor" else [set()]
+        if set(fields) not in allowed:
             raise ValueError(f"unexpected or missing fields in {text!r}: {sorted(fields)}")
         swizzle = int(kind[:-1]) if kind.endswith("B") else 0
+        if "phases" in fields:
+            fields["phases"] = tuple(fields["phases"])
         return cls(tuple(size), bits, tuple(order), swizzle, **fields)
 
 

@@ -31,15 +31,15 @@ class Target:
     #: bank model of `tilewright.ir.layout.bank_conflicts`: nvidia, cdna3 or cdna4
     banks: str
     features: frozenset[str] = frozenset()
-    #: k of the 16-bit matrix instruction by (m, n), AMD only
-    mfma_k: tuple[tuple[tuple[int, int], int], ...] = ()
     registers_per_unit: int = 65536
+    #: dies to which blocks are dealt in turn, each with an L2 cache of its own
+    chiplets: int = 1
 
     def has(self, feature: str) -> bool:
         """Whether the hardware has a feature, and tilewright uses it there.
 
         tma, wgmma, mbarrier, setmaxnreg; cp_async, mma_sync, mma_fp8 (fp8 operands of mma.sync), mma_f64 (its larger
-        f64 shapes), stmatrix; mfma.
+        f64 shapes), stmatrix; mfma, mfma_long (twice the K), mfma_xf32, fp8_ocp (the 8-bit formats are OCP's).
         """
         return feature in self.features
 
@@ -52,7 +52,7 @@ _AMPERE = frozenset({"cp_async", "mma_sync"})
 _HOPPER = _AMPERE | {"mma_fp8", "mma_f64", "stmatrix"}
 _AMD: dict[str, Any] = dict(
     vendor="amd", warp_size=64, registers_per_thread=512, triple="amdgcn-amd-amdhsa", llvm_features="",
-    features=frozenset({"mfma"}), registers_per_unit=131072,
+    registers_per_unit=131072, chiplets=8,
 )  # fmt: skip
 
 TARGETS: dict[str, Target] = {
@@ -80,11 +80,11 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "gfx942", shared_bytes=65536, units=304, cpu="gfx942", banks="cdna3",
-            mfma_k=(((32, 32), 8), ((16, 16), 16)), **_AMD,
+            features=frozenset({"mfma", "mfma_xf32"}), **_AMD,
         ),
         Target(
             "gfx950", shared_bytes=163840, units=256, cpu="gfx950", banks="cdna4",
-            mfma_k=(((32, 32), 16), ((16, 16), 32)), **_AMD,
+            features=frozenset({"mfma", "mfma_long", "fp8_ocp"}), **_AMD,
         ),
     )
 }  # fmt: skip

@@ -277,9 +277,7 @@ class Dot(Operation):
     def verify(self) -> None:
         a, b, acc = (_operand_shape(v) for v in (self.a, self.b, self.acc))
         self.require(len(a) == len(b) == len(acc) == 2, "operands are matrices")
-        self.require(
-            a[1] == b[0] and acc == (a[0], b[1]), f"shapes {list(a)} @ {list(b)} + {list(acc)} do not agree"
-        )
+        self.require(a[1] == b[0] and acc == (a[0], b[1]), f"shapes {list(a)} @ {list(b)} + {list(acc)} do not agree")
         self.require(element_type(self.a.type) == element_type(self.b.type), "a and b have one dtype")
         self.require(self.acc.type == self.result.type, "the result has the accumulator's type")
 

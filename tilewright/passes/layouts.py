@@ -306,9 +306,7 @@ class _Assignment:
         tile = _tile(source)
         if isinstance(op, Extract):
             sizes = _tile(result).shape
-            return part_layouts(
-                tile.shape, op.offsets, sizes, tile.dtype.bits, self.warps, self.target.warp_size
-            )
+            return part_layouts(tile.shape, op.offsets, sizes, tile.dtype.bits, self.warps, self.target.warp_size)
         forward, backward = RULES[type(op)]
         candidates: list[LinearLayout | None] = [self._blocked(source, axis) for axis in reversed(range(tile.rank))]
         candidates += [backward(op, self._blocked(result, axis)) for axis in reversed(range(_tile(result).rank))]

@@ -171,9 +171,9 @@ def matrix_unit(target: Target, function: Function) -> MatrixUnit:
         return Wgmma(target)
     if target.has("mma_sync"):
         from tilewright.passes.matrix_mma_sync import SynchronousUnits
-        from tilewright.passes.matrix_mfma import needs_whole_rows
+        from tilewright.passes.warp_grid import rows_stay_together
 
-        return SynchronousUnits(target, needs_whole_rows(function))
+        return SynchronousUnits(target, rows_stay_together(function))
     if target.has("mfma"):
         from tilewright.passes.matrix_mfma import Mfma, needs_whole_rows
 

@@ -1,52 +1,39 @@
 """MFMA, the matrix unit of CDNA: operands and accumulators in registers, results interlocked by the hardware.
 
-AMD CDNA3 and CDNA4 ISA guides, "Matrix Arithmetic Instructions": v_mfma_f32_{32x32x8,16x16x16}_{f16,bf16} on
-gfx942, v_mfma_f32_{32x32x16,16x16x32}_{f16,bf16} on gfx950 (which also keeps the shorter ones).
+Accumulators are held transposed (the instruction is given B first): a lane then has four neighbouring columns of one
+row. That is how a row-major result is stored, it is the left operand of a next dot as it stands, and a sum or maximum
+along rows stays in the lane but for its last steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from tilewright.ir.async_ops import AsyncDot
-from tilewright.ir.core import Function, IRError
-from tilewright.ir.layout import (
-    LinearLayout,
-    SharedLayout,
-    bank_conflicts,
-    choose_shared_layout,
-    mfma_accumulator,
-    mfma_operand,
+from tilewright.ir.core import Function, IRError, Operation, Value
+from tilewright.ir.layout import LinearLayout, SharedLayout, mfma_accumulator, mfma_operand
+from tilewright.ir.layout_swizzle import choose_swizzle
+from tilewright.ir.mfma import (
+    ACCUMULATOR_RUN,
+    READ_BYTES,
+    MfmaProduct,
+    accumulator_dtype,
+    least_k,
+    mfma_products,
+    tile_sizes,
 )
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, Reduce
-from tilewright.ir.types import TileType, bf16, f16, f32
+from tilewright.ir.tile_ops import Dot, For, If, Load, Reduce, While
+from tilewright.ir.types import DType, TileType, f32
 from tilewright.passes.analysis import backward_slice, enclosing_operations
 from tilewright.passes.copy_layouts import VECTOR_BYTES, copy_layouts
-from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape
+from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape, result_type
+from tilewright.passes.warp_grid import deals
 
-#: accumulator registers per lane above which the dot is spread over eight waves instead of four
+#: 32-bit accumulators per lane above which the dot is spread over eight waves instead of four
 MOST_ACCUMULATORS = 160
-#: K of the instructions for 16-bit elements that every CDNA since gfx90a has
-SHORTEST_K = {(32, 32): 8, (16, 16): 16}
 
-
-@dataclass(frozen=True)
-class Instruction:
-    """v_mfma_f32_MxNxK; a lane holds ``k_per_lane`` consecutive k of one row of A or column of B."""
-
-    m: int
-    n: int
-    k: int
-
-    @property
-    def k_per_lane(self) -> int:
-        return self.k * self.m // 64
-
-    @property
-    def mnk(self) -> tuple[int, int, int]:
-        return self.m, self.n, self.k
+_LONG_NAMES = {"f32": "float32", "f64": "float64", "i32": "int32"}
 
 
 class Mfma(MatrixUnit):
@@ -62,19 +49,24 @@ class Mfma(MatrixUnit):
 
     def check(self, dot: Dot) -> None:
         (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
-        dtype = operand_dtype(dot)
-        if dtype not in (bf16, f16):
-            raise IRError(f"dot of {dtype} is not supported on {self.target.name} yet", dot.loc, "cast to bf16 or f16")
-        acc = dot.acc.type
-        if not isinstance(acc, TileType) or acc.dtype != f32:
+        dtype, acc, name = operand_dtype(dot), result_type(dot).dtype, self.target.name
+        wanted = accumulator_dtype(dtype)
+        if wanted is None:
+            hint = "convert the operands, for example to int8, float16 or float32"
+            raise IRError(f"{name} has no dot of {dtype}", dot.loc, hint)
+        if acc != wanted:
             raise IRError(
-                "dot accumulates in float32", dot.loc, "make the accumulator with tw.zeros(shape, tw.float32)"
-            )
-        if m % 16 or n % 16 or k % 16:
-            raise IRError(
-                f"dot of ({m}, {k}) @ ({k}, {n}) does not fit {self.target.name}",
+                f"dot of {dtype} accumulates in {wanted}, not in {acc}",
                 dot.loc,
-                "M, N and K must be multiples of 16",
+                f"make the accumulator with tw.zeros(shape, tw.{_LONG_NAMES[wanted.name]})",
+            )
+        depth = least_k(self.target, dtype, min(tile_sizes(dtype)))
+        if m % 16 or n % 16 or k % depth:
+            raise IRError(
+                f"dot of ({m}, {k}) @ ({k}, {n}) in {dtype} does not fit {name}",
+                dot.loc,
+                f"M and N must be multiples of 16 and K of {depth}: load a larger tile, "
+                "parts outside the tensor read as 0",
             )
 
     def warps(self, dots: Sequence[Dot]) -> int:
@@ -82,66 +74,87 @@ class Mfma(MatrixUnit):
 
         Fewer where the tiles do not divide by so many.
         """
-        sizes = [operand_shape(d, "a")[0] * operand_shape(d, "b")[1] for d in dots]
-        warps = 8 if max(sizes) > 4 * self.target.warp_size * MOST_ACCUMULATORS else 4
+        sizes = [result_type(dot).size for dot in dots]
+        words = max(result_type(dot).size * result_type(dot).dtype.bits // 32 for dot in dots)
+        warps = 8 if words > 4 * self.target.warp_size * MOST_ACCUMULATORS else 4
         while warps > 1 and max(sizes) < warps * 16 * 16:
             warps //= 2
-        while warps > 1 and not all(any(_tilings(shape[0], shape[1], warps)) for shape in map(_result_shape, dots)):
+        while warps > 1 and not all(any(self._tilings(dot, warps)) for dot in dots):
             warps //= 2  # 3 x 3 instruction tiles divide by nothing
         return warps
 
     def accumulator(self, shape: tuple[int, ...], warps: int) -> LinearLayout:
-        (m, n), grid = self._tiling(shape, warps)
-        return mfma_accumulator(shape, (m, n), grid)
+        """That of a product into f32."""
+        tile, grid = self._best(shape, _tilings(shape, (32, 16), warps), warps)
+        return mfma_accumulator(shape, (tile, tile), grid, transposed=True)
+
+    def result(self, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
+        tile, grid = self._tiling(dot, warps)
+        type_ = result_type(dot)
+        return mfma_accumulator(type_.shape, (tile, tile), grid, type_.dtype.bits, transposed=True)
 
     def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
-        _, grid = self._tiling(_result_shape(dot), warps)
-        instruction = self.instruction(dot, warps)
-        return mfma_operand(operand_shape(dot, which), which, instruction.mnk, instruction.k_per_lane, grid)
+        _, grid = self._tiling(dot, warps)
+        product = self.instruction(dot, warps)
+        return mfma_operand(operand_shape(dot, which), which, product.mnk, product.run, grid)
 
-    def instruction(self, dot: Dot | AsyncDot, warps: int) -> Instruction:
-        """The instruction for a dot: the largest tile that leaves no wave idle, the longest K that divides."""
-        tile, _ = self._tiling(_result_shape(dot), warps)
-        k = dict(self.target.mfma_k)[tile]
-        depth = operand_shape(dot, "a")[1]
-        return Instruction(*tile, k if depth % k == 0 else SHORTEST_K[tile])
+    def instruction(self, dot: Dot | AsyncDot, warps: int) -> MfmaProduct:
+        """The instructions for a dot: the largest tile that leaves no wave idle, the longest K that divides.
+
+        An operand that was computed from another dot has the runs of an accumulator, so that it need not move.
+        """
+        tile, _ = self._tiling(dot, warps)
+        dtype, depth = operand_dtype(dot), operand_shape(dot, "a")[1]
+        run = accumulator_run(result_type(dot).dtype) if _is_computed(dot) else None
+        precision = dot.precision if isinstance(dot, Dot) else "default"
+        for product in mfma_products(self.target, dtype, precision, tile, run):
+            if depth % product.k == 0:
+                return product
+        raise IRError(f"no matrix instruction of {self.target.name} has a K that divides {depth}", dot.loc)
 
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
-        """K runs fastest, so that an operand is one ds_read; swizzled so that these reads meet no bank twice."""
+        """K runs fastest, so that an operand is one ds_read; swizzled so that no access meets a bank twice."""
         shape, bits = operand_shape(dot, which), operand_dtype(dot).bits
         depth = 1 if which == "a" else 0
-        operand = self.operand(which, dot, warps)
-        read_bytes = self.instruction(dot, warps).k_per_lane * bits // 8
+        read_bytes = min(READ_BYTES, self.instruction(dot, warps).run * bits // 8)
         staging = copy_layouts(shape, bits, contiguous, depth, warps, self.target.warp_size)
-        options = []
-        for option in _swizzles(shape, bits, (depth, 1 - depth)):
-            try:
-                if bank_conflicts(operand, option, read_bytes, self.target.banks) == 0:
-                    options.append(option)
-            except ValueError:
-                continue  # the swizzle cuts the operand's vectors
-        options = options or [SharedLayout(shape, bits, (depth, 1 - depth))]
-        writers = [(staging.store, VECTOR_BYTES)]
-        readers = [(operand, read_bytes)]
-        return choose_shared_layout(shape, bits, (depth, 1 - depth), readers, writers, self.target.banks, options)
+        readers = ((self.operand(which, dot, warps), read_bytes),)
+        writers = ((staging.store, VECTOR_BYTES),)
+        return choose_swizzle(shape, bits, (depth, 1 - depth), readers, writers, self.target.banks)
 
-    def _tiling(self, shape: tuple[int, ...], warps: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _tiling(self, dot: Dot | AsyncDot, warps: int) -> tuple[int, tuple[int, int]]:
+        return self._best(result_type(dot).shape, self._tilings(dot, warps), warps)
+
+    def _tilings(self, dot: Dot | AsyncDot, warps: int) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Those whose instructions' K divides the dot's."""
+        dtype, depth = operand_dtype(dot), operand_shape(dot, "a")[1]
+        tiles = [tile for tile in tile_sizes(dtype) if depth % least_k(self.target, dtype, tile) == 0]
+        return _tilings(result_type(dot).shape, tiles, warps)
+
+    def _best(
+        self, shape: Sequence[int], choices: Iterator[tuple[int, tuple[int, int]]], warps: int
+    ) -> tuple[int, tuple[int, int]]:
         """Instruction tile and grid of waves: no idle wave, then whole rows, then 32x32, then the least traffic."""
         m, n = shape
 
-        def cost(choice: tuple[tuple[int, int], tuple[int, int]]) -> tuple[int, ...]:
-            (rows, columns), (wm, wn) = choice
-            used = min(wm, m // rows) * min(wn, n // columns)
-            across = min(wn, n // columns) if self.whole_rows else 0
-            return -used, across, -rows, m // wm + n // wn, max(wm, wn)
+        def cost(choice: tuple[int, tuple[int, int]]) -> tuple[int, ...]:
+            tile, (wm, wn) = choice
+            used = min(wm, m // tile) * min(wn, n // tile)
+            across = min(wn, n // tile) if self.whole_rows else 0
+            return -used, across, -tile, m // wm + n // wn, max(wm, wn)
 
-        choices = list(_tilings(m, n, warps))
-        if not choices:
+        found = list(choices)
+        if not found:
             raise IRError(
                 f"a product of ({m}, {n}) cannot be spread over {warps} waves of {self.target.name}",
                 hint="make the tile's sizes powers of two, or use fewer num_warps",
             )
-        return min(choices, key=cost)
+        return min(found, key=cost)
+
+
+def accumulator_run(dtype: DType) -> int:
+    """Consecutive columns that a lane holds of an accumulator."""
+    return ACCUMULATOR_RUN if dtype.bits == f32.bits else 1
 
 
 def needs_whole_rows(function: Function) -> bool:
@@ -159,34 +172,36 @@ def needs_whole_rows(function: Function) -> bool:
     return any(isinstance(value.op, Dot | AsyncDot) for value in backward_slice(sources, loops))
 
 
-def _tilings(m: int, n: int, warps: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    for tile in (32, 16):
-        if m % tile or n % tile:
+def _is_computed(dot: Dot | AsyncDot) -> bool:
+    """Whether an operand comes from another dot, through operations on tiles alone (`tile.load` ends the search)."""
+    seen: set[Value] = set()
+    pending: list[Value] = [dot.a, dot.b]
+    while pending:
+        value = pending.pop()
+        if value in seen or not isinstance(value.type, TileType) or value.op is None or isinstance(value.op, Load):
+            continue
+        seen.add(value)
+        if isinstance(value.op, Dot | AsyncDot):
+            return True
+        pending += _sources(value, value.op)
+    return False
+
+
+def _sources(value: Value, op: Operation) -> list[Value]:
+    if isinstance(op, For | While | If):
+        position = op.results.index(value)
+        ends = [region.block.terminator for region in op.regions[-1 if isinstance(op, For | While) else 0 :]]
+        return [end.operands[position] for end in ends if end is not None]
+    return op.operands
+
+
+def _tilings(
+    shape: Sequence[int], tiles: Sequence[int], warps: int
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    for tile in tiles:
+        if any(size % tile for size in shape):
             continue
         for bit in range(warps.bit_length()):
-            wm, wn = 1 << bit, warps >> bit
-            if all(_deals(size // tile, count) for size, count in ((m, wm), (n, wn))):
-                yield (tile, tile), (wm, wn)
-
-
-def _deals(tiles: int, waves: int) -> bool:
-    """Whether ``tiles`` can be dealt to ``waves``, replicated where there are fewer (see `mfma_accumulator`)."""
-    used = min(tiles, waves)
-    return tiles % used == 0 and waves % used == 0 and used & (used - 1) == 0
-
-
-def _swizzles(shape: tuple[int, ...], bits: int, order: tuple[int, int]) -> Iterator[SharedLayout]:
-    """Plain first, then XOR swizzles of 16- and 8-byte vectors."""
-    yield SharedLayout(shape, bits, order)
-    for vector_bytes in (16, 8):
-        for per_phase in (1, 2, 4, 8):
-            for max_phase in (2, 4, 8, 16):
-                try:
-                    yield SharedLayout(shape, bits, order, 0, vector_bytes * 8 // bits, per_phase, max_phase)
-                except ValueError:
-                    continue
-
-
-def _result_shape(dot: Dot | AsyncDot) -> tuple[int, ...]:
-    assert isinstance(dot.acc.type, TileType)
-    return dot.acc.type.shape
+            grid = (1 << bit, warps >> bit)
+            if all(deals(size // tile, count) for size, count in zip(shape, grid, strict=True)):
+                yield tile, grid

@@ -39,7 +39,7 @@ class Group:
     loads: list[Load]
     first_use: Operation
     last_use: Operation
-    elastic: bool
+    in_loop: bool
     ring: Value | None = None
     buffers: list[Value] = field(default_factory=list)
 
@@ -69,8 +69,12 @@ class Pipeline(FunctionPass):
         b = Builder(function.body.block, function.loc)
         with b.at(function.body.block, position=0):
             for group in groups:
-                fixed = 1 if not group.elastic else stages
-                group.ring = b.ring(fixed or LEAST_STAGES, hint="ring", elastic=fixed is None)
+                if group.in_loop:
+                    group.ring = b.ring(stages or LEAST_STAGES, hint="ring", elastic=stages is None)
+                else:
+                    # once per program: a second stage lets a persistent block fetch the next program's tile
+                    ahead = bool(function.attributes.get("persistent"))
+                    group.ring = b.ring(1, hint="ring", elastic=ahead, **({"most": 2} if ahead else {}))
                 for load in group.loads:
                     group.buffers.append(b.alloc(_slot_type(load), group.ring, hint=load.result.hint))
 

@@ -2,21 +2,43 @@
 
 Elastic rings start with the stages that their schedule needs and share what is left, one stage at a
 time in turn, up to ``max_stages``.
-Operations that exchange data between warps (reductions, layout conversions) run one after the other
-and reuse one scratch area. Running out of memory is an error that lists each buffer.
+
+Operations that exchange data between warps (reductions, layout conversions) begin with a barrier, so those of
+one role, or of a program without roles, take one scratch area in turns. Where all warps run one program, buffers
+and scratch whose lifetimes do not overlap share memory (`shared_lifetimes`), with a barrier between their uses;
+the buffers of roles may be in flight at any time and keep theirs.
+Running out of memory is an error that lists each buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, MakeRing
+from tilewright.ir.async_ops import Alloc, BulkStore, Copy, MakeRing, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
-from tilewright.ir.scratch import scratch_bytes
+from tilewright.ir.scratch import SCRATCH_ALIGNMENT, scratch_bytes
 from tilewright.ir.types import BufferType, RingType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.shared_lifetimes import Area, Lifetime, Lifetimes, scratch_users, separate
 
 BARRIER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Something that needs memory; ``life`` None: all the time. Scratch of one ``group`` takes turns."""
+
+    owner: Operation
+    size: int
+    alignment: int
+    life: Lifetime | None
+    group: int | None = None
+
+    def conflicts(self, other: _Item) -> bool:
+        if self.group is not None and self.group == other.group:
+            return False
+        return self.life is None or other.life is None or self.life.overlaps(other.life)
 
 
 @register_pass("shared-plan")
@@ -26,29 +48,104 @@ class SharedPlan(FunctionPass):
     max_stages: int = 8
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
-        allocs = [op for op in function.walk() if isinstance(op, Alloc)]
-        rings = [op for op in function.walk() if isinstance(op, MakeRing)]
-        users = [op for op in function.walk() if scratch_bytes(op)]
-        scratch = max((scratch_bytes(op) for op in users), default=0)
+        plan = _Plan(function)
         limit = context.target.shared_bytes
-        elastic = [r for r in rings if r.elastic]
-        growing = list(elastic)
+        growing = [r for r in plan.rings if r.elastic]
         while growing:
             ring = growing.pop(0)
-            _set_stages(ring, allocs, _stages(ring) + 1)
-            if _total(allocs, rings, scratch) > limit:
-                _set_stages(ring, allocs, _stages(ring) - 1)
-            elif _stages(ring) < self.max_stages:
+            _set_stages(ring, plan.allocs, _stages(ring) + 1)
+            if plan.place()[1] > limit:
+                _set_stages(ring, plan.allocs, _stages(ring) - 1)
+            elif _stages(ring) < min(self.max_stages, ring.most or self.max_stages):
                 growing.append(ring)
-        total = _total(allocs, rings, scratch)
+        areas, total = plan.place()
         if total > limit:
             raise IRError(
                 f"'{function.name}' needs {total} bytes of shared memory, {context.target.name} has {limit}:\n"
-                + _listing(allocs, rings, scratch),
+                + plan.listing(),
                 function.loc,
                 "use smaller tiles or fewer stages (num_stages=)",
             )
-        function.attributes["shared_bytes"] = _place(allocs, rings, users, scratch)
+        plan.commit(areas)
+        function.attributes["shared_bytes"] = total
+        if plan.in_one_order:
+            separate(function, areas)
+
+
+class _Plan:
+    """The owners of shared memory in one function."""
+
+    def __init__(self, function: Function):
+        ops = list(function.walk())
+        self.allocs = [op for op in ops if isinstance(op, Alloc)]
+        self.rings = [op for op in ops if isinstance(op, MakeRing)]
+        self.users = list(scratch_users(function))
+        self.scratch = {op: scratch_bytes(op) for op in self.users}
+        self.in_one_order = not any(isinstance(op, Role | MakeRing | Copy | BulkStore) for op in ops)
+        self.groups = _roles_of(self.users)
+        lifetimes = Lifetimes(function) if self.in_one_order else None
+        self.lives = {op: lifetimes.of(op) for op in [*self.allocs, *self.users]} if lifetimes else {}
+
+    def items(self) -> list[_Item]:
+        """Buffers, most aligned and then largest first, then scratch."""
+        buffers = [_Item(a, _buffer(a).bytes, _buffer(a).slot.layout.alignment, self.lives.get(a)) for a in self.allocs]
+        scratch = [
+            _Item(op, size, SCRATCH_ALIGNMENT, self.lives.get(op), self.groups[op]) for op, size in self.scratch.items()
+        ]
+        keep_order = not self.in_one_order
+        buffers.sort(key=lambda item: (-item.alignment, 0 if keep_order else -item.size))
+        return buffers + sorted(scratch, key=lambda item: -item.size)
+
+    def place(self) -> tuple[dict[Operation, Area], int]:
+        """The lowest place for each item that no item alive at the same time takes; then the rings' barriers."""
+        placed: list[tuple[_Item, Area]] = []
+        for item in self.items():
+            taken = sorted((area.first, area.size) for other, area in placed if item.conflicts(other))
+            offset = 0
+            for first, size in taken:
+                if offset + item.size <= first:
+                    break
+                offset = max(offset, _round_up(first + size, item.alignment))
+            placed.append((item, Area(item.owner, offset, item.size)))
+        areas = {item.owner: area for item, area in placed}
+        end = _round_up(max((a.first + a.size for a in areas.values()), default=0), BARRIER_BYTES)
+        for ring in self.rings:
+            size = 2 * _stages(ring) * BARRIER_BYTES
+            areas[ring] = Area(ring, end, size)
+            end += size
+        return areas, end
+
+    def commit(self, areas: dict[Operation, Area]) -> None:
+        for op in [*self.allocs, *self.rings]:
+            op.offset = areas[op].first
+        for op in self.users:
+            op.attributes["scratch"] = areas[op].first
+
+    def listing(self) -> str:
+        lines = []
+        for alloc in self.allocs:
+            buffer = _buffer(alloc)
+            shape = "x".join(map(str, buffer.slot.shape))
+            text = f"{buffer.bytes} bytes ({buffer.stages} x {shape} {buffer.slot.dtype})"
+            lines.append(f"  {_name(alloc.result)}: {text}")
+        for group in sorted(set(self.groups.values())):
+            largest = max(self.scratch[op] for op in self.users if self.groups[op] == group)
+            lines.append(f"  exchange between warps: {largest} bytes")
+        if self.rings:
+            lines.append(f"  barriers: {sum(2 * _stages(r) * BARRIER_BYTES for r in self.rings)} bytes")
+        return "\n".join(lines)
+
+
+def _roles_of(users: Sequence[Operation]) -> dict[Operation, int]:
+    """Operation -> number of the role that it belongs to; 0 outside of roles."""
+    roles: dict[Operation, int] = {}
+    found: dict[Operation, int] = {}
+    for user in users:
+        op: Operation | Function | None = user
+        while isinstance(op, Operation) and not isinstance(op, Role):
+            op = op.parent.parent.parent if op.parent is not None and op.parent.parent is not None else None
+        found[user] = roles.setdefault(op, len(roles) + 1) if isinstance(op, Role) else 0
+    return found
 
 
 def _set_stages(ring: MakeRing, allocs: list[Alloc], stages: int) -> None:
@@ -70,40 +167,6 @@ def _buffer(alloc: Alloc) -> BufferType:
 
 def _round_up(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
-
-
-def _total(allocs: list[Alloc], rings: list[MakeRing], scratch: int) -> int:
-    return _place(allocs, rings, [], scratch)
-
-
-def _place(allocs: list[Alloc], rings: list[MakeRing], users: Sequence[Operation], scratch: int) -> int:
-    """Assign offsets, most aligned first; returns the end."""
-    offset = 0
-    for alloc in sorted(allocs, key=lambda a: -_buffer(a).slot.layout.alignment):
-        offset = _round_up(offset, _buffer(alloc).slot.layout.alignment)
-        alloc.offset = offset
-        offset += _buffer(alloc).bytes
-    offset = _round_up(offset, 128)
-    for op in users:
-        op.attributes["scratch"] = offset
-    offset = _round_up(offset + scratch, BARRIER_BYTES)
-    for ring in rings:
-        ring.offset = offset
-        offset += 2 * _stages(ring) * BARRIER_BYTES
-    return offset
-
-
-def _listing(allocs: list[Alloc], rings: list[MakeRing], scratch: int) -> str:
-    lines = []
-    for alloc in allocs:
-        buffer, name = _buffer(alloc), _name(alloc.result)
-        shape = "x".join(map(str, buffer.slot.shape))
-        lines.append(f"  {name}: {buffer.bytes} bytes ({buffer.stages} x {shape} {buffer.slot.dtype})")
-    if scratch:
-        lines.append(f"  exchange between warps: {scratch} bytes")
-    if rings:
-        lines.append(f"  barriers: {sum(2 * _stages(r) * BARRIER_BYTES for r in rings)} bytes")
-    return "\n".join(lines)
 
 
 def _name(value: Value) -> str:

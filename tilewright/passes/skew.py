@@ -18,6 +18,7 @@ The values are computed in the same order as before, so the results have the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewright.ir.async_ops import Alloc, Await, Release, Role, Slot, TransposeSlot
@@ -185,7 +186,7 @@ class _Parts:
     products: list[Operation]  # up to the last dot that does not lag
     overlapped: list[Operation]  # vector work beside the lagging dot
     behind: list[Operation]  # needs the lagging dot's result
-    conversions: list[Operation]  # makes its next register operands
+    conversions: Sequence[Operation]  # makes its next register operands
 
     @classmethod
     def of(cls, block: Block, lag: Lag, accumulator: Value) -> _Parts:

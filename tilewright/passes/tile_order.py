@@ -3,14 +3,27 @@
 A kernel with matrix products that is scheduled with roles becomes persistent: each block
 walks the grid, so that copies for the next tile overlap the end of this one. Where two loads
 follow different grid axes, the tiles that run at the same time form a square-ish window (groups of
-``group`` rows), so that both operands are found in L2 again.
+``group`` rows), so that both operands are found in L2 again. Where programs further along an axis run
+longer loops (a triangular product), the long ones go first within a window of ``group`` places along
+the other axes, so that the blocks end together and what programs of a place share stays in L2.
 """
 
 from __future__ import annotations
 
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation, Value, replace_uses
-from tilewright.ir.tile_ops import BlockId, Dot, Load, NumBlocks, ProgramId
+from tilewright.ir.tile_ops import (
+    Binary,
+    BlockId,
+    Constant,
+    Dim,
+    Dot,
+    For,
+    Load,
+    NumBlocks,
+    NumPrograms,
+    ProgramId,
+)
 from tilewright.ir.types import ScalarType, i32
 from tilewright.passes.analysis import enclosing_operations, program_axes
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -31,6 +44,7 @@ class TileOrder(FunctionPass):
             has_dots = any(isinstance(op, Dot) for op in function.walk())
             persistent = has_dots and schedule_of(function, context.target) == ROLES
         axes = reuse_axes(function)
+        longest = growing_axis(function) if persistent and axes is None else None
         if not ids or not (persistent or axes):
             return
         body = function.body.block
@@ -45,10 +59,10 @@ class TileOrder(FunctionPass):
             loop = b.for_loop(block, total, blocks, [], ["tile"])
             function.attributes["persistent"] = True
             with b.at(loop.body.block):
-                self._number_tiles(b, function, ids, loop.index, sizes, axes, original)
+                self._number_tiles(b, function, ids, loop.index, sizes, axes, longest, original)
                 b.yield_()
         else:
-            self._number_tiles(b, function, ids, block, sizes, axes, original)
+            self._number_tiles(b, function, ids, block, sizes, axes, longest, original)
 
     def _number_tiles(
         self,
@@ -58,10 +72,14 @@ class TileOrder(FunctionPass):
         tile: Value,
         sizes: list[Value],
         axes: tuple[int, int] | None,
+        longest: int | None,
         original: list[Operation],
     ) -> None:
         """Decode ``tile`` into program ids, then place the original body behind."""
-        programs = decode(b, tile, sizes, axes, self.group)
+        if longest is not None:
+            programs = decode_longest_first(b, tile, sizes, longest, self.group)
+        else:
+            programs = decode(b, tile, sizes, axes, self.group)
         for axis, value in enumerate(programs):
             value.hint = value.hint or f"program_{axis}"
         for op in original:
@@ -113,3 +131,49 @@ def decode(b: Builder, tile: Value, sizes: list[Value], axes: tuple[int, int] | 
     column = b.binary("floordiv", place, height)
     found = {axes[0]: row, axes[1]: column}
     return [found.get(axis, outer) for axis in range(3)]
+
+
+def growing_axis(function: Function) -> int | None:
+    """A grid axis along which some loop with matrix products gets longer."""
+    for op in function.walk():
+        if isinstance(op, For) and any(isinstance(o, Dot) for o in op.body.walk()):
+            for axis in range(3):
+                if _direction(op.hi, axis) == 1 and _direction(op.lo, axis) == 0:
+                    return axis
+    return None
+
+
+def _direction(value: Value, axis: int) -> int | None:
+    """1 or -1 where a scalar only grows or falls along a grid axis, 0 where it does not depend on it, None: unknown."""
+    op = value.op
+    if isinstance(op, ProgramId):
+        return 1 if op.axis == axis else 0
+    if op is None or isinstance(op, Constant | Dim | NumPrograms):
+        return 0
+    if not isinstance(op, Binary):
+        return None
+    left, right = _direction(op.lhs, axis), _direction(op.rhs, axis)
+    if left is None or right is None:
+        return None
+    if op.fn in ("mul", "floordiv"):
+        constant = op.rhs.op.value if isinstance(op.rhs.op, Constant) else 0
+        return left if constant > 0 else 0 if left == right == 0 else None
+    if op.fn == "sub":
+        right = -right
+    elif op.fn not in ("add", "min", "max"):
+        return 0 if left == right == 0 else None
+    return left or right if left * right >= 0 else None
+
+
+def decode_longest_first(b: Builder, tile: Value, sizes: list[Value], axis: int, group: int) -> list[Value]:
+    """Program ids of a linear tile number: ``axis`` falls, and moves slowest in windows of ``group`` other places."""
+    first, second = (a for a in range(3) if a != axis)
+    places = b.mul(sizes[first], sizes[second])
+    window = b.mul(sizes[axis], b.index(group))
+    start = b.mul(b.binary("floordiv", tile, window), b.index(group))
+    width = b.binary("min", b.sub(places, start), b.index(group))
+    inner = b.binary("mod", tile, window)
+    place = b.add(start, b.binary("mod", inner, width))
+    long = b.sub(b.sub(sizes[axis], b.index(1)), b.binary("floordiv", inner, width))
+    found = {axis: long, first: b.binary("mod", place, sizes[first]), second: b.binary("floordiv", place, sizes[first])}
+    return [found[a] for a in range(3)]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.ir.core import IRError
+from tilewright.ir.async_ops import AsyncDot
+from tilewright.ir.core import Function, IRError
+from tilewright.ir.tile_ops import Dot, Reduce
+from tilewright.ir.types import TileType
+from tilewright.passes.analysis import backward_slice, enclosing_operations
 
 
 def deals(tiles: int, warps: int) -> bool:
@@ -32,3 +36,17 @@ def warp_grid(shape: Sequence[int], tile: tuple[int, int], warps: int, whole_row
         m, n = shape
         raise IRError(f"a tile of ({m}, {n}) cannot be spread over {warps} warps", hint="use fewer: num_warps=")
     return min(choices, key=cost)
+
+
+def rows_stay_together(function: Function) -> bool:
+    """Whether results of dots are reduced along their rows or are the left operand of other dots.
+
+    Both stay inside a warp that holds whole rows, and cross warps through shared memory otherwise.
+    """
+    sources = []
+    for op in function.walk():
+        if isinstance(op, Reduce) and isinstance(op.source.type, TileType) and op.axis == op.source.type.rank - 1:
+            sources.append(op.source)
+        elif isinstance(op, Dot | AsyncDot) and isinstance(op.a.type, TileType):
+            sources.append(op.a)
+    return any(isinstance(v.op, Dot | AsyncDot) for v in backward_slice(sources, enclosing_operations(function)))

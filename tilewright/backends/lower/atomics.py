@@ -127,9 +127,7 @@ def _compare_and_swap(
 # --- old values for threads that hold copies --------------------------------------------------------
 
 
-def _pass_on(
-    lw: Lowering, op: indexed_ops.Atomic, layout: LinearLayout, dtype: DType, results: Registers
-) -> Registers:
+def _pass_on(lw: Lowering, op: indexed_ops.Atomic, layout: LinearLayout, dtype: DType, results: Registers) -> Registers:
     distinct = list(dict.fromkeys(results))
     if layout.free_bits("warp"):
         passed = _through_memory(lw, op, layout, dtype, distinct)

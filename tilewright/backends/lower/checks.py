@@ -93,7 +93,7 @@ def _divisibility(condition: Value) -> tuple[Value, int] | None:
 
 
 def _always_runs(lw: Lowering, op: Operation) -> bool:
-    """Whether the operation stands outside conditionals and loops, but for the one over a persistent block's programs."""
+    """Whether the operation stands outside conditionals and loops, the one over a persistent block's programs apart."""
     block = op.parent
     while block is not None and block is not lw.function.body.block:
         region = block.parent

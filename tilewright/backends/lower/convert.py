@@ -131,9 +131,7 @@ def _exchanged(
     return [results[register] for register in plan.equal]
 
 
-def _read(
-    lw: Lowering, reader: SharedAccess, part: Part, results: dict[int, mlir.Value], dtype: DType
-) -> Registers:
+def _read(lw: Lowering, reader: SharedAccess, part: Part, results: dict[int, mlir.Value], dtype: DType) -> Registers:
     """One slice; threads that take no part keep what they have."""
     condition = _takes_part(lw, part)
     if condition is None:

@@ -79,7 +79,9 @@ class TargetOps(ABC):
 
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
         """Print a text in printf's notation; values are i32, i64 or f64."""
-        raise lw.error(f"device_print does not exist on {self.target.name}", "store the value, or run on the cpu device")
+        raise lw.error(
+            f"device_print does not exist on {self.target.name}", "store the value, or run on the cpu device"
+        )
 
     def fail(self, lw: Lowering, text: str, file: str, line: int) -> None:
         """Stop the kernel; with the message where the hardware's runtime can show one."""

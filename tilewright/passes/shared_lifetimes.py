@@ -1,0 +1,173 @@
+"""Who needs shared memory when: lifetimes of buffers and scratch in programs that all warps run in one order.
+
+Operations are numbered as they appear, nested ones included. A buffer lives from its first to its last use within
+its *home*, the innermost block that holds all uses; where its content may come from an earlier run of that block
+(its first use there is not a write to a slot with a fixed count), the home is the block around the loop.
+Scratch lives for one operation. Two owners may share memory when their lifetimes do not overlap and a barrier lies
+between their uses, also around loops; `separate` inserts the barriers that are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Slot, TransposeSlot
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Block, Function, Operation, Value
+from tilewright.ir.scratch import scratch_bytes
+from tilewright.ir.tile_ops import Constant, For, While
+from tilewright.passes.analysis import ancestor_in
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """Numbers of the first and the last operation, inclusive."""
+
+    first: int
+    last: int
+
+    def overlaps(self, other: Lifetime) -> bool:
+        return self.first <= other.last and other.first <= self.last
+
+
+def buffer_of(value: Value) -> Alloc | None:
+    """The allocation behind a buffer or slot."""
+    while isinstance(value.op, Slot | TransposeSlot):
+        value = value.op.buffer if isinstance(value.op, Slot) else value.op.slot
+    return value.op if isinstance(value.op, Alloc) else None
+
+
+def buffers_used(op: Operation) -> list[Alloc]:
+    """The buffers that an operation itself reads or writes."""
+    if isinstance(op, Slot | TransposeSlot):
+        return []
+    found = [buffer_of(v) for v in op.operands]
+    return list(dict.fromkeys(a for a in found if a is not None))
+
+
+class Lifetimes:
+    """Numbers the operations of a function and gives the lifetime of each owner of shared memory."""
+
+    def __init__(self, function: Function):
+        self.span: dict[Operation, Lifetime] = {}
+        self.uses: dict[Alloc, list[Operation]] = {}
+        self._number(function.body.block, 0)
+
+    def _number(self, block: Block, number: int) -> int:
+        for op in block.ops:
+            first = number
+            number += 1
+            for alloc in buffers_used(op):
+                self.uses.setdefault(alloc, []).append(op)
+            for region in op.regions:
+                number = self._number(region.block, number)
+            self.span[op] = Lifetime(first, number - 1)
+        return number
+
+    def of(self, owner: Operation) -> Lifetime | None:
+        """The lifetime of a buffer or of an operation's scratch; None for a buffer without uses."""
+        if not isinstance(owner, Alloc):
+            return Lifetime(self.span[owner].first, self.span[owner].first)
+        uses = self.uses.get(owner)
+        if not uses:
+            return None
+        home = uses[0].parent
+        while home is not None:
+            inside = [ancestor_in(op, home) for op in uses]
+            if all(op is not None for op in inside):
+                around = _owner(home)
+                if not isinstance(around, For | While) or _starts_afresh(uses[0], home):
+                    spans = [self.span[op] for op in inside if op is not None]
+                    return Lifetime(min(s.first for s in spans), max(s.last for s in spans))
+            above = _owner(home)
+            home = above.parent if above is not None else None
+        raise AssertionError("the function's own block holds all uses")
+
+
+def _owner(block: Block) -> Operation | None:
+    owner = block.parent.parent if block.parent is not None else None
+    return owner if isinstance(owner, Operation) else None
+
+
+def _starts_afresh(first: Operation, home: Block) -> bool:
+    """Whether a run of the block begins by writing the buffer's slots, counting from a fixed number."""
+    if not isinstance(first, LocalStore) or first.parent is not home:
+        return False
+    slot = first.slot
+    while isinstance(slot.op, TransposeSlot):
+        slot = slot.op.slot
+    return isinstance(slot.op, Slot) and isinstance(slot.op.count.op, Constant)
+
+
+# --- barriers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Area:
+    """The bytes of one owner."""
+
+    owner: Operation
+    first: int
+    size: int
+
+    def overlaps(self, other: Area) -> bool:
+        return self.first < other.first + other.size and other.first < self.first + self.size
+
+
+def separate(function: Function, areas: dict[Operation, Area]) -> int:
+    """Insert barriers between uses of one piece of memory by different owners; returns how many."""
+    walk = _Walk(areas)
+    walk.block(function.body.block, frozenset())
+    for op in walk.missing:
+        assert op.parent is not None
+        b = Builder(op.parent, op.loc)
+        with b.at(op.parent, op.parent.ops.index(op)):
+            b.insert(Barrier())
+    return len(walk.missing)
+
+
+class _Walk:
+    """Follows the owners used since the last barrier. Operations with scratch begin with a barrier of their own."""
+
+    def __init__(self, areas: dict[Operation, Area]):
+        self.areas = areas
+        self.missing: dict[Operation, None] = {}
+
+    def block(self, block: Block, dirty: frozenset[Operation]) -> frozenset[Operation]:
+        for op in block.ops:
+            dirty = self.operation(op, dirty)
+        return dirty
+
+    def operation(self, op: Operation, dirty: frozenset[Operation]) -> frozenset[Operation]:
+        if isinstance(op, Barrier) or op in self.missing:
+            dirty = frozenset()
+        if op.regions:
+            return self.regions(op, dirty)
+        if op in self.areas and not isinstance(op, Alloc):
+            return frozenset({op})
+        used = [alloc for alloc in buffers_used(op) if alloc in self.areas]
+        if any(self._collides(alloc, dirty) for alloc in used):
+            self.missing[op] = None
+            dirty = frozenset()
+        return dirty | frozenset(used)
+
+    def regions(self, op: Operation, dirty: frozenset[Operation]) -> frozenset[Operation]:
+        if not isinstance(op, For | While):
+            return frozenset().union(*(self.block(r.block, dirty) for r in op.regions), dirty)
+        while True:
+            after = dirty
+            for region in op.regions:
+                after = self.block(region.block, after)
+            if after <= dirty:
+                return dirty
+            dirty |= after
+
+    def _collides(self, alloc: Alloc, dirty: frozenset[Operation]) -> bool:
+        area = self.areas[alloc]
+        return any(other is not alloc and area.overlaps(self.areas[other]) for other in dirty)
+
+
+def scratch_users(function: Function) -> Iterator[Operation]:
+    """The operations that borrow shared memory."""
+    return (op for op in function.walk() if scratch_bytes(op))

@@ -1,0 +1,318 @@
+"""Floating-point arithmetic, and the opcodes that integers share with it (PTX ISA 9.7.1, 9.7.3 to 9.7.5).
+
+Addition, multiplication, fma, division and square root are rounded once, in the mode asked for.
+Approximate functions (ex2, lg2, rcp, rsqrt, sin, cos, tanh ``.approx``, ``div.approx``, ``div.full``)
+are NumPy's, within 1 ulp of the exact value: the hardware's differ in the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
+from tilewright.runtime.emulator.nvidia.integer import divide, elementwise, integer_add, integer_multiply
+from tilewright.runtime.emulator.nvidia.numerics import (
+    bf16_to_f32,
+    canonical_nan,
+    f32_to_bf16,
+    flush,
+    fma64,
+    fma_to_odd,
+    narrow,
+    quotient_to_odd,
+    root_to_odd,
+    sum_to_odd,
+    to_f64,
+)
+from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
+from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
+
+_U32, _U16 = np.uint32, np.uint16
+_FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
+Function = Callable[..., Any]
+
+
+class Format:
+    """The modifiers that float instructions share, taken off ``inst``, and the type they apply to."""
+
+    def __init__(self, inst: Instruction) -> None:
+        self.inst = inst
+        self.mode = inst.one_of("rn", "rz", "rm", "rp", default="rn")
+        self.ftz, self.saturate, self.relu = inst.flag("ftz"), inst.flag("sat"), inst.flag("relu")
+        self.full = inst.type()
+        if self.full.name not in _FLOATS:
+            raise Problem(f"type .{self.full.name} is not a float type that is implemented")
+        self.packed = self.full.name.endswith("x2")
+        self.type = TYPES[self.full.name.removesuffix("x2")]
+        if self.type.name == "f64" and self.mode != "rn":
+            raise Problem("directed rounding of f64 is not implemented")
+
+    def bind(self, function: Function, operands: int) -> Execute:
+        """D = function(operands) on values of ``type``; pairs half by half."""
+        compute = self._wrapped(function)
+        if self.packed:
+            compute = halves(compute, self.type)
+        return elementwise(self.inst, self.full, [self.full] * operands, compute)
+
+    def _wrapped(self, function: Function) -> Function:
+        ftz = self.ftz
+        flushes = flush if self.type.name == "f32" else flush16 if self.type.name == "f16" else None
+        if flushes is None:
+            ftz = False
+        finish = self._finish
+        if not (ftz or self.saturate or self.relu):
+            return lambda *values: canonical_nan(function(*values))
+
+        def compute(*values: Array) -> Array:
+            if ftz and flushes is not None:
+                values = tuple(flushes(value) for value in values)
+            result = function(*values)
+            if ftz and flushes is not None:
+                result = flushes(result)
+            return finish(result)
+
+        return compute
+
+    def _finish(self, value: Array) -> Array:
+        """.sat: to [0, 1] with NaN as 0; .relu: negative as 0, NaN stays."""
+        if self.type.name == "bf16":
+            wide = bf16_to_f32(value)
+            return f32_to_bf16(self._clamp(wide))
+        return canonical_nan(self._clamp(value))
+
+    def _clamp(self, value: Array) -> Array:
+        zero, one = value.dtype.type(0), value.dtype.type(1)
+        if self.saturate:
+            value = np.where(value > zero, np.minimum(value, one), zero)
+        if self.relu:
+            value = np.where(value < zero, zero, value)
+            value = np.where(value == zero, zero, value)
+        return value
+
+
+def flush16(value: Array) -> Array:
+    """float16 subnormals -> zeros of their sign."""
+    result: Array = np.where(np.abs(value) < np.float16(2.0**-14), np.copysign(np.float16(0), value), value)
+    return result
+
+
+def halves(function: Function, type_: Type) -> Function:
+    """A function of 16-bit values applied to both halves of uint32 words."""
+    dtype = type_.dtype
+
+    def compute(*words: Array) -> Array:
+        low = function(*[word.astype(_U16).view(dtype) for word in words])
+        high = function(*[(word >> _U32(16)).astype(_U16).view(dtype) for word in words])
+        return low.view(_U16).astype(_U32) | high.view(_U16).astype(_U32) << _U32(16)
+
+    return compute
+
+
+def _is_float(inst: Instruction) -> bool:
+    return any(modifier in _FLOATS for modifier in inst.modifiers)
+
+
+# --- sums and products -----------------------------------------------------------------------------
+
+
+def _sum(form: Format, sign: int) -> Function:
+    type_, mode = form.type, form.mode
+    if type_.bits >= 32 and mode == "rn":
+        return (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b)
+    if type_.name == "f16" and mode == "rn":
+        return (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b)
+
+    def compute(a: Array, b: Array) -> Array:
+        wide_a, wide_b = to_f64(a, type_), to_f64(b, type_)
+        total = sum_to_odd(wide_a, wide_b if sign > 0 else -wide_b)
+        if mode == "rm":  # an exact zero of opposite signs is -0 when rounding down
+            total = np.where((total == 0) & (wide_a != 0), -0.0, total)
+        return narrow(total, type_, mode)
+
+    return compute
+
+
+@instruction("add", "sub")
+def _add(inst: Instruction) -> Execute:
+    sign = 1 if inst.name == "add" else -1
+    if not _is_float(inst):
+        return integer_add(inst, sign)
+    form = Format(inst)
+    return form.bind(_sum(form, sign), 2)
+
+
+@instruction("mul")
+def _mul(inst: Instruction) -> Execute:
+    if not _is_float(inst):
+        return integer_multiply(inst, adds=False)
+    form = Format(inst)
+    type_, mode = form.type, form.mode
+    if type_.name == "f64" or (type_.name != "bf16" and mode == "rn"):
+        return form.bind(lambda a, b: a * b, 2)
+    return form.bind(lambda a, b: narrow(to_f64(a, type_) * to_f64(b, type_), type_, mode), 2)
+
+
+@instruction("fma", "mad")
+def _fma(inst: Instruction) -> Execute:
+    if not _is_float(inst):
+        return integer_multiply(inst, adds=True)
+    form = Format(inst)
+    type_, mode = form.type, form.mode
+    if type_.name == "f64":
+        return form.bind(fma64, 3)
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        return narrow(fma_to_odd(to_f64(a, type_), to_f64(b, type_), to_f64(c, type_)), type_, mode)
+
+    return form.bind(compute, 3)
+
+
+@instruction("div")
+def _div(inst: Instruction) -> Execute:
+    if not _is_float(inst):
+        type_ = inst.type()
+        return elementwise(inst, type_, [type_, type_], divide)
+    approximate = inst.one_of("approx", "full", default="")
+    form = Format(inst)
+    if approximate or form.mode == "rn":
+        return form.bind(lambda a, b: a / b, 2)
+    return form.bind(lambda a, b: narrow(quotient_to_odd(a, b), form.type, form.mode), 2)
+
+
+@instruction("abs")
+def _abs(inst: Instruction) -> Execute:
+    if not _is_float(inst):
+        type_ = inst.type()
+        return elementwise(inst, type_, [type_], np.abs)
+    return _sign_bit(inst, lambda bits, sign: bits & ~sign)
+
+
+@instruction("neg")
+def _neg(inst: Instruction) -> Execute:
+    if not _is_float(inst):
+        type_ = inst.type()
+        return elementwise(inst, type_, [type_], lambda a: -a)
+    return _sign_bit(inst, lambda bits, sign: bits ^ sign)
+
+
+def _sign_bit(inst: Instruction, function: Function) -> Execute:
+    ftz, type_ = inst.flag("ftz"), inst.type(*_FLOATS)
+    bits = TYPES[f"b{type_.bits}"]
+    sign = bits.dtype(0x80008000 if type_.name.endswith("x2") else 1 << (type_.bits - 1))
+    if ftz and type_.name == "f32":
+        return elementwise(
+            inst, "f32", ["f32"], lambda a: function(flush(a).view(_U32), sign).view(np.float32)
+        )
+    return elementwise(inst, bits, [bits], lambda a: function(a, sign))
+
+
+@instruction("copysign")
+def _copysign(inst: Instruction) -> Execute:
+    """The sign of a on the magnitude of b (9.7.3.2)."""
+    type_ = inst.type("f32", "f64")
+    return elementwise(inst, type_, [type_, type_], lambda a, b: np.copysign(b, a))
+
+
+# --- minimum and maximum ---------------------------------------------------------------------------
+
+
+def _extreme(largest: bool, nan: bool, xorsign: bool) -> Function:
+    """-0 is below +0; with .NaN a NaN operand decides, else the other operand does (9.7.3.11)."""
+
+    def compute(a: Array, b: Array) -> Array:
+        if xorsign:
+            negative = np.signbit(a) ^ np.signbit(b)
+            a, b = np.abs(a), np.abs(b)
+        a, b = np.broadcast_arrays(a, b)
+        first = (a > b) if largest else (a < b)
+        tie = (a == b) & (np.signbit(b) if largest else np.signbit(a))
+        result = np.where(first | tie | np.isnan(b), a, b)
+        if nan:
+            result = np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), result)
+        if xorsign:
+            result = np.copysign(result, np.where(negative, -1, 1).astype(result.dtype))
+        return result
+
+    return compute
+
+
+@instruction("min", "max")
+def _min_max(inst: Instruction) -> Execute:
+    largest = inst.name == "max"
+    if not _is_float(inst):
+        relu = inst.flag("relu")
+        type_ = inst.type()
+        if type_.name.endswith("x2") or relu:
+            raise Problem("packed integers are not implemented")
+        return elementwise(inst, type_, [type_, type_], np.maximum if largest else np.minimum)
+    nan, xorsign = inst.flag("NaN"), inst.flag("xorsign") and inst.flag("abs")
+    form = Format(inst)
+    compute = _extreme(largest, nan, xorsign)
+    operands = len(inst.operands) - 1
+    function = compute if operands == 2 else lambda a, b, c: compute(compute(a, b), c)
+    if form.type.name == "bf16":
+        return form.bind(lambda *v: f32_to_bf16(function(*[bf16_to_f32(x) for x in v])), operands)
+    return form.bind(function, operands)
+
+
+# --- functions -------------------------------------------------------------------------------------
+
+
+@instruction("rcp")
+def _rcp(inst: Instruction) -> Execute:
+    inst.flag("approx")
+    form = Format(inst)
+    if form.mode == "rn":
+        return form.bind(lambda a: a.dtype.type(1) / a, 1)
+    return form.bind(lambda a: narrow(quotient_to_odd(np.ones_like(a), a), form.type, form.mode), 1)
+
+
+@instruction("sqrt")
+def _sqrt(inst: Instruction) -> Execute:
+    inst.flag("approx")
+    form = Format(inst)
+    if form.mode == "rn":
+        return form.bind(np.sqrt, 1)
+    return form.bind(lambda a: narrow(root_to_odd(a), form.type, form.mode), 1)
+
+
+def _approximate(function: Function) -> Callable[[Instruction], Execute]:
+    """Computed in float64 and rounded once."""
+
+    def bind(inst: Instruction) -> Execute:
+        inst.flag("approx")
+        form = Format(inst)
+        return form.bind(lambda a: narrow(function(to_f64(a, form.type)), form.type), 1)
+
+    return bind
+
+
+_FUNCTIONS: dict[str, Function] = {
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tanh": np.tanh,
+}
+for _name, _function in _FUNCTIONS.items():
+    instruction(_name)(_approximate(_function))
+
+
+@instruction("testp")
+def _testp(inst: Instruction) -> Execute:
+    test = inst.one_of("finite", "infinite", "number", "notanumber", "normal", "subnormal")
+    type_ = inst.type("f32", "f64")
+    tiny = np.finfo(type_.dtype).smallest_normal
+    tests: dict[str, Function] = {
+        "finite": np.isfinite,
+        "infinite": np.isinf,
+        "number": lambda a: ~np.isnan(a),
+        "notanumber": np.isnan,
+        "normal": lambda a: np.isfinite(a) & (np.abs(a) >= tiny),
+        "subnormal": lambda a: (a != 0) & (np.abs(a) < tiny),
+    }
+    return elementwise(inst, "pred", [type_], tests[test])

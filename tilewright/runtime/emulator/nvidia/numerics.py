@@ -1,0 +1,240 @@
+"""Rounding as PTX does it (PTX ISA 4.5, 9.7.3 to 9.7.5, 9.7.9.21 cvt), on NumPy arrays.
+
+Everything below float64 is computed in float64 *rounded to odd* and then rounded once more in the
+mode asked for: a float64 that was rounded to odd still tells on which side of any float32, float16
+or bfloat16 (or midpoint of two) the exact value lies, so the second rounding gives what a single
+one of the exact value would (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tilewright.runtime.emulator.nvidia.types import Array, Type
+
+_U16, _U32, _U64, _I64 = np.uint16, np.uint32, np.uint64, np.int64
+#: what the hardware gives for every NaN result of f32 and f16 arithmetic, and of bf16
+NAN32, NAN16 = np.uint32(0x7FFFFFFF), np.uint16(0x7FFF)
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+def bf16_to_f32(bits: Array) -> Array:
+    """uint16 patterns of bfloat16 -> float32 (exact)."""
+    value: Array = (bits.astype(_U32) << _U32(16)).view(np.float32)
+    return value
+
+
+def f32_to_bf16(value: Array) -> Array:
+    """float32 -> uint16 patterns of bfloat16, to nearest even; NaN becomes 0x7FFF."""
+    bits = np.asarray(value, np.float32).view(_U32)
+    rounded = (bits + (_U32(0x7FFF) + ((bits >> _U32(16)) & _U32(1)))) >> _U32(16)
+    result: Array = np.where(np.isnan(value), _U32(0x7FFF), rounded).astype(_U16)
+    return result
+
+
+_FP8_TYPES: dict[str, Any] = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
+_FP8_TABLES = {name: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for name, dtype in _FP8_TYPES.items()}
+_FP8_MAXIMUM = {"e4m3": 448.0, "e5m2": 57344.0}
+
+
+def fp8_to_f32(octets: Array, name: str) -> Array:
+    """uint8 -> float32 (exact); ``name`` is e4m3 or e5m2."""
+    value: Array = _FP8_TABLES[name][octets]
+    return value
+
+
+def f32_to_fp8(value: Array, name: str) -> Array:
+    """float32 -> uint8, to nearest even, saturating to the largest number (cvt .satfinite); NaN stays."""
+    bound = _FP8_MAXIMUM[name]
+    clipped = np.clip(value, -bound, bound)  # passes NaN
+    octets: Array = clipped.astype(_FP8_TYPES[name]).view(np.uint8)
+    return np.where(np.isnan(value), np.uint8(0x7F), octets).astype(np.uint8)
+
+
+def to_f64(value: Array, type_: Type) -> Array:
+    """A value of a float type (bf16 as its bits) as float64, exact."""
+    if type_.name == "bf16":
+        return bf16_to_f32(value).astype(np.float64)
+    return value.astype(np.float64)
+
+
+def flush(value: Array) -> Array:
+    """float32 subnormals -> zeros of their sign (``.ftz``)."""
+    result: Array = np.where(np.abs(value) < np.float32(2.0**-126), np.copysign(np.float32(0), value), value)
+    return result
+
+
+# --- exact arithmetic ------------------------------------------------------------------------------
+
+
+def round_to_odd(value: Array, error: Array) -> Array:
+    """``value`` + ``error`` (the nearest float64 and the exact remainder) rounded to odd."""
+    bits = value.view(_I64)
+    even = (bits & 1) == 0
+    step = np.where((error > 0) == (value > 0), 1, -1)
+    wrong = even & (error != 0) & np.isfinite(value) & (value != 0)
+    result: Array = np.where(wrong, bits + step, bits).view(np.float64)
+    return result
+
+
+def sum_to_odd(a: Array, b: Array) -> Array:
+    """a + b in float64, rounded to odd (Knuth's error-free sum)."""
+    a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    total = a + b
+    other = total - a
+    error = (a - (total - other)) + (b - other)
+    return round_to_odd(total, error)
+
+
+def fma_to_odd(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c rounded to odd; the product of two numbers of at most 26 bits is exact."""
+    return sum_to_odd(a.astype(np.float64) * b.astype(np.float64), c)
+
+
+def quotient_to_odd(a: Array, b: Array) -> Array:
+    """a / b of float32 or float16 values, rounded to odd: the remainder is exact in float64."""
+    a, b = np.broadcast_arrays(a.astype(np.float64), b.astype(np.float64))
+    quotient = a / b
+    high = quotient.astype(np.float32).astype(np.float64)
+    remainder = (a - high * b) - (quotient - high) * b
+    error = np.where(np.isfinite(remainder), np.sign(remainder) * np.sign(b), 0.0)
+    return round_to_odd(quotient, error)
+
+
+def root_to_odd(a: Array) -> Array:
+    """The square root of float32 values, rounded to odd."""
+    wide = a.astype(np.float64)
+    root = np.sqrt(wide)
+    high = root.astype(np.float32).astype(np.float64)
+    remainder = ((wide - high * high) - 2 * high * (root - high)) - (root - high) ** 2
+    return round_to_odd(root, np.where(np.isfinite(remainder), remainder, 0.0))
+
+
+def fma64(a: Array, b: Array, c: Array) -> Array:
+    """float64 fused multiply-add, to nearest: Dekker's product, and sums rounded to odd before the last.
+
+    Where the splitting overflows or the product's error underflows the plain sum is taken.
+    """
+    a, b, c = np.broadcast_arrays(a, b, c)
+    product = a * b
+    high_a, low_a = _split(a)
+    high_b, low_b = _split(b)
+    error = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
+    total = product + c
+    other = total - product
+    rest = (product - (total - other)) + (c - other)
+    corrected = total + sum_to_odd(rest, error)
+    result: Array = np.where(np.isfinite(corrected), corrected, total)
+    return result
+
+
+def _split(value: Array) -> tuple[Array, Array]:
+    scaled = value * 134217729.0
+    high = scaled - (scaled - value)
+    return high, value - high
+
+
+# --- rounding --------------------------------------------------------------------------------------
+
+
+def narrow(value: Array, type_: Type, mode: str = "rn") -> Array:
+    """float64 (rounded to odd, or exact) -> a smaller type, in mode rn, rz, rm, rp or rna (away)."""
+    if type_.name == "f64":
+        return value
+    if type_.name == "bf16":
+        return _narrow_bf16(value, mode)
+    if type_.name not in ("f32", "f16"):
+        raise AssertionError(type_.name)
+    nearest: Array = value.astype(type_.dtype)
+    if mode == "rn":
+        return nearest
+    back = nearest.astype(np.float64)
+    below, above = type_.dtype(-np.inf), type_.dtype(np.inf)
+    toward_zero = {"rz": np.abs(back) > np.abs(value), "rm": back > value, "rp": back < value}[mode]
+    if mode == "rz":
+        return np.where(toward_zero, np.nextafter(nearest, type_.dtype(0)), nearest)
+    return np.where(toward_zero, np.nextafter(nearest, below if mode == "rm" else above), nearest)
+
+
+def _narrow_bf16(value: Array, mode: str) -> Array:
+    """Through float32 rounded to odd, which bfloat16's 8 bits leave room for."""
+    nearest = narrow_odd32(value)
+    bits = nearest.view(_U32)
+    inexact, negative = (bits & _U32(0xFFFF)) != 0, np.signbit(nearest)
+    if mode == "rn":
+        return f32_to_bf16(nearest)
+    up = {"rz": np.zeros_like(negative), "rm": inexact & negative, "rp": inexact & ~negative}
+    if mode == "rna":
+        rounded = (bits + _U32(0x8000)) >> _U32(16)
+    else:
+        rounded = (bits >> _U32(16)) + up[mode].astype(_U32)
+    return np.where(np.isnan(value), _U32(0x7FFF), rounded).astype(_U16)
+
+
+def narrow_odd32(value: Array) -> Array:
+    """float64 -> float32 rounded to odd."""
+    truncated = narrow(value, _F32, "rz")
+    bits = truncated.view(_U32)
+    inexact = np.isfinite(value) & (truncated.astype(np.float64) != value)
+    result: Array = np.where(inexact, bits | _U32(1), bits).view(np.float32)
+    return result
+
+
+def to_tf32(value: Array, mode: str) -> Array:
+    """float32 -> tf32 bits in a uint32: 10 bits of mantissa, the low 13 zero."""
+    bits = value.view(_U32)
+    if mode == "rn":
+        bits = bits + _U32(0xFFF) + ((bits >> _U32(13)) & _U32(1))
+    elif mode == "rna":
+        bits = bits + _U32(0x1000)
+    result: Array = np.where(np.isnan(value), NAN32, bits & _U32(0xFFFFE000))
+    return result
+
+
+def canonical_nan(value: Array) -> Array:
+    """float32, float16 or bf16 patterns with every NaN replaced by the canonical one (PTX ISA 9.7.3)."""
+    if value.dtype == np.float32:
+        nan = np.isnan(value)
+        return np.where(nan, NAN32, value.view(_U32)).view(np.float32) if nan.any() else value
+    if value.dtype == np.float16:
+        nan = np.isnan(value)
+        return np.where(nan, NAN16, value.view(_U16)).view(np.float16) if nan.any() else value
+    return value
+
+
+_F32 = Type("f32", 32, np.float32, "f")
+_INTEGER_ROUNDING: dict[str, Any] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
+def round_to_integer(value: Array, mode: str) -> Array:
+    """A float rounded to an integral float, in mode rni, rzi, rmi or rpi."""
+    result: Array = _INTEGER_ROUNDING[mode](value)
+    return result
+
+
+def float_to_int(value: Array, mode: str, type_: Type) -> Array:
+    """Saturating conversion of a float64 array; NaN gives 0 (PTX ISA 9.7.9.21)."""
+    info = np.iinfo(type_.dtype)
+    whole = _INTEGER_ROUNDING[mode](value)
+    low, high = whole <= float(info.min), whole >= float(info.max)
+    inside = np.where(low | high | np.isnan(whole), 0.0, whole).astype(type_.dtype)
+    result: Array = np.where(low, type_.dtype(info.min), np.where(high, type_.dtype(info.max), inside))
+    return result.astype(type_.dtype)
+
+
+def int_to_float(value: Array, type_: Type, mode: str) -> Array:
+    """An integer array -> a float type; 64-bit integers go through float64 rounded to odd."""
+    nearest = value.astype(np.float64)
+    if value.dtype.itemsize == 8:
+        if type_.name == "f64":
+            if mode != "rn":
+                raise AssertionError(mode)
+            return nearest
+        low = value & value.dtype.type(0x7FF)
+        high = (value - low).astype(np.float64)  # at most 53 significant bits: exact
+        nearest = sum_to_odd(high, low.astype(np.float64))
+    return narrow(nearest, type_, mode)
