@@ -223,7 +223,11 @@ def test_replicated_sources_and_results():
         if result.num_warps != 4:
             continue
         plan = plan_conversion(source, result, 32, "nvidia")
-        run = run_shuffles(plan.shuffles, source, result) if plan.shuffles else run_exchange(plan.exchange, source, result)
+        run = (
+            run_shuffles(plan.shuffles, source, result)
+            if plan.shuffles
+            else run_exchange(plan.exchange, source, result)
+        )
         np.testing.assert_array_equal(run, elements(result))
 
 

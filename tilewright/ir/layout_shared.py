@@ -28,7 +28,6 @@ from tilewright.ir.layout_linear import (
 )
 
 
-
 class MemoryLayout(Protocol):
     """What counting accesses asks of a layout in shared memory."""
 

@@ -266,8 +266,7 @@ def _sent(source: LinearLayout, maps: _Maps) -> tuple[tuple[tuple[int, ...], ...
     positions, words = range(1 << len(maps.packed)), range(1 << len(maps.source_words))
     return tuple(
         tuple(
-            tuple(held[combine(maps.source_words, word) ^ combine(maps.packed, p)] for p in positions)
-            for word in words
+            tuple(held[combine(maps.source_words, word) ^ combine(maps.packed, p)] for p in positions) for word in words
         )
         for held in flat_registers(source)
     )

@@ -25,7 +25,7 @@ from tilewright.ir.layout_shared import (
 )
 
 #: bytes that a swizzle may keep together, and the choices that `find_phases` looks at before it gives up
-VECTORS, MOST_CHOICES = (16, 8, 4), 20000
+VECTORS, MOST_CHOICES = (16, 8, 4), 2500
 
 
 @lru_cache(maxsize=512)

@@ -1,21 +1,24 @@
 """layouts: give every tile a layout, and insert conversions where neighbours disagree.
 
 Values that elementwise operations, loops and conditionals tie together form a class with one layout.
-Layouts that an earlier pass has set stand. Matrix accumulators and operands fix theirs next, then loads
-and stores (coalesced along the contiguous axis); each choice spreads through reductions, broadcasts and
-transpositions before the next weaker one is made, and what is left gets a plain blocked layout.
+Layouts that an earlier pass has set stand, and matrix accumulators and operands fix theirs; each choice spreads
+through reductions, broadcasts and transpositions. What is left and meets memory is decided by cost: among the
+layouts that one of the loads and stores in reach would like, the one with the fewest cycles for all of them,
+conversions included (`layout_costs`). The rest gets a plain blocked layout.
+
+Then every load and store goes its cheapest way: in the layout of its class, or in a coalesced one with a conversion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tilewright.ir.async_ops import AsyncDot, LocalLoad, Role, Wait
+from tilewright.ir.async_ops import AsyncDot, LocalLoad, MakeRing, Role, Wait
 from tilewright.ir.builder import Builder
 from tilewright.ir.check_ops import Print
 from tilewright.ir.core import Function, IRError, Operation, Region, Value
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
-from tilewright.ir.layout import LinearLayout, blocked
+from tilewright.ir.layout import LinearLayout, blocked, conversion_cost
 from tilewright.ir.scratch import scan_bits
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import (
@@ -42,12 +45,17 @@ from tilewright.ir.tile_ops import (
     Yield,
 )
 from tilewright.ir.types import TileType, ViewType
+from tilewright.passes.analysis import enclosing_operations
 from tilewright.passes.cat_layouts import CatLayouts, cat_layouts, part_layouts
+from tilewright.passes.layout_costs import Access, best_access
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
+from tilewright.passes.staging import may_stage
 
 #: elements of the largest tile that one thread of a kernel without dots should hold
 ELEMENTS_PER_THREAD, MOST_WARPS = 32, 8
+#: how many times the body of a loop is thought to run
+LOOP_WEIGHT = 8
 
 
 @register_pass("layouts")
@@ -96,6 +104,16 @@ class _Assignment:
         self.ops = [op for op in function.walk() if not isinstance(op, Role)]
         has_dots = any(isinstance(op, Dot | AsyncDot) for op in self.ops)
         self.unit: MatrixUnit | None = matrix_unit(target, function) if has_dots else None
+        self.loops = enclosing_operations(function)
+        #: rings take all shared memory that is left: conversions of roles borrow none
+        self.may_borrow = not any(isinstance(op, MakeRing) for op in self.ops)
+        self.accesses = [a for op in self.ops if (a := Access.of(op, warps, target)) and self._is_open(a)]
+
+    def _is_open(self, access: Access) -> bool:
+        """Whether the layout of a load or store is to be decided here: not by earlier passes, nor by `staging`."""
+        if isinstance(access.op, Load):
+            return access.tile.layout is None
+        return not (any(isinstance(op, Role) for op in self.loops.values()) and may_stage(access.op, self.target))
 
     def run(self) -> None:
         for op in self.ops:
@@ -106,7 +124,14 @@ class _Assignment:
         for op in self.ops:
             self._matrix_anchor(op)
         self._spread()
-        for anchor in (self._operand_anchor, self._cat_anchor, self._memory_anchor, self._default_anchor):
+        anchors = (
+            self._operand_anchor,
+            self._cat_anchor,
+            self._cheapest_anchor,
+            self._memory_anchor,
+            self._default_anchor,
+        )
+        for anchor in anchors:
             for op in self.ops:
                 anchor(op)
                 self._spread()
@@ -115,6 +140,8 @@ class _Assignment:
                 value.type = value.type.with_layout(self.of(value))
         for op in list(self.function.walk()):
             self._convert(op)
+        for access in self.accesses:
+            self._route(access)
 
     # --- classes --------------------------------------------------------------------------------
 
@@ -194,9 +221,7 @@ class _Assignment:
         return cat_layouts(result.shape, op.axis, sizes, result.dtype.bits, self.warps, self.target.warp_size)
 
     def _memory_anchor(self, op: Operation) -> None:
-        if isinstance(op, Load):
-            self._assign(op.result, self._coalesced(op.result, op.view))
-        elif isinstance(op, Store):
+        if isinstance(op, Store):
             self._assign(op.value, self._coalesced(op.value, op.view))
         elif isinstance(op, Gather):
             self._assign(op.result, self._scattered(op.result, op.view, op.axes))
@@ -251,6 +276,76 @@ class _Assignment:
                     changed |= layout is not None
                     if layout is not None:
                         self._assign(result, layout)
+
+    # --- choices by cost ----------------------------------------------------------------------------
+
+    def _cheapest_anchor(self, op: Operation) -> None:
+        """The cheapest layout for a load or store and all that it decides by spreading."""
+        access = next((a for a in self.accesses if a.op is op), None)
+        if access is None or self.known(access.value):
+            return
+        decided = set(self.layout)
+        members, best = self._trial(access, access.coalesced(), decided, [])
+        if best[0] > sum(self._weight(m) * m.ideal() for m in members):
+            options = [(m, layout) for m in members for layout in (m.coalesced(), *m.turning())]
+            for member, layout in options:
+                _, found = self._trial(member, layout, decided, members)
+                best = min(best, found, key=lambda trial: trial[0])
+        self.layout = best[1]
+
+    def _trial(
+        self, access: Access, layout: LinearLayout, decided: set[Value], members: list[Access]
+    ) -> tuple[list[Access], tuple[float, dict[Value, LinearLayout]]]:
+        """The accesses whose layout this one decides; (cycles, all layouts with it).
+
+        ``members``: accesses that count though they may not be reached; they then get what suits them.
+        """
+        before = dict(self.layout)
+        self._assign(access.value, layout)
+        self._spread()
+        for member in members:
+            self._assign(member.value, member.coalesced())
+            self._spread()
+        members = members or [a for a in self.accesses if self.find(a.value) not in decided and self.known(a.value)]
+        cost = sum(self._weight(m) * best_access(m, self.of(m.value), self.may_borrow)[0] for m in members)
+        cost += sum(self._seam(op) for op in self.ops if type(op) in RULES)
+        chosen, self.layout = self.layout, before
+        return members, (cost, chosen)
+
+    def _seam(self, op: Operation) -> float:
+        """Cycles of the conversion beside an operation whose source and result have layouts of their own."""
+        source, result = op.operands[0], op.result
+        if not (isinstance(source.type, TileType) and isinstance(result.type, TileType)):
+            return 0.0
+        if not (self.known(source) and self.known(result)):
+            return 0.0
+        derived, wanted = RULES[type(op)][0](op, self.of(source)), self.of(result)
+        if derived is None or derived == wanted or isinstance(op, Broadcast):
+            return 0.0
+        return conversion_cost(derived, wanted, max(8, result.type.dtype.bits), self.target.banks)
+
+    def _weight(self, access: Access) -> int:
+        """How often an access runs, by the loops around it."""
+        depth, block = 0, access.op.parent
+        while block in self.loops:
+            depth += isinstance(self.loops[block], For | While)
+            block = self.loops[block].parent
+        return LOOP_WEIGHT ** int(depth)
+
+    def _route(self, access: Access) -> None:
+        """Let a load or store go its cheapest way."""
+        op, held = (
+            access.op,
+            _tile(access.value).layout if isinstance(access.op, Load) else _tile(access.op.value).layout,
+        )
+        assert held is not None
+        _, layout = best_access(access, held, self.may_borrow)
+        if layout == held:
+            return
+        if isinstance(op, Load):
+            self._convert_result(op, layout, held)
+        else:
+            op.value = self._converted(op, op.value, layout)
 
     # --- conversions --------------------------------------------------------------------------------
 
@@ -346,10 +441,21 @@ class _Assignment:
     def _converted(self, op: Operation, value: Value, layout: LinearLayout) -> Value:
         if _tile(value).layout == layout:
             return value
-        assert op.parent is not None
-        b = Builder(op.parent, op.loc)
-        with b.at(op.parent, op.parent.ops.index(op)):
+        place = self._place(op, value)
+        assert place.parent is not None
+        b = Builder(place.parent, op.loc)
+        with b.at(place.parent, place.parent.ops.index(place)):
             return b.convert(value, layout)
+
+    def _place(self, op: Operation, value: Value) -> Operation:
+        """Where to convert a value for an operation: outside the loops that it comes from outside of."""
+        home = value.op.parent if value.op is not None else value.owner
+        while op.parent is not home:
+            around = self.loops.get(op.parent) if op.parent is not None else None
+            if not isinstance(around, For | While):
+                break
+            op = around
+        return op
 
 
 def _yielded(region: Region) -> list[Value]:

@@ -47,7 +47,7 @@ class Staging(FunctionPass):
         """The slot for one chunk of the stored tile; None where the store stays direct."""
         view, tile = store.view.type, store.value.type
         assert isinstance(view, ViewType) and isinstance(tile, TileType) and tile.layout is not None
-        if tile.rank != 2 or view.contiguous_axis != 1 or not bulk_copyable(store.view, target):
+        if not may_stage(store, target):
             return None
         width = min(tile.shape[1], self.line_bytes // tile.dtype.bytes)
         if tile.shape[1] % width:
@@ -60,6 +60,13 @@ class Staging(FunctionPass):
             return None
         swizzled = [option for option in options if option.swizzle]
         return swizzled[0] if swizzled else None
+
+
+def may_stage(store: Store, target: Target) -> bool:
+    """Whether a store of a role may go through a slot; its layout decides in the end."""
+    view, tile = store.view.type, store.value.type
+    assert isinstance(view, ViewType) and isinstance(tile, TileType)
+    return tile.rank == 2 and view.contiguous_axis == 1 and bulk_copyable(store.view, target)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tilewright.backends.amd.mfma_operands import multiply, split_operand
 from tilewright.backends.lower.context import Lowering, Table, lowers
 from tilewright.backends.lower.elements import join_vector, memory_type
 from tilewright.backends.lower.shared import SharedAccess, lower_local_load
@@ -19,8 +20,10 @@ from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.async_ops import LocalLoad
 from tilewright.ir.core import Effect, Value
 from tilewright.ir.layout import LinearLayout, mfma_accumulator, mfma_operand
+from tilewright.ir.mfma import ACCUMULATOR_RUN, MfmaProduct, accumulator_dtype, mfma_products, tile_sizes
+from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
-from tilewright.ir.types import DType, TileType, bf16, f16, f32
+from tilewright.ir.types import DType, TileType
 
 MFMA_LOWERINGS: Table = {}
 
@@ -33,46 +36,35 @@ PAIRED_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """v_mfma_f32_MxNxK; a lane holds ``width`` consecutive k of one row of A or column of B."""
+class Fragments:
+    """Instructions for a dot, and whether they compute the transposed product (B given first)."""
 
-    m: int
-    n: int
-    k: int
-
-    @property
-    def width(self) -> int:
-        return self.k * self.m // 64
-
-    @property
-    def accumulators(self) -> int:
-        return self.m * self.n // 64
-
-    def intrinsic(self, dtype: DType) -> str:
-        """The LLVM intrinsic: gfx950 wrote the type behind a dot, gfx90a a "1k" behind the type."""
-        short = "bf16.1k" if dtype == bf16 else "f16"
-        return f"llvm.amdgcn.mfma.f32.{self.m}x{self.n}x{self.k}" + (f".{dtype.name}" if self.width == 8 else short)
+    product: MfmaProduct
+    transposed: bool
 
 
-#: for 16-bit elements
-INSTRUCTIONS = [Instruction(m, m, width * 64 // m) for m in (32, 16) for width in (8, 4)]
-
-
-def find_instruction(acc: LinearLayout, a: LinearLayout, b: LinearLayout) -> Instruction | None:
-    """The instruction whose fragments, dealt to the waves alike, the three layouts are."""
-    for found in INSTRUCTIONS:
-        one = (found.m, found.n, found.k)
-        fragments = (
-            (acc, mfma_accumulator((found.m, found.n), (found.m, found.n)), (0, 1)),
-            (a, mfma_operand((found.m, found.k), "a", one, found.width), (0,)),
-            (b, mfma_operand((found.k, found.n), "b", one, found.width), (1,)),
-        )
-        if all(_begins_with(layout, fragment) for layout, fragment, _ in fragments) and all(
-            [v[axis] for v in layout.basis("warp")] == [v[axis] for v in acc.basis("warp")]
-            for layout, _, axes in fragments
-            for axis in axes
-        ):
-            return found
+def find_fragments(
+    target: Target, dtype: DType, precision: str, acc: LinearLayout, a: LinearLayout, b: LinearLayout
+) -> Fragments | None:
+    """The instructions whose fragments, dealt to the waves alike, the three layouts are; the best first."""
+    out = accumulator_dtype(dtype)
+    if out is None:
+        return None
+    runs = (None, ACCUMULATOR_RUN, 1)
+    found = (p for m in tile_sizes(dtype) for run in runs for p in mfma_products(target, dtype, precision, m, run))
+    for product in found:
+        operands = [mfma_operand((product.m, product.k), "a", product.mnk, product.run)]
+        operands.append(mfma_operand((product.k, product.m), "b", product.mnk, product.run))
+        for transposed in (True, False):
+            tile = (product.m, product.m)
+            result = mfma_accumulator(tile, tile, (1, 1), out.bits, transposed)
+            fragments = ((acc, result, (0, 1)), (a, operands[0], (0,)), (b, operands[1], (1,)))
+            if all(_begins_with(layout, fragment) for layout, fragment, _ in fragments) and all(
+                [v[axis] for v in layout.basis("warp")] == [v[axis] for v in acc.basis("warp")]
+                for layout, _, axes in fragments
+                for axis in axes
+            ):
+                return Fragments(product, transposed)
     return None
 
 
@@ -84,23 +76,23 @@ def _begins_with(layout: LinearLayout, fragment: LinearLayout) -> bool:
 
 @dataclass
 class OperandTiles:
-    """The instruction operands of one tile: ``width`` elements for each origin, (row, k) of A or (k, column) of B."""
+    """The instruction operands of one tile: those of one product for each origin, (row, k) of A or (k, column) of B."""
 
     layout: LinearLayout
     width: int
-    #: the vector of ``width`` elements from a register on
-    read: Callable[[int], mlir.Value]
-    #: instructions that one such vector takes
+    #: the operands of the instructions that spend the ``width`` elements from a register on
+    read: Callable[[int], list[mlir.Value]]
+    #: reads of shared memory that they take
     cost: float = 0
-    #: instructions so far
+    #: reads so far
     reads: float = 0
     _first: dict[Origin, int] = field(default_factory=dict)
-    _known: dict[int, mlir.Value] = field(default_factory=dict)
+    _known: dict[int, list[mlir.Value]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._first = chunk_origins(self.layout, self.width)
 
-    def at(self, origin: Origin) -> mlir.Value:
+    def at(self, origin: Origin) -> list[mlir.Value]:
         first = self._first[origin]
         if first not in self._known:
             self._known[first] = self.read(first)
@@ -181,24 +173,26 @@ def lower_dot(lw: Lowering, op: Dot) -> None:
     layouts = [lw.layout(v) for v in (op.acc, op.a, op.b)]
     tile, acc = op.a.type, op.acc.type
     assert isinstance(tile, TileType) and isinstance(acc, TileType)
-    if tile.dtype not in (bf16, f16) or acc.dtype != f32:
-        raise lw.error(f"dot of {tile.dtype} into {acc.dtype} is not supported on {lw.target.name} yet")
-    instruction = find_instruction(*layouts)
-    if instruction is None:
+    if acc.dtype != accumulator_dtype(tile.dtype):
+        raise lw.error(f"{lw.target.name} has no dot of {tile.dtype} into {acc.dtype}")
+    fragments = find_fragments(lw.target, tile.dtype, op.precision, *layouts)
+    if fragments is None:
         texts = ", ".join(f"{name} {layout}" for name, layout in zip(("acc", "a", "b"), layouts, strict=True))
         raise lw.error(f"the operands' layouts belong to no matrix instruction: {texts}")
-    a, b = (_operand(lw, v, instruction.width) for v in (op.a, op.b))
-    size, held = instruction.accumulators, lw.registers(op.acc)
+    product = fragments.product
+    a, b = (_operand(lw, v, product, tile.dtype) for v in (op.a, op.b))
+    size, held = product.accumulators, lw.registers(op.acc)
     tiles = chunk_origins(layouts[0], size)
     values = {origin: lw.fb.pack_vector(held[first : first + size]) for origin, first in tiles.items()}
     order, reads = snake(list(tiles)), []
-    for k in range(0, tile.shape[1], instruction.k):
+    for k in range(0, tile.shape[1], product.k):
         before = a.reads + b.reads
         for row, column in order:
-            operands = a.at((row, k)), b.at((k, column))
-            values[row, column] = _mfma(lw, instruction, tile.dtype, *operands, values[row, column])
+            for left, right in zip(a.at((row, k)), b.at((k, column)), strict=True):
+                operands = (right, left) if fragments.transposed else (left, right)
+                values[row, column] = multiply(lw, product, tile.dtype, *operands, values[row, column])
         reads.append(a.reads + b.reads - before)
-    _interleave(lw, reads, len(order))
+    _interleave(lw, reads, len(order) * product.steps)
     result = list(held)
     for origin, first in tiles.items():
         result[first : first + size] = lw.fb.unpack_vector(values[origin])
@@ -239,14 +233,20 @@ def snake(origins: Sequence[Origin]) -> list[Origin]:
     return ordered
 
 
-def _operand(lw: Lowering, value: Value, width: int) -> OperandTiles:
-    waiting = deferred(lw).get(value)
+def _operand(lw: Lowering, value: Value, product: MfmaProduct, dtype: DType) -> OperandTiles:
+    width, layout, waiting = product.width, lw.layout(value), deferred(lw).get(value)
     if waiting is not None:
-        bytes_ = min(width, waiting.width) * waiting.dtype.bytes
-        cost = width * waiting.dtype.bytes / min(PAIRED_BYTES, 2 * bytes_)
-        return OperandTiles(lw.layout(value), width, lambda first: _load_vector(waiting, first, width), cost)
+        bytes_ = min(width, waiting.width) * dtype.bytes
+        cost = width * dtype.bytes / min(PAIRED_BYTES, 2 * bytes_)
+        return OperandTiles(
+            layout, width, lambda first: split_operand(lw, _load_vector(waiting, first, width), product, dtype), cost
+        )
     registers = lw.registers(value)
-    return OperandTiles(lw.layout(value), width, lambda first: join_vector(lw, registers[first : first + width]))
+    return OperandTiles(
+        layout,
+        width,
+        lambda first: split_operand(lw, join_vector(lw, registers[first : first + width]), product, dtype),
+    )
 
 
 def _load_vector(access: SharedAccess, first: int, width: int) -> mlir.Value:
@@ -256,17 +256,9 @@ def _load_vector(access: SharedAccess, first: int, width: int) -> mlir.Value:
         lw.fb.load(access.pointer(register), memory_type(lw, dtype, step), step * dtype.bytes)
         for register in range(first, first + width, step)
     ]
-    if len(parts) == 1:
-        return parts[0]
-    elements = [e for part in parts for e in (lw.fb.unpack_vector(part) if step > 1 else [part])]
-    return lw.fb.pack_vector(elements)
-
-
-def _mfma(
-    lw: Lowering, instruction: Instruction, dtype: DType, a: mlir.Value, b: mlir.Value, acc: mlir.Value
-) -> mlir.Value:
-    fb = lw.fb
-    if instruction.width == 4 and dtype == bf16:  # gfx90a's instructions take bits
-        a, b = (fb.bitcast(v, fb.types.vec(4, fb.types.i16)) for v in (a, b))
-    zero = fb.i32(0)  # no broadcast of blocks, no permutation of lanes
-    return fb.intrinsic(instruction.intrinsic(dtype), acc.type, [a, b, acc, zero, zero, zero])
+    if step == 1:
+        return join_vector(lw, parts)
+    while len(parts) > 1:
+        together = range(2 * parts[0].type.shape[0])
+        parts = [lw.fb.shuffle(x, y, together) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]

@@ -46,7 +46,8 @@ def _only_accumulates(dot: Dot, uses: dict[Value, list[Operation]]) -> bool:
 
 def _registers(value: Value) -> int:
     assert isinstance(value.type, TileType)
-    return value.type.layout.num_registers if value.type.layout is not None else 0
+    words = max(1, value.type.dtype.bits // 32)
+    return value.type.layout.num_registers * words if value.type.layout is not None else 0
 
 
 def function_attributes(function: Function, target: Target) -> dict[str, str]:

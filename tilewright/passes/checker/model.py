@@ -109,7 +109,8 @@ class Model:
         self.scratch: dict[Operation, Region] = {}
         self.regions: list[Region] = []
         self.publishes = {token: op for op in self.ops if isinstance(op, Publish) for token in op.tokens}
-        self.waited = {op.token for op in self.ops if isinstance(op, Wait) and op.token is not None}
+        #: kinds of tokens that threads wait for by their order, not by a ring
+        self.waited = {kind_of(op.token) for op in self.ops if isinstance(op, Wait) and op.token is not None}
         self._find_memory()
         self._find_overlaps()
         self.roles = list(self._find_roles())
@@ -240,7 +241,9 @@ class Model:
 
     def _check_tokens(self) -> None:
         for op in self.ops:
-            if isinstance(op, Copy) and op.result not in self.publishes and op.result not in self.waited:
+            if not isinstance(op, Copy) or op.result in self.publishes:
+                continue
+            if by_engine(op.result) or kind_of(op.result) not in self.waited:
                 raise IRError(
                     "nobody waits for this copy: its token is neither published nor waited for",
                     op.loc,
@@ -265,9 +268,14 @@ def ring_of(slot: Value) -> Value | None:
     return slot.op.ring if isinstance(slot.op, Alloc) else None
 
 
+def kind_of(token: Value) -> str:
+    """The unit that completes a token."""
+    return token.type.kind if isinstance(token.type, TokenType) else ""
+
+
 def by_engine(token: Value) -> bool:
     """Whether the copy engine completes the token."""
-    return isinstance(token.type, TokenType) and token.type.kind == "tma"
+    return kind_of(token) == "tma"
 
 
 def engine_alone(op: Publish) -> bool:

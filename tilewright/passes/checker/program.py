@@ -16,7 +16,7 @@ from tilewright.ir.core import Block, Effect, Operation, Region, Value
 from tilewright.ir.tile_ops import Dot, For, If, While, Yield
 from tilewright.ir.types import SlotType, TileType
 from tilewright.passes.checker.faults import Fault
-from tilewright.passes.checker.model import Model, RoleModel, by_engine, engine_alone, ring_of, splits_rows
+from tilewright.passes.checker.model import Model, RoleModel, by_engine, engine_alone, kind_of, splits_rows
 from tilewright.passes.checker.scalars import evaluator, parameter_key
 from tilewright.passes.checker.scenarios import Inputs
 
@@ -113,7 +113,7 @@ class _Compiler:
         pending: list[Value] = []
         for op in body.walk():
             if op in self.busy:
-                pending += _control(op) if op.regions else [v for v in op.operands if not _is_tile(v)]
+                pending += _control(op) if op.regions else _arguments(op)
         seen: set[Value] = set()
         while pending:
             value = pending.pop()
@@ -156,7 +156,9 @@ class _Compiler:
         return steps
 
     def _scalar(self, op: Operation, steps: list[Step]) -> None:
-        evaluate = evaluator(op)
+        evaluate = _slot(self, op) if isinstance(op, a.Slot) else evaluator(op)
+        if isinstance(op, a.TransposeSlot):
+            evaluate = lambda run, slot=op.slot: run.env[slot]  # noqa: E731
         if op.base_name == "tile.constant":
             self.constants[op.results[0]] = evaluate(None)
             return
@@ -183,8 +185,13 @@ class _Compiler:
 # --- analysis -------------------------------------------------------------------------------------
 
 
-def _is_tile(value: Value) -> bool:
-    return isinstance(value.type, TileType)
+def _arguments(op: Operation) -> list[Value]:
+    """What an operation's event is made of."""
+    if isinstance(op, a.Acquire | a.Publish | a.Await | a.Release):
+        return [op.count]
+    if isinstance(op, Assume):
+        return [op.condition]
+    return [v for v in op.operands if isinstance(v.type, SlotType)]
 
 
 def _carried(op: Any, position: int) -> list[Value]:
@@ -420,7 +427,7 @@ def _copy(compiler: _Compiler, op: a.Copy) -> list[Step]:
     publish = compiler.model.publishes.get(op.result)
     slot, spread = op.slot, ("copy", id(op))
     if publish is None:
-        return [_emit("start_copy", op, lambda run: (run.env[slot], False, spread))]
+        return [_emit("start_copy", op, lambda run: (run.env[slot], False, spread), kind_of(op.result))]
     if not by_engine(op.result):
         return [_emit("store", op, lambda run: (run.env[slot], False, spread))]
     first = engine_alone(publish) and publish.tokens[0] is op.result
@@ -451,8 +458,8 @@ def _dot(compiler: _Compiler, op: a.AsyncDot) -> list[Step]:
 
 def _wait(compiler: _Compiler, op: a.Wait) -> list[Step]:
     token, pending = op.token, op.pending
-    if token is not None and isinstance(token.op, a.Copy):
-        return [_emit("wait_copies", op, other=pending)]
+    if token is not None and kind_of(token) != "mma":
+        return [_emit("wait_copies", op, other=(kind_of(token), pending))]
 
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
@@ -530,4 +537,4 @@ _MAKERS: dict[type[Operation], Callable[[_Compiler, Any], list[Step]]] = {
     Assume: _assume,
 }
 
-__all__ = ["Event", "Infeasible", "RoleProgram", "Run", "ring_of"]
+__all__ = ["Event", "Infeasible", "RoleProgram", "Run"]

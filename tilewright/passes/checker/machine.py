@@ -1,0 +1,525 @@
+"""Runs the roles' traces side by side and checks every step against every order in which they could have happened.
+
+Each thread's course is fixed by the inputs, and each wait names the phase that it waits for. If every wait and
+arrival provably meets its phase (checked here: parity must not alias, arrivals must add up), all interleavings
+order the same events, and vector clocks of one of them speak for all: two accesses that are not ordered in the
+clocks can meet in some interleaving. Units complete as late as the waits allow: what a unit does has an own component,
+and only waits move other clocks along it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tilewright.passes.checker.faults import Fault
+from tilewright.passes.checker.memory import Access, Memory, RaceFault
+from tilewright.passes.checker.model import Agent, Model, RingModel
+from tilewright.passes.checker.program import Event, Run
+
+Clock = list[int]
+
+
+@dataclass(eq=False)
+class Phases:
+    """One hardware barrier of a ring: who arrived for the phase that is open, and what each complete phase knows."""
+
+    label: str
+    expected: int
+    done: int = 0
+    arrived: int = 0
+    #: of the open phase
+    clock: Clock = field(default_factory=list)
+    proxy: Clock = field(default_factory=list)
+    arrivals: list[list[tuple[int, int]]] = field(default_factory=lambda: [[], []])
+    #: (clock, proxy clock) of complete phases; phase 0 is complete from the start and knows nothing
+    complete: list[tuple[Clock, Clock]] = field(default_factory=list)
+    #: who passed a wait for the last complete phase: (agent, when, event)
+    waits: list[tuple[Agent, int, Event]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Meeting:
+    """A barrier of some threads."""
+
+    members: list[int]
+    arrived: list[int] = field(default_factory=list)
+    complete: list[tuple[Clock, Clock]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Thread:
+    """The state of an agent."""
+
+    agent: Agent
+    events: list[Event]
+    cut: bool
+    clock: Clock
+    proxy: Clock
+    at: int = 0
+    #: barriers that it arrived at and has not left
+    waiting: tuple[Meeting, int] | None = None
+    started: bool = False
+    stores: list[Event] = field(default_factory=list)
+    #: asynchronous copies that it has started, by kind of token
+    copies: dict[str, list[Event]] = field(default_factory=dict)
+    #: clocks when it issued its groups of the matrix unit
+    groups: list[tuple[Clock, Clock]] = field(default_factory=list)
+
+
+class Machine:
+    """One block on given inputs."""
+
+    def __init__(self, model: Model, runs: list[Run]):
+        self.model = model
+        agents, count = model.agents, len(model.agents)
+        self.units: dict[object, int] = {}
+        for role in model.roles:
+            events = runs[role.number].events
+            kinds = {(event.kind, event.other if event.kind == "start_copy" else "") for event in events}
+            for agent in agents:
+                if agent.role is role:
+                    self._add_units(agent, kinds, count)
+        for ring in model.rings.values():
+            for stage in range(ring.stages):
+                self.units["ring", ring.number, stage] = count + len(self.units)
+        size = count + len(self.units)
+        self.threads = [
+            Thread(x, runs[x.role.number].events, runs[x.role.number].cut, [0] * size, [0] * size) for x in agents
+        ]
+        self.everything = (1 << model.groups) - 1
+        self.memory = Memory(model.regions, self.everything)
+        self.full = {ring.number: self._barriers(ring, "full", ring.producers) for ring in model.rings.values()}
+        self.empty = {ring.number: self._barriers(ring, "empty", ring.consumers) for ring in model.rings.values()}
+        self.meetings: dict[object, Meeting] = {}
+        self.log: list[tuple[int, int, Event]] = []
+        self.size = size
+
+    def _add_units(self, agent: Agent, kinds: set[tuple[str, str]], count: int) -> None:
+        wanted: list[object] = []
+        if ("dot", "") in kinds:
+            wanted.append(("dots", agent.role.number, agent.group))
+        if ("bulk_store", "") in kinds and agent.first:
+            wanted.append(("stores", agent.number))
+        wanted += [("copies", agent.number, token) for kind, token in sorted(kinds) if kind == "start_copy"]
+        for key in wanted:
+            self.units.setdefault(key, count + len(self.units))
+
+    def _barriers(self, ring: RingModel, which: str, expected: int) -> list[Phases]:
+        return [Phases(f"the {which} barrier of {ring.label} stage {n}", expected) for n in range(ring.stages)]
+
+    # --- running ------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Until all threads are through or stuck; gives the number of steps. Raises Fault."""
+        try:
+            moved = True
+            while moved:
+                moved = False
+                for thread in self.threads:
+                    while thread.at < len(thread.events) and self._step(thread):
+                        moved = True
+        except RaceFault as fault:
+            self._explain_race(fault)
+            raise
+        except Fault as fault:
+            if not fault.events:
+                fault.events = [(self.threads[n].agent.name, e) for n, _, e in self.log if self.threads[n].agent.first]
+            raise
+        stuck = [t for t in self.threads if t.at < len(t.events)]
+        if not any(t.cut for t in self.threads):
+            if stuck:
+                raise self._deadlock(stuck)
+            for thread in self.threads:
+                self._finish(thread)
+        return len(self.log)
+
+    def _step(self, thread: Thread) -> bool:
+        """The thread's next event, unless it has to wait."""
+        event = thread.events[thread.at]
+        number = thread.agent.number
+        if not thread.started:
+            thread.started = True
+            thread.clock[number] += 1
+        if not _RULES[event.kind](self, thread, event):
+            return False
+        self.log.append((number, thread.clock[number], event))
+        thread.at += 1
+        thread.started = False
+        return True
+
+    # --- rings --------------------------------------------------------------------------------------
+
+    def _acquire(self, thread: Thread, event: Event) -> bool:
+        ring = event.ring
+        return self._await(thread, event, self.empty[ring.number][event.count % ring.stages], event.count // ring.stages)
+
+    def _await_full(self, thread: Thread, event: Event) -> bool:
+        ring = event.ring
+        stage, phase = event.count % ring.stages, event.count // ring.stages + 1
+        if not self._await(thread, event, self.full[ring.number][stage], phase):
+            return False
+        unit = self.units["ring", ring.number, stage]
+        thread.clock[unit] = max(thread.clock[unit], phase)
+        return True
+
+    def _await(self, thread: Thread, event: Event, barrier: Phases, phase: int) -> bool:
+        """Wait for a phase by its parity: that is the same thing only if no other phase can be mistaken for it."""
+        if phase >= 2 and not self._knows(thread, barrier.arrivals, phase - 1):
+            raise Fault(
+                f"'{event.op.name}' of use {event.count} may come before {barrier.label} has seen the use before the "
+                "last: its parity tells only odd and even uses apart",
+                event.op,
+                hint="wait for each use of a stage before the next",
+                kind="ring order",
+            )
+        if barrier.done < phase:
+            return False
+        if barrier.done > phase:
+            raise Fault(
+                f"'{event.op.name}' of use {event.count} may come after {barrier.label} has gone on to the next use: "
+                "it would wait forever",
+                event.op,
+                hint="release a stage only when all threads have awaited it",
+                kind="ring order",
+            )
+        barrier.waits.append((thread.agent, thread.clock[thread.agent.number], event))
+        if phase:
+            self._join(thread, barrier.complete[phase - 1])
+        return True
+
+    def _knows(self, thread: Thread, arrivals: list[list[tuple[int, int]]], phase: int) -> bool:
+        """Whether the thread knows that a phase is complete."""
+        if phase >= len(arrivals) - 1:
+            return False
+        return all(thread.clock[agent] >= when for agent, when in arrivals[phase])
+
+    def _bulk_copy(self, thread: Thread, event: Event) -> bool:
+        if not thread.agent.leads_role:
+            return True
+        ring, number = event.ring, event.access[0]
+        stage, phase = event.count % ring.stages, event.count // ring.stages + 1
+        barrier = self.full[ring.number][stage]
+        if event.other:
+            self._check_phase(thread, event, barrier, phase)
+        unit = self.units["ring", ring.number, stage]
+        self._touch(thread, event, number, (False, None), write=True, unit=unit, when=phase)
+        if event.other:  # announces the bytes of all copies, and arrives
+            self._arrive(thread, event, barrier, phase, 1)
+        return True
+
+    def _publish(self, thread: Thread, event: Event) -> bool:
+        ring, agent = event.ring, thread.agent
+        if ring.producers > 1 or agent.leads_role:
+            stage, phase = event.count % ring.stages, event.count // ring.stages + 1
+            barrier = self.full[ring.number][stage]
+            self._check_phase(thread, event, barrier, phase)
+            self._arrive(thread, event, barrier, phase, agent.weight if ring.producers > 1 else 1)
+        return True
+
+    def _release(self, thread: Thread, event: Event) -> bool:
+        """One arrival of each warpgroup (backends/nvidia/rings.py)."""
+        ring = event.ring
+        if thread.agent.first:
+            barrier = self.empty[ring.number][event.count % ring.stages]
+            phase = event.count // ring.stages + 1
+            self._check_phase(thread, event, barrier, phase)
+            self._arrive(thread, event, barrier, phase, 1)
+        return True
+
+    def _check_phase(self, thread: Thread, event: Event, barrier: Phases, phase: int) -> None:
+        if phase <= barrier.done:
+            raise Fault(
+                f"too many arrivals: '{event.op.name}' of use {event.count} arrives at {barrier.label}, which has had "
+                f"its {barrier.expected} arrivals for this use",
+                event.op,
+                event.ring.op,
+                "the ring's producers and consumers must be those who arrive",
+                kind="arrivals",
+            )
+        if phase > barrier.done + 1 or (phase > 1 and not self._knows(thread, barrier.arrivals, phase - 1)):
+            raise Fault(
+                f"'{event.op.name}' of use {event.count} may arrive at {barrier.label} before the use before is "
+                "complete, and would count for that",
+                event.op,
+                hint="acquire a stage before publishing it, await it before releasing it",
+                kind="ring order",
+            )
+
+    def _arrive(self, thread: Thread, event: Event, barrier: Phases, phase: int, weight: int) -> None:
+        barrier.arrived += weight
+        if barrier.arrived > barrier.expected:
+            raise Fault(
+                f"too many arrivals: '{event.op.name}' of use {event.count} is arrival {barrier.arrived} at "
+                f"{barrier.label}, which expects {barrier.expected}",
+                event.op,
+                event.ring.op,
+                "the ring's producers and consumers must be those who arrive",
+                kind="arrivals",
+            )
+        clock, proxy = thread.clock, thread.proxy
+        barrier.clock = list(map(max, barrier.clock, clock)) if barrier.clock else clock.copy()
+        barrier.proxy = list(map(max, barrier.proxy, proxy)) if barrier.proxy else proxy.copy()
+        barrier.arrivals[phase].append((thread.agent.number, clock[thread.agent.number]))
+        if barrier.arrived < barrier.expected:
+            return
+        for agent, when, waited in barrier.waits:
+            if barrier.clock[agent.number] < when:
+                raise Fault(
+                    f"'{event.op.name}' of use {event.count} may complete {barrier.label} before {agent.name} has "
+                    f"seen the use before ('{waited.op.name}' of use {waited.count}), which would then wait forever",
+                    event.op,
+                    waited.op,
+                    "release a stage only when all threads have awaited it",
+                    kind="ring order",
+                )
+        barrier.complete.append((barrier.clock, barrier.proxy))
+        barrier.done, barrier.arrived, barrier.clock, barrier.proxy = phase, 0, [], []
+        barrier.waits = []
+        barrier.arrivals.append([])
+
+    # --- memory -------------------------------------------------------------------------------------
+
+    def _touch(
+        self,
+        thread: Thread,
+        event: Event,
+        number: int,
+        spread: tuple[bool, object],
+        write: bool = False,
+        unit: int | None = None,
+        when: int = 0,
+        generic: bool = False,
+    ) -> None:
+        agent = thread.agent
+        own, how = spread
+        rows = 1 << agent.group if own and agent.role.groups == self.model.groups else self.everything
+        now = thread.clock[agent.number]
+        place = (agent.number, now) if unit is None else (unit, when)
+        access = Access(*place, rows, write, how, generic, agent, now, event)
+        self.memory.touch(number, access, thread.clock, thread.proxy)
+
+    def _load(self, thread: Thread, event: Event) -> bool:
+        number, own, spread = event.access
+        self._touch(thread, event, number, (own, spread), generic=True)
+        return True
+
+    def _store(self, thread: Thread, event: Event) -> bool:
+        number, own, spread = event.access
+        self._touch(thread, event, number, (own, spread), write=True, generic=True)
+        return True
+
+    def _start_copy(self, thread: Thread, event: Event) -> bool:
+        """Threads that copy asynchronously, each its part, and wait for it themselves."""
+        number, own, spread = event.access
+        started = thread.copies.setdefault(event.other, [])
+        started.append(event)
+        unit = self.units["copies", thread.agent.number, event.other]
+        self._touch(thread, event, number, (own, spread), True, unit, len(started), True)
+        return True
+
+    def _wait_copies(self, thread: Thread, event: Event) -> bool:
+        kind, pending = event.other
+        started = thread.copies.get(kind)
+        if started:
+            unit = self.units["copies", thread.agent.number, kind]
+            thread.clock[unit] = max(thread.clock[unit], len(started) - pending)
+        return True
+
+    def _fence(self, thread: Thread, event: Event) -> bool:
+        number = thread.agent.number
+        for unit in [number, *(self.units["copies", number, kind] for kind in thread.copies)]:
+            thread.proxy[unit] = thread.clock[unit]
+        return True
+
+    def _bulk_store(self, thread: Thread, event: Event) -> bool:
+        number, own, _ = event.access
+        if thread.agent.leads_role or (own and thread.agent.first):
+            thread.stores.append(event)
+            unit = self.units["stores", thread.agent.number]
+            self._touch(thread, event, number, (own, None), unit=unit, when=len(thread.stores))
+        return True
+
+    def _bulk_wait(self, thread: Thread, event: Event) -> bool:
+        """Each thread waits for the stores that it has started itself."""
+        if thread.stores:
+            unit = self.units["stores", thread.agent.number]
+            thread.clock[unit] = max(thread.clock[unit], len(thread.stores) - event.other)
+        return True
+
+    # --- matrix unit --------------------------------------------------------------------------------
+
+    def _dot(self, thread: Thread, event: Event) -> bool:
+        agent = thread.agent
+        unit = self.units["dots", agent.role.number, agent.group]
+        thread.groups.append((thread.clock.copy(), thread.proxy.copy()))
+        for number, own, _ in event.access:
+            self._touch(thread, event, number, (own, None), unit=unit, when=len(thread.groups))
+        return True
+
+    def _wait(self, thread: Thread, event: Event) -> bool:
+        """A group is the work of all warps of a warpgroup: when it is finished, all have issued it."""
+        last, agent = event.count, thread.agent
+        if last <= 0:
+            return True
+        unit = self.units["dots", agent.role.number, agent.group]
+        if thread.clock[unit] >= last:
+            return True
+        others = [
+            t for t in self.threads if t is not thread and t.agent.role is agent.role and t.agent.group == agent.group
+        ]
+        if any(len(t.groups) < last for t in others):
+            return False
+        for other in others:
+            self._join(thread, other.groups[last - 1])
+        thread.clock[unit] = max(thread.clock[unit], last)
+        return True
+
+    # --- barriers -----------------------------------------------------------------------------------
+
+    def _barrier(self, thread: Thread, event: Event) -> bool:
+        if thread.waiting is None:
+            meeting = self._meeting(thread.agent, event.other)
+            thread.waiting = meeting, len(meeting.complete)
+            meeting.arrived.append(thread.agent.number)
+            if len(meeting.arrived) < len(meeting.members):
+                return False
+            clock, proxy = [0] * self.size, [0] * self.size
+            for number in meeting.members:
+                clock = list(map(max, clock, self.threads[number].clock))
+                proxy = list(map(max, proxy, self.threads[number].proxy))
+            meeting.complete.append((clock, proxy))
+            meeting.arrived = []
+        meeting, generation = thread.waiting
+        if len(meeting.complete) <= generation:
+            return False
+        thread.waiting = None
+        self._join(thread, meeting.complete[generation])
+        return True
+
+    def _meeting(self, agent: Agent, scope: str) -> Meeting:
+        role = agent.role
+        key: object = ("role", role.number)
+        if scope == "block" or role.op is None:
+            key = "block"
+        if scope == "warpgroup" and role.groups > 1:
+            key = ("warpgroup", role.number, agent.group)
+        found = self.meetings.get(key)
+        if found is None:
+            members = [
+                x.number
+                for x in self.model.agents
+                if key == "block" or (x.role is role and (key[0] == "role" or x.group == agent.group))  # type: ignore[index]
+            ]
+            found = self.meetings[key] = Meeting(members)
+        return found
+
+    def _join(self, thread: Thread, known: tuple[Clock, Clock]) -> None:
+        thread.clock = list(map(max, thread.clock, known[0]))
+        thread.proxy = list(map(max, thread.proxy, known[1]))
+
+    # --- the end ------------------------------------------------------------------------------------
+
+    def _finish(self, thread: Thread) -> None:
+        if thread.stores and thread.clock[self.units["stores", thread.agent.number]] < len(thread.stores):
+            raise Fault(
+                "the block may end and give its shared memory back while a bulk store still reads it",
+                thread.stores[-1].op,
+                hint="async.bulk_wait with pending = 0 at the end of the role",
+                kind="unfinished store",
+                events=self._past([(thread.agent.number, thread.clock[thread.agent.number])]),
+            )
+
+        for kind, started in thread.copies.items():
+            if thread.clock[self.units["copies", thread.agent.number, kind]] < len(started):
+                raise Fault(
+                    "the block may end while a copy into its shared memory is in flight",
+                    started[-1].op,
+                    hint="async.wait with pending = 0 at the end",
+                    kind="unfinished copy",
+                    events=self._past([(thread.agent.number, thread.clock[thread.agent.number])]),
+                )
+
+    def _deadlock(self, stuck: list[Thread]) -> Fault:
+        lines, seen = [], set()
+        for thread in stuck:
+            event = thread.events[thread.at]
+            key = (thread.agent.role, event.op)
+            if key in seen:
+                continue
+            seen.add(key)
+            lines.append(f"{thread.agent.name}: '{event.op.name}' waits for {self._what(thread, event)}")
+        first = stuck[0].events[stuck[0].at].op
+        last = stuck[-1].events[stuck[-1].at].op
+        return Fault(
+            "deadlock: nothing can go on\n  " + "\n  ".join(lines),
+            first,
+            last,
+            "each stage that is awaited must be published, each that is acquired again must be released",
+            [*self._past([(t.agent.number, t.clock[t.agent.number]) for t in self.threads]),
+             *((t.agent.name, t.events[t.at]) for t in stuck if t.agent.first)],
+            kind="deadlock",
+        )  # fmt: skip
+
+    def _what(self, thread: Thread, event: Event) -> str:
+        if event.kind in ("acquire", "await"):
+            ring, use = event.ring, event.count
+            barriers = self.full if event.kind == "await" else self.empty
+            barrier = barriers[ring.number][use % ring.stages]
+            verb, use = ("published", use) if event.kind == "await" else ("released", use - ring.stages)
+            arrived = f"{barrier.arrived} of {barrier.expected} arrivals"
+            return f"use {use} of {ring.label} to be {verb} ({arrived})"
+        if event.kind == "barrier":
+            meeting, _ = thread.waiting or (None, 0)
+            missing = [] if meeting is None else [n for n in meeting.members if n not in meeting.arrived]
+            return "at a barrier: " + ", ".join(self.threads[n].agent.name for n in missing)
+        return "the other warps of its warpgroup"
+
+    # --- sequences ----------------------------------------------------------------------------------
+
+    def _explain_race(self, fault: RaceFault) -> None:
+        """What must have happened for the two accesses to meet: the past of both, nothing else."""
+        old, new = fault.old, fault.new
+        fault.events = self._past([(old.agent.number, old.issued), (new.agent.number, new.issued)])
+        fault.events.append((new.agent.name, new.event))
+
+    def _past(self, ends: list[tuple[int, int]]) -> list[tuple[str, Event]]:
+        """The events that happen before the given ones, and these; of threads that act alike, the first."""
+        reach = [0] * len(self.threads)
+        for number, when in ends:
+            reach[number] = max(reach[number], when)
+        keep: set[int] = set()
+        for position in range(len(self.log) - 1, -1, -1):
+            number, when, _ = self.log[position]
+            if when <= reach[number]:
+                keep.add(position)
+        for number, _ in ends:
+            reach = list(map(max, reach, self.threads[number].clock))
+        shown = {number for number, _ in ends}
+        return [
+            (self.threads[number].agent.name, event)
+            for position, (number, when, event) in enumerate(self.log)
+            if position in keep or (when <= reach[number] and (self.threads[number].agent.first or number in shown))
+        ]
+
+
+_RULES: dict[str, Callable[[Machine, Thread, Event], bool]] = {
+    "acquire": Machine._acquire,
+    "await": Machine._await_full,
+    "bulk_copy": Machine._bulk_copy,
+    "announced": lambda machine, thread, event: True,
+    "publish": Machine._publish,
+    "release": Machine._release,
+    "load": Machine._load,
+    "store": Machine._store,
+    "start_copy": Machine._start_copy,
+    "wait_copies": Machine._wait_copies,
+    "fence": Machine._fence,
+    "bulk_store": Machine._bulk_store,
+    "bulk_wait": Machine._bulk_wait,
+    "dot": Machine._dot,
+    "wait": Machine._wait,
+    "barrier": Machine._barrier,
+}
+
+__all__ = ["Machine"]

@@ -1,0 +1,144 @@
+"""Which small inputs the checker tries: sizes that make loops run 0, 1, 2 and more times than a ring has stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import lcm
+from typing import Any
+
+from tilewright.ir.async_ops import Acquire
+from tilewright.ir.core import Block, Operation, Value
+from tilewright.ir.tile_ops import Binary, Constant, Dim, For, While
+from tilewright.ir.types import ScalarType, ViewType
+from tilewright.passes.analysis import backward_slice, enclosing_operations
+from tilewright.passes.checker.model import Model
+from tilewright.passes.checker.scalars import root_axis
+
+#: longer periods of stage counts are not kept when loops are shortened
+MOST_PERIOD = 24
+
+
+@dataclass(eq=False)
+class Inputs:
+    """Sizes, scalars and the place in the grid of one block. ``most_trips``: of longer loops only so many run."""
+
+    dims: dict[tuple[Value, int], int] = field(default_factory=dict)
+    scalars: dict[Value, Any] = field(default_factory=dict)
+    grid: tuple[int, int, int] = (1, 1, 1)
+    ids: tuple[int, int, int] = (0, 0, 0)
+    block: int = 0
+    blocks: int = 1
+    seed: int = 0
+    most_trips: int | None = None
+    period: int = 1
+
+    def __str__(self) -> str:
+        parts = [f"{param.hint}.shape[{axis}] = {size}" for (param, axis), size in self.dims.items()]
+        parts += [f"{param.hint} = {value}" for param, value in self.scalars.items()]
+        parts.append(f"grid {'x'.join(map(str, self.grid))}, block {self.block} of {self.blocks}")
+        return ", ".join(parts)
+
+
+@dataclass
+class Leaves:
+    """The sizes and scalars that decide control flow, each with the step at which loops run once more."""
+
+    dims: dict[tuple[Value, int], int] = field(default_factory=dict)
+    scalars: dict[Value, int] = field(default_factory=dict)
+
+
+def find_leaves(model: Model, needed: Iterable[Value]) -> Leaves:
+    """``needed``: the values that decide the schedule's course."""
+    leaves, loops = Leaves(), enclosing_operations(model.function)
+    steps: list[tuple[Value, int]] = []
+    for value in needed:
+        op = value.op
+        found = _leaf(value)
+        if isinstance(found, tuple):
+            leaves.dims.setdefault(found, 1)
+        elif found is not None:
+            leaves.scalars.setdefault(found, 1)
+        if isinstance(op, Binary) and op.fn == "floordiv" and isinstance(op.rhs.op, Constant):
+            steps.append((op.lhs, int(op.rhs.op.value)))
+    for loop in loops.values():
+        if isinstance(loop, For) and isinstance(loop.step.op, Constant):
+            steps.append((loop.hi, int(loop.step.op.value)))
+    for value, step in steps:
+        if step > 1:
+            _set_steps(leaves, backward_slice([value], loops), step)
+    return leaves
+
+
+def _leaf(value: Value) -> tuple[Value, int] | Value | None:
+    op = value.op
+    if isinstance(op, Dim):
+        root, axis = root_axis(op.view, op.axis)
+        known = isinstance(root.type, ViewType) and root.type.shape[axis] is not None
+        return None if known or root.op is not None else (root, axis)
+    parameter = isinstance(value.owner, Block) and value.owner.parent is None
+    return value if parameter and isinstance(value.type, ScalarType) else None
+
+
+def _set_steps(leaves: Leaves, values: Iterable[Value], step: int) -> None:
+    for value in values:
+        found = _leaf(value)
+        if isinstance(found, tuple) and found in leaves.dims:
+            leaves.dims[found] = max(leaves.dims[found], step)
+        elif found in leaves.scalars and isinstance(found, Value):
+            leaves.scalars[found] = max(leaves.scalars[found], step)
+
+
+def scenarios(model: Model, leaves: Leaves) -> Iterator[Inputs]:
+    """Inputs to try, the smallest first: the first to fail gives the shortest sequence."""
+    many = model.most_stages + 2
+    period = lcm(*(len(slots) for slots in model.buffers.values()), *(r.stages for r in model.rings.values()))
+    period = period if period <= MOST_PERIOD else model.most_stages
+    patterns: list[tuple[tuple[int, ...], int]] = [((1,), 1), ((2,), 2), ((0,), 2)]
+    if len(leaves.dims) + len(leaves.scalars) > 1:
+        patterns += [((1, 3), 2), ((3, 0), 2)]
+    patterns.append(((many,), 2))
+    if model.rings:
+        patterns.append(((1,), _outer_stages(model) + 2))
+    for number, (trips, tiles) in enumerate(patterns):
+        yield _inputs(model, leaves, trips, tiles, number, many, period)
+
+
+def _inputs(
+    model: Model, leaves: Leaves, trips: tuple[int, ...], tiles: int, number: int, many: int, period: int
+) -> Inputs:
+    persistent = bool(model.function.attributes.get("persistent"))
+    inputs = Inputs(seed=number, most_trips=many + 1, period=period)
+    items: list[tuple[Any, int]] = [*leaves.dims.items(), *leaves.scalars.items()]
+    for position, (leaf, step) in enumerate(items):
+        size = trips[position % len(trips)] * step
+        if isinstance(leaf, tuple):
+            inputs.dims[leaf] = size - step // 2 if size and number % 2 else size  # ragged every other time
+        elif leaf.type.dtype.name == "i1":
+            inputs.scalars[leaf] = bool(number % 2)
+        else:
+            inputs.scalars[leaf] = size
+    if persistent:
+        inputs.grid = (tiles, 1, 1) if number % 2 else (1, tiles, 1)
+    else:
+        inputs.grid, inputs.blocks = (2, 2, 1), 4
+        inputs.ids = (number % 2, number // 2 % 2, 0)
+        inputs.block = inputs.ids[0] + 2 * inputs.ids[1]
+    return inputs
+
+
+def _outer_stages(model: Model) -> int:
+    """The stages of the deepest ring that is used once a tile."""
+    deepest, loops = 1, enclosing_operations(model.function)
+    for op in model.ops:
+        if isinstance(op, Acquire) and _depth(op, loops) <= 1:
+            deepest = max(deepest, model.rings[op.ring].stages)
+    return deepest
+
+
+def _depth(op: Operation, loops: dict[Block, Operation]) -> int:
+    depth, block = 0, op.parent
+    while block in loops:
+        depth += isinstance(loops[block], For | While)
+        block = loops[block].parent
+    return depth

@@ -1,0 +1,80 @@
+"""State spaces (PTX ISA 5.1): which memory an address means, and checked access to it.
+
+The generic address space has windows of shared and local memory; parameters and module variables
+live in global memory. Shared memory is in `shared_memory`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tilewright.runtime.emulator.memory import BASE
+from tilewright.runtime.emulator.nvidia.types import LANES, Array
+
+if TYPE_CHECKING:
+    from tilewright.runtime.emulator.nvidia.state import State
+
+SHARED_WINDOW, LOCAL_WINDOW = 0x7E00_0000_0000, 0x7D00_0000_0000
+_WINDOW = 1 << 24
+_I64 = np.int64
+
+
+def split_generic(state: State, address: Array) -> list[tuple[str, Array, Array]]:
+    """(space, lanes, addresses in it) for the spaces that the active lanes' generic addresses fall into."""
+    found = []
+    lanes = state.lanes
+    for space, base in (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW)):
+        inside = (address >= base) & (address < base + _WINDOW) & state.lanes
+        if inside.any():
+            found.append((space, inside, address - base))
+            lanes = lanes & ~inside
+    if lanes.any() or not found:
+        found.append(("global", lanes, address))
+    return found
+
+
+def check_alignment(state: State, address: Array, size: int, what: str) -> None:
+    """An access of ``size`` bytes must be aligned to them (PTX ISA 6.4.1)."""
+    if size > 1:
+        bad = ((address & (size - 1)) != 0) & state.lanes
+        if bad.any():
+            at = int(np.broadcast_to(address, bad.shape)[bad][0])
+            state.fault(f"misaligned {what} of {size} bytes at {at:#x}", bad)
+
+
+def global_offsets(state: State, address: Array, size: int) -> Array:
+    """Checked offsets into the bytes of global memory, of the active lanes (one-dimensional)."""
+    state.require_defined("an address")
+    check_alignment(state, address, size, "global access")
+    offsets: Array = (address.reshape(-1) if state.full else address[state.lanes]) - BASE
+    if offsets.size:
+        memory = state.launch.memory
+        bad = memory.outside(offsets, size)
+        if bad is not None:
+            guilty = np.zeros(state.lanes.shape, np.bool_)
+            guilty[state.lanes] = bad
+            first = int(address[guilty][0])
+            state.fault(
+                f"global access outside any allocation: {size} bytes at {first:#x}, {memory.describe(first)} "
+                f"({int(bad.sum())} lanes in all)",
+                guilty,
+            )
+    return offsets
+
+
+def local_offsets(state: State, address: Array, size: int) -> Array:
+    """Checked offsets into the bytes of local memory, of the active lanes."""
+    state.require_defined("an address")
+    check_alignment(state, address, size, "local access")
+    limit = state.launch.kernel.local_bytes
+    bad = ((address < 0) | (address + size > limit)) & state.lanes
+    if bad.any():
+        state.fault(f"local access out of range: {size} bytes at {int(address[bad][0])} of {limit}", bad)
+    thread = state.selected()[:, None] * LANES + np.arange(LANES)
+    offsets: Array = (address + thread * limit)[state.lanes]
+    return offsets
+
+
+__all__ = ["BASE", "LOCAL_WINDOW", "SHARED_WINDOW", "global_offsets", "local_offsets", "split_generic"]
