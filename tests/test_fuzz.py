@@ -44,7 +44,7 @@ def assert_same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray], messa
 
 
 @pytest.mark.parametrize("target", ["sm_90a", "gfx942"])
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=100, **SETTINGS)
 @given(text=tile_programs())
 def test_every_pass_keeps_the_bits(target: str, text: str):
     built = module(text)
@@ -62,7 +62,7 @@ def test_every_pass_keeps_the_bits(target: str, text: str):
         before = after
 
 
-@settings(max_examples=25, **SETTINGS)
+@settings(max_examples=30, **SETTINGS)
 @given(text=tile_programs(exact=True, with_dots=False))
 def test_compiled_integers_are_exact(text: str):
     function = scheduled(module(text, align=4), "gfx942")

@@ -276,3 +276,28 @@ def test_interpreting_is_chosen_at_each_launch(monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_INTERPRET", "perhaps")
     with pytest.raises(ValueError, match="TILEWRIGHT_INTERPRET='perhaps': expected 0 or 1"):
         scale[1](X, y, 2.0)
+
+
+def test_repeated_launches_are_told_apart_by_all_that_they_depend_on() -> None:
+    torch = pytest.importorskip("torch")
+    a, b = torch.zeros(4, 4), torch.zeros(4, 4)
+    keys = [
+        repeat_key((1,), None, (a, 1), {}),
+        repeat_key((2,), None, (a, 1), {}),
+        repeat_key((1,), "cuda:0", (a, 1), {}),
+        repeat_key((1,), None, (a, 1.0), {}),
+        repeat_key((1,), None, (a, True), {}),
+        repeat_key((1,), None, (b, 1), {}),
+        repeat_key((1,), None, (a.T, 1), {}),
+        repeat_key((1,), None, (a[:2], 1), {}),
+        repeat_key((1,), None, (a.view(torch.int32), 1), {}),
+        repeat_key((1,), None, (a, 0.0), {}),
+        repeat_key((1,), None, (a, -0.0), {}),
+        repeat_key((1,), None, (a,), {"n": 1}),
+    ]
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    assert repeat_key((1,), None, (a, 1), {}) == keys[0]
+    assert repeat_key(lambda meta: 1, None, (a,), {}) is None
+    assert repeat_key((1,), None, (np.zeros(3),), {}) is None
+    assert repeat_key((1,), None, (a, "text"), {}) is None

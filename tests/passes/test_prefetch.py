@@ -50,7 +50,7 @@ def test_operand_reads_are_wide_and_meet_no_bank_twice(target: str, tile: tuple[
     warps = unit.warps([dot])
     shared, operand = unit.shared(which, dot, contiguous, warps), unit.operand(which, dot, warps)
     assert shared is not None
-    width = 2 * unit.instruction(dot, warps).k_per_lane
+    width = min(16, 2 * unit.instruction(dot, warps).run)
     assert shared_vector_bytes(operand, shared) >= width
     assert bank_conflicts(operand, shared, width, unit.target.banks) == 0
 
@@ -88,11 +88,11 @@ def test_the_unit_prefers_large_instructions_and_four_waves():
     assert unit.accumulator((128, 256), 4).num_registers == 128
     assert unit.warps([dot_of(256, 256, 64)]) == 8
     assert unit.instruction(dot_of(48, 64, 48), 4).mnk == (16, 16, 16)
-    assert Mfma(get_target("gfx942")).instruction(dot, 4).mnk == (32, 32, 8)
+    assert Mfma(get_target("gfx942")).instruction(dot, 4).steps == 2
 
 
 @pytest.mark.parametrize(
-    ("dot", "message"), [(dot_of(24, 32, 16), "multiples of 16"), (dot_of(32, 32, 16, f32), "f32")]
+    ("dot", "message"), [(dot_of(24, 32, 16), "multiples of 16"), (dot_of(32, 32, 16, i32), "no dot of i32")]
 )
 def test_dots_that_do_not_fit_are_refused(dot: Dot, message: str):
     with pytest.raises(IRError, match=message):

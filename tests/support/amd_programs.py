@@ -21,7 +21,16 @@ from tilewright.passes.manager import PassContext, PassManager, PassOptions
 from tilewright.passes.pipelines import default_pipeline
 from tilewright.runtime.emulator.amd import AmdEmulator, GlobalMemory, LaunchStatistics
 
-NUMPY = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
+NUMPY = {
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+    "f32": np.float32,
+    "f64": np.float64,
+    "i8": np.int8,
+    "i32": np.int32,
+    "f8e4m3": ml_dtypes.float8_e4m3fn,
+    "f8e5m2": ml_dtypes.float8_e5m2,
+}
 ROW_MAJOR, COLUMN_MAJOR = (None, 1), (1, None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,22 @@ class Artifact:
 
     def launch(self, device: Device, grid: Sequence[int] | int, args: Sequence[Any], stream: Any = None) -> None:
         """Start the kernel on ``device`` with one argument for each run-time parameter, in order."""
+        abi, function = self._entry(device, args)
+        device.launch(function, abi, grid, args, stream)
+
+    def prepare(self, device: Device, grid: Sequence[int] | int, args: Sequence[Any]) -> Callable[[Any], None] | None:
+        """This launch as a function of the stream alone; None where the device has no such form."""
+        abi, function = self._entry(device, args)
+        return device.prepare(function, abi, grid, args)
+
+    def _entry(self, device: Device, args: Sequence[Any]) -> tuple[KernelABI, Any]:
+        """The first entry whose assumptions hold, loaded on the device."""
         loaded = self._loaded.get(device.name)
         if loaded is None:
             loaded = self._load(device)
-        abi, function = loaded[0]
-        if len(loaded) > 1:
-            abi, function = next((e for e in loaded if assumptions_hold(e[0], args, device)), loaded[-1])
-        device.launch(function, abi, grid, args, stream)
+        if len(loaded) == 1:
+            return loaded[0]
+        return next((e for e in loaded if assumptions_hold(e[0], args, device)), loaded[-1])
 
     def _load(self, device: Device) -> list[tuple[KernelABI, Any]]:
         module = device.load(self.binary, self.asm)

@@ -21,6 +21,7 @@ class Kernel:
         self.definition = KernelDefinition(fn)
         self.__name__, self.__doc__ = self.definition.name, fn.__doc__
         self.plans: dict[Any, Plan] = {}
+        self.repeats: dict[Any, Callable[[Any], None]] = {}
         self._artifacts: dict[Any, Artifact] = {}
         self._functions: dict[Any, Function] = {}
         self._names: tuple[tuple[str, ...], frozenset[str]] | None = None

@@ -1,7 +1,9 @@
 """Launches: from the arguments of a call to a started kernel.
 
 The first call with arguments of some kinds makes a `Plan`: which arguments are run-time values, and
-which binary takes them. Later calls with arguments of the same kinds only look the plan up.
+which binary takes them. Later calls with arguments of the same kinds only look the plan up. A call
+that repeats an earlier one exactly (the same GPU memory, shapes, numbers and grid) goes straight to the
+driver.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ Grid = int | Sequence[int] | Callable[[Mapping[str, Any]], int | Sequence[int]]
 
 #: plans kept per kernel; a program with more kinds of arguments makes some of them again
 MOST_PLANS = 4096
+#: launches kept per kernel in their final form
+MOST_REPEATS = 1024
 _INT32 = range(-(2**31), 2**31)
 
 
@@ -44,14 +48,24 @@ class Plan:
     sources: tuple[int | str | None, ...]
     defaults: tuple[Any, ...]
     start: Callable[[tuple[int, int, int], list[Any], Any], None]
+    #: takes the grid and the run-time values and gives a function of the stream, or None
+    prepare: Callable[[tuple[int, int, int], list[Any]], Callable[[Any], None] | None] | None = None
 
     def run(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any], stream: Any) -> None:
         """Launch with these arguments, which are of the kinds that the plan was made for."""
-        values = [
+        self.start(resolve_grid(grid, self.constexprs), self._values(args, kwargs), stream)
+
+    def repeat(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], None] | None:
+        """This launch as a function of the stream alone, where the device has such a form."""
+        if self.prepare is None:
+            return None
+        return self.prepare(resolve_grid(grid, self.constexprs), self._values(args, kwargs))
+
+    def _values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        return [
             args[source] if isinstance(source, int) else default if source is None else kwargs[source]
             for source, default in zip(self.sources, self.defaults, strict=True)
         ]
-        self.start(resolve_grid(grid, self.constexprs), values, stream)
 
 
 class Launch:
@@ -64,6 +78,22 @@ class Launch:
 
     def __call__(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
         """Launch; see `tilewright.kernel`. Raises ArgumentError, CompileError or DeviceError."""
+        exact = repeat_key(self.grid, self.device, args, kwargs)
+        if exact is not None:
+            again = self.kernel.repeats.get(exact)
+            if again is not None:
+                again(stream)
+                return
+        plan = self._plan(args, kwargs)
+        plan.run(self.grid, args, kwargs, stream)
+        if exact is not None:
+            again = plan.repeat(self.grid, args, kwargs)
+            if again is not None:
+                if len(self.kernel.repeats) >= MOST_REPEATS:
+                    self.kernel.repeats.clear()
+                self.kernel.repeats[exact] = again
+
+    def _plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         key = (self.device, INTERPRET.get(), *signature(self.kernel, args, kwargs))
         try:
             plan = self.kernel.plans.get(key)
@@ -75,7 +105,39 @@ class Launch:
                 self.kernel.plans.clear()
             if key:
                 self.kernel.plans[key] = plan
-        plan.run(self.grid, args, kwargs, stream)
+        return plan
+
+
+def repeat_key(
+    grid: Grid, device: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...] | None:
+    """All that a launch on torch tensors and numbers depends on, cheaply; None for other arguments.
+
+    Addresses of GPU memory are unique in a process, so they stand for the device too.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or type(grid) is not tuple:
+        return None
+    tensor: Any = getattr(torch, "Tensor", None)
+    parts: list[Any] = [grid, device]
+    for value in args:
+        if type(value) is tensor:
+            parts += (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        elif type(value) in _NUMBERS:
+            parts += (type(value), value or repr(value))  # 0.0 is not -0.0
+        else:
+            return None
+    for name, value in kwargs.items():
+        if type(value) is tensor:
+            parts += (name, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        elif type(value) in _NUMBERS:
+            parts += (name, type(value), value or repr(value))
+        else:
+            return None
+    return tuple(parts)
+
+
+_NUMBERS = frozenset({int, float, bool})
 
 
 def signature(kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -128,19 +190,21 @@ def make_plan(kernel: Kernel, device: str | None, args: tuple[Any, ...], kwargs:
     bound = bind_arguments(kernel.definition, args, arguments)
     place = device or where(bound.tensors)
     names = [p.name for p in kernel.definition.parameters if p.name in bound.tensors or p.name in bound.scalars]
+    preparer: Preparer | None = None
     if place == "cpu" or INTERPRET.get():
         starter = _interpreter(kernel, bound, names, from_gpu=INTERPRET.get())
     else:
-        starter = _binary(kernel, bound, place, options)
+        starter, preparer = _binary(kernel, bound, place, options)
     positions = {name: i for i, name in enumerate(kernel.positional_names[: len(args)])}
     sources = tuple(positions.get(name, name if name in kwargs else None) for name in names)
-    return Plan(bound.constexprs, sources, tuple(bound.scalars.get(name) for name in names), starter)
+    return Plan(bound.constexprs, sources, tuple(bound.scalars.get(name) for name in names), starter, preparer)
 
 
 Starter = Callable[[tuple[int, int, int], list[Any], Any], None]
+Preparer = Callable[[tuple[int, int, int], list[Any]], Callable[[Any], None] | None]
 
 
-def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileOptions) -> Starter:
+def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileOptions) -> tuple[Starter, Preparer]:
     device = open_device(place)
     types = bound.types({name: view_type(value, name) for name, value in bound.tensors.items()})
     artifact = kernel.artifact(types, device.target, options)
@@ -148,7 +212,10 @@ def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileO
     def start(grid: tuple[int, int, int], values: list[Any], stream: Any) -> None:
         artifact.launch(device, grid, values, stream)
 
-    return start
+    def prepare(grid: tuple[int, int, int], values: list[Any]) -> Callable[[Any], None] | None:
+        return artifact.prepare(device, grid, values)
+
+    return start, prepare
 
 
 def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_gpu: bool) -> Starter:

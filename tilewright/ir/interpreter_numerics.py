@@ -166,8 +166,8 @@ def cast(x: Array, dtype: DType) -> Array:
         return _truncate(wide, dtype)
     if dtype in _FP8_MAX:
         limit = _FP8_MAX[dtype]
-        compute = np.float64 if wide.dtype == np.float64 else np.float32
-        return np.clip(wide.astype(compute), -limit, limit).astype(target)
+        wide = _rounded_to_odd(wide) if wide.dtype == np.float64 else wide.astype(np.float32)
+        return np.clip(wide, -limit, limit).astype(target)
     if target == _BF16 and wide.dtype == np.float64:
         wide = _rounded_to_odd(wide)  # ml_dtypes goes by way of float32 and would round twice
     return wide.astype(target)

@@ -118,10 +118,10 @@ def plan_exchange(
         return None
     src, dst = FlatLayout.of(source), FlatLayout.of(result)
     cuts = _cuts(src, dst, element_bits, limit)
-    slices = [_cut(side, cuts) for side in (src, dst)]
+    slices = _cut(src, cuts), _cut(dst, cuts)
     plans = []
-    for vector in _vectors(*slices, element_bits):
-        memory = _memory(*slices, vector, element_bits, banks)
+    for vector in _vectors(slices[0], slices[1], element_bits):
+        memory = _memory(slices[0], slices[1], vector, element_bits, banks)
         writer, reader = (_ordered(side, memory, element_bits) for side in slices)
         cycles = shared_cycles(writer.layout(), memory, MAX_VECTOR_BYTES, banks, "write") * _turns(cuts, 0)
         cycles += shared_cycles(reader.layout(), memory, MAX_VECTOR_BYTES, banks, "read") * _turns(cuts, 1)

@@ -100,7 +100,7 @@ class SharedLayout:
         lines, core_lines = self.num_lines, prod(core) // core[self.order[0]]
         period = 1 << len(self.phases) if self.phases else self.per_phase * self.max_phase if self.max_phase > 1 else 1
         if lines != core_lines and core_lines % period:
-            raise ValueError(f"{lines} lines repeat {core_lines}, which cuts the pattern of {period} lines")
+            raise ValueError(f"{lines} lines repeat {core_lines}, which cuts the pattern of {period} phases")
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 

@@ -227,7 +227,8 @@ def _solve(lane_map: list[int], asked: list[int], lanes: int) -> list[int] | Non
 
 def _turns(by_lane: Sequence[int], by_warp: Sequence[int]) -> tuple[Turn, ...]:
     """The map (lane, warp) -> step as a sum of as few (parity, step) pairs as its rank."""
-    span, steps = F2Span(), []
+    span = F2Span()
+    steps: list[int] = []
     for column in [*by_lane, *by_warp]:
         if span.insert(column, len(steps)):
             steps.append(column)

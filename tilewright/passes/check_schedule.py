@@ -9,17 +9,20 @@ in flight, missing proxy fences, and bulk stores that outlive the block's shared
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 
-from tilewright.ir.core import Function
+from tilewright.ir.core import Function, Operation
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.machine import Machine
 from tilewright.passes.checker.model import Model
 from tilewright.passes.checker.program import Infeasible, RoleProgram, Run
-from tilewright.passes.checker.scenarios import Inputs, find_leaves, scenarios
+from tilewright.passes.checker.scenarios import Inputs, find_leaves, more_scenarios, scenarios, with_more_tiles
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: events of one role that a scenario follows, and steps of all threads and scenarios after which no other is begun
 MOST_EVENTS, MOST_STEPS = 1500, 12000
+#: inputs to try for code that the usual ones do not reach
+MOST_TRIES = 16
 #: events of one role when a fault seen in shortened loops is looked for in the loops as they are
 MOST_CONFIRMED = 50000
 
@@ -35,35 +38,59 @@ class CheckSchedule(FunctionPass):
             check(function, context)
 
 
-def check(function: Function, context: PassContext) -> list[Inputs]:
-    """Check one function; gives the inputs that it was checked on. Raises IRError."""
-    model = Model(function, context.target)
+@dataclass
+class Result:
+    """What a schedule was checked on."""
+
+    inputs: list[Inputs] = field(default_factory=list)
+    steps: int = 0
+    #: loops and branches of each role that no inputs reached: (operation, 1: once, 2: more than once) or branch
+    missed: set[tuple[Operation, int]] = field(default_factory=set)
+
+
+def check(function: Function, context: PassContext) -> Result:
+    """Check one function. Raises IRError."""
+    model, result = Model(function, context.target), Result()
     if not model.asynchronous:
-        return []
+        return result
     programs = [RoleProgram(model, role) for role in model.roles]
-    needed = {value for program in programs for value in program.compiler.needed}
-    done, steps = [], 0
-    for inputs in scenarios(model, find_leaves(model, needed)):
-        if steps > MOST_STEPS:
-            break
-        try:
-            steps += _check_on(model, programs, inputs)
-        except Infeasible:
-            continue
-        done.append(inputs)
-    return done
+    leaves = find_leaves(model, {value for program in programs for value in program.compiler.needed})
+    result.missed = {goal for program in programs for goal in program.goals}
+    for inputs in scenarios(model, leaves):
+        if result.steps <= MOST_STEPS:
+            _check_on(model, programs, inputs, result)
+    if result.missed:
+        for inputs in more_scenarios(model, leaves, MOST_TRIES):
+            if result.missed and result.steps <= MOST_STEPS and _reaches(programs, inputs, result):
+                _check_on(model, programs, with_more_tiles(model, inputs), result)
+    return result
 
 
-def _check_on(model: Model, programs: list[RoleProgram], inputs: Inputs) -> int:
+def _reaches(programs: list[RoleProgram], inputs: Inputs, result: Result) -> bool:
+    """Whether something runs that has not run before, or goes wrong before the roles even meet."""
+    try:
+        return any(program.trace(inputs, MOST_EVENTS).covered & result.missed for program in programs)
+    except Fault:
+        return True
+    except Infeasible:
+        return False
+
+
+def _check_on(model: Model, programs: list[RoleProgram], inputs: Inputs, result: Result) -> None:
     runs: list[Run] = []
     try:
         for program in programs:
             runs.append(program.trace(inputs, MOST_EVENTS))
-        return Machine(model, runs).run()
+        result.steps += Machine(model, runs).run()
+    except Infeasible:
+        return
     except Fault as fault:
-        if inputs.most_trips is not None and any(_shortens(p, inputs) for p in programs):
-            return _confirm(model, programs, inputs)
-        raise fault.error(str(inputs)) from None
+        if inputs.most_trips is None or not any(_shortens(p, inputs) for p in programs):
+            raise fault.error(str(inputs)) from None
+        result.steps += _confirm(model, programs, inputs)
+    result.inputs.append(inputs)
+    for run in runs:
+        result.missed -= run.covered
 
 
 def _shortens(program: RoleProgram, inputs: Inputs) -> bool:
@@ -83,4 +110,4 @@ def _confirm(model: Model, programs: list[RoleProgram], inputs: Inputs) -> int:
         raise fault.error(str(inputs)) from None
 
 
-__all__ = ["CheckSchedule", "check"]
+__all__ = ["CheckSchedule", "Result", "check"]

@@ -94,10 +94,10 @@ def _unit(rank: int, axis: int, bit: int) -> tuple[int, ...]:
     return tuple(1 << bit if a == axis else 0 for a in range(rank))
 
 
-def best_access(access: Access, held: LinearLayout, may_borrow: bool) -> tuple[float, LinearLayout]:
+def best_access(access: Access, held: LinearLayout, borrow: int) -> tuple[float, LinearLayout]:
     """(cycles, layout of the access) for a tile whose class has layout ``held``.
 
-    ``may_borrow``: conversions may take scratch memory; else only those that move inside warps count.
+    ``borrow``: bytes of scratch memory that a conversion may take; with 0 only those inside warps count.
     """
     best = access.cost(held), held
     if best[0] <= access.ideal():
@@ -109,7 +109,7 @@ def best_access(access: Access, held: LinearLayout, may_borrow: bool) -> tuple[f
         options += [near] if near is not None else []
     for option in options:
         pair = (option, held) if isinstance(access.op, Load) else (held, option)
-        if not may_borrow and plan_conversion(*pair, access.bits, access.target.banks).scratch_bytes:
+        if plan_conversion(*pair, access.bits, access.target.banks).scratch_bytes > borrow:
             continue
         cost = access.cost(option) + conversion_cost(*pair, access.bits, access.target.banks)
         in_registers = option.register_permutation(held) is not None

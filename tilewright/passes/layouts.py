@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tilewright.ir.async_ops import AsyncDot, LocalLoad, MakeRing, Role, Wait
+from tilewright.ir.async_ops import Alloc, AsyncDot, Copy, LocalLoad, MakeRing, Role, Wait
 from tilewright.ir.builder import Builder
 from tilewright.ir.check_ops import Print
 from tilewright.ir.core import Function, IRError, Operation, Region, Value
@@ -44,7 +44,7 @@ from tilewright.ir.tile_ops import (
     While,
     Yield,
 )
-from tilewright.ir.types import TileType, ViewType
+from tilewright.ir.types import BufferType, TileType, ViewType
 from tilewright.passes.analysis import enclosing_operations
 from tilewright.passes.cat_layouts import CatLayouts, cat_layouts, part_layouts
 from tilewright.passes.layout_costs import Access, best_access
@@ -105,8 +105,6 @@ class _Assignment:
         has_dots = any(isinstance(op, Dot | AsyncDot) for op in self.ops)
         self.unit: MatrixUnit | None = matrix_unit(target, function) if has_dots else None
         self.loops = enclosing_operations(function)
-        #: rings take all shared memory that is left: conversions of roles borrow none
-        self.may_borrow = not any(isinstance(op, MakeRing) for op in self.ops)
         self.accesses = [a for op in self.ops if (a := Access.of(op, warps, target)) and self._is_open(a)]
 
     def _is_open(self, access: Access) -> bool:
@@ -307,7 +305,7 @@ class _Assignment:
             self._assign(member.value, member.coalesced())
             self._spread()
         members = members or [a for a in self.accesses if self.find(a.value) not in decided and self.known(a.value)]
-        cost = sum(self._weight(m) * best_access(m, self.of(m.value), self.may_borrow)[0] for m in members)
+        cost = sum(self._weight(m) * best_access(m, self.of(m.value), self._borrowable(m))[0] for m in members)
         cost += sum(self._seam(op) for op in self.ops if type(op) in RULES)
         chosen, self.layout = self.layout, before
         return members, (cost, chosen)
@@ -324,6 +322,19 @@ class _Assignment:
             return 0.0
         return conversion_cost(derived, wanted, max(8, result.type.dtype.bits), self.target.banks)
 
+    def _borrowable(self, access: Access) -> int:
+        """Bytes of shared memory that a conversion beside a load or store may take.
+
+        Rings take all that is left, and what copies are in flight to is taken. Outside of loops the memory of
+        buffers is free again (`shared_plan`); inside, only what they leave.
+        """
+        if any(isinstance(op, MakeRing | Copy) for op in self.ops):
+            return 0
+        if self._weight(access) == 1:
+            return self.target.shared_bytes
+        buffers = [op.result.type for op in self.ops if isinstance(op, Alloc)]
+        return self.target.shared_bytes - sum(b.bytes for b in buffers if isinstance(b, BufferType))
+
     def _weight(self, access: Access) -> int:
         """How often an access runs, by the loops around it."""
         depth, block = 0, access.op.parent
@@ -339,7 +350,7 @@ class _Assignment:
             _tile(access.value).layout if isinstance(access.op, Load) else _tile(access.op.value).layout,
         )
         assert held is not None
-        _, layout = best_access(access, held, self.may_borrow)
+        _, layout = best_access(access, held, self._borrowable(access))
         if layout == held:
             return
         if isinstance(op, Load):

@@ -116,10 +116,12 @@ class _Plan:
         return areas, end
 
     def commit(self, areas: dict[Operation, Area]) -> None:
-        for op in [*self.allocs, *self.rings]:
-            op.offset = areas[op].first
-        for op in self.users:
-            op.attributes["scratch"] = areas[op].first
+        for alloc in self.allocs:
+            alloc.offset = areas[alloc].first
+        for ring in self.rings:
+            ring.offset = areas[ring].first
+        for user in self.users:
+            user.attributes["scratch"] = areas[user].first
 
     def listing(self) -> str:
         lines = []

@@ -7,8 +7,9 @@ much as reading the arguments and calling the driver.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from tilewright.ir.abi import KernelABI, TensorMapParam
 from tilewright.runtime.arguments import DevicePointer, TensorView
 from tilewright.runtime.device import Device, DeviceInfo, Module, nvidia_target
 from tilewright.runtime.errors import ArgumentError, DeviceError
-from tilewright.runtime.launching import Launcher, ReadyLaunch
+from tilewright.runtime.launching import Launcher, ReadyLaunch, stream_handle
 from tilewright.runtime.tensor_maps import TensorMapEncoder
 
 __all__ = ["CudaDevice", "CudaFunction", "CudaLauncher", "CudaModule", "DevicePointer", "enumerate_devices"]
@@ -207,6 +208,12 @@ class CudaDevice(Device):
         """
         function.launcher(abi)(grid, args, stream)
 
+    def prepare(
+        self, function: CudaFunction, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
+    ) -> Callable[[Any], None] | None:
+        """See `Device.prepare`; offered where all tensors are torch's."""
+        return function.launcher(abi).prepared(grid, args)
+
     def synchronize(self) -> None:
         with self.current():
             self.call("cuCtxSynchronize", doing=f"Waiting for {self.name}")
@@ -310,6 +317,28 @@ class CudaLauncher(Launcher):
             return
         with self.device.current():
             self._launch(ready, stream)
+
+    def prepared(self, grid: int | Sequence[int], args: Sequence[Any]) -> Callable[[Any], None] | None:
+        """The launch as a function of the stream (None: torch's current one), with nothing left to look up."""
+        ready, torch = self.ready(grid, args), sys.modules.get("torch")
+        raw_stream = getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
+        if ready is None or torch is None or raw_stream is None:
+            return None
+        if ready.arguments is None:
+            return lambda stream: None
+        launch, ordinal, handle = self._cu_launch_kernel, self.ordinal, self.function.handle
+        (x, y, z), threads, shared = ready.blocks, self.abi.threads, self.abi.shared_bytes
+        pointers, device_of_thread = ready.arguments.pointers, torch._C._cuda_getDevice
+
+        def start(stream: Any) -> None:
+            where = raw_stream(ordinal) if stream is None else stream_handle(stream, torch, ordinal)
+            if device_of_thread() == ordinal:
+                (status,) = launch(handle, x, y, z, threads, 1, 1, shared, where, pointers, 0)
+                if not status:
+                    return
+            self.start(ready, where)  # another device or no context is current in this thread; or it reports the error
+
+        return start
 
     def _launch(self, ready: ReadyLaunch, stream: int) -> None:
         x, y, z = ready.blocks

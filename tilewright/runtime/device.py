@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -60,6 +60,12 @@ class Device(ABC):
 
         Returns before the kernel has finished. A grid with a zero in it starts nothing.
         """
+
+    def prepare(
+        self, function: Any, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
+    ) -> Callable[[Any], None] | None:
+        """The launch with these arguments as a function of the stream alone, for repeating it; None: not offered."""
+        return None
 
     @abstractmethod
     def synchronize(self) -> None:

@@ -81,6 +81,15 @@ class Launcher(ABC):
                 self.wait_for(producer)
         self.start(ready, handle)
 
+    def ready(self, grid: int | Sequence[int], args: Sequence[Any]) -> ReadyLaunch | None:
+        """The launch but for the stream, while the arguments' memory lives; None unless all tensors are torch's."""
+        views, scalars, producers, from_torch = self._split(args, sys.modules.get("torch"))
+        if producers or not from_torch:
+            return None
+        packed = self.layout.pack_scalars(scalars) if scalars else b""
+        key = (tuple(grid) if isinstance(grid, list) else grid, packed, *views)
+        return self._ready.get(key) or self._prepare(key)
+
     def _split(self, args: Sequence[Any], torch: ModuleType | None) -> tuple[list[Any], list[Any], list[int], bool]:
         """The views, scalars and producers' streams among ``args``; last, whether a torch tensor was there."""
         tensor_type: Any = getattr(torch, "Tensor", ())  # absent, too, from a torch that is being imported

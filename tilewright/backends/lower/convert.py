@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 from tilewright.backends.lower.context import Lowering, Registers, lowers
 from tilewright.backends.lower.coordinates import check_threads, sole_holder
@@ -125,7 +125,7 @@ def _exchanged(
     for write, read in zip(plan.writes, plan.reads, strict=True):
         lw.ops.barrier(lw, "role")  # whoever used the scratch before has read it
         values = [held[register] for register in write.registers]
-        run_if(lw, _both(lw, holder, _takes_part(lw, write)), lambda values=values: writer.fresh().store(values))
+        run_if(lw, _both(lw, holder, _takes_part(lw, write)), partial(writer.fresh().store, values))
         lw.ops.barrier(lw, "role")
         results |= zip(read.registers, _read(lw, reader, read, results, dtype), strict=True)
     return [results[register] for register in plan.equal]

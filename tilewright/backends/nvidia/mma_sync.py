@@ -21,7 +21,7 @@ from tilewright.ir.types import DType, TileType, bf16, f8e4m3, f8e5m2, f16, f32,
 
 ROWS, COLUMNS = 16, 8
 #: K of the products of float32 parts that the matrix unit sums up before they are added to the accumulator
-EXACT_K = 32
+EXACT_K = 16
 
 MMA_LOWERINGS: Table = {}
 

@@ -6,7 +6,7 @@ matrix unit's group that an accumulator in flight belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,8 @@ class Run:
     retired: int = 0
     cut: bool = False
     shortened: bool = False
+    #: (loop, ran once: 1, more than once: 2) and (branch, which)
+    covered: set[tuple[Operation, int]] = field(default_factory=set)
 
 
 class _Full(Exception):
@@ -72,6 +74,13 @@ class RoleProgram:
         before = [op for op in block.ops if not isinstance(op, a.Role)]
         ops = before if role.op is None else [*before, *role.op.body.block.ops]
         self.steps = self.compiler.block(ops)
+        #: what a set of executions should cover of this role; see `Run.covered`
+        self.goals = {
+            (op, n)
+            for op in self.compiler.busy
+            if isinstance(op, For | If)
+            for n in ((0, 1) if isinstance(op, If) else (1, 2))
+        }
 
     def trace(self, inputs: Inputs, most_events: int) -> Run:
         """Run on inputs. Raises Fault for what one thread does wrong on its own, Infeasible."""
@@ -290,7 +299,10 @@ def _for(compiler: _Compiler, op: For) -> Step:
     def step(run: Run) -> None:
         env = run.env
         values = [env.get(v, 0) for v in inits]
-        for i in indices(run, env[lo], env[hi], env[step_]):
+        chosen = indices(run, env[lo], env[hi], env[step_])
+        if chosen:
+            run.covered.update(((op, 1), (op, 2)) if len(chosen) > 1 else ((op, 1),))
+        for i in chosen:
             env[index] = i
             env.update(zip(arguments, values, strict=True))
             for inner in body:
@@ -301,7 +313,7 @@ def _for(compiler: _Compiler, op: For) -> Step:
     return step
 
 
-def indices(run: Run, lo: int, hi: int, step: int) -> Iterable[int]:
+def indices(run: Run, lo: int, hi: int, step: int) -> Sequence[int]:
     """A loop's indices; of long loops the first and the last ones, a multiple of all stage counts left out."""
     every = range(lo, hi, step) if step > 0 else range(0)
     count, most = len(every), run.inputs.most_trips
@@ -350,7 +362,9 @@ def _if(compiler: _Compiler, op: If) -> Step:
 
     def step(run: Run) -> None:
         env = run.env
-        steps, values = branches[bool(env[condition])]
+        taken = bool(env[condition])
+        run.covered.add((op, int(taken)))
+        steps, values = branches[taken]
         for inner in steps:
             inner(run)
         for result, value in zip(results, values, strict=True):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
+from random import Random
 from typing import Any
 
 from tilewright.ir.async_ops import Acquire
@@ -96,7 +97,7 @@ def scenarios(model: Model, leaves: Leaves) -> Iterator[Inputs]:
     period = period if period <= MOST_PERIOD else model.most_stages
     patterns: list[tuple[tuple[int, ...], int]] = [((1,), 1), ((2,), 2), ((0,), 2)]
     if len(leaves.dims) + len(leaves.scalars) > 1:
-        patterns += [((1, 3), 2), ((3, 0), 2)]
+        patterns += [((1, 3), 2), ((many, 1), 2), ((0, many), 2)]  # one ring wraps while others stand still
     patterns.append(((many,), 2))
     if model.rings:
         patterns.append(((1,), _outer_stages(model) + 2))
@@ -125,6 +126,31 @@ def _inputs(
         inputs.ids = (number % 2, number // 2 % 2, 0)
         inputs.block = inputs.ids[0] + 2 * inputs.ids[1]
     return inputs
+
+
+def more_scenarios(model: Model, leaves: Leaves, count: int) -> Iterator[Inputs]:
+    """Sizes that have nothing to do with each other, for code that the usual ones do not reach."""
+    random = Random(0)
+    for number in range(count):
+        inputs = _inputs(model, leaves, (2,), 2, number, model.most_stages + 2, 1)
+        for leaf, step in leaves.dims.items():
+            inputs.dims[leaf] = _any_size(random, step)
+        for scalar, step in leaves.scalars.items():
+            if not isinstance(inputs.scalars[scalar], bool):
+                inputs.scalars[scalar] = _any_size(random, step)
+        yield inputs
+
+
+def _any_size(random: Random, step: int) -> int:
+    return max(0, random.randrange(4) * step + random.choice((0, 0, 1, step // 2)))
+
+
+def with_more_tiles(model: Model, inputs: Inputs) -> Inputs:
+    """The same sizes for a persistent block that runs so many tiles that its rings wrap around."""
+    if not model.function.attributes.get("persistent"):
+        return inputs
+    x, _, _ = inputs.grid
+    return replace(inputs, grid=(x, -(-(model.most_stages + 2) // x), 1))
 
 
 def _outer_stages(model: Model) -> int:
