@@ -92,7 +92,7 @@ def test_descriptors_reach_the_elements_of_the_layout(order, swizzle, axis, shap
     ("layout", "message"),
     [
         (SharedLayout((64, 64), 16, ROWS), "swizzled"),
-        (SharedLayout((64, 64), 8, ROWS, 64), "16-bit"),
+        (SharedLayout((64, 64), 8, ROWS, 64), "16-bit or 32-bit"),
         (SharedLayout((64, 24), 16, COLUMNS, 128), "multiples"),
     ],
 )

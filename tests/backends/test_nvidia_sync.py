@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tilewright as tw
-import tilewright.passes  # noqa: F401  (registers the passes)
+import tilewright.passes
 from tilewright.backends.errors import BackendError
 from tilewright.backends.nvidia import ptxas
 from tilewright.backends.nvidia.compile import compile_function
@@ -147,7 +147,7 @@ def test_ldmatrix_reads_the_fragments(order, swizzle, bits, k, shape, warps):
         read = matrix_read(layout, shared)
         along_k = order[0] != axis
         if read is None:
-            assert not along_k and bits != 16 or tile.shape[order[0]] * bits % 128 or shared.block_size * bits < 128
+            assert (not along_k and bits != 16) or tile.shape[order[0]] * bits % 128 or shared.block_size * bits < 128
             continue
         assert read.transposed is not along_k
         memory = np.zeros(tile.size, int)
@@ -285,7 +285,7 @@ def test_tiles_of_any_size_assemble(shape, dtype, acc):
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("options", [{}, {"num_stages": 1}, {"num_stages": 3}, {"num_warps": 8}])
 def test_chained_dots_and_softmax_assemble(target, options):
-    types = {name: ("bf16", ROW_MAJOR) for name in ("x", "w1", "w2", "y")}
+    types = dict.fromkeys(("x", "w1", "w2", "y"), ("bf16", ROW_MAJOR))
     compiled(target, mlp, types, options={**options, "schedule": "prefetch"}, BM=64, BH=64, BN=64, BK=32)
     compiled(target, softmax, {"x": ("f32", ROW_MAJOR), "y": ("f32", ROW_MAJOR)}, BN=1024)
 

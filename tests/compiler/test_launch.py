@@ -8,6 +8,7 @@ import pytest
 from compiler_programs import add, count, gemm, scale
 
 import tilewright as tw
+from tilewright.compiler.launch import repeat_key
 
 
 @pytest.fixture

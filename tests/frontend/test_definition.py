@@ -175,3 +175,17 @@ def test_constexpr_outside_kernels():
     wrapper = types.SimpleNamespace(definition=kernel)
     assert as_kernel(wrapper) is kernel
     assert as_kernel(3) is None
+
+
+def test_captured_builtins_and_functions_are_part_of_the_fingerprint() -> None:
+    import math
+
+    def make(function, constant):
+        def kernel(x: tw.Tensor):
+            tw.store(x, (0,), function(tw.load(x, (0,), (constant(4.0),))))
+
+        return KernelDefinition(kernel).fingerprint()
+
+    prints = {make(f, c) for f in (tw.exp, tw.log) for c in (math.sqrt, math.floor)}
+    assert len(prints) == 4
+    assert make(tw.exp, math.sqrt) in prints

@@ -149,7 +149,7 @@ class Program:
             elif a.shape[0] % 2 == 0:
                 half = a.shape[0] // 2
                 self.new(f"{a.name}[{self.pick((0, half))}:][:{half}]", a.dtype, (half, a.shape[1]))
-        else:
+        elif a.shape[0] % 4 == 0:
             self.new(f"{a.name}.reshape({a.shape[0] // 4}, 4)", a.dtype, (a.shape[0] // 4, 4))
 
     def cat(self) -> None:

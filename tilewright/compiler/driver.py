@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from tilewright.compiler.artifact import Artifact, Entry
-from tilewright.compiler.environment import DUMP_DIR
+from tilewright.compiler.environment import CHECK_SCHEDULE, DUMP_DIR
 from tilewright.compiler.errors import PassFailure, write_reproducer
 from tilewright.compiler.limits import check_spills
 from tilewright.compiler.options import CompileOptions
@@ -149,7 +149,7 @@ def _artifact(name: str, target: str, result: Any, passes: Mapping[str, Mapping[
 def schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument] = ()) -> Module:
     """Run the target's pipeline in place. Raises PassError."""
     context = PassContext(target, options.pass_options())
-    return PassManager(default_pipeline(target), context, instruments).run(module)
+    return PassManager(default_pipeline(target, CHECK_SCHEDULE.get()), context, instruments).run(module)
 
 
 def _schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument]) -> None:

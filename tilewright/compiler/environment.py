@@ -83,6 +83,9 @@ CACHE_SIZE: Variable[int] = Variable(
 ALWAYS_COMPILE: Variable[bool] = Variable(
     "ALWAYS_COMPILE", _flag, False, "compile every kernel anew, whatever the cache holds, and store the result"
 )
+CHECK_SCHEDULE: Variable[bool] = Variable(
+    "CHECK_SCHEDULE", _flag, True, "prove schedules before generating code (pass check-schedule); 0 skips it"
+)
 DUMP_DIR: Variable[Path | None] = Variable(
     "DUMP_DIR", _path, None, "directory for one IR file per pass and the emitted assembly of every kernel"
 )
@@ -101,6 +104,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     ALWAYS_COMPILE,
     CACHE_DIR,
     CACHE_SIZE,
+    CHECK_SCHEDULE,
     DUMP_DIR,
     INTERPRET,
     PRINT_AUTOTUNING,

@@ -286,7 +286,12 @@ def _collect(definition: Definition, found: Dependencies) -> None:
             found.constants[f"{definition.name}.{'.'.join(path)}"] = value
         elif isinstance(value, tuple | list):
             found.constants[f"{definition.name}.{'.'.join(path)}"] = _collect_items(value, found)
-        elif not isinstance(value, ModuleType | type | markers.Builtin) and not callable(value):
+        elif isinstance(value, markers.Builtin):
+            found.constants[f"{definition.name}.{'.'.join(path)}"] = f"tw.{value.name}"
+        elif callable(value):
+            name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+            found.constants[f"{definition.name}.{'.'.join(path)}"] = name
+        elif not isinstance(value, ModuleType | type):
             found.constants[f"{definition.name}.{'.'.join(path)}"] = value
 
 

@@ -11,12 +11,13 @@ from functools import lru_cache
 from tilewright.ir.layout_linear import LinearLayout, Vector, log2_exact, unit
 from tilewright.ir.layout_spaces import FlatLayout, independent
 
-SECTOR_BYTES = 32
+SECTOR_BYTES, LINE_BYTES = 32, 128
 MAX_VECTOR_BYTES = 16
 #: bytes of neighbouring lanes that a layout near another one should make contiguous
 RUN_BYTES = 64
-#: a warp's share of the path to memory: cycles per sector (about 16 bytes a cycle and SM), and per instruction
-SECTOR_CYCLES, ISSUE_CYCLES = 2.0, 1.0
+#: a warp's share of the path to memory: cycles per sector (about 16 bytes a cycle and SM), per line of the cache
+#: that an instruction touches, and per instruction
+SECTOR_CYCLES, LINE_CYCLES, ISSUE_CYCLES = 2.0, 0.25, 1.0
 
 
 @lru_cache(maxsize=1024)
@@ -32,12 +33,15 @@ def access_cost(
     if contiguous is not None:
         width = max(1, min(layout.contiguity(contiguous), vector_bytes // bytes_))
     instructions = layout.num_registers // width
-    return instructions * (ISSUE_CYCLES + SECTOR_CYCLES * sectors(layout, contiguous, bytes_))
+    touched = SECTOR_CYCLES * pieces(layout, contiguous, bytes_) + LINE_CYCLES * pieces(
+        layout, contiguous, bytes_, LINE_BYTES
+    )
+    return instructions * (ISSUE_CYCLES + touched)
 
 
-def sectors(layout: LinearLayout, contiguous: int | None, element_bytes: int) -> int:
-    """Sectors that one instruction of a warp touches."""
-    shift = (SECTOR_BYTES // element_bytes).bit_length() - 1
+def pieces(layout: LinearLayout, contiguous: int | None, element_bytes: int, piece_bytes: int = SECTOR_BYTES) -> int:
+    """Sectors, or other aligned pieces of memory, that one instruction of a warp touches."""
+    shift = (piece_bytes // element_bytes).bit_length() - 1
     shape = list(layout.shape)
     lanes = [list(v) for v in layout.basis("lane")]
     if contiguous is not None:
@@ -77,4 +81,4 @@ def near_coalesced(layout: LinearLayout, contiguous: int, element_bits: int) -> 
     return None if near == layout else near
 
 
-__all__ = ["access_cost", "near_coalesced", "sectors"]
+__all__ = ["access_cost", "near_coalesced", "pieces"]

@@ -16,6 +16,11 @@ def transpose(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 64, BN: tw.const
     tw.store(y, (n, m), tw.load(x, (m, n), (BM, BN)).T)
 
 
+def tiles(element_bytes: int) -> dict[str, int]:
+    """``BM`` and ``BN``: threads then hold squares of elements that are 16 bytes long both ways."""
+    return {"BM": 128, "BN": 128} if element_bytes <= 2 else {"BM": 64, "BN": 64}
+
+
 def reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The transposed matrix."""
     return np.ascontiguousarray(x.T)

@@ -2,6 +2,7 @@
 
 from tilewright.passes import (
     canonicalize,
+    check_schedule,
     copy_ahead,
     cse,
     dce,
@@ -23,6 +24,7 @@ from tilewright.passes import (
 
 __all__ = [
     "canonicalize",
+    "check_schedule",
     "copy_ahead",
     "cse",
     "dce",

@@ -6,7 +6,19 @@ from collections.abc import Iterable
 
 from tilewright.ir.core import Block, Function, Operation, Region, Value
 from tilewright.ir.indexed_ops import Atomic, Scatter
-from tilewright.ir.tile_ops import For, If, OffsetView, PermuteView, ProgramId, Store, Subview, While, Yield
+from tilewright.ir.tile_ops import (
+    For,
+    If,
+    Load,
+    OffsetView,
+    PermuteView,
+    ProgramId,
+    Store,
+    Subview,
+    Transpose,
+    While,
+    Yield,
+)
 
 
 def producers(value: Value, loops: dict[Block, Operation]) -> list[Value]:
@@ -106,3 +118,13 @@ def ancestor_in(op: Operation, block: Block) -> Operation | None:
         owner = region.parent if region is not None else None
         current = owner if isinstance(owner, Operation) else None
     return current
+
+
+def trace_load(value: Value) -> tuple[Load | None, tuple[int, ...] | None]:
+    """The load behind a dot operand and the transposition between them."""
+    perm: tuple[int, ...] | None = None
+    while isinstance(value.op, Transpose):
+        outer, perm_ = perm, value.op.perm
+        perm = perm_ if outer is None else tuple(perm_[p] for p in outer)
+        value = value.op.source
+    return (value.op, perm) if isinstance(value.op, Load) else (None, None)

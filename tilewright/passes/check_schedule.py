@@ -8,7 +8,6 @@ in flight, missing proxy fences, and bulk stores that outlive the block's shared
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 from tilewright.ir.core import Function, Operation
@@ -16,7 +15,7 @@ from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.machine import Machine
 from tilewright.passes.checker.model import Model
 from tilewright.passes.checker.program import Infeasible, RoleProgram, Run
-from tilewright.passes.checker.scenarios import Inputs, find_leaves, more_scenarios, scenarios, with_more_tiles
+from tilewright.passes.checker.scenarios import Inputs, find_leaves, larger, more_scenarios, scenarios, with_more_tiles
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: events of one role that a scenario follows, and steps of all threads and scenarios after which no other is begun
@@ -29,13 +28,10 @@ MOST_CONFIRMED = 50000
 
 @register_pass("check-schedule")
 class CheckSchedule(FunctionPass):
-    """Runs at the end of the default pipelines. The environment variable ``TILEWRIGHT_CHECK_SCHEDULE=0`` skips it."""
-
-    enabled: bool = True
+    """The last pass of the default pipelines, unless the environment says ``TILEWRIGHT_CHECK_SCHEDULE=0``."""
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
-        if self.enabled and os.environ.get("TILEWRIGHT_CHECK_SCHEDULE", "1") != "0":
-            check(function, context)
+        check(function, context)
 
 
 @dataclass
@@ -61,15 +57,19 @@ def check(function: Function, context: PassContext) -> Result:
             _check_on(model, programs, inputs, result)
     if result.missed:
         for inputs in more_scenarios(model, leaves, MOST_TRIES):
-            if result.missed and result.steps <= MOST_STEPS and _reaches(programs, inputs, result):
+            missed = set(result.missed)
+            if missed and result.steps <= MOST_STEPS and _reaches(programs, inputs, missed):
                 _check_on(model, programs, with_more_tiles(model, inputs), result)
+                for more in larger(model, leaves, inputs):
+                    if _reaches(programs, more, missed):
+                        _check_on(model, programs, more, result)
     return result
 
 
-def _reaches(programs: list[RoleProgram], inputs: Inputs, result: Result) -> bool:
+def _reaches(programs: list[RoleProgram], inputs: Inputs, missed: set[tuple[Operation, int]]) -> bool:
     """Whether something runs that has not run before, or goes wrong before the roles even meet."""
     try:
-        return any(program.trace(inputs, MOST_EVENTS).covered & result.missed for program in programs)
+        return any(program.trace(inputs, MOST_EVENTS).covered & missed for program in programs)
     except Fault:
         return True
     except Infeasible:

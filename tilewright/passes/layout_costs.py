@@ -99,7 +99,7 @@ def best_access(access: Access, held: LinearLayout, borrow: int) -> tuple[float,
 
     ``borrow``: bytes of scratch memory that a conversion may take; with 0 only those inside warps count.
     """
-    best = access.cost(held), held
+    best = access_cost(held, access.contiguous, access.bits, access.vector_bytes), held
     if best[0] <= access.ideal():
         return best
     options = [access.coalesced()]
@@ -112,7 +112,6 @@ def best_access(access: Access, held: LinearLayout, borrow: int) -> tuple[float,
         if plan_conversion(*pair, access.bits, access.target.banks).scratch_bytes > borrow:
             continue
         cost = access.cost(option) + conversion_cost(*pair, access.bits, access.target.banks)
-        in_registers = option.register_permutation(held) is not None
-        if cost < best[0] or (in_registers and cost <= best[0]):
+        if cost < best[0]:
             best = cost, option
     return best

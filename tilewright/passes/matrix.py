@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import gcd
 
 from tilewright.ir.async_ops import AsyncDot
-from tilewright.ir.core import Function, IRError
+from tilewright.ir.core import Function, IRError, Value
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
@@ -21,7 +21,8 @@ from tilewright.ir.layout import (
 )
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
-from tilewright.ir.types import DType, SlotType, TileType, bf16, f16, f32
+from tilewright.ir.types import DType, SlotType, TileType, ViewType, bf16, f16, f32
+from tilewright.passes.analysis import trace_load
 
 
 class MatrixUnit(ABC):
@@ -83,8 +84,22 @@ def result_type(dot: Dot | AsyncDot) -> TileType:
     return dot.acc.type
 
 
+#: K of one wgmma
+WGMMA_K_BYTES = 32
+
+
+def _along(value: Value, axis: int) -> bool:
+    """Whether an operand's memory runs along ``axis``, or it is made by threads, which may choose."""
+    load, perm = trace_load(value)
+    if load is None:
+        return True
+    assert isinstance(load.view.type, ViewType)
+    contiguous = load.view.type.contiguous_axis
+    return contiguous in (None, axis if perm is None else perm[axis])
+
+
 class Wgmma(MatrixUnit):
-    """Hopper's warpgroup MMA: m64nNk16, operands in shared memory (A also in registers).
+    """Hopper's warpgroup MMA: m64nNk16 and m64nNk8 (tf32), operands in shared memory (A also in registers).
 
     PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
     """
@@ -95,18 +110,30 @@ class Wgmma(MatrixUnit):
     def check(self, dot: Dot) -> None:
         (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
         dtype = operand_dtype(dot)
-        if dtype not in (bf16, f16):
-            raise IRError(f"dot of {dtype} is not supported on {self.target.name} yet", dot.loc, "cast to bf16 or f16")
+        tf32 = dtype == f32 and dot.precision == "tf32"
+        if dtype not in (bf16, f16) and not tf32:
+            raise IRError(
+                f"the asynchronous matrix unit of {self.target.name} has no dot of {dtype} with {dot.precision} precision",
+                dot.loc,
+                "leave out schedule=, or cast to bf16 or f16",
+            )
         acc = dot.acc.type
         if not isinstance(acc, TileType) or acc.dtype != f32:
             raise IRError(
                 "dot accumulates in float32", dot.loc, "make the accumulator with tw.zeros(shape, tw.float32)"
             )
-        if m % 64 or k % 16 or n % 8 or n < 8:
+        step = WGMMA_K_BYTES // dtype.bytes
+        if m % 64 or k % step or n % 8 or n < 8:
             raise IRError(
                 f"dot of ({m}, {k}) @ ({k}, {n}) does not fit {self.target.name}",
                 dot.loc,
-                "M must be a multiple of 64, K of 16 and N of 8",
+                f"M must be a multiple of 64, K of {step} and N of 8",
+            )
+        if tf32 and not all(_along(value, axis) for value, axis in ((dot.a, 1), (dot.b, 0))):
+            raise IRError(
+                "the asynchronous matrix unit takes tf32 operands that are contiguous along K",
+                dot.loc,
+                "leave out schedule=, or store the operands so",
             )
 
     def warps(self, dots: Sequence[Dot]) -> int:
@@ -129,7 +156,8 @@ class Wgmma(MatrixUnit):
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
         """The widest TMA swizzle that divides a line: all are conflict free for the unit's 8 x 16-byte reads."""
         shape, bits = operand_shape(dot, which), operand_dtype(dot).bits
-        fastest = contiguous if contiguous is not None else (1 if which == "a" else 0)
+        depth = 1 if which == "a" else 0
+        fastest = depth if contiguous is None or bits != 16 else contiguous
         order = (fastest, 1 - fastest)
         swizzled = [c for c in shared_candidates(shape, bits, order, self.target.banks) if c.swizzle]
         if not swizzled:

@@ -18,7 +18,7 @@ ROLES = (
 PREFETCH = f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,copy-ahead,prefetch,{SIMPLIFY},layouts"
 
 
-def default_pipeline(target: Target) -> str:
-    """The textual pipeline from a frontend's module to scheduled IR for ``target``."""
+def default_pipeline(target: Target, check: bool = True) -> str:
+    """The textual pipeline from a frontend's module to scheduled IR for ``target``; ``check``: prove the schedule."""
     middle = ROLES if target.has("setmaxnreg") else PREFETCH
-    return f"{middle},shared-plan,cse,dce"
+    return f"{middle},shared-plan,cse,dce" + (",check-schedule" if check else "")

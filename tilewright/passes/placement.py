@@ -19,6 +19,7 @@ from tilewright.passes.analysis import (
     backward_slice,
     control_values,
     enclosing_operations,
+    trace_load,
     view_root,
     written_tensors,
 )
@@ -63,16 +64,6 @@ class Placement(FunctionPass):
                 load.shared = layout if perm is None else layout.transpose(_inverse(perm))
                 choose = copy_engine if unit.asynchronous else thread_engine
                 load.engine = choose(load, context.target)
-
-
-def trace_load(value: Value) -> tuple[Load | None, tuple[int, ...] | None]:
-    """The load behind a dot operand and the transposition between them."""
-    perm: tuple[int, ...] | None = None
-    while isinstance(value.op, Transpose):
-        outer, perm_ = perm, value.op.perm
-        perm = perm_ if outer is None else tuple(perm_[p] for p in outer)
-        value = value.op.source
-    return (value.op, perm) if isinstance(value.op, Load) else (None, None)
 
 
 def only_dots(load: Load, uses: dict[Value, list[Operation]]) -> bool:

@@ -29,11 +29,10 @@ from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_o
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Scan, Transpose, While, Yield
 from tilewright.ir.types import BufferType, SlotType, TileType, ViewType, element_type
-from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
+from tilewright.passes.analysis import ancestor_in, enclosing_operations, trace_load, view_root
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import PREFETCH, schedule_of
-from tilewright.passes.placement import trace_load
 
 #: stages beyond the second would only hold what registers hold anyway
 MOST_STAGES = 2

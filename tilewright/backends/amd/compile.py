@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from tilewright.backends.amd.buffers import check_extents
 from tilewright.backends.amd.codeobject import KernelInfo, read_code_object
 from tilewright.backends.amd.link import link
 from tilewright.backends.amd.mfma import MFMA_LOWERINGS
@@ -29,6 +30,7 @@ def lower_function(
     entry = declare_kernel(function, target, kernel_name, llvm_attributes=function_attributes(function, target))
     lowering = start_lowering(entry, function, target, AmdOps(target), table)
     with lowering.in_scope(0, entry.abi.threads // target.warp_size):
+        check_extents(lowering, function)
         lowering.lower_block(function.body.block)
     entry.fb.ret()
     return entry

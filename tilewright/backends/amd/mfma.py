@@ -46,13 +46,13 @@ class Fragments:
 def find_fragments(
     target: Target, dtype: DType, precision: str, acc: LinearLayout, a: LinearLayout, b: LinearLayout
 ) -> Fragments | None:
-    """The instructions whose fragments, dealt to the waves alike, the three layouts are; the best first."""
+    """The instructions whose fragments, dealt to the waves alike, the three layouts are; the longest."""
     out = accumulator_dtype(dtype)
     if out is None:
         return None
     runs = (None, ACCUMULATOR_RUN, 1)
-    found = (p for m in tile_sizes(dtype) for run in runs for p in mfma_products(target, dtype, precision, m, run))
-    for product in found:
+    found = [p for m in tile_sizes(dtype) for run in runs for p in mfma_products(target, dtype, precision, m, run)]
+    for product in sorted(found, key=lambda p: (-p.instruction_k, -p.k)):
         operands = [mfma_operand((product.m, product.k), "a", product.mnk, product.run)]
         operands.append(mfma_operand((product.k, product.m), "b", product.mnk, product.run))
         for transposed in (True, False):

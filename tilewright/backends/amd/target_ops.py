@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
+from tilewright.backends.amd.buffers import BufferAccess, spans_too_much
 from tilewright.backends.lower.context import Lowering
 from tilewright.backends.lower.math_f32 import SOFTWARE
+from tilewright.backends.lower.memory import TileAccess
 from tilewright.backends.lower.target_ops import Store, TargetOps
 from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.ir.core import Value
+from tilewright.ir.types import ViewType
 
 _AXES = "xyz"
 #: grid_size_x of hsa_kernel_dispatch_packet_t, in work items (HSA Platform System Architecture, "Kernel dispatch")
@@ -101,6 +105,11 @@ class AmdOps(TargetOps):
             else:
                 with lw.fb.if_then(predicate):
                     _store_all(lw, group)
+
+    def tile_access(self, view: Value, sizes: tuple[int, ...]) -> type[TileAccess] | None:
+        """Buffer descriptors, where offsets inside the tile fit into 32 bits."""
+        assert isinstance(view.type, ViewType)
+        return None if spans_too_much(view.type, sizes) else BufferAccess
 
     def math(self, lw: Lowering, fn: str, x: mlir.Value) -> mlir.Value:
         return _MATH[fn](lw, x)

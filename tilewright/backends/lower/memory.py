@@ -43,14 +43,17 @@ class TileAccess:
         self.ranges = [self._range(axis, value) for axis, value in enumerate(index)]
         self.coordinates = TileCoordinates(lw, layout)
         self.width = self._vector_width()
+        #: what is outside reads as zeros
+        self.zero_pad = False
         self._predicates: dict[tuple[int, int], mlir.Value] = {}
+        self._inside: dict[tuple[int, ...], mlir.Value] = {}
         self._terms: dict[tuple[int, int], IntLike] = {}
         self._base = self._thread_base()
 
     def fresh(self) -> TileAccess:
         """The same access for one side of a branch: values made there are not defined on the other side."""
         other = copy(self)
-        other._predicates, other._terms = {}, {}
+        other._predicates, other._inside, other._terms = {}, {}, {}
         other.coordinates = self.coordinates.fresh()
         return other
 
@@ -171,6 +174,10 @@ class TileAccess:
 
     # --- accesses -------------------------------------------------------------------------------
 
+    def branchless(self) -> bool:
+        """Whether masked accesses are as good as others, so that one path is enough."""
+        return False
+
     def groups(self, width: int) -> range:
         """The first register of every access."""
         return range(0, self.layout.num_registers, width)
@@ -209,10 +216,16 @@ class TileAccess:
 # --- operations ---------------------------------------------------------------------------------
 
 
+def tile_access(lw: Lowering, view: Value, index: Sequence[Value], layout: LinearLayout) -> TileAccess:
+    """The target's way to a tile."""
+    make = lw.ops.tile_access(view, layout.tile_shape) or TileAccess
+    return make(lw, lw.view(view), index, layout)
+
+
 @lowers(tile_ops.Load)
 def lower_load(lw: Lowering, op: tile_ops.Load) -> None:
-    layout = lw.layout(op.result)
-    access = TileAccess(lw, lw.view(op.view), op.index, layout)
+    access = tile_access(lw, op.view, op.index, lw.layout(op.result))
+    access.zero_pad = op.pad == 0
     pad = constant(lw, op.pad, access.view.dtype)
     lw.define(op.result, load_tile(lw, access, pad))
 
@@ -229,6 +242,8 @@ def _load_elements(lw: Lowering, access: TileAccess, pad: mlir.Value) -> Registe
     whole, width = access.whole(), access.width
     if whole is None:
         return access.load(width)
+    if access.branchless() and access.zero_pad:
+        return access.load(width, pad)
 
     def packed(registers: Registers) -> list[mlir.Value]:
         return [join_vector(lw, registers[first : first + width]) for first in access.groups(width)]
@@ -254,7 +269,7 @@ def lower_store(lw: Lowering, op: tile_ops.Store) -> None:
     layout = lw.layout(op.value)
     values = lw.registers(op.value)
     holder = sole_holder(lw, layout)
-    access = TileAccess(lw, lw.view(op.view), op.index, layout)
+    access = tile_access(lw, op.view, op.index, layout)
     run_if(lw, holder, lambda: store_tile(lw, access, values))
 
 
@@ -272,6 +287,9 @@ def store_tile(lw: Lowering, access: TileAccess, values: Registers) -> None:
     whole = access.whole()
     if whole is None:
         access.store(values, access.width, masked=False)
+        return
+    if access.branchless():
+        access.store(values, access.width, masked=True)
         return
     ragged = any(access.is_ragged(axis) for axis in access.open_axes())
     full, masked = access.fresh(), access.fresh()

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tilewright.backends.lower import fp8
 from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.ir.core import Value
 from tilewright.ir.target import Target
 from tilewright.ir.types import DType
 
 if TYPE_CHECKING:
     from tilewright.backends.lower.context import Lowering
+    from tilewright.backends.lower.memory import TileAccess
 
 
 #: (i1 or None for always, pointer, value, alignment in bytes)
@@ -74,6 +76,10 @@ class TargetOps(ABC):
     @abstractmethod
     def store_if(self, lw: Lowering, accesses: Sequence[Store]) -> None:
         """Global stores, each done where its predicate holds."""
+
+    def tile_access(self, view: Value, sizes: tuple[int, ...]) -> type[TileAccess] | None:
+        """How tiles of these sizes are read and written, where not by 64-bit addresses and branches."""
+        return None
 
     # --- messages -------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def matrix_read(layout: LinearLayout, shared: SharedLayout) -> MatrixRead | None
     run = ROW_BYTES * 8 // bits  # elements of a row
     sizes = [8, 8]
     sizes[along] = 4 * packed
-    if transposed and bits != 16 or shared.block_size % run or (shared.max_phase > 1 and shared.vec % run):
+    if (transposed and bits != 16) or shared.block_size % run or (shared.max_phase > 1 and shared.vec % run):
         return None
     others = [*registers[inner:], *layout.basis("warp")]
     if any(c % sizes[axis] for v in others for axis, c in enumerate(v)):

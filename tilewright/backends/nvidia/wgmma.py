@@ -14,7 +14,13 @@ from tilewright.backends.lower.context import Lowering, Registers, SlotRef, Tabl
 from tilewright.backends.lower.index import IntLike
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
-from tilewright.backends.nvidia.descriptors import ADDRESS_MASK, INSTRUCTION_K, MatrixDescriptor, matrix_descriptor
+from tilewright.backends.nvidia.descriptors import (
+    ADDRESS_MASK,
+    INSTRUCTION_K,
+    MatrixDescriptor,
+    instruction_k,
+    matrix_descriptor,
+)
 from tilewright.backends.nvidia.state import warpgroup_count, warpgroup_index
 from tilewright.ir.async_ops import AsyncDot, Wait
 from tilewright.ir.core import Operation, Value
@@ -29,7 +35,7 @@ WGMMA_LOWERINGS: Table = {}
 
 @dataclass(frozen=True)
 class Shape:
-    """How one warpgroup covers its part of a dot: ``blocks`` of 64 rows, ``parts`` of ``columns``, ``steps`` of K.
+    """How one warpgroup covers its part of a dot: ``blocks`` of 64 rows, ``parts`` of ``columns``, ``steps`` of ``depth``.
 
     ``row_step`` and ``column_step``: distance between the parts of neighbouring warpgroups.
     """
@@ -40,13 +46,19 @@ class Shape:
     steps: int
     row_step: int
     column_step: int
+    depth: int = INSTRUCTION_K
 
     @classmethod
-    def of(cls, m: int, n: int, k: int, groups: int, grain: int = COLUMN_STEP) -> Shape:
-        """``grain``: what columns of one instruction start at multiples of (a block of an MN-major operand b)."""
+    def of(
+        cls, m: int, n: int, k: int, groups: int, grain: int = COLUMN_STEP, depth: int = INSTRUCTION_K
+    ) -> Shape:
+        """``grain``: what columns of one instruction start at multiples of (a block of an MN-major operand b).
+
+        ``depth``: K of one instruction.
+        """
         split_rows = m > BLOCK_ROWS
         rows, columns = (m // groups, n) if split_rows else (m, n // groups)
-        if rows % BLOCK_ROWS or k % INSTRUCTION_K or columns % COLUMN_STEP or not columns:
+        if rows % BLOCK_ROWS or k % depth or columns % COLUMN_STEP or not columns:
             raise ValueError(f"({m}, {k}) @ ({k}, {n}) does not split over {groups} warpgroups")
         whole = columns <= MOST_COLUMNS and columns == n
         sizes = [columns] if whole else [c for c in range(MOST_COLUMNS, 0, -COLUMN_STEP) if columns % c == 0]
@@ -57,7 +69,7 @@ class Shape:
             )
         row_step, column_step = (rows, 0) if split_rows else (0, columns)
         size = fitting[0]
-        return cls(rows // BLOCK_ROWS, columns // size, size, k // INSTRUCTION_K, row_step, column_step)
+        return cls(rows // BLOCK_ROWS, columns // size, size, k // depth, row_step, column_step, depth)
 
 
 # --- operands -------------------------------------------------------------------------------------
@@ -90,20 +102,22 @@ def slot_operand(lw: Lowering, slot: SlotRef, axis: int, step: int) -> SlotOpera
 def register_operand(
     lw: Lowering, tile: TileType, registers: Registers, shape: Shape
 ) -> dict[tuple[int, int], Registers]:
-    """The four words of A (pairs of 16-bit elements along K) by (64-row block, K step)."""
+    """The four words of A (float32 elements, or pairs of 16-bit ones along K) by (64-row block, K step)."""
     layout = wgmma_operand_a(tile.shape, tile.dtype.bits, warpgroup_count(lw))
     if tile.layout != layout:
         raise lw.error(f"operand a is laid out as {tile.layout}, the matrix unit reads {layout}")
     words = {}
     for block in range(shape.blocks):
         for step in range(shape.steps):
-            box = layout.registers_in((BLOCK_ROWS * block, INSTRUCTION_K * step), (BLOCK_ROWS, INSTRUCTION_K))
+            box = layout.registers_in((BLOCK_ROWS * block, shape.depth * step), (BLOCK_ROWS, shape.depth))
             words[block, step] = pack_words(lw, [registers[r] for r in box])
     return words
 
 
 def pack_words(lw: Lowering, elements: Sequence[mlir.Value]) -> Registers:
-    """Pairs of 16-bit elements as i32, the first in the lower half."""
+    """Pairs of 16-bit elements as i32, the first in the lower half; 32-bit elements as they are."""
+    if elements and elements[0].type == lw.fb.types.f32:
+        return [lw.fb.bitcast(element, lw.fb.types.i32) for element in elements]
     pairs = zip(elements[::2], elements[1::2], strict=True)
     return [lw.fb.bitcast(lw.fb.pack_vector(pair), lw.fb.types.i32) for pair in pairs]
 
@@ -134,7 +148,8 @@ class Group:
     ) -> None:
         """One instruction on the accumulators numbered ``registers``."""
         columns = len(registers) * 2  # 64 rows over 128 threads
-        name = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype}"
+        kind, k = ("tf32", 8) if dtype == f32 else (dtype.name, INSTRUCTION_K)
+        name = f"wgmma.mma_async.sync.aligned.m64n{columns}k{k}.f32.{kind}.{kind}"
         places = ", ".join(f"${r}" for r in registers)
         self.lines.append(f"{name} {{{places}}}, {a}, {b}, {int(accumulate)}, 1, 1{transpose};")
 
@@ -152,22 +167,23 @@ def lower_async_dot(lw: Lowering, op: AsyncDot) -> None:
     (m, n), k = _accumulator(op).shape, _slot_type(op.b).shape[0]
     layout, groups = _check(lw, op), warpgroup_count(lw)
     target = lw.slot(op.b).layout
-    shape = Shape.of(m, n, k, groups, target.block_size if target.order[0] == 1 else COLUMN_STEP)
+    dtype = _slot_type(op.b).dtype
+    grain = target.block_size if target.order[0] == 1 else COLUMN_STEP
+    shape = Shape.of(m, n, k, groups, grain, instruction_k(dtype.bits))
     _pin_later_operands(lw, op)
     zero = isinstance(op.acc.op, Constant) and op.acc.op.value == 0
     group = Group(lw, lw.registers(op.acc), tied=not zero)
     b = slot_operand(lw, lw.slot(op.b), 1, shape.column_step)
     rows = _row_operand(lw, op, shape, group)
-    trans_b = str(int(b.descriptor.transposed))
-    dtype = _slot_type(op.b).dtype
+    trans_b = f", {int(b.descriptor.transposed)}" if dtype.bits == 16 else ""
     for step in range(shape.steps):
         for block in range(shape.blocks):
             a, trans_a = rows(block, step)
             for part in range(shape.parts):
                 column = shape.columns * part
                 registers = layout.registers_in((BLOCK_ROWS * block, column), (BLOCK_ROWS, shape.columns))
-                place = group.operand(b.at(column, INSTRUCTION_K * step), "l")
-                group.multiply(registers, dtype, a, place, not zero or step > 0, f"{trans_a}, {trans_b}")
+                place = group.operand(b.at(column, shape.depth * step), "l")
+                group.multiply(registers, dtype, a, place, not zero or step > 0, trans_a + trans_b)
     lw.define(op.results[0], group.emit())
     lw.define(op.results[1], TokenRef("mma"))
 
@@ -176,8 +192,8 @@ def _row_operand(lw: Lowering, op: AsyncDot, shape: Shape, group: Group):  # typ
     """(block, step) -> the text of operand a, and of its transposition flag where it lies in shared memory."""
     if isinstance(op.a.type, SlotType):
         slot = slot_operand(lw, lw.slot(op.a), 0, shape.row_step)
-        flag = f", {int(slot.descriptor.transposed)}"
-        return lambda block, step: (group.operand(slot.at(BLOCK_ROWS * block, INSTRUCTION_K * step), "l"), flag)
+        flag = f", {int(slot.descriptor.transposed)}" if slot.descriptor.layout.element_bits == 16 else ""
+        return lambda block, step: (group.operand(slot.at(BLOCK_ROWS * block, shape.depth * step), "l"), flag)
     assert isinstance(op.a.type, TileType)
     words = register_operand(lw, op.a.type, lw.registers(op.a), shape)
 
@@ -190,8 +206,8 @@ def _row_operand(lw: Lowering, op: AsyncDot, shape: Shape, group: Group):  # typ
 def _check(lw: Lowering, op: AsyncDot) -> LinearLayout:
     """The accumulator's layout, once dtypes and layout are those of the matrix unit."""
     acc, dtype = _accumulator(op), _slot_type(op.b).dtype
-    if dtype not in (bf16, f16) or acc.dtype != f32:
-        raise lw.error(f"the matrix unit multiplies bf16 or f16 into f32, not {dtype} into {acc.dtype}")
+    if dtype not in (bf16, f16, f32) or acc.dtype != f32:
+        raise lw.error(f"the matrix unit multiplies bf16, f16 or tf32 into f32, not {dtype} into {acc.dtype}")
     layout = wgmma_accumulator(acc.shape, warpgroup_count(lw))
     if acc.layout != layout:
         raise lw.error(f"the accumulator is laid out as {acc.layout}, the matrix unit writes {layout}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from tilewright.ir.core import UNKNOWN, IRError, Operation
@@ -47,8 +48,17 @@ def place(op: Operation) -> str:
 
 
 def sequence(events: Sequence[tuple[str, Any]]) -> list[str]:
-    """One line an event: role, operation, what it touches, source line."""
-    lines = [f"  {who}: {describe(event)}" for who, event in events]
+    """One line for each operation, or for the operations of one role on one use of a ring, with the source line."""
+    lines: list[str] = []
+    last: tuple[str, Any, int] | None = None
+    for who, event in events:
+        key = (who, event.ring, event.count)
+        if event.ring is not None and key == last:
+            head, _, tail = lines[-1].partition(" %")
+            lines[-1] = f"{head}, {_name(event)} %{tail}"
+        else:
+            lines.append(f"  {who}: {describe(event)}")
+        last = key
     if len(lines) > MOST_LINES:
         half = MOST_LINES // 2
         lines = [*lines[:half], f"  ... {len(lines) - 2 * half} more ...", *lines[-half:]]
@@ -57,12 +67,15 @@ def sequence(events: Sequence[tuple[str, Any]]) -> list[str]:
 
 def describe(event: Any) -> str:
     """The text of one event."""
-    op = event.op
-    what = op.name
+    op, what = event.op, _name(event)
     if event.ring is not None:
         ring = event.ring
         what += f" {ring.label} use {event.count} (stage {event.count % ring.stages})"
     for attribute in ("pending", "scope"):
         if attribute in op.attributes:
             what += f" {attribute}={op.attributes[attribute]}"
-    return what if op.loc == UNKNOWN else f"{what}    {op.loc}"
+    return what if op.loc == UNKNOWN else f"{what}    {PurePath(op.loc.file).name}:{op.loc.line}:{op.loc.column}"
+
+
+def _name(event: Any) -> str:
+    return str(event.op.name.removeprefix("async."))

@@ -296,8 +296,8 @@ class Machine:
         rows = 1 << agent.group if own and agent.role.groups == self.model.groups else self.everything
         now = thread.clock[agent.number]
         place = (agent.number, now) if unit is None else (unit, when)
-        access = Access(*place, rows, write, how, generic, agent, now, event)
-        self.memory.touch(number, access, thread.clock, thread.proxy)
+        access = Access(*place, rows, write, how, generic, agent, now, event, thread.clock.copy())
+        self.memory.touch(number, access, thread.proxy)
 
     def _load(self, thread: Thread, event: Event) -> bool:
         number, own, spread = event.access
@@ -427,7 +427,7 @@ class Machine:
                 thread.stores[-1].op,
                 hint="async.bulk_wait with pending = 0 at the end of the role",
                 kind="unfinished store",
-                events=self._past([(thread.agent.number, thread.clock[thread.agent.number])]),
+                events=self._past([(thread.agent, thread.clock)]),
             )
 
         for kind, started in thread.copies.items():
@@ -437,7 +437,7 @@ class Machine:
                     started[-1].op,
                     hint="async.wait with pending = 0 at the end",
                     kind="unfinished copy",
-                    events=self._past([(thread.agent.number, thread.clock[thread.agent.number])]),
+                    events=self._past([(thread.agent, thread.clock)]),
                 )
 
     def _deadlock(self, stuck: list[Thread]) -> Fault:
@@ -456,10 +456,12 @@ class Machine:
             first,
             last,
             "each stage that is awaited must be published, each that is acquired again must be released",
-            [*self._past([(t.agent.number, t.clock[t.agent.number]) for t in self.threads]),
-             *((t.agent.name, t.events[t.at]) for t in stuck if t.agent.first)],
+            [
+                *self._past([(t.agent, t.clock) for t in self.threads if t.agent.first]),
+                *((t.agent.name, t.events[t.at]) for t in stuck if t.agent.first),
+            ],
             kind="deadlock",
-        )  # fmt: skip
+        )
 
     def _what(self, thread: Thread, event: Event) -> str:
         if event.kind in ("acquire", "await"):
@@ -480,26 +482,17 @@ class Machine:
     def _explain_race(self, fault: RaceFault) -> None:
         """What must have happened for the two accesses to meet: the past of both, nothing else."""
         old, new = fault.old, fault.new
-        fault.events = self._past([(old.agent.number, old.issued), (new.agent.number, new.issued)])
+        fault.events = self._past([(old.agent, old.clock), (new.agent, new.clock)])
         fault.events.append((new.agent.name, new.event))
 
-    def _past(self, ends: list[tuple[int, int]]) -> list[tuple[str, Event]]:
-        """The events that happen before the given ones, and these; of threads that act alike, the first."""
-        reach = [0] * len(self.threads)
-        for number, when in ends:
-            reach[number] = max(reach[number], when)
-        keep: set[int] = set()
-        for position in range(len(self.log) - 1, -1, -1):
-            number, when, _ = self.log[position]
-            if when <= reach[number]:
-                keep.add(position)
-        for number, _ in ends:
-            reach = list(map(max, reach, self.threads[number].clock))
-        shown = {number for number, _ in ends}
+    def _past(self, ends: list[tuple[Agent, Clock]]) -> list[tuple[str, Event]]:
+        """The events that happen before the ends, in an order in which they can; of threads alike, the first."""
+        reach = [max(clock[number] for _, clock in ends) for number in range(len(self.threads))]
+        shown = {agent.number for agent, _ in ends}
         return [
             (self.threads[number].agent.name, event)
-            for position, (number, when, event) in enumerate(self.log)
-            if position in keep or (when <= reach[number] and (self.threads[number].agent.first or number in shown))
+            for number, when, event in self.log
+            if when <= reach[number] and (self.threads[number].agent.first or number in shown)
         ]
 
 

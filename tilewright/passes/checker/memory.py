@@ -34,6 +34,8 @@ class Access:
     #: the agent's own place in time when it started this
     issued: int
     event: Event
+    #: what the agent knew then
+    clock: list[int]
 
 
 class Memory:
@@ -46,12 +48,12 @@ class Memory:
         self.taken: list[Event | None] = [None] * len(regions)
         self.regions = regions
 
-    def touch(self, number: int, new: Access, clock: list[int], proxy: list[int]) -> None:
+    def touch(self, number: int, new: Access, proxy: list[int]) -> None:
         """Check an access against those before it, and remember it. Raises Fault."""
         region = self.regions[number]
-        self._compare(region, region, new, clock, proxy)
+        self._compare(region, region, new, proxy)
         for other in region.overlaps:
-            self._compare(other, region, new, clock, proxy)
+            self._compare(other, region, new, proxy)
         if not new.write:
             missing = new.rows & ~self.written[number]
             if missing:
@@ -66,8 +68,8 @@ class Memory:
             accesses.clear()  # ordered behind all of them: what is ordered behind it is behind them too
         accesses[new.unit, new.write, new.rows, new.spread] = new
 
-    def _compare(self, region: Region, own: Region, new: Access, clock: list[int], proxy: list[int]) -> None:
-        write, generic, rows = new.write, new.generic, new.rows
+    def _compare(self, region: Region, own: Region, new: Access, proxy: list[int]) -> None:
+        write, generic, rows, clock = new.write, new.generic, new.rows, new.clock
         for old in self.accesses[region.number].values():
             if not (write or old.write) or (region is own and not rows & old.rows):
                 continue
@@ -80,7 +82,7 @@ class Memory:
                 elif old.write and clock[old.unit] >= old.when > proxy[old.unit]:
                     raise _no_fence(own, old, new)
             if clock[old.unit] < old.when:
-                raise _race(region, own, old, new, clock)
+                raise _race(region, own, old, new)
 
     def _unwritten(self, region: Region, new: Access) -> None:
         other = self.taken[region.number]
@@ -106,17 +108,12 @@ def _no_fence(region: Region, old: Access, new: Access) -> Fault:
     )
 
 
-def _race(region: Region, own: Region, old: Access, new: Access, clock: list[int]) -> Fault:
-    what = own.label if region is own else f"{own.label} and {region.label} share bytes, and"
-    verb = "while" if clock[old.agent.number] >= old.issued else "and nothing orders it with"
-    end = "is still at work on it" if verb == "while" else f"which {_verb(old)} it"
-    name = f"'{new.event.op.name}' ({new.agent.name})"
-    text = (
-        f"race: {name} {_verb(new)} {what} {verb} '{old.event.op.name}' ({old.agent.name}), {end}"
-        if verb != "while"
-        else f"race: {name} {_verb(new)} {what} while '{old.event.op.name}' ({old.agent.name}) {end}"
-    )
-    return RaceFault(text, old, new, _hint(old, new, verb == "while"), "race")
+def _race(region: Region, own: Region, old: Access, new: Access) -> Fault:
+    what = own.label if region is own else f"{own.label}, which shares bytes with {region.label},"
+    before, started = f"'{old.event.op.name}' ({old.agent.name})", new.clock[old.agent.number] >= old.issued
+    how = f"while {before} may still be at work" if started else f"and nothing orders it with {before}, which {_verb(old)}"
+    text = f"race: '{new.event.op.name}' ({new.agent.name}) {_verb(new)} {what} {how} {'on ' * started}it"
+    return RaceFault(text, old, new, _hint(old, new, started), "race")
 
 
 def _hint(old: Access, new: Access, started: bool) -> str:

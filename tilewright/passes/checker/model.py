@@ -31,6 +31,7 @@ from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import scratch_bytes
 from tilewright.ir.target import Target
 from tilewright.ir.types import BufferType, RingType, TileType, TokenType
+from tilewright.passes.analysis import view_root
 
 WARPGROUP = 4
 BARRIER_BYTES = 8
@@ -150,8 +151,7 @@ class Model:
     def _add_buffer(self, op: Alloc) -> None:
         type_ = op.result.type
         assert isinstance(type_, BufferType)
-        shape = "x".join(map(str, type_.slot.shape))
-        label = f"%{op.result.hint}" if op.result.hint else f"a buffer of {shape} {type_.slot.dtype}"
+        label = f"%{op.result.hint}" if op.result.hint else self._purpose(op)
         slots = []
         for stage in range(type_.stages):
             start = None if op.offset is None else op.offset + stage * type_.slot.bytes
@@ -161,6 +161,15 @@ class Model:
             raise IRError(
                 f"{label} has {type_.stages} slots, but its ring has {self.rings[op.ring].stages} stages", op.loc
             )
+
+    def _purpose(self, buffer: Alloc) -> str:
+        """A name for a buffer that has none: the tensor that is copied to it, or its shape."""
+        for op in self.ops:
+            if isinstance(op, Copy) and isinstance(op.slot.op, Slot) and op.slot.op.buffer is buffer.result:
+                return f"the buffer of %{view_root(op.view).hint}"
+        type_ = buffer.result.type
+        assert isinstance(type_, BufferType)
+        return f"a buffer of {'x'.join(map(str, type_.slot.shape))} {type_.slot.dtype}"
 
     def _add_scratch(self, op: Operation) -> None:
         start, size = op.attributes["scratch"], scratch_bytes(op)

@@ -153,6 +153,12 @@ def with_more_tiles(model: Model, inputs: Inputs) -> Inputs:
     return replace(inputs, grid=(x, -(-(model.most_stages + 2) // x), 1))
 
 
+def larger(model: Model, leaves: Leaves, inputs: Inputs) -> Iterator[Inputs]:
+    """The same with one size at a time so much larger that rings wrap around in loops that it bounds."""
+    for leaf, step in leaves.dims.items():
+        yield replace(inputs, dims={**inputs.dims, leaf: inputs.dims[leaf] + (model.most_stages + 2) * step})
+
+
 def _outer_stages(model: Model) -> int:
     """The stages of the deepest ring that is used once a tile."""
     deepest, loops = 1, enclosing_operations(model.function)

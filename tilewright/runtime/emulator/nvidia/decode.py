@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tilewright.runtime.emulator.errors import DecodeError
 from tilewright.runtime.emulator.nvidia import syntax
 from tilewright.runtime.emulator.nvidia.registry import TABLE, Execute, Row, find
 from tilewright.runtime.emulator.nvidia.syntax import Entry, Statement, Text, Variable
-from tilewright.runtime.emulator.nvidia.types import TYPES, Type
+from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
+
+if TYPE_CHECKING:
+    from tilewright.runtime.emulator.nvidia.state import State
 
 #: the first bytes of shared memory belong to the system (PTX ISA 5.1.7, reserved shared memory; sm_90: 1 KiB)
 RESERVED_SHARED = 1024
@@ -20,9 +25,7 @@ class Problem(Exception):
 
 @dataclass(eq=False)
 class Instruction:
-    """One instruction while and after it is bound. ``target`` is a branch's destination.
-
-    ``modifiers`` are the parts of the opcode behind its table name that no binder has taken yet.
+    """One instruction while and after it is bound. ``modifiers`` are the parts of the opcode behind its table name that no binder has taken yet.
     """
 
     name: str
@@ -36,7 +39,8 @@ class Instruction:
     guard_negated: bool = False
     ends_run: bool = False
     gathers: str = ""
-    target: int = -1
+    #: reads the membermask of an instruction that only some lanes of a warp gather for
+    membermask: Callable[[State], Array] | None = None
     execute: Execute | None = None
 
     def flag(self, name: str) -> bool:

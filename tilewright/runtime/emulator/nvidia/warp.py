@@ -30,7 +30,7 @@ def ballot(lanes: Array) -> Array:
 
 def members(inst: Instruction, operand: syntax.Operand) -> Reader:
     """Lanes named by the membermask of each warp: bool [selected, 32]. Faults where lanes disagree on it."""
-    read = source(inst, operand, "b32")
+    read = inst.membermask = source(inst, operand, "b32")
 
     def get(state: State) -> Array:
         mask = np.broadcast_to(read(state), state.lanes.shape)

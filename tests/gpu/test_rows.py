@@ -1,0 +1,70 @@
+"""Row and column kernels on a real CUDA device against float64, outputs poisoned with NaN. Skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+
+import tilewright as tw
+from tilewright.kernels.column_sum import column_sums, partial_shape
+from tilewright.kernels.rmsnorm import rmsnorm
+from tilewright.kernels.rows import row_tiles
+from tilewright.kernels.softmax import softmax
+from tilewright.kernels.transpose import tiles, transpose
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+DTYPES = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-6}
+SHAPES = [(4096, 1024), (1000, 4096), (333, 16384), (257, 1000), (65, 4095), (7, 17), (1, 1)]
+
+
+def poisoned(*shape, dtype):
+    return torch.full(shape, float("nan"), device="cuda", dtype=dtype)
+
+
+def relative(actual, exact):
+    torch.cuda.synchronize()
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def shape(request):
+    return request.param
+
+
+@pytest.fixture(params=list(DTYPES), ids=str)
+def x(request, shape):
+    torch.manual_seed(0)
+    return torch.randn(*shape, device="cuda", dtype=request.param)
+
+
+def test_softmax(x):
+    y, meta = poisoned(*x.shape, dtype=x.dtype), row_tiles(*x.shape)
+    softmax[(tw.cdiv(x.shape[0], meta["BM"]),)](x, y, **meta)
+    assert relative(y, torch.softmax(x.double(), dim=1)) < DTYPES[x.dtype]
+
+
+def test_rmsnorm(x):
+    y, weight, meta = poisoned(*x.shape, dtype=x.dtype), torch.randn_like(x[0]), row_tiles(*x.shape)
+    rmsnorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, 1e-5, **meta)
+    wide = x.double()
+    exact = wide / (wide.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert relative(y, exact) < DTYPES[x.dtype]
+
+
+def test_transpose(x):
+    (m, n), meta = x.shape, tiles(x.element_size())
+    y = poisoned(n, m, dtype=x.dtype)
+    transpose[(tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]))](x, y, **meta)
+    torch.cuda.synchronize()
+    assert torch.equal(y, x.T)
+
+
+def test_column_sum(x):
+    partial = poisoned(*partial_shape(*x.shape), dtype=torch.float32)
+    out, again = (poisoned(1, x.shape[1], dtype=torch.float32) for _ in range(2))
+    column_sums(x, partial, out)
+    column_sums(x, partial, again)
+    assert relative(out, x.double().sum(0, keepdim=True)) < 1e-5
+    assert torch.equal(out, again)

@@ -1,0 +1,21 @@
+"""Tile sizes for kernels that read whole rows."""
+
+from __future__ import annotations
+
+import tilewright as tw
+
+#: elements that one program should move at least, and the widest row
+ELEMENTS, WIDEST = 4096, 16384
+
+
+def row_tiles(rows: int, columns: int) -> dict[str, int]:
+    """``BM`` and ``BN`` for `rmsnorm` and `softmax` of (rows, columns): whole rows, several where they are short."""
+    if columns > WIDEST:
+        raise ValueError(f"rows of {columns} elements: at most {WIDEST} fit into one program")
+    width = 1
+    while width < columns:
+        width *= 2
+    height = 1
+    while height * width < ELEMENTS and tw.cdiv(rows, height) > 2048:
+        height *= 2
+    return {"BM": height, "BN": width}

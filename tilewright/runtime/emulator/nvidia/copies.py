@@ -1,0 +1,558 @@
+"""Asynchronous copies (PTX ISA 9.7.9.25 "Asynchronous copy"): cp.async, bulk and tensor copies.
+
+A copy into shared memory lands as late as it can: when no warp can run without it, or with a seed at
+any time before. A bulk store reads shared memory as late as its ``wait_group.read``, and writes as
+late as its ``wait_group``, or the end of the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime.emulator.memory import BASE
+from tilewright.runtime.emulator.nvidia import syntax
+from tilewright.runtime.emulator.nvidia.access import atomic_function
+from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
+from tilewright.runtime.emulator.nvidia.launch import BulkStore, Work
+from tilewright.runtime.emulator.nvidia.mbarrier import change, find_barrier
+from tilewright.runtime.emulator.nvidia.operands import Reader, integer, location, source
+from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
+from tilewright.runtime.emulator.nvidia.shared_memory import GRAIN
+from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW, global_offsets
+from tilewright.runtime.emulator.nvidia.state import State
+from tilewright.runtime.emulator.nvidia.tensor_map import TensorMap, decode_tensor_map
+from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
+
+_SHARED = ("shared::cta", "shared::cluster", "shared")
+
+
+def swizzled_grains(first: int, count: int, swizzle: int) -> Array:
+    """Where ``count`` 16-byte grains from grain ``first`` on lie: address bits 4-6 are XORed with bits 7-9
+    (PTX ISA 5.5.7 "Swizzling modes"; 64 and 32 bytes use the low two and one of them)."""
+    grains = first + np.arange(count)
+    mask = {0: 0, 32: 1, 64: 3, 128: 7}[swizzle]
+    result: Array = grains ^ (grains >> 3 & mask) if swizzle else grains
+    return result
+
+
+# --- what both kinds of bulk copies share -----------------------------------------------------------
+
+
+class _Operands:
+    """Readers of the operands of a bulk copy, which one lane usually executes."""
+
+    def __init__(self, inst: Instruction) -> None:
+        self.inst = inst
+        self.reads: dict[str, Reader] = {}
+
+    def add(self, name: str, read: Reader) -> None:
+        self.reads[name] = read
+
+    def rows(self, state: State) -> list[tuple[int, int, dict[str, int]]]:
+        """(warp, lane, operand values) of every active lane."""
+        values = {name: np.broadcast_to(read(state), state.lanes.shape) for name, read in self.reads.items()}
+        state.require_defined("an operand of the copy")
+        warps = state.selected().tolist()
+        rows, lanes = np.nonzero(state.lanes)
+        return [
+            (warps[row], lane, {name: int(value[row, lane]) for name, value in values.items()})
+            for row, lane in zip(rows.tolist(), lanes.tolist(), strict=True)
+        ]
+
+
+def _memory(operand: syntax.Operand) -> syntax.Memory:
+    if not isinstance(operand, syntax.Memory):
+        raise Problem("an operand must be an address")
+    return operand
+
+
+def _address(inst: Instruction, operand: syntax.Operand) -> Reader:
+    memory = _memory(operand)
+    return location(inst, memory.base, memory.offset)
+
+
+def _shared_place(address: int) -> int:
+    """A shared address given as such or as a generic one."""
+    return address - SHARED_WINDOW if address >= SHARED_WINDOW else address
+
+
+def _trailing(inst: Instruction) -> bool:
+    """Take the hints; drop the operands that belong to them. Whether this copy multicasts."""
+    if inst.flag("L2::cache_hint"):
+        inst.operands = inst.operands[:-1]
+    multicast = inst.flag("multicast::cluster")
+    return multicast
+
+
+def _publish_check(state: State, warp: int, place: int) -> None:
+    if not find_barrier(state, warp, place).published:
+        state.fault(
+            "the mbarrier has been initialised, but no fence (mbarrier_init or proxy.async) has made it visible to "
+            "the async proxy",
+            warp=warp,
+        )
+
+
+def _start_load(
+    state: State, warp: int, start: int, size: int, barrier_place: int, fetch: Callable[[], Array], swizzle: int
+) -> None:
+    """Queue a copy of ``size`` bytes, which ``fetch`` reads when it lands, to ``start`` of the warp's block."""
+    launch, block = state.launch, int(state.block[warp])
+    _publish_check(state, warp, barrier_place)
+    launch.shared.expect(state, block, start, size)
+
+    def complete(state: State) -> None:
+        shared = launch.shared
+        data = fetch()
+        where = swizzled_grains(start // GRAIN, size // GRAIN, swizzle) + block * shared.grains_per_block
+        shared.grains[where] = data.view(np.uint8).reshape(-1, GRAIN)
+        shared.arrived(block, start, size)
+        change(state, block, find_barrier(state, warp, barrier_place), 0, -size, warp)
+
+    assert state.instruction is not None
+    launch.copies.append(Work(block, warp, state.instruction, complete))
+
+
+def _start_store(
+    state: State, warp: int, lane: int, start: int, size: int, swizzle: int, write: Callable[[Array], None]
+) -> None:
+    """Queue a copy of ``size`` bytes from ``start`` of the warp's block; ``write`` takes them in order."""
+    launch, block = state.launch, int(state.block[warp])
+    shared = launch.shared
+    if not shared.first <= start <= start + size <= shared.size:
+        state.fault(f"a bulk copy from shared memory out of range: {size} bytes at {start} of {shared.size}", warp=warp)
+    grains = swizzled_grains(start // GRAIN, size // GRAIN, swizzle) + block * shared.grains_per_block
+    shared.check_async_read(state, grains, "a bulk copy reads")
+    if not shared.written_grains[grains].view(np.uint8).all():
+        state.fault("a bulk copy reads shared memory that was never written", warp=warp)
+    shared.hold(grains)
+    buffer: list[Array] = []
+
+    def read(state: State) -> None:
+        buffer.append(shared.grains[grains].copy())
+        shared.release(grains)
+
+    assert state.instruction is not None
+    groups = launch.stores.setdefault((warp, lane), [[]])
+    groups[-1].append(BulkStore(block, state.instruction, read, lambda state: write(buffer[0])))
+
+
+# --- tensor copies ---------------------------------------------------------------------------------
+
+
+def _read_map(state: State, warp: int, address: int) -> TensorMap:
+    memory = state.launch.memory
+    offset = address - BASE
+    if address % 64 or memory.outside(np.array([offset]), 128) is not None:
+        state.fault(f"no tensor map at {address:#x}", warp=warp)
+    found = decode_tensor_map(memory.data[offset : offset + 128].tobytes())
+    if found is None:
+        state.fault(f"what lies at {address:#x} is no tensor map", warp=warp)
+    return found
+
+
+def _window(map_: TensorMap, start: tuple[int, ...]) -> tuple[int, list[slice], list[int], list[int]]:
+    """The part of a box inside the tensor: byte offset, places in the box, extents, byte strides; outermost first."""
+    offset = 0
+    places, extents, strides = [], [], []
+    for at, dim, count, step, stride in zip(start, map_.dims, map_.box_shape, map_.steps, map_.strides, strict=True):
+        low = max(0, -(at // step)) if at < 0 else 0
+        high = min(count, -(-(dim - at) // step))
+        high = max(high, low)
+        offset += (at + low * step) * stride
+        places.append(slice(low, high))
+        extents.append(high - low)
+        strides.append(stride * step)
+    return offset, places[::-1], extents[::-1], strides[::-1]
+
+
+def _view(state: State, map_: TensorMap, start: tuple[int, ...], warp: int) -> tuple[list[slice], Array] | None:
+    """The elements of a box inside the tensor, shared with global memory; None if there are none."""
+    offset, places, extents, strides = _window(map_, start)
+    if 0 in extents:
+        return None
+    item = map_.dtype.itemsize
+    first = map_.address - BASE + offset
+    last = first + sum((n - 1) * s for n, s in zip(extents, strides, strict=True))
+    memory = state.launch.memory
+    if memory.outside(np.array([first, last]), item) is not None:
+        state.fault(f"the tensor of the map does not lie in one allocation: {memory.describe(first + BASE)}", warp=warp)
+    data = memory.data[first : last + item]
+    elements = np.ndarray(tuple(extents), map_.dtype, data, 0, tuple(strides))
+    return places, elements
+
+
+def _fetch_box(state: State, map_: TensorMap, start: tuple[int, ...], warp: int) -> Array:
+    box = np.zeros(map_.box_shape[::-1], map_.dtype)
+    found = _view(state, map_, start, warp)
+    if found is not None:
+        places, elements = found
+        box[tuple(places)] = elements
+    return box
+
+
+def _rank(inst: Instruction) -> int:
+    return int(inst.one_of("1d", "2d", "3d", "4d", "5d")[0])
+
+
+def _tensor_operands(inst: Instruction, operands: _Operands, memory: syntax.Memory, rank: int) -> None:
+    """``[map, {c0, ...}]``"""
+    operands.add("map", location(inst, memory.base, memory.offset))
+    (group,) = memory.extra
+    parts = group.parts if isinstance(group, syntax.Group) else (group,)
+    if len(parts) != rank:
+        raise Problem(f"takes {rank} coordinates")
+    for axis, part in enumerate(parts):
+        operands.add(f"c{axis}", source(inst, part, "s32"))
+
+
+def _checked_map(state: State, warp: int, rank: int, values: dict[str, int]) -> tuple[TensorMap, tuple[int, ...]]:
+    map_ = _read_map(state, warp, values["map"])
+    if len(map_.dims) != rank:
+        state.fault(f"a copy of {rank} dimensions with a tensor map of {len(map_.dims)}", warp=warp)
+    place = _shared_place(values["shared"])
+    if place % 128:
+        state.fault(f"a tensor copy needs shared memory aligned to 128 bytes, not {place}", warp=warp)
+    return map_, tuple(values[f"c{axis}"] for axis in range(rank))
+
+
+@instruction("cp.async.bulk.tensor", ends_run=True)
+def _tensor_copy(inst: Instruction) -> Execute:
+    """Boxes of a tensor, tile mode (9.7.9.27.1.2)."""
+    rank = _rank(inst)
+    inst.flag("tile")
+    if inst.flag("global") and inst.modifiers and inst.modifiers[0] == "bulk_group" or "bulk_group" in inst.modifiers:
+        inst.one_of(*_SHARED)
+        return _tensor_store(inst, rank, None)
+    inst.one_of(*_SHARED)
+    inst.flag("mbarrier::complete_tx::bytes")
+    multicast = _trailing(inst)
+    operands = _Operands(inst)
+    operands.add("shared", _address(inst, inst.operands[0]))
+    _tensor_operands(inst, operands, _memory(inst.operands[1]), rank)
+    operands.add("barrier", _address(inst, inst.operands[2]))
+    if multicast:
+        operands.add("mask", source(inst, inst.operands[3], "u16"))
+
+    def execute(state: State) -> None:
+        for warp, _, values in operands.rows(state):
+            map_, start = _checked_map(state, warp, rank, values)
+            if multicast and values["mask"] != 1:
+                state.fault("multicast beyond the only block of the cluster", warp=warp)
+            _start_load(
+                state,
+                warp,
+                _shared_place(values["shared"]),
+                map_.box_bytes,
+                _shared_place(values["barrier"]),
+                lambda map_=map_, start=start, warp=warp: _fetch_box(state, map_, start, warp),  # type: ignore[misc]
+                map_.swizzle,
+            )
+
+    return execute
+
+
+def _tensor_store(inst: Instruction, rank: int, function: str | None) -> Execute:
+    inst.flag("bulk_group")
+    _trailing(inst)
+    operands = _Operands(inst)
+    _tensor_operands(inst, operands, _memory(inst.operands[0]), rank)
+    operands.add("shared", _address(inst, inst.operands[1]))
+
+    def execute(state: State) -> None:
+        for warp, lane, values in operands.rows(state):
+            map_, start = _checked_map(state, warp, rank, values)
+
+            def write(data: Array, map_: TensorMap = map_, start: tuple[int, ...] = start, warp: int = warp) -> None:
+                found = _view(state, map_, start, warp)
+                if found is None:
+                    return
+                places, elements = found
+                box = data.reshape(-1).view(map_.dtype).reshape(map_.box_shape[::-1])[tuple(places)]
+                elements[...] = box if function is None else _combine(function, map_.element, elements, box)
+
+            _start_store(state, warp, lane, _shared_place(values["shared"]), map_.box_bytes, map_.swizzle, write)
+
+    return execute
+
+
+def _combine(function: str, element: str, old: Array, new: Array) -> Array:
+    type_ = _element_type(element)
+    result: Array = atomic_function(function, type_)(np.ascontiguousarray(old), np.ascontiguousarray(new))
+    return result
+
+
+def _element_type(element: str) -> Type:
+    if element == "BFLOAT16":
+        return TYPES["bf16"]
+    prefix = {"FLOAT": "f", "UINT": "u", "INT": "s"}[element.rstrip("0123456789").removesuffix("_FTZ")]
+    return TYPES[prefix + "".join(c for c in element if c.isdigit())]
+
+
+@instruction("cp.reduce.async.bulk.tensor", ends_run=True)
+def _tensor_reduce(inst: Instruction) -> Execute:
+    """Like a store, combining with what is there."""
+    rank = _rank(inst)
+    inst.flag("tile"), inst.flag("global"), inst.one_of(*_SHARED)
+    return _tensor_store(inst, rank, inst.one_of("add", "min", "max", "inc", "dec", "and", "or", "xor"))
+
+
+@instruction("cp.async.bulk.prefetch", "cp.async.bulk.prefetch.tensor", "prefetch.tensormap")
+def _prefetch(inst: Instruction) -> Execute:
+    inst.modifiers.clear()
+    return lambda state: None
+
+
+# --- bulk copies without a tensor map ----------------------------------------------------------------
+
+
+@instruction("cp.async.bulk", ends_run=True)
+def _bulk_copy(inst: Instruction) -> Execute:
+    """Contiguous bytes: [dst], [src], size, [mbarrier], or to global memory as part of a bulk group."""
+    to_global = "bulk_group" in inst.modifiers
+    inst.flag("global"), inst.one_of(*_SHARED)
+    if to_global:
+        return _bulk_store(inst, None)
+    if inst.modifiers and inst.modifiers[0] in _SHARED:
+        raise Problem("copies between shared memories are not implemented")
+    inst.flag("mbarrier::complete_tx::bytes")
+    _trailing(inst)
+    operands = _Operands(inst)
+    operands.add("shared", _address(inst, inst.operands[0]))
+    operands.add("global", _address(inst, inst.operands[1]))
+    operands.add("size", source(inst, inst.operands[2], "u32"))
+    operands.add("barrier", _address(inst, inst.operands[3]))
+
+    def execute(state: State) -> None:
+        for warp, _, values in operands.rows(state):
+            offset, size, start = _checked_range(state, warp, values)
+            _start_load(
+                state,
+                warp,
+                start,
+                size,
+                _shared_place(values["barrier"]),
+                lambda offset=offset, size=size: state.launch.memory.data[offset : offset + size].copy(),  # type: ignore[misc]
+                0,
+            )
+
+    return execute
+
+
+def _checked_range(state: State, warp: int, values: dict[str, int]) -> tuple[int, int, int]:
+    """Global offset, size and shared address, all multiples of 16."""
+    offset, size, start = values["global"] - BASE, values["size"], _shared_place(values["shared"])
+    if offset % 16 or size % 16 or start % 16 or size <= 0:
+        state.fault(f"a bulk copy of {size} bytes from or to {start} and {values['global']:#x}: not multiples of 16", warp=warp)
+    if state.launch.memory.outside(np.array([offset]), size) is not None:
+        state.fault(f"a bulk copy outside any allocation: {state.launch.memory.describe(values['global'])}", warp=warp)
+    return offset, size, start
+
+
+def _bulk_store(inst: Instruction, combine: Callable[[Array, Array], Array] | None) -> Execute:
+    inst.flag("bulk_group")
+    _trailing(inst)
+    operands = _Operands(inst)
+    operands.add("global", _address(inst, inst.operands[0]))
+    operands.add("shared", _address(inst, inst.operands[1]))
+    operands.add("size", source(inst, inst.operands[2], "u32"))
+
+    def execute(state: State) -> None:
+        for warp, lane, values in operands.rows(state):
+            offset, size, start = _checked_range(state, warp, values)
+
+            def write(data: Array, offset: int = offset, size: int = size) -> None:
+                old = state.launch.memory.data[offset : offset + size]
+                octets = data.reshape(-1)
+                old[:] = octets if combine is None else combine(old, octets)
+
+            _start_store(state, warp, lane, start, size, 0, write)
+
+    return execute
+
+
+@instruction("cp.reduce.async.bulk", ends_run=True)
+def _bulk_reduce(inst: Instruction) -> Execute:
+    inst.flag("global"), inst.one_of(*_SHARED), inst.flag("noftz")
+    name = inst.one_of("add", "min", "max", "inc", "dec", "and", "or", "xor")
+    type_ = inst.type()
+    function = atomic_function(name, type_)
+
+    def combine(old: Array, new: Array) -> Array:
+        result: Any = function(old.view(type_.dtype), new.view(type_.dtype))
+        octets: Array = np.ascontiguousarray(result).view(np.uint8)
+        return octets
+
+    return _bulk_store(inst, combine)
+
+
+@instruction("cp.async.bulk.commit_group")
+def _bulk_commit(inst: Instruction) -> Execute:
+    def execute(state: State) -> None:
+        warps = dict(zip(state.selected().tolist(), state.lanes, strict=True))
+        for (warp, lane), groups in state.launch.stores.items():
+            if warp in warps and warps[warp][lane]:
+                groups.append([])
+
+    return execute
+
+
+@instruction("cp.async.bulk.wait_group", ends_run=True)
+def _bulk_wait(inst: Instruction) -> Execute:
+    """At most N of the thread's groups stay pending; .read: their sources may be overwritten (9.7.9.25.5.3)."""
+    reading, pending = inst.flag("read"), integer(inst.operands[0])
+
+    def execute(state: State) -> None:
+        warps = dict(zip(state.selected().tolist(), state.lanes, strict=True))
+        for (warp, lane), groups in state.launch.stores.items():
+            if warp not in warps or not warps[warp][lane]:
+                continue
+            closed = groups[:-1]
+            for group in closed[: max(0, len(closed) - pending)]:
+                for store in group:
+                    store.finish(state, reading)
+            groups[:-1] = [g for g in closed if any(not store.has_written for store in g)]
+
+    return execute
+
+
+# --- cp.async ----------------------------------------------------------------------------------------
+
+
+@instruction("cp.async.ca.shared", "cp.async.cg.shared", "cp.async.ca.shared::cta", "cp.async.cg.shared::cta")
+def _thread_copy(inst: Instruction) -> Execute:
+    """[dst], [src], size{, bytes to read | ignore-src predicate}: the rest becomes zero (9.7.9.25.3.1)."""
+    inst.flag("global")
+    for hint in [m for m in inst.modifiers if m.startswith("L2::") and m != "L2::cache_hint"]:
+        inst.flag(hint)
+    _trailing(inst)
+    to, from_ = _address(inst, inst.operands[0]), _address(inst, inst.operands[1])
+    size = integer(inst.operands[2])
+    if size not in ((16,) if ".cg." in inst.name else (4, 8, 16)):
+        raise Problem(f"cannot copy {size} bytes")
+    amount = ignore = None
+    if len(inst.operands) > 3:
+        last = inst.operands[3]
+        name = last.operand if isinstance(last, syntax.Negated) else last
+        number = inst.kernel.registers.get(name.text, -1) if isinstance(name, syntax.Name) else -1
+        if number >= 0 and inst.kernel.widths[number] == 1:
+            ignore = source(inst, last, "pred")
+        else:
+            amount = source(inst, last, "u32")
+
+    def execute(state: State) -> None:
+        shape = state.lanes.shape
+        targets, sources = np.broadcast_to(to(state), shape), np.broadcast_to(from_(state), shape)
+        targets = np.where(targets >= SHARED_WINDOW, targets - SHARED_WINDOW, targets)
+        count = np.full(shape, size)
+        if amount is not None:
+            count = np.broadcast_to(amount(state), shape).astype(np.int64)
+        if ignore is not None:
+            count = np.where(np.broadcast_to(ignore(state), shape), 0, count)
+        state.require_defined("an operand of the copy")
+        if ((count > size) & state.lanes).any():
+            state.fault(f"cp.async reads more than its {size} bytes", count > size)
+        shared = state.launch.shared
+        places = np.zeros(shape, np.int64)
+        places[state.lanes] = shared.offsets(state, targets, size, "copy")
+        with state.restricted(state.lanes & (count > 0)):
+            if state.lanes.any():
+                global_offsets(state, sources, size)
+        shared.check_write(state, places[state.lanes], size)
+        words = places[..., None] // 4 + np.arange(size // 4)
+        assert state.instruction is not None
+        for row, warp in enumerate(state.selected().tolist()):
+            lanes = state.lanes[row]
+            if lanes.any():
+                work = _thread_work(
+                    state, warp, places[row, lanes], sources[row, lanes] - BASE, count[row, lanes], size, words[row, lanes]
+                )
+                state.launch.thread_copies.setdefault(warp, [[]])[-1].append(work)
+
+    return execute
+
+
+def _thread_work(
+    state: State, warp: int, places: Array, sources: Array, count: Array, size: int, words: Array
+) -> Work:
+    shared, memory = state.launch.shared, state.launch.memory
+    incoming = shared.incoming.reshape(-1)
+    incoming[words] = 1
+    shared.in_flight += 1
+    assert state.instruction is not None
+
+    def complete(state: State) -> None:
+        octets = np.arange(size)
+        inside = octets < count[:, None]
+        data = memory.data[np.where(inside, sources[:, None] + octets, 0)]
+        shared.data.reshape(-1)[places[:, None] + octets] = np.where(inside, data, 0)
+        shared.written.reshape(-1)[places[:, None] + octets] = True
+        incoming[words] = 0
+        shared.in_flight -= 1
+
+    return Work(int(state.block[warp]), warp, state.instruction, complete)
+
+
+def _finish_groups(state: State, warp: int, pending: int) -> None:
+    groups = state.launch.thread_copies.get(warp, [[]])
+    closed = groups[:-1]
+    done = closed[: max(0, len(closed) - pending)]
+    for work in (w for group in done for w in group):
+        work.complete(state)
+    groups[:-1] = closed[len(done) :]
+
+
+@instruction("cp.async.commit_group")
+def _commit(inst: Instruction) -> Execute:
+    """Groups are kept per warp: the lanes of a warp commit together."""
+
+    def execute(state: State) -> None:
+        for warp in state.selected()[state.lanes.any(axis=1)].tolist():
+            state.launch.thread_copies.setdefault(warp, [[]]).append([])
+
+    return execute
+
+
+@instruction("cp.async.wait_group", "cp.async.wait_all", ends_run=True)
+def _wait(inst: Instruction) -> Execute:
+    pending = integer(inst.operands[0]) if inst.operands else 0
+    everything = inst.name.endswith("all")
+
+    def execute(state: State) -> None:
+        for warp in state.selected()[state.lanes.any(axis=1)].tolist():
+            if everything:
+                state.launch.thread_copies.setdefault(warp, [[]]).append([])
+            _finish_groups(state, warp, pending)
+
+    return execute
+
+
+@instruction("cp.async.mbarrier.arrive", ends_run=True)
+def _arrive_when_copied(inst: Instruction) -> Execute:
+    """An arrival at the barrier once the thread's copies have landed; without .noinc the phase expects it in addition.
+
+    The copies are completed here, the earliest moment that the arrival could count.
+    """
+    extra = not inst.flag("noinc")
+    inst.one_of(*_SHARED, default="")
+    inst.type("b64")
+    where = _address(inst, inst.operands[0])
+
+    def execute(state: State) -> None:
+        places = np.broadcast_to(where(state), state.lanes.shape)
+        for row, warp in enumerate(state.selected().tolist()):
+            lanes = np.nonzero(state.lanes[row])[0].tolist()
+            if not lanes:
+                continue
+            for work in (w for group in state.launch.thread_copies.pop(warp, []) for w in group):
+                work.complete(state)
+            for lane in lanes:
+                barrier = find_barrier(state, warp, _shared_place(int(places[row, lane])))
+                if extra:
+                    barrier.pending += 1
+                change(state, int(state.block[warp]), barrier, 1, 0, warp)
+
+    return execute
