@@ -1,4 +1,4 @@
-"""Row and column kernels in the interpreter against float64; on the emulated MI300 in small; their PTX in the hot path."""
+"""Row and column kernels: in the interpreter against float64, on the emulated MI300 in small, and their PTX."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import pytest
 from schedule_mutants import Mutant, mutants
-from test_levels import CASES, build, levels
+from tests.passes.test_levels import CASES, build, levels
 
 from tilewright.compiler.environment import CHECK_SCHEDULE
 from tilewright.ir.core import IRError, Module
@@ -289,11 +289,11 @@ def verdict(mutant: Mutant, module: Module, target: str) -> str:
     try:
         checked(mutant.make(module), target)
     except IRError as error:
-        return f"rejected: {KINDS(error.message)}"
+        return f"rejected: {in_short(error.message)}"
     return "accepted"
 
 
-def KINDS(message: str) -> str:
+def in_short(message: str) -> str:
     """A fault in a few words: source lines and numbers of uses left out."""
     first = message.split("\n")[0]
     for start, text in (

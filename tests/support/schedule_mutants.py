@@ -22,6 +22,7 @@ from tilewright.ir.core import Block, Function, Module, Operation, Value, replac
 from tilewright.ir.tile_ops import For, If, While
 from tilewright.ir.types import BufferType, RingType
 
+
 @dataclass
 class Mutant:
     """``position``: of the operation among all of the function; ``apply`` changes it where it stands in a clone."""

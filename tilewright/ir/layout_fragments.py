@@ -71,7 +71,7 @@ _MMA_LANES: list[Vector] = [(0, 2), (0, 4), (1, 0), (2, 0), (4, 0)]
 
 
 def _operand_a_fragment(element_bits: int) -> tuple[int, list[Vector], list[Vector]]:
-    """(instruction K, register bases, lane bases) of a 16-row A fragment: eight registers' worth of K, four lanes a row.
+    """(instruction K, register bases, lane bases) of a 16-row A fragment: eight registers of K, four lanes a row.
 
     64-bit elements have the map of 32-bit ones, in pairs of registers (PTX ISA, "Matrix Fragments for mma.m16n8k8").
     """
@@ -188,7 +188,7 @@ def mma_sync_operand_b(shape: Sequence[int], element_bits: int = 16, warps: tupl
 
 
 def fma_tile(columns: int) -> tuple[int, int]:
-    """Rows and columns of the block of an (M, columns) tile that the 4 x 8 lanes of one warp hold (see `fma_accumulator`)."""
+    """Rows and columns of an (M, columns) tile that the 4 x 8 lanes of a warp hold in one go (see `fma_accumulator`)."""
     return 16, 8 * min(4, power_of_two_part(columns // 8))
 
 

@@ -32,8 +32,11 @@ class Target:
     banks: str
     features: frozenset[str] = frozenset()
     registers_per_unit: int = 65536
-    #: dies to which blocks are dealt in turn, each with an L2 cache of its own
+    #: dies to which blocks are dealt in turn, each with an L2 cache of its own, and how many neighbouring tiles one
+    #: should get; rows of tiles that run at the same time (measured values: HipKittens, arXiv 2511.08083, Table 4)
     chiplets: int = 1
+    chiplet_chunk: int = 1
+    tile_group: int = 8
 
     def has(self, feature: str) -> bool:
         """Whether the hardware has a feature, and tilewright uses it there.
@@ -80,11 +83,11 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "gfx942", shared_bytes=65536, units=304, cpu="gfx942", banks="cdna3",
-            features=frozenset({"mfma", "mfma_xf32"}), **_AMD,
+            features=frozenset({"mfma", "mfma_xf32"}), chiplet_chunk=16, tile_group=4, **_AMD,
         ),
         Target(
             "gfx950", shared_bytes=163840, units=256, cpu="gfx950", banks="cdna4",
-            features=frozenset({"mfma", "mfma_long", "fp8_ocp"}), **_AMD,
+            features=frozenset({"mfma", "mfma_long", "fp8_ocp"}), chiplet_chunk=64, **_AMD,
         ),
     )
 }  # fmt: skip

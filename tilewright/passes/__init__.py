@@ -18,6 +18,7 @@ from tilewright.passes import (
     schedule,
     shared_plan,
     skew,
+    split_products,
     staging,
     tile_order,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "schedule",
     "shared_plan",
     "skew",
+    "split_products",
     "staging",
     "tile_order",
 ]

@@ -100,9 +100,7 @@ def _rotate(function: Function, loop: For, group: Group) -> None:
         read_slots(function, t, block, count)
 
 
-def _start(
-    b: Builder, group: Group, slices: Sequence[Operation], mapping: dict[Value, Value], count: Value
-) -> Value:
+def _start(b: Builder, group: Group, slices: Sequence[Operation], mapping: dict[Value, Value], count: Value) -> Value:
     """Start the copies of one iteration; the token of the last."""
     mapping, token = dict(mapping), None
     for op in slices:

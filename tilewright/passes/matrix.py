@@ -86,6 +86,8 @@ def result_type(dot: Dot | AsyncDot) -> TileType:
 
 #: K of one wgmma
 WGMMA_K_BYTES = 32
+#: accumulators per thread of a product in parts (`tilewright.passes.split_products`), which needs them twice
+SPLIT_ACCUMULATORS = 64
 
 
 def _along(value: Value, axis: int) -> bool:
@@ -110,10 +112,9 @@ class Wgmma(MatrixUnit):
     def check(self, dot: Dot) -> None:
         (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
         dtype = operand_dtype(dot)
-        tf32 = dtype == f32 and dot.precision == "tf32"
-        if dtype not in (bf16, f16) and not tf32:
+        if dtype not in (bf16, f16) and not (dtype == f32 and dot.precision in ("tf32", "3xtf32")):
             raise IRError(
-                f"the asynchronous matrix unit of {self.target.name} has no dot of {dtype} with {dot.precision} precision",
+                f"{self.target.name} has no asynchronous dot of {dtype} with {dot.precision} precision",
                 dot.loc,
                 "leave out schedule=, or cast to bf16 or f16",
             )
@@ -129,7 +130,14 @@ class Wgmma(MatrixUnit):
                 dot.loc,
                 f"M must be a multiple of 64, K of {step} and N of 8",
             )
-        if tf32 and not all(_along(value, axis) for value, axis in ((dot.a, 1), (dot.b, 0))):
+        if dot.precision == "3xtf32" and m * n > SPLIT_ACCUMULATORS * 128 * self.warps([dot]) // 4:
+            raise IRError(
+                f"dot of ({m}, {k}) @ ({k}, {n}) in three parts takes too many registers on {self.target.name}",
+                dot.loc,
+                "leave out schedule=, or use a smaller tile, for example (128, 128)",
+            )
+        along_k = _along(dot.a, 1) and _along(dot.b, 0)
+        if dtype == f32 and dot.precision == "tf32" and not along_k:
             raise IRError(
                 "the asynchronous matrix unit takes tf32 operands that are contiguous along K",
                 dot.loc,
@@ -157,7 +165,8 @@ class Wgmma(MatrixUnit):
         """The widest TMA swizzle that divides a line: all are conflict free for the unit's 8 x 16-byte reads."""
         shape, bits = operand_shape(dot, which), operand_dtype(dot).bits
         depth = 1 if which == "a" else 0
-        fastest = depth if contiguous is None or bits != 16 else contiguous
+        along_k = bits != 16 and dot.precision != "3xtf32"  # the unit itself reads wider elements along K only
+        fastest = depth if contiguous is None or along_k else contiguous
         order = (fastest, 1 - fastest)
         swizzled = [c for c in shared_candidates(shape, bits, order, self.target.banks) if c.swizzle]
         if not swizzled:

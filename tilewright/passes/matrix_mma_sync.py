@@ -73,9 +73,8 @@ class MmaSync(MatrixUnit):
         dtype, name = operand_dtype(dot), self.target.name
         kind = KINDS.get(dtype)
         if kind is None:
-            raise IRError(
-                f"{name} has no dot of {dtype}", dot.loc, "convert the operands, for example to int8, float16 or float32"
-            )
+            hint = "convert the operands, for example to int8, float16 or float32"
+            raise IRError(f"{name} has no dot of {dtype}", dot.loc, hint)
         if not self.target.has(kind.feature):
             raise IRError(f"{name} has no dot of {dtype}", dot.loc, "convert the operands to bfloat16 or float16")
         if result_type(dot).dtype != kind.accumulates:

@@ -32,9 +32,13 @@ from tilewright.passes.matrix import ROLES, schedule_of
 
 @register_pass("tile-order")
 class TileOrder(FunctionPass):
-    """``persistent`` none: decide by the program. ``group``: rows of tiles in one L2 window."""
+    """``persistent`` none: decide by the program. ``group``: rows of tiles in one L2 window.
 
-    group: int = 8
+    ``chunk``: neighbouring tiles of one chiplet. None for both: what suits the target.
+    """
+
+    group: int | None = None
+    chunk: int | None = None
     persistent: bool | None = None
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
@@ -45,8 +49,10 @@ class TileOrder(FunctionPass):
             persistent = has_dots and schedule_of(function, context.target) == ROLES
         axes = reuse_axes(function)
         longest = growing_axis(function) if persistent and axes is None else None
-        if not ids or not (persistent or axes):
+        chiplets = 1 if persistent or not shares_neighbours(function) else context.target.chiplets
+        if not ids or not (persistent or axes or chiplets > 1):
             return
+        group = self.group or context.target.tile_group
         body = function.body.block
         original = list(body.ops)
         body.set_ops([])
@@ -59,10 +65,14 @@ class TileOrder(FunctionPass):
             loop = b.for_loop(block, total, blocks, [], ["tile"])
             function.attributes["persistent"] = True
             with b.at(loop.body.block):
-                self._number_tiles(b, function, ids, loop.index, sizes, axes, longest, original)
+                self._number_tiles(b, function, ids, loop.index, sizes, axes, longest, group, original)
                 b.yield_()
         else:
-            self._number_tiles(b, function, ids, block, sizes, axes, longest, original)
+            tile = block
+            if chiplets > 1:
+                total = b.mul(b.mul(sizes[0], sizes[1]), sizes[2])
+                tile = by_chiplet(b, block, total, chiplets, self.chunk or context.target.chiplet_chunk)
+            self._number_tiles(b, function, ids, tile, sizes, axes, longest, group, original)
 
     def _number_tiles(
         self,
@@ -73,13 +83,14 @@ class TileOrder(FunctionPass):
         sizes: list[Value],
         axes: tuple[int, int] | None,
         longest: int | None,
+        group: int,
         original: list[Operation],
     ) -> None:
         """Decode ``tile`` into program ids, then place the original body behind."""
         if longest is not None:
-            programs = decode_longest_first(b, tile, sizes, longest, self.group)
+            programs = decode_longest_first(b, tile, sizes, longest, group)
         else:
-            programs = decode(b, tile, sizes, axes, self.group)
+            programs = decode(b, tile, sizes, axes, group)
         for axis, value in enumerate(programs):
             value.hint = value.hint or f"program_{axis}"
         for op in original:
@@ -97,14 +108,20 @@ def _erase_nested(block: Block, ids: list[ProgramId]) -> None:
             _erase_nested(r.block, ids)
 
 
-def reuse_axes(function: Function) -> tuple[int, int] | None:
-    """Two grid axes such that one load follows the first alone and another load the second alone."""
+def loaded_axes(function: Function) -> set[frozenset[int]]:
+    """For each load, the grid axes that its address follows."""
     loops = enclosing_operations(function)
     followed: set[frozenset[int]] = set()
     for op in function.walk():
         if isinstance(op, Load):
             parts = [program_axes(v, loops) for v in [op.view, *op.index]]
             followed.add(frozenset().union(*parts))
+    return followed
+
+
+def reuse_axes(function: Function) -> tuple[int, int] | None:
+    """Two grid axes such that one load follows the first alone and another load the second alone."""
+    followed = loaded_axes(function)
     for first in range(3):
         for second in range(first + 1, 3):
             alone = [any(first in f and second not in f for f in followed)]
@@ -112,6 +129,23 @@ def reuse_axes(function: Function) -> tuple[int, int] | None:
             if all(alone):
                 return first, second
     return None
+
+
+def shares_neighbours(function: Function) -> bool:
+    """Whether neighbouring programs load the same tiles and others do not: order matters to caches."""
+    followed = loaded_axes(function)
+    used = frozenset().union(*followed) if followed else frozenset()
+    return any(f and f != used for f in followed)
+
+
+def by_chiplet(b: Builder, block: Value, total: Value, chiplets: int, chunk: int) -> Value:
+    """The tile of a block where blocks are dealt to ``chiplets`` in turn: ``chunk`` neighbours on each."""
+    period = b.index(chiplets * chunk)
+    whole = b.mul(b.binary("floordiv", total, period), period)
+    chiplet, local = b.binary("mod", block, b.index(chiplets)), b.binary("floordiv", block, b.index(chiplets))
+    period_start = b.mul(b.binary("floordiv", local, b.index(chunk)), period)
+    place = b.add(b.mul(chiplet, b.index(chunk)), b.binary("mod", local, b.index(chunk)))
+    return b.select(b.compare("lt", block, whole), b.add(period_start, place), block)
 
 
 def decode(b: Builder, tile: Value, sizes: list[Value], axes: tuple[int, int] | None, group: int) -> list[Value]:

@@ -1,4 +1,4 @@
-"""Devices that execute a kernel's assembly text on host arrays: ``emulate:gfx942``, ``emulate:gfx950``.
+"""Devices that execute a kernel's assembly text on host arrays: ``emulate:sm_90a``, ``emulate:gfx942``, ...
 
 A launch copies the memory that its arrays span into the emulator's address space, runs to the end
 and copies it back. Strides, alignment and overlaps of the arrays are those of the host's memory;
@@ -24,9 +24,19 @@ from tilewright.runtime.device import Device, DeviceInfo, Module
 from tilewright.runtime.errors import ArgumentError, DeviceError
 
 if TYPE_CHECKING:
-    from tilewright.runtime.emulator.amd import AmdEmulator, GlobalMemory, LaunchStatistics
+    from tilewright.runtime.emulated_functions import EmulatedFunction
+    from tilewright.runtime.emulator.memory import GlobalMemory
 
-EMULATED = ("gfx942", "gfx950")
+#: the text that each emulated target executes
+EMULATED = {
+    "gfx942": "amdgcn",
+    "gfx950": "amdgcn",
+    "sm_80": "ptx",
+    "sm_89": "ptx",
+    "sm_90a": "ptx",
+    "sm_100a": "ptx",
+    "sm_120a": "ptx",
+}
 #: the emulator aligns allocations to more than any kernel assumes of an address (bytes)
 _ALIGNMENT = 256
 
@@ -39,17 +49,18 @@ def emulated_devices() -> list[DeviceInfo]:
 class EmulatedDevice(Device):
     """One emulated GPU. ``units`` compute units bound the grid of persistent kernels (default: the real part's).
 
-    ``statistics`` tells what the last launch executed.
+    ``seed`` picks a random legal interleaving, of targets that have one (NVIDIA's); ``statistics``
+    tells what the last launch executed.
     """
 
-    def __init__(self, target: str, units: int | None = None) -> None:
+    def __init__(self, target: str, units: int | None = None, seed: int | None = None) -> None:
         if target not in EMULATED:
-            later = " (NVIDIA's comes later)" if target.startswith("sm_") else ""
             known = ", ".join(f"emulate:{arch}" for arch in EMULATED)
-            raise DeviceError(f"There is no emulator of {target!r}{later}; there are: {known}.")
+            raise DeviceError(f"There is no emulator of {target!r}; there are: {known}.")
         self._target = target
         self.units = units or get_target(target).units
-        self.statistics: LaunchStatistics | None = None
+        self.seed = seed
+        self.statistics: Any = None
 
     @property
     def name(self) -> str:
@@ -60,10 +71,11 @@ class EmulatedDevice(Device):
         return self._target
 
     def load(self, binary: bytes, asm: Mapping[str, str] | None = None) -> EmulatedModule:
-        """Take the assembly; the binary is not looked at. DeviceError without ``asm["amdgcn"]``."""
-        if asm is None or "amdgcn" not in asm:
+        """Take the assembly ("ptx" or "amdgcn"); the binary is not looked at. DeviceError without it."""
+        kind = EMULATED[self._target]
+        if asm is None or kind not in asm:
             raise DeviceError(f"{self.name} executes assembly text, but got a binary alone.")
-        return EmulatedModule(self, asm["amdgcn"])
+        return EmulatedModule(self, asm[kind])
 
     def view(self, argument: Any, name: str) -> TensorView:
         """The view of a NumPy array or a CPU torch tensor."""
@@ -71,14 +83,15 @@ class EmulatedDevice(Device):
 
     def launch(
         self,
-        function: AmdEmulator,
+        function: EmulatedFunction,
         abi: KernelABI,
         grid: int | Sequence[int],
         args: Sequence[Any],
         stream: Any = None,
     ) -> None:
         """Run to the end. Faults of the kernel are DeviceErrors that name the instruction."""
-        from tilewright.runtime.emulator.amd import EmulatorError, GlobalMemory
+        from tilewright.runtime.emulator.errors import EmulatorError
+        from tilewright.runtime.emulator.memory import GlobalMemory
 
         counts = normalize_grid(grid, abi.name)
         views, scalars = self._split(abi, args)
@@ -90,13 +103,14 @@ class EmulatedDevice(Device):
         memory = GlobalMemory()
         regions = map_regions(views, _names(abi), memory)
         placed = [view._replace(address=_translate(regions, view)) for view in views]
-        kernarg = layout.pack(placed, packed_scalars, counts).image(layout.size)
-        kernarg += bytes(max(0, function.kernel.get("kernarg_size") - len(kernarg)))
+        maps = function.tensor_maps(abi, placed, memory)
+        arguments = layout.pack(placed, packed_scalars, counts, maps).image(layout.size)
         blocks = (min(prod(counts), self.units * abi.blocks_per_unit), 1, 1) if abi.persistent else counts
         try:
-            self.statistics = function.launch(memory, blocks, (abi.threads,), kernarg)
+            self.statistics = function.launch(memory, blocks, abi, arguments)
         except EmulatorError as error:
             raise DeviceError(f"Kernel '{abi.name}' on {self.name}: {error}") from error
+        print("".join(getattr(self.statistics, "printed", [])), end="")
         protected = [_span(host_view(array, "")) for array in constant if array.size]
         for region in regions:
             if not region.copy_back(memory, protected):
@@ -126,15 +140,20 @@ class EmulatedModule(Module):
     def __init__(self, device: EmulatedDevice, asm: str) -> None:
         self.device = device
         self._asm = asm
-        self._functions: dict[str, AmdEmulator] = {}
+        self._functions: dict[str, EmulatedFunction] = {}
 
-    def function(self, name: str) -> AmdEmulator:
-        """The emulator of kernel ``name``. DeviceError lists instructions that it does not know."""
-        from tilewright.runtime.emulator.amd import AmdEmulator, EmulatorError
+    def function(self, name: str) -> EmulatedFunction:
+        """The kernel ``name``. DeviceError lists instructions that the emulator does not know."""
+        from tilewright.runtime.emulated_functions import AmdFunction, PtxFunction
+        from tilewright.runtime.emulator.errors import EmulatorError
 
         if name not in self._functions:
+            target = self.device.target
             try:
-                self._functions[name] = AmdEmulator(self._asm, name, self.device.target)
+                if EMULATED[target] == "ptx":
+                    self._functions[name] = PtxFunction(self._asm, name, self.device.seed)
+                else:
+                    self._functions[name] = AmdFunction(self._asm, name, target)
             except EmulatorError as error:
                 raise DeviceError(f"Kernel '{name}' on {self.device.name}: {error}") from error
         return self._functions[name]

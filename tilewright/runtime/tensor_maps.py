@@ -18,7 +18,8 @@ from tilewright.runtime.arguments import TENSOR_MAP_BYTES, TensorView, canonical
 from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.lru import LRU
 
-_ELEMENT_TYPES = {
+#: the ends of CU_TENSOR_MAP_DATA_TYPE names
+ELEMENT_TYPES = {
     "i1": "UINT8",
     "i8": "UINT8",
     "f8e4m3": "UINT8",
@@ -140,7 +141,7 @@ class TensorMapEncoder:
             value = self._call(
                 "cuTensorMapEncodeTiled",
                 getattr(
-                    driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_ELEMENT_TYPES[canonical_dtype(view.dtype)]}"
+                    driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{ELEMENT_TYPES[canonical_dtype(view.dtype)]}"
                 ),
                 rank,
                 address,

@@ -39,7 +39,7 @@ class BufferAccess(TileAccess):
     def fresh(self) -> BufferAccess:
         other = super().fresh()
         assert isinstance(other, BufferAccess)
-        other._lanes = {}
+        other._lanes = {}  # values of this side of a branch
         return other
 
     # --- addresses ------------------------------------------------------------------------------
@@ -50,8 +50,8 @@ class BufferAccess(TileAccess):
         steps = [math.mul(math.wide(start), stride) for start, stride in zip(self.starts, view.strides, strict=True)]
         origin = self._pointer(view.base, math.sum([view.offset, *steps]))
         self.resource = make_resource(self.lw, origin)
-        #: predicate -> the thread's offset where it holds
-        self._lanes: dict[mlir.Value | None, mlir.Value] = {}
+        #: predicate and offset -> the offset where it holds
+        self._lanes: dict[tuple[mlir.Value, mlir.Value], mlir.Value] = {}
         inside = [
             self._bytes(axis, part) for axis, part in enumerate(self.coordinates.thread) if self._separates(axis)
         ]
@@ -65,8 +65,8 @@ class BufferAccess(TileAccess):
         math = self.lw.index
         return math.mul(steps, math.mul(math.narrow(self.view.strides[axis]), self.view.dtype.bytes))
 
-    def _offsets(self, register: int) -> tuple[mlir.Value, int, mlir.Value]:
-        """What a register adds to the thread's offset: by lane, immediate, and the same for all lanes."""
+    def _offsets(self, register: int) -> tuple[IntLike, IntLike]:
+        """What a register adds to the thread's offset: by lane, and the same for all lanes."""
         math = self.lw.index
         lane: list[IntLike] = []
         shared: list[IntLike] = []
@@ -75,25 +75,23 @@ class BufferAccess(TileAccess):
                 shared.append(self._bytes(axis, part))
             else:
                 lane.append(self._bytes(axis, self.coordinates.along(axis, part)))
-        constant = sum(term for term in shared if isinstance(term, int))
-        immediate = constant % (MOST_IMMEDIATE + 1)
-        uniform = math.sum([constant - immediate, *(term for term in shared if not isinstance(term, int))])
-        return math.value(math.sum([self._base, *lane])), immediate, math.value(uniform)
+        return math.sum(lane), math.sum(shared)
 
     def _place(self, register: int, inside: mlir.Value | None) -> list[mlir.Value]:
         """Descriptor, lane offset, scalar offset and cache policy of an access; beyond the end where not inside."""
-        fb = self.lw.fb
-        lane, immediate, uniform = self._offsets(register)
+        fb, math = self.lw.fb, self.lw.index
+        lane, shared = self._offsets(register)
+        own = math.value(math.add(self._base, lane))
         if inside is not None:
-            key = inside if lane is self._base else None
-            if key is None or key not in self._lanes:
-                chosen = fb.select(inside, lane, fb.i32(OUTSIDE))
-                if key is not None:
-                    self._lanes[key] = chosen
-                lane = chosen
-            else:
-                lane = self._lanes[key]
-        return [self.resource, fb.add(lane, immediate), uniform, fb.i32(0)]
+            # no immediate here: LLVM would add it to both sides of the selection, a register each
+            return [self.resource, self._selected(inside, own), math.value(shared), fb.i32(0)]
+        immediate = shared % (MOST_IMMEDIATE + 1) if isinstance(shared, int) else 0
+        return [self.resource, fb.add(own, immediate), math.value(math.sub(shared, immediate)), fb.i32(0)]
+
+    def _selected(self, inside: mlir.Value, lane: mlir.Value) -> mlir.Value:
+        if (inside, lane) not in self._lanes:
+            self._lanes[inside, lane] = self.lw.fb.select(inside, lane, self.lw.fb.i32(OUTSIDE))
+        return self._lanes[inside, lane]
 
     # --- accesses -------------------------------------------------------------------------------
 

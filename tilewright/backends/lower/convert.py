@@ -10,8 +10,16 @@ from functools import partial, reduce
 
 from tilewright.backends.lower.context import Lowering, Registers, lowers
 from tilewright.backends.lower.coordinates import check_threads, sole_holder
-from tilewright.backends.lower.elements import element, from_memory, from_words, join_vector, memory_type, to_memory
-from tilewright.backends.lower.elements import split_vector, to_words
+from tilewright.backends.lower.elements import (
+    element,
+    from_memory,
+    from_words,
+    join_vector,
+    memory_type,
+    split_vector,
+    to_memory,
+    to_words,
+)
 from tilewright.backends.lower.memory import run_if
 from tilewright.backends.lower.shared import SharedAccess, shared_address
 from tilewright.backends.mlir_builder import ir as mlir

@@ -11,12 +11,16 @@ from tilewright.backends.lower.target_ops import TargetOps
 from tilewright.backends.mlir_builder import FunctionBuilder, Module
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
-from tilewright.ir.async_ops import Role
+from tilewright.ir.async_ops import AsyncDot, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.target import Target
-from tilewright.ir.types import ScalarType, Type, ViewType, i1
+from tilewright.ir.tile_ops import Dot
+from tilewright.ir.types import ScalarType, TileType, Type, ViewType, i1
 
 SHARED_SYMBOL = "smem"
+#: kernels without matrix products leave half of an SM's registers to a second block: up to this many threads, where
+#: one tile has that many 32-bit words in a thread (more would spill; with fewer ptxas leaves room by itself)
+PAIRED_THREADS, PAIRED_WORDS = 256, range(48, 65)
 
 
 @dataclass
@@ -165,7 +169,17 @@ def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
     if any(isinstance(op, Role) and op.registers for op in function.walk()):
         # setmaxnreg needs a launch bound, from which ptxas takes the registers at entry
         attributes["nvvm.minctasm"] = "1 : i32"
+    elif threads <= PAIRED_THREADS and _fits_twice(function):
+        attributes["nvvm.minctasm"] = "2 : i32"  # one block's loads run while the other waits at its barriers
     return attributes
+
+
+def _fits_twice(function: Function) -> bool:
+    """Whether a block should leave room for another: no matrix products, and tiles that spare registers."""
+    ops = list(function.walk())
+    tiles = [v.type for op in ops for v in op.results if isinstance(v.type, TileType) and v.type.layout is not None]
+    words = (t.layout.num_registers * t.dtype.bits // 32 for t in tiles if t.layout is not None)
+    return not any(isinstance(op, Dot | AsyncDot | Role) for op in ops) and max(words, default=0) in PAIRED_WORDS
 
 
 def _amd_attributes(target: Target, threads: int, extra: Mapping[str, str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tilewright.backends.lower.context import Lowering, Registers, Table, lowers
@@ -131,7 +132,7 @@ class _Product:
             return [reader.element(r) for r in box]
         words = [reader.word(r) for r in box[:: 32 // reader.dtype.bits]]
         if reader.dtype == f32:
-            return [self._cached(("tf32", which, *origin, i), lambda w=w: self._tf32(w)) for i, w in enumerate(words)]
+            return [self._once(("tf32", which, *origin, i), partial(self._tf32, w)) for i, w in enumerate(words)]
         return words
 
     def _parts(self, which: int, origin: tuple[int, int]) -> tuple[Registers, Registers]:
@@ -144,12 +145,12 @@ class _Product:
             return self._tf32(fb.bitcast(fb.fsub(value, fb.bitcast(word, fb.types.f32)), fb.types.i32))
 
         small = [
-            self._cached(("rest", which, *origin, i), lambda r=r, w=w: rest(r, w))
+            self._once(("rest", which, *origin, i), partial(rest, r, w))
             for i, (r, w) in enumerate(zip(self._box(which, origin), big, strict=True))
         ]
         return big, small
 
-    def _cached(self, key: tuple[Any, ...], make: Callable[[], mlir.Value]) -> mlir.Value:
+    def _once(self, key: tuple[Any, ...], make: Callable[[], mlir.Value]) -> mlir.Value:
         if key not in self.known:
             self.known[key] = make()
         return self.known[key]

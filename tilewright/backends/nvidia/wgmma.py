@@ -35,7 +35,7 @@ WGMMA_LOWERINGS: Table = {}
 
 @dataclass(frozen=True)
 class Shape:
-    """How one warpgroup covers its part of a dot: ``blocks`` of 64 rows, ``parts`` of ``columns``, ``steps`` of ``depth``.
+    """How one warpgroup covers its part: ``blocks`` of 64 rows, ``parts`` of ``columns``, ``steps`` of ``depth`` (K).
 
     ``row_step`` and ``column_step``: distance between the parts of neighbouring warpgroups.
     """
@@ -49,9 +49,7 @@ class Shape:
     depth: int = INSTRUCTION_K
 
     @classmethod
-    def of(
-        cls, m: int, n: int, k: int, groups: int, grain: int = COLUMN_STEP, depth: int = INSTRUCTION_K
-    ) -> Shape:
+    def of(cls, m: int, n: int, k: int, groups: int, grain: int = COLUMN_STEP, depth: int = INSTRUCTION_K) -> Shape:
         """``grain``: what columns of one instruction start at multiples of (a block of an MN-major operand b).
 
         ``depth``: K of one instruction.

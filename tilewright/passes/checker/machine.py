@@ -127,11 +127,12 @@ class Machine:
                 fault.events = [(self.threads[n].agent.name, e) for n, _, e in self.log if self.threads[n].agent.first]
             raise
         stuck = [t for t in self.threads if t.at < len(t.events)]
-        if not any(t.cut for t in self.threads):
-            if stuck:
-                raise self._deadlock(stuck)
-            for thread in self.threads:
-                self._finish(thread)
+        if any(t.cut and t not in stuck for t in self.threads):
+            return len(self.log)  # what comes behind a cut may set the others free
+        if stuck:
+            raise self._deadlock(stuck)
+        for thread in self.threads:
+            self._finish(thread)
         return len(self.log)
 
     def _step(self, thread: Thread) -> bool:
@@ -152,7 +153,9 @@ class Machine:
 
     def _acquire(self, thread: Thread, event: Event) -> bool:
         ring = event.ring
-        return self._await(thread, event, self.empty[ring.number][event.count % ring.stages], event.count // ring.stages)
+        return self._await(
+            thread, event, self.empty[ring.number][event.count % ring.stages], event.count // ring.stages
+        )
 
     def _await_full(self, thread: Thread, event: Event) -> bool:
         ring = event.ring

@@ -111,7 +111,11 @@ def _no_fence(region: Region, old: Access, new: Access) -> Fault:
 def _race(region: Region, own: Region, old: Access, new: Access) -> Fault:
     what = own.label if region is own else f"{own.label}, which shares bytes with {region.label},"
     before, started = f"'{old.event.op.name}' ({old.agent.name})", new.clock[old.agent.number] >= old.issued
-    how = f"while {before} may still be at work" if started else f"and nothing orders it with {before}, which {_verb(old)}"
+    how = (
+        f"while {before} may still be at work"
+        if started
+        else f"and nothing orders it with {before}, which {_verb(old)}"
+    )
     text = f"race: '{new.event.op.name}' ({new.agent.name}) {_verb(new)} {what} {how} {'on ' * started}it"
     return RaceFault(text, old, new, _hint(old, new, started), "race")
 

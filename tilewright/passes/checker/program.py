@@ -114,6 +114,7 @@ class _Compiler:
         self.flying = _flying(body)
         self.busy = _busy(body, self.flying)
         self.needed = self._needed(body)
+        self.counting = self._counting(body)
 
     # --- what matters -------------------------------------------------------------------------------
 
@@ -147,6 +148,27 @@ class _Compiler:
         if isinstance(op, If):
             return [op.condition, *(_yields(r)[position] for r in op.regions)]
         return op.operands
+
+    def _counting(self, body: Region) -> set[Operation]:
+        """Loops whose index numbers the uses of rings or slots."""
+        counted = a.Acquire | a.Await | a.Publish | a.Release | a.Slot
+        pending = [op.count for op in body.walk() if isinstance(op, counted)]
+        seen: set[Value] = set()
+        found: set[Operation] = set()
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            owner = value.op if value.op is not None else self.owners.get(value.owner)  # type: ignore[arg-type]
+            if isinstance(owner, For) and value is owner.index:
+                found.add(owner)
+            elif isinstance(owner, For | While | If):
+                control = _control(owner)
+                pending += [v for v in self._sources(value) if not any(v is c for c in control)]
+            elif value.op is not None:
+                pending += value.op.operands
+        return found
 
     # --- steps --------------------------------------------------------------------------------------
 
@@ -227,7 +249,9 @@ def _flying(body: Region) -> set[Value]:
         for op in body.walk():
             if isinstance(op, For | While):
                 arguments = [op.carried] if isinstance(op, For) else [r.block.args for r in op.regions]
-                for n, (init, value) in enumerate(zip(op.inits, _yields(op.regions[-1])[-len(op.inits) :], strict=False)):
+                for n, (init, value) in enumerate(
+                    zip(op.inits, _yields(op.regions[-1])[-len(op.inits) :], strict=False)
+                ):
                     if init in found or value in found:
                         found.update([op.results[n], *(args[n] for args in arguments)])
             elif isinstance(op, If):
@@ -275,11 +299,11 @@ def _assign(value: Value, evaluate: Callable[[Any], Any]) -> Step:
 def _not_in_flight(compiler: _Compiler, op: Operation, value: Value) -> Step:
     def step(run: Run) -> None:
         group = run.env.get(value, 0)
-        if group > run.retired:
+        if group:
             dot = [event.op for event in run.events if event.kind == "dot"][group - 1]
             raise compiler.fault(
                 run,
-                f"'{op.name}' reads an accumulator whose dot is in flight",
+                f"'{op.name}' reads an accumulator whose dot is in flight, or was and came past its wait",
                 op,
                 dot,
                 "only the results of async.wait may be read",
@@ -295,11 +319,12 @@ def _for(compiler: _Compiler, op: For) -> Step:
     arguments, results = [op.carried[n] for n in kept], [op.results[n] for n in kept]
     inits, yielded = [op.inits[n] for n in kept], [_yields(op.body)[n] for n in kept]
     body = compiler.block(op.body.block.ops)
+    counts = op in compiler.counting
 
     def step(run: Run) -> None:
         env = run.env
         values = [env.get(v, 0) for v in inits]
-        chosen = indices(run, env[lo], env[hi], env[step_])
+        chosen = indices(run, range(env[lo], env[hi], max(1, env[step_])), counts)
         if chosen:
             run.covered.update(((op, 1), (op, 2)) if len(chosen) > 1 else ((op, 1),))
         for i in chosen:
@@ -313,16 +338,18 @@ def _for(compiler: _Compiler, op: For) -> Step:
     return step
 
 
-def indices(run: Run, lo: int, hi: int, step: int) -> Sequence[int]:
-    """A loop's indices; of long loops the first and the last ones, a multiple of all stage counts left out."""
-    every = range(lo, hi, step) if step > 0 else range(0)
-    count, most = len(every), run.inputs.most_trips
-    if most is None or count <= most + run.inputs.period:
+def indices(run: Run, every: Sequence[int], counts: bool) -> Sequence[int]:
+    """Of long loops the first and the last indices, with a multiple of all stage counts left out between them.
+
+    Where the index itself numbers uses (``counts``), only the first: a ring's uses have no gaps.
+    """
+    most, period = run.inputs.most_trips, run.inputs.period
+    if most is None or len(every) <= most + period:
         return every
     run.shortened = True
-    left_out = (count - most) // run.inputs.period * run.inputs.period
-    first = (count - left_out) // 2
-    return [*every[:first], *every[first + left_out :]]
+    left_out = (len(every) - most) // period * period
+    first = len(every) - left_out if counts else (len(every) - left_out) // 2
+    return [*every[:first], *(() if counts else every[first + left_out :])]
 
 
 def _while(compiler: _Compiler, op: While) -> Step:

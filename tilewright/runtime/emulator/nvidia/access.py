@@ -194,7 +194,10 @@ def atomic_function(name: str, type_: Type) -> Callable[..., Any]:
         def on_pairs(old: Array, b: Array) -> Array:
             dtype = TYPES[type_.name.removesuffix("x2")].dtype
             words = [
-                part((old >> np.uint32(s)).astype(np.uint16).view(dtype), (b >> np.uint32(s)).astype(np.uint16).view(dtype))
+                part(
+                    (old >> np.uint32(s)).astype(np.uint16).view(dtype),
+                    (b >> np.uint32(s)).astype(np.uint16).view(dtype),
+                )
                 for s in (0, 16)
             ]
             low, high = (word.view(np.uint16).astype(np.uint32) for word in words)
@@ -243,7 +246,9 @@ def _atomic(inst: Instruction) -> Execute:
                         state.fault("an atomic operation on shared memory that was never written")
                     state.launch.shared.check_write(state, offsets, type_.bytes * count)
                 view = data[: data.size - data.size % type_.bytes].view(type_.dtype)
-                old[lanes] = _take_turns(view, offsets // type_.bytes, [[v[lanes] for v in vs] for vs in values], function)
+                old[lanes] = _take_turns(
+                    view, offsets // type_.bytes, [[v[lanes] for v in vs] for vs in values], function
+                )
         for i, write in enumerate(writes):
             write(state, np.ascontiguousarray(old[..., i]))
 
@@ -278,7 +283,9 @@ def _hint(inst: Instruction) -> Execute:
 
 @instruction("isspacep")
 def _is_space(inst: Instruction) -> Execute:
-    space = inst.one_of("global", "shared", "shared::cta", "shared::cluster", "local", "const", "param").partition("::")[0]
+    space = inst.one_of("global", "shared", "shared::cta", "shared::cluster", "local", "const", "param").partition(
+        "::"
+    )[0]
     write = dest(inst, inst.operands[0], "pred")
     read = source(inst, inst.operands[1], "u64")
 

@@ -26,7 +26,7 @@ def _unordered(a: Array, b: Array) -> Array:
 
 _ORDERED: dict[str, Callable[[Array, Array], Any]] = {
     "eq": lambda a, b: a == b,
-    "ne": lambda a, b: (a != b),
+    "ne": lambda a, b: a != b,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
@@ -104,9 +104,7 @@ def _set(inst: Instruction) -> Execute:
     result, type_ = inst.types()
     compare = _comparer(inst, [type_])
     one = np.float32(1) if result.name == "f32" else result.dtype(-1 if result.kind == "s" else 0xFFFFFFFF)
-    return elementwise(
-        inst, result, [type_, type_], lambda a, b: np.where(compare(a, b), one, result.dtype(0))
-    )
+    return elementwise(inst, result, [type_, type_], lambda a, b: np.where(compare(a, b), one, result.dtype(0)))
 
 
 @instruction("selp")

@@ -16,11 +16,12 @@ from tilewright.runtime.emulator.memory import BASE
 from tilewright.runtime.emulator.nvidia import syntax
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.launch import NamedBarrier
+from tilewright.runtime.emulator.nvidia.mbarrier import publish
 from tilewright.runtime.emulator.nvidia.operands import dest, integer, source
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import LOCAL_WINDOW
 from tilewright.runtime.emulator.nvidia.state import State
-from tilewright.runtime.emulator.nvidia.types import LANES, TYPES, Array
+from tilewright.runtime.emulator.nvidia.types import LANES, TYPES
 
 if TYPE_CHECKING:
     from tilewright.runtime.emulator.nvidia.launch import Launch
@@ -186,7 +187,9 @@ def _arrive(state: State, warp: int, number: int, expected: int) -> NamedBarrier
     if not 0 <= number < _BARRIERS:
         state.fault(f"there is no barrier {number}: a block has {_BARRIERS}", warp=warp)
     if expected % LANES or not 0 < expected <= state.warps_per_block * LANES:
-        state.fault(f"barrier {number} cannot wait for {expected} threads of {state.warps_per_block * LANES}", warp=warp)
+        state.fault(
+            f"barrier {number} cannot wait for {expected} threads of {state.warps_per_block * LANES}", warp=warp
+        )
     barrier = state.launch.named.setdefault((int(state.block[warp]), number), NamedBarrier())
     if barrier.arrived and barrier.expected != expected:
         state.fault(f"barrier {number} expects {barrier.expected} threads, this warp says {expected}", warp=warp)
@@ -199,7 +202,7 @@ def _arrive(state: State, warp: int, number: int, expected: int) -> NamedBarrier
 
 def _release(state: State, block: int, number: int, barrier: NamedBarrier) -> None:
     del state.launch.named[block, number]
-    state.launch.shared.publish(block)
+    publish(state, block)
     for warp, lanes in barrier.waiting:
         state.wake(warp, lanes)
         state.launch.waits.pop(warp, None)
@@ -234,7 +237,7 @@ def _cluster_barrier(inst: Instruction) -> Execute:
             if arrives:
                 barrier.arrived += 1
                 if barrier.arrived % state.warps_per_block == 0:
-                    state.launch.shared.publish(key[0])
+                    publish(state, key[0])
                     for waiter, lanes in barrier.waiting:
                         state.wake(waiter, lanes)
                     barrier.waiting.clear()

@@ -24,10 +24,10 @@ from tilewright.runtime.emulator.nvidia.numerics import (
     to_f64,
     to_tf32,
 )
+from tilewright.runtime.emulator.nvidia.operands import dest, location
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import LOCAL_WINDOW, SHARED_WINDOW
 from tilewright.runtime.emulator.nvidia.state import State
-from tilewright.runtime.emulator.nvidia.operands import dest, location
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
 
 _U16, _U32 = np.uint16, np.uint32
@@ -193,9 +193,7 @@ def _pack_integers(inst: Instruction) -> Execute:
 
     if len(types) == 3:
         keep = _U32(2 * result.bits)
-        return elementwise(
-            inst, "b32", [type_, type_, "b32"], lambda a, b, c: c << keep | clamp(a) << shift | clamp(b)
-        )
+        return elementwise(inst, "b32", [type_, type_, "b32"], lambda a, b, c: c << keep | clamp(a) << shift | clamp(b))
     return elementwise(inst, "b32", [type_, type_], lambda a, b: clamp(a) << shift | clamp(b))
 
 

@@ -224,7 +224,7 @@ def _tensor_copy(inst: Instruction) -> Execute:
     """Boxes of a tensor, tile mode (9.7.9.27.1.2)."""
     rank = _rank(inst)
     inst.flag("tile")
-    if inst.flag("global") and inst.modifiers and inst.modifiers[0] == "bulk_group" or "bulk_group" in inst.modifiers:
+    if (inst.flag("global") and inst.modifiers and inst.modifiers[0] == "bulk_group") or "bulk_group" in inst.modifiers:
         inst.one_of(*_SHARED)
         return _tensor_store(inst, rank, None)
     inst.one_of(*_SHARED)
@@ -346,7 +346,9 @@ def _checked_range(state: State, warp: int, values: dict[str, int]) -> tuple[int
     """Global offset, size and shared address, all multiples of 16."""
     offset, size, start = values["global"] - BASE, values["size"], _shared_place(values["shared"])
     if offset % 16 or size % 16 or start % 16 or size <= 0:
-        state.fault(f"a bulk copy of {size} bytes from or to {start} and {values['global']:#x}: not multiples of 16", warp=warp)
+        state.fault(
+            f"a bulk copy of {size} bytes from or to {start} and {values['global']:#x}: not multiples of 16", warp=warp
+        )
     if state.launch.memory.outside(np.array([offset]), size) is not None:
         state.fault(f"a bulk copy outside any allocation: {state.launch.memory.describe(values['global'])}", warp=warp)
     return offset, size, start
@@ -468,16 +470,20 @@ def _thread_copy(inst: Instruction) -> Execute:
             lanes = state.lanes[row]
             if lanes.any():
                 work = _thread_work(
-                    state, warp, places[row, lanes], sources[row, lanes] - BASE, count[row, lanes], size, words[row, lanes]
+                    state,
+                    warp,
+                    places[row, lanes],
+                    sources[row, lanes] - BASE,
+                    count[row, lanes],
+                    size,
+                    words[row, lanes],
                 )
                 state.launch.thread_copies.setdefault(warp, [[]])[-1].append(work)
 
     return execute
 
 
-def _thread_work(
-    state: State, warp: int, places: Array, sources: Array, count: Array, size: int, words: Array
-) -> Work:
+def _thread_work(state: State, warp: int, places: Array, sources: Array, count: Array, size: int, words: Array) -> Work:
     shared, memory = state.launch.shared, state.launch.memory
     incoming = shared.incoming.reshape(-1)
     incoming[words] = 1

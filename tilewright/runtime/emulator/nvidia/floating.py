@@ -203,9 +203,7 @@ def _sign_bit(inst: Instruction, function: Function) -> Execute:
     bits = TYPES[f"b{type_.bits}"]
     sign = bits.dtype(0x80008000 if type_.name.endswith("x2") else 1 << (type_.bits - 1))
     if ftz and type_.name == "f32":
-        return elementwise(
-            inst, "f32", ["f32"], lambda a: function(flush(a).view(_U32), sign).view(np.float32)
-        )
+        return elementwise(inst, "f32", ["f32"], lambda a: function(flush(a).view(_U32), sign).view(np.float32))
     return elementwise(inst, bits, [bits], lambda a: function(a, sign))
 
 

@@ -228,9 +228,7 @@ def _predicate_logic(inst: Instruction, function: Function) -> Execute:
             none = np.zeros(state.lanes.shape, np.bool_)
             unknown_a, unknown_b = (none if t is None else t for t in (taint_a, taint_b))
             state.taint = None
-            state.add_taint(
-                unknown_a & unknown_b | unknown_a & (b != absorbing) | unknown_b & (a != absorbing)
-            )
+            state.add_taint(unknown_a & unknown_b | unknown_a & (b != absorbing) | unknown_b & (a != absorbing))
         elif taint_a is not None:
             state.add_taint(taint_a)
         write(state, function(a, b))
@@ -333,7 +331,9 @@ def _bit_field_extract(inst: Instruction) -> Execute:
         if signed:
             last = np.minimum(position + length - _U32(1), _U32(bits - 1))
             sign = (shift_right(a.astype(_U64), last) & _U64(1)).astype(np.bool_) & (length != 0)
-            known = np.minimum(length, np.where(position > bits, _U32(0), _U32(bits) - np.minimum(position, _U32(bits))))
+            known = np.minimum(
+                length, np.where(position > bits, _U32(0), _U32(bits) - np.minimum(position, _U32(bits)))
+            )
             value = np.where(sign, value | ~_low_mask(known, bits), value)
         return value.astype(unsigned.dtype).view(type_.dtype)
 

@@ -93,7 +93,9 @@ class PtxEmulator:
         if limit and threads > prod(limit):
             raise EmulatorError(f"blocks of {threads} threads: the kernel was compiled for at most {prod(limit)}")
         if len(parameters) < kernel.param_bytes:
-            raise EmulatorError(f"the kernel has {kernel.param_bytes} bytes of parameters, {len(parameters)} were given")
+            raise EmulatorError(
+                f"the kernel has {kernel.param_bytes} bytes of parameters, {len(parameters)} were given"
+            )
         warps_per_block = -(-threads // LANES)
         if registers is None:
             registers = min(256, REGISTER_FILE // (warps_per_block * LANES) // 8 * 8)

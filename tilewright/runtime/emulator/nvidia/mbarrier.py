@@ -30,6 +30,9 @@ class Barrier:
     pending: int
     tx: int = 0
     phase: int = 0
+    #: the warp that initialised it, and whether a barrier has told the others since
+    owner: int = -1
+    shared: bool = False
     #: visible to the async proxy
     published: bool = False
     waiting: list[tuple[int, Array]] = field(default_factory=list)
@@ -40,7 +43,23 @@ def find_barrier(state: State, warp: int, place: int) -> Barrier:
     barrier = state.launch.barriers.get((int(state.block[warp]), place))
     if barrier is None:
         state.fault(f"no mbarrier has been initialised at {place}", warp=warp)
+    if not barrier.shared and barrier.owner != warp:
+        state.fault(
+            f"the mbarrier at {place} was initialised by {state.name(barrier.owner)}, with no barrier between",
+            warp=warp,
+        )
     return barrier
+
+
+def publish(state: State, block: int) -> None:
+    """A barrier of any kind has let warps of a block go on: what was done before it is known to them.
+
+    Coarse: warps that did not take part are not told apart.
+    """
+    state.launch.shared.publish(block)
+    for (owner, _), barrier in state.launch.barriers.items():
+        if owner == block:
+            barrier.shared = True
 
 
 def change(state: State, block: int, barrier: Barrier, arrivals: int = 0, tx: int = 0, warp: int | None = None) -> None:
@@ -58,7 +77,7 @@ def change(state: State, block: int, barrier: Barrier, arrivals: int = 0, tx: in
     if barrier.pending == 0 and barrier.tx == 0:
         barrier.phase += 1
         barrier.pending = barrier.expected
-        state.launch.shared.publish(block)
+        publish(state, block)
         for waiter, lanes in barrier.waiting:
             state.wake(waiter, lanes)
             state.launch.waits.pop(waiter, None)
@@ -112,7 +131,7 @@ def _init(inst: Instruction) -> Execute:
                 state.fault(f"an mbarrier cannot count {number} arrivals", warp=warp)
             if (block, place) in state.launch.barriers:
                 state.fault(f"the mbarrier at {place} is initialised a second time", warp=warp)
-            state.launch.barriers[block, place] = Barrier(number, number)
+            state.launch.barriers[block, place] = Barrier(number, number, owner=warp)
             shared.barrier[block, place // 4 : place // 4 + 2] = True
             shared.barriers_exist = True
 

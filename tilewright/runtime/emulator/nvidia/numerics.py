@@ -37,7 +37,9 @@ def f32_to_bf16(value: Array) -> Array:
 
 
 _FP8_TYPES: dict[str, Any] = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
-_FP8_TABLES = {name: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for name, dtype in _FP8_TYPES.items()}
+_FP8_TABLES = {
+    name: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for name, dtype in _FP8_TYPES.items()
+}
 _FP8_MAXIMUM = {"e4m3": 448.0, "e5m2": 57344.0}
 
 

@@ -131,7 +131,9 @@ class SharedMemory:
         incoming = self.incoming_grains[flat]
         if incoming.any():
             at = int(flat[incoming.argmax()])
-            state.fault(f"{message} shared memory that a copy in flight writes, at {at % self.grains_per_block * GRAIN}")
+            state.fault(
+                f"{message} shared memory that a copy in flight writes, at {at % self.grains_per_block * GRAIN}"
+            )
 
     def hold(self, grains: Array) -> None:
         """An asynchronous operation may read these grains until `release`."""

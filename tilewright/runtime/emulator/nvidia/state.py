@@ -201,6 +201,18 @@ class State:
             chosen[self.w] = defined
             self._defined[register] = self._defined[register] & ~self.mask | warp_bits(chosen)
 
+    def set_all_known(self, registers: Sequence[int], code: int) -> None:
+        """Set ``known`` of registers to one code in all lanes of the selected warps."""
+        if not registers:
+            return
+        if isinstance(self.w, slice):
+            self.known[np.asarray(registers)] = code
+        else:
+            self.known[np.ix_(registers, self.w)] = code
+        for register in registers:
+            bits = self._defined[register]
+            self._defined[register] = bits | self.mask if code == DEFINED else bits & ~self.mask
+
     # ---- control ---------------------------------------------------------------------------------
 
     def refresh(self) -> None:

@@ -134,6 +134,4 @@ def decode_tensor_map(data: bytes) -> TensorMap | None:
     if magic != _MAGIC:
         return None
     dims, strides, box, steps = (tuple(rest[at : at + rank]) for at in (0, 5, 10, 15))
-    return TensorMap(
-        _NAMES[element], address, tuple(d + 1 for d in dims), strides, box, steps, _SWIZZLES[swizzle]
-    )
+    return TensorMap(_NAMES[element], address, tuple(d + 1 for d in dims), strides, box, steps, _SWIZZLES[swizzle])

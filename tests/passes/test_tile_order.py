@@ -1,0 +1,93 @@
+"""tile-order: which tiles run at the same time, and on GPUs of chiplets where."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from amd_programs import matrix, module_of, normal, scheduled
+
+from tilewright.frontend.build import build_module
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Block, Value
+from tilewright.ir.interpreter import run
+from tilewright.ir.target import get_target
+from tilewright.ir.tile_ops import Binary, BlockId, Compare, Constant, Select
+from tilewright.kernels.gemm import gemm
+from tilewright.kernels.softmax import softmax
+from tilewright.passes.manager import PassContext, parse_pipeline
+from tilewright.passes.tile_order import by_chiplet, decode
+
+_FUNCTIONS = {
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "mod": lambda x, y: x % y,
+    "floordiv": lambda x, y: x // y,
+    "min": min,
+}
+
+
+def number(value: Value) -> int:
+    """What integer arithmetic on constants comes to."""
+    op = value.op
+    if isinstance(op, Constant):
+        return int(op.value)
+    if isinstance(op, Binary):
+        return _FUNCTIONS[op.fn](number(op.lhs), number(op.rhs))
+    if isinstance(op, Select):
+        return number(op.on_true if number(op.condition) else op.on_false)
+    assert isinstance(op, Compare) and op.fn == "lt"
+    return int(number(op.lhs) < number(op.rhs))
+
+
+def tiles_by_chiplet(total: int, chiplets: int, chunk: int) -> list[int]:
+    b = Builder(Block())
+    return [number(by_chiplet(b, b.index(w), b.index(total), chiplets, chunk)) for w in range(total)]
+
+
+@pytest.mark.parametrize(("chiplets", "chunk"), [(8, 16), (8, 64), (6, 16), (2, 1), (8, 3)])
+@pytest.mark.parametrize("total", [1, 7, 8, 127, 128, 129, 512, 600, 1030])
+def test_every_tile_has_one_block(total: int, chiplets: int, chunk: int):
+    assert sorted(tiles_by_chiplet(total, chiplets, chunk)) == list(range(total))
+
+
+@pytest.mark.parametrize(("chiplets", "chunk"), [(8, 16), (8, 64)])
+def test_neighbours_run_on_one_chiplet(chiplets: int, chunk: int):
+    tiles = np.array(tiles_by_chiplet(2 * chiplets * chunk, chiplets, chunk))
+    for chiplet in range(chiplets):
+        mine = tiles[chiplet::chiplets]
+        assert (np.diff(mine.reshape(-1, chunk), axis=1) == 1).all()
+
+
+def test_a_chiplet_s_chunk_is_a_window_of_rows_and_columns():
+    """16 tiles need 4 + 4 tiles of operands, not 1 + 16."""
+    target = get_target("gfx942")
+    b = Builder(Block())
+    sizes = [b.index(32), b.index(32), b.index(1)]
+    places = set()
+    for block in range(0, 128, target.chiplets):  # the first chunk of chiplet 0
+        tile = by_chiplet(b, b.index(block), b.index(1024), target.chiplets, target.chiplet_chunk)
+        places.add(tuple(map(number, decode(b, tile, sizes, (0, 1), target.tile_group)[:2])))
+    assert places == {(m, n) for m in range(4) for n in range(4)}
+
+
+@pytest.mark.parametrize("target", ["gfx942", "gfx950"])
+def test_the_order_changes_no_bit(target: str):
+    m, n, k = 16 * 33, 16 * 17, 32
+    a, b = normal(m, k), normal(k, n, seed=1)
+    module = module_of(gemm, a=matrix(), b=matrix(), c=matrix("f32"), BM=16, BN=16, BK=16)
+    function = scheduled(module.clone(), target)
+    assert [op for op in function.walk() if isinstance(op, BlockId)]
+    results = []
+    for program in (module.functions[0], function):
+        results.append(np.zeros((m, n), np.float32))
+        run(program, [a, b, results[-1]], (33, 17))
+    np.testing.assert_array_equal(*results)
+    assert np.abs(results[0]).max() > 0
+
+
+def test_programs_that_share_nothing_keep_their_order():
+    module = build_module(softmax.definition, {"x": matrix(), "y": matrix(), "BN": 64})
+    (order,) = parse_pipeline("tile-order")
+    order.run(module, PassContext(get_target("gfx950")))
+    assert not [op for op in module.functions[0].walk() if isinstance(op, BlockId)]

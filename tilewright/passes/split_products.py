@@ -1,0 +1,183 @@
+"""split-products: float32 products of float32 accuracy on the asynchronous matrix unit, as three tf32 products.
+
+With a = a1 + a2 and b = b1 + b2, each part rounded to tf32, ``a b = a2 b1 + a1 b2 + a1 b1`` but for a2 b2, which is
+below float32's precision. The unit reads b from shared memory along K, so the warps write both parts of it there;
+the parts of a stay in registers. The unit truncates its sums: each step's product is summed up from zero and added
+to the accumulator by the vector unit, which rounds. Where a loop only accumulates, the next step's parts of b are
+made while the unit works on this one's::
+
+    %b1, %b2 -> %parts[i]                     // while the products of i - 1 run
+    %t1, %a0 = async.wait [%t, %a]            // they have finished; a is split only now, as they read its registers
+    async.barrier                             // everybody has written, and nobody reads %parts[i - 1] any more
+    %acc1 = tile.add %acc, %t1
+    %t2 = a2 b1 + a1 b2 + a1 b1               // issued
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Role
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Block, Function, IRError, Value, replace_uses, uses_of
+from tilewright.ir.layout import LinearLayout
+from tilewright.ir.target import Target
+from tilewright.ir.tile_ops import Dot, For, Yield
+from tilewright.ir.types import BufferType, SlotType, TileType, f32, i32
+from tilewright.passes.copy_layouts import copy_layouts
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.matrix import MatrixUnit, matrix_unit, operand_shape, result_type
+from tilewright.passes.prefetch import carry
+
+#: tf32 has 10 of float32's 23 bits of mantissa: half of the last one, and the bits that stay
+HALF, KEPT = 1 << 12, -(1 << 13)
+
+
+@register_pass("split-products")
+class SplitProducts(FunctionPass):
+    """Rewrites dots of precision ``3xtf32`` of functions that are scheduled with roles."""
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        dots = [op for op in function.walk() if isinstance(op, Dot) and op.precision == "3xtf32"]
+        if not dots or not any(isinstance(op, Role) for op in function.walk()):
+            return
+        unit = matrix_unit(context.target, function)
+        if not unit.asynchronous:
+            return
+        for dot in dots:
+            _Split(function, dot, unit, context.target).run()
+
+
+@dataclass
+class _Split:
+    """One dot."""
+
+    function: Function
+    dot: Dot
+    unit: MatrixUnit
+    target: Target
+
+    def run(self) -> None:
+        loop = self._accumulating_loop()
+        block = self.dot.parent
+        assert block is not None
+        b = Builder(block, self.dot.loc)
+        first, second = (self._buffer(2 if loop is not None else 1) for _ in range(2))
+        if loop is None:
+            self._at_once(b, block, first, second)
+        else:
+            self._in_turn(b, loop, first, second)
+
+    def _accumulating_loop(self) -> For | None:
+        """The loop around the dot if it carries the accumulator, untouched, to the next iteration."""
+        dot, block = self.dot, self.dot.parent
+        loop = block.parent.parent if block is not None and block.parent is not None else None
+        if block is None or not isinstance(loop, For) or dot.acc not in loop.carried:
+            return None
+        uses, terminator = uses_of(self.function.body), block.terminator
+        assert isinstance(terminator, Yield)
+        position = loop.carried.index(dot.acc)
+        alone = uses[dot.acc] == [dot] and uses[dot.result] == [terminator]
+        return loop if alone and terminator.values[position] is dot.result else None
+
+    def _buffer(self, stages: int) -> Value:
+        layout = self.unit.shared("b", self.dot, 0, int(self.function.attributes["num_warps"]))
+        if layout is None:
+            raise IRError("operand b is too narrow for shared memory", self.dot.loc, "make K a multiple of 8")
+        slot = SlotType(operand_shape(self.dot, "b"), f32, layout)
+        top = Builder(self.function.body.block, self.dot.loc)
+        with top.at(self.function.body.block, 0):
+            return top.insert(Alloc(None, types=[BufferType(stages, slot)], hints=["parts"])).result
+
+    # --- the two forms ------------------------------------------------------------------------------
+
+    def _at_once(self, b: Builder, block: Block, first: Value, second: Value) -> None:
+        dot = self.dot
+        with b.at(block, block.ops.index(dot)):
+            left, zero = self._left(b), b.index(0)
+            b.insert(Barrier(scope="role"))  # the parts of the last time have been read
+            self._write_right(b, b.slot(first, zero), b.slot(second, zero))
+            b.insert(Barrier(scope="role"))
+            product = self._issue(b, left, b.slot(first, zero), b.slot(second, zero))
+            (waited,) = b.wait([product])
+            result = b.add(dot.acc, waited)
+        block.ops.remove(dot)
+        replace_uses(self.function.body, {dot.result: result})
+
+    def _in_turn(self, b: Builder, loop: For, first: Value, second: Value) -> None:
+        dot, block, outer = self.dot, loop.body.block, loop.parent
+        assert outer is not None
+        position = loop.carried.index(dot.acc)
+        with b.at(outer, outer.ops.index(loop)):
+            zero, nothing = b.index(0), b.constant(0.0, result_type(dot))
+            b.insert(Barrier(scope="role"))  # the parts of the last time have been read
+        count, flying = carry(loop, zero, "step"), carry(loop, nothing, "product")
+        with b.at(block, block.ops.index(dot)):
+            left = self._left(b)
+            parts = b.slot(first, count), b.slot(second, count)
+            self._write_right(b, *parts)
+            waited, left = b.wait([flying, left])
+            b.insert(Barrier(scope="role"))
+            total = b.add(dot.acc, waited)
+            product = self._issue(b, left, *parts)
+            following = b.add(count, b.index(1))
+        block.ops.remove(dot)
+        terminator = block.terminator
+        assert isinstance(terminator, Yield)
+        values = list(terminator.values)
+        values[position] = total
+        terminator.values = [*values, following, product]
+        with b.at(outer, outer.ops.index(loop) + 1):
+            (waited,) = b.wait([loop.results[-1]])
+            result = b.add(loop.results[position], waited)
+        for op in self.function.walk():
+            if op is not result.op:
+                op.replace_operands({loop.results[position]: result})
+
+    # --- operands -----------------------------------------------------------------------------------
+
+    @property
+    def warps(self) -> int:
+        return int(self.function.attributes["num_warps"])
+
+    def _left(self, b: Builder) -> Value:
+        """Operand a in registers."""
+        if isinstance(self.dot.a.type, TileType):
+            return self.dot.a
+        return b.local_load(self.dot.a, self.unit.operand("a", self.dot, self.warps))
+
+    def _write_right(self, b: Builder, first: Value, second: Value) -> None:
+        """Both parts of operand b into shared memory, along K."""
+        value, layout = self.dot.b, None
+        if isinstance(value.type, SlotType):
+            contiguous = value.type.layout.order[0]
+            layouts = copy_layouts(value.type.shape, 32, contiguous, 0, self.warps, self.target.warp_size)
+            value, layout = b.local_load(value, layouts.load), layouts.store
+        for part, slot in zip(split(b, value), (first, second), strict=True):
+            b.insert(LocalStore(_in_layout(b, part, layout), slot))
+
+    def _issue(self, b: Builder, left: Value, first: Value, second: Value) -> Value:
+        """The products of one step, from zero, smallest first."""
+        big, small = split(b, left)
+        product = b.constant(0.0, result_type(self.dot))
+        for a, part in ((small, first), (big, second), (big, first)):
+            product, _ = b.async_dot(a, part, product)
+        return product
+
+
+def _in_layout(b: Builder, value: Value, layout: LinearLayout | None) -> Value:
+    assert isinstance(value.type, TileType)
+    return value if layout is None or value.type.layout == layout else b.convert(value, layout)
+
+
+def split(b: Builder, value: Value) -> tuple[Value, Value]:
+    """Two values whose low 13 bits are zero and whose sum is the float32 value, but for rounding the second."""
+    big = rounded(b, value)
+    return big, rounded(b, b.sub(value, big))
+
+
+def rounded(b: Builder, value: Value) -> Value:
+    """The nearest tf32 value, ties away from zero (what ``cvt.rna.tf32.f32`` does)."""
+    bits = b.bitcast(value, i32)
+    half, kept = b.constant(HALF, bits.type), b.constant(KEPT, bits.type)
+    return b.bitcast(b.binary("and", b.add(bits, half), kept), f32)
