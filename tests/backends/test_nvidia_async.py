@@ -403,8 +403,17 @@ def test_attention_takes_weights_from_registers(depth):
     result = compiled(attention(depth=depth))
     words = r"\{(%r\d+, ){3}%r\d+\}, %rd\d+, 1, 1, 1, 1;"
     assert count(result, words) == 2 * 128 // 16  # in the loop, and behind it: the product lags by one iteration
-    # the scores start from nothing instead of from zeros
-    assert count(result, r"\}, %rd\d+, %rd\d+, 0, 1, 1, 0, 0;") == 1
+    # the scores start from nothing instead of from zeros: in the first iteration, which runs alone, and in the loop
+    assert count(result, r"\}, %rd\d+, %rd\d+, 0, 1, 1, 0, 0;") == 2
+
+
+@needs_ptxas
+def test_one_thread_of_the_whole_role_produces():
+    """A thread elected in each of the role's warps would announce every stage four times."""
+    ptx = compiled(gemm()).asm["ptx"]
+    entry = ptx[ptx.index("setmaxnreg.dec") : ptx.index("elect.sync")]
+    assert re.search(r"setp\.\w+\.[bsu]32", entry), "the other warps of the role must leave before the election"
+    assert re.search(r"@%p\d+ bra", entry)
 
 
 @needs_ptxas

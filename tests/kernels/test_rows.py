@@ -115,6 +115,7 @@ def test_rows_are_read_and_written_once_in_vectors(columns):
     warps = 8 if columns == 16384 else 4
     vectors = meta["BM"] * meta["BN"] // (8 * 32 * warps)
     assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == vectors
+    assert (".minnctapersm 2" in ptx) == (columns == 16384)  # the widest rows leave room for a second block
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == vectors + columns // (8 * 32 * warps)
 
 

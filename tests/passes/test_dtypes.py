@@ -130,7 +130,7 @@ def test_tf32_takes_the_asynchronous_unit_where_both_operands_run_along_k():
 
 
 def test_the_parts_of_a_float32_are_tf32_and_make_it_up_again():
-    scales = np.float32(2.0) ** np.arange(-50, 50).repeat(100)
+    scales = (2.0 ** np.arange(-50, 50).repeat(100)).astype(np.float32)
     x = np.random.default_rng(0).standard_normal(10000).astype(np.float32) * scales
 
     def rounded(value: np.ndarray) -> np.ndarray:

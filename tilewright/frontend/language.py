@@ -340,7 +340,8 @@ def dot(a, b, acc=None, precision="default"):
     """``acc + a @ b`` for tiles (M, K) and (K, N) of one dtype.
 
     ``acc`` defaults to zeros: float32, float64 for float64, int32 for integers.
-    ``precision``: "default", "ieee" or "tf32" (float32 operands).
+    ``precision``, of float32 operands: "default" and "ieee" are true float32, "tf32" keeps 11 bits of each operand, and
+    "3xtf32" nearly float32 in three such products (finite values only: an infinity becomes NaN).
     """
 
 

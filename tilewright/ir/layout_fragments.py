@@ -136,6 +136,8 @@ def wgmma_operand_a(shape: Sequence[int], element_bits: int, num_warpgroups: int
     Registers walk (32-bit word, +8 rows, upper half of K, K step, 64-row block). Rows as in `wgmma_accumulator`;
     with M = 64 every warpgroup holds all of A.
     """
+    if element_bits == 64:
+        raise ValueError("no register A fragment of wgmma for 64-bit elements")
     instruction_k, registers, lanes = _operand_a_fragment(element_bits)
     return _warpgroup_tiles(shape, instruction_k, registers, lanes, num_warpgroups)
 
@@ -188,7 +190,7 @@ def mma_sync_operand_b(shape: Sequence[int], element_bits: int = 16, warps: tupl
 
 
 def fma_tile(columns: int) -> tuple[int, int]:
-    """Rows and columns of an (M, columns) tile that the 4 x 8 lanes of a warp hold in one go (see `fma_accumulator`)."""
+    """Rows and columns of an (M, columns) tile that the 4 x 8 lanes of a warp hold at once (see `fma_accumulator`)."""
     return 16, 8 * min(4, power_of_two_part(columns // 8))
 
 
@@ -211,7 +213,7 @@ def fma_operand_a(
     ``along_k``: runs of up to four consecutive k are innermost, instead of the lane's runs of rows.
     """
     rows, _ = _fma_bases(columns)
-    lanes: list[Vector] = [(0, 0)] * 3 + [(rows << bit, 0) for bit in range(2)]
+    lanes: list[Vector] = [*[(0, 0)] * 3, *((rows << bit, 0) for bit in range(2))]
     run = _fma_run(shape[1], along_k)
     registers: list[Vector] = [*((0, 1 << bit) for bit in range(log2_exact(run))), (1, 0), (2, 0)]
     return _warp_tiles(shape, (fma_tile(columns)[0], run), registers, lanes, (warps[0], 1), warps)
@@ -221,8 +223,8 @@ def fma_operand_b(shape: Sequence[int], warps: tuple[int, int] = (1, 1), along_k
     """Operand (K, N) of outer products: a lane has the columns of its accumulators, all of K (see `fma_operand_a`)."""
     _, columns = _fma_bases(shape[1])
     run = _fma_run(shape[0], along_k)
-    registers: list[Vector] = [(1 << bit, 0) for bit in range(log2_exact(run))]
-    registers += [(0, 1 << bit) for bit in range(log2_exact(columns))]
+    along: list[Vector] = [(1 << bit, 0) for bit in range(log2_exact(run))]
+    registers = [*along, *((0, 1 << bit) for bit in range(log2_exact(columns)))]
     lanes: list[Vector] = [*((0, columns << bit) for bit in range(3)), (0, 0), (0, 0)]
     return _warp_tiles(shape, (run, fma_tile(shape[1])[1]), registers, lanes, (1, warps[1]), warps)
 
@@ -257,7 +259,7 @@ def mfma_accumulator(
         raise ValueError(f"no MFMA with tile {instr} of {element_bits}-bit accumulators; known: {known}")
     registers, lanes = _MFMA_F64 if element_bits == 64 else _MFMA_ACCUMULATORS[instr]
     if transposed:
-        registers, lanes = ([(column, row) for row, column in bases] for bases in (registers, lanes))
+        registers, lanes = ([vector[::-1] for vector in bases] for bases in (registers, lanes))
     return _warp_tiles(shape, instr, registers, lanes, warps, warps)
 
 

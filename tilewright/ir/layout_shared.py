@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -364,7 +364,7 @@ def shared_cycles(
 
 def shared_candidates(shape: Sequence[int], element_bits: int, order: Sequence[int], target: str) -> list[SharedLayout]:
     """The swizzles of a target that fit the tile, in order of preference."""
-    settings: list[dict[str, int]] = [{"swizzle": size} for size in (128, 64, 32, 0)]
+    settings: list[dict[str, Any]] = [{"swizzle": size} for size in (128, 64, 32, 0)]
     if target != "nvidia":
         vectors = [size * 8 // element_bits for size in (16, 8) if size * 8 >= element_bits]
         settings = [{}]

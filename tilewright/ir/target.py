@@ -33,7 +33,7 @@ class Target:
     features: frozenset[str] = frozenset()
     registers_per_unit: int = 65536
     #: dies to which blocks are dealt in turn, each with an L2 cache of its own, and how many neighbouring tiles one
-    #: should get; rows of tiles that run at the same time (measured values: HipKittens, arXiv 2511.08083, Table 4)
+    #: should get; rows of tiles that run at the same time (as measured for HipKittens' GEMM)
     chiplets: int = 1
     chiplet_chunk: int = 1
     tile_group: int = 8

@@ -195,9 +195,7 @@ def _sources(value: Value, op: Operation) -> list[Value]:
     return op.operands
 
 
-def _tilings(
-    shape: Sequence[int], tiles: Sequence[int], warps: int
-) -> Iterator[tuple[int, tuple[int, int]]]:
+def _tilings(shape: Sequence[int], tiles: Sequence[int], warps: int) -> Iterator[tuple[int, tuple[int, int]]]:
     for tile in tiles:
         if any(size % tile for size in shape):
             continue

@@ -6,6 +6,10 @@ follow different grid axes, the tiles that run at the same time form a square-is
 ``group`` rows), so that both operands are found in L2 again. Where programs further along an axis run
 longer loops (a triangular product), the long ones go first within a window of ``group`` places along
 the other axes, so that the blocks end together and what programs of a place share stays in L2.
+
+Some GPUs consist of chiplets, each with an L2 of its own, and deal blocks to them in turn (AMD Instinct: eight XCDs).
+There neighbouring tiles would all fetch the same operands into every L2. So blocks are renumbered such that one chiplet
+gets ``chunk`` neighbours in a row; the end of the grid that fills no whole round stays as it is.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class BufferAccess(TileAccess):
     def fresh(self) -> BufferAccess:
         other = super().fresh()
         assert isinstance(other, BufferAccess)
-        other._lanes = {}  # values of this side of a branch
+        other._lanes, other._beyond = {}, None  # values of this side of a branch
         return other
 
     # --- addresses ------------------------------------------------------------------------------
@@ -52,9 +52,8 @@ class BufferAccess(TileAccess):
         self.resource = make_resource(self.lw, origin)
         #: predicate and offset -> the offset where it holds
         self._lanes: dict[tuple[mlir.Value, mlir.Value], mlir.Value] = {}
-        inside = [
-            self._bytes(axis, part) for axis, part in enumerate(self.coordinates.thread) if self._separates(axis)
-        ]
+        self._beyond: mlir.Value | None = None
+        inside = [self._bytes(axis, part) for axis, part in enumerate(self.coordinates.thread) if self._separates(axis)]
         return math.value(math.sum(inside))
 
     def _separates(self, axis: int) -> bool:
@@ -65,33 +64,35 @@ class BufferAccess(TileAccess):
         math = self.lw.index
         return math.mul(steps, math.mul(math.narrow(self.view.strides[axis]), self.view.dtype.bytes))
 
-    def _offsets(self, register: int) -> tuple[IntLike, IntLike]:
-        """What a register adds to the thread's offset: by lane, and the same for all lanes."""
-        math = self.lw.index
-        lane: list[IntLike] = []
+    def _place(self, register: int, inside: mlir.Value | None) -> list[mlir.Value]:
+        """Descriptor, lane offset, scalar offset and cache policy of an access; beyond the end where not inside."""
+        fb, math = self.lw.fb, self.lw.index
+        lane: list[IntLike] = [self._base]
         shared: list[IntLike] = []
         for axis, part in enumerate(self.coordinates.register[register]):
             if self._separates(axis):
                 shared.append(self._bytes(axis, part))
             else:
                 lane.append(self._bytes(axis, self.coordinates.along(axis, part)))
-        return math.sum(lane), math.sum(shared)
-
-    def _place(self, register: int, inside: mlir.Value | None) -> list[mlir.Value]:
-        """Descriptor, lane offset, scalar offset and cache policy of an access; beyond the end where not inside."""
-        fb, math = self.lw.fb, self.lw.index
-        lane, shared = self._offsets(register)
-        own = math.value(math.add(self._base, lane))
+        constant = sum(term for term in shared if isinstance(term, int))
+        immediate = constant % (MOST_IMMEDIATE + 1)
+        uniform = math.sum([constant - immediate, *(term for term in shared if not isinstance(term, int))])
+        own = math.value(math.sum(lane))
         if inside is not None:
-            # no immediate here: LLVM would add it to both sides of the selection, a register each
-            return [self.resource, self._selected(inside, own), math.value(shared), fb.i32(0)]
-        immediate = shared % (MOST_IMMEDIATE + 1) if isinstance(shared, int) else 0
-        return [self.resource, fb.add(own, immediate), math.value(math.sub(shared, immediate)), fb.i32(0)]
+            own = self._selected(inside, own)
+        return [self.resource, fb.add(own, immediate), math.value(uniform), fb.i32(0)]
 
     def _selected(self, inside: mlir.Value, lane: mlir.Value) -> mlir.Value:
         if (inside, lane) not in self._lanes:
-            self._lanes[inside, lane] = self.lw.fb.select(inside, lane, self.lw.fb.i32(OUTSIDE))
+            self._lanes[inside, lane] = self.lw.fb.select(inside, lane, self._outside())
         return self._lanes[inside, lane]
+
+    def _outside(self) -> mlir.Value:
+        """`OUTSIDE`, hidden from LLVM, which would add immediates to a constant: a register for each of them."""
+        if self._beyond is None:
+            fb = self.lw.fb
+            self._beyond = fb.inline_asm(fb.types.i32, "", "=s,0", [fb.i32(OUTSIDE)], side_effects=False)
+        return self._beyond
 
     # --- accesses -------------------------------------------------------------------------------
 

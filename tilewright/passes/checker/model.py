@@ -225,9 +225,9 @@ class Model:
             threads = 1 if op.single_thread else op.warps * lanes
             groups = 1 if op.single_thread else self._groups(op.warps, list(op.walk()))
             yield RoleModel(number, f"role @{op.kind}", op, op.warps, threads, groups, op.single_thread)
-        for op in self.function.body.block.ops:
-            if top and not isinstance(op, Role) and op.base_name in BESIDE_ROLES:
-                raise IRError(f"'{op.name}' stands beside roles; the checker knows it inside them only", op.loc)
+        beside = [op for op in self.function.body.block.ops if top and op.base_name in BESIDE_ROLES]
+        for found in beside:
+            raise IRError(f"'{found.name}' stands beside roles; the checker knows it inside them only", found.loc)
 
     def _groups(self, warps: int, ops: list[Operation]) -> int:
         """How many warpgroups act each on their own; 1 where none does."""
@@ -266,8 +266,11 @@ class Model:
 #: what acts on the machine and has no place beside roles
 BESIDE_ROLES = frozenset(
     f"async.{name}"
-    for name in "acquire copy publish await release dot wait local_load local_store bulk_store bulk_wait barrier".split()
-)
+    for name in (
+        "acquire", "copy", "publish", "await", "release", "dot", "wait", "local_load", "local_store", "bulk_store",
+        "bulk_wait", "barrier",
+    )
+)  # fmt: skip
 
 
 def ring_of(slot: Value) -> Value | None:

@@ -189,13 +189,12 @@ class _Compiler:
     def _scalar(self, op: Operation, steps: list[Step]) -> None:
         evaluate = _slot(self, op) if isinstance(op, a.Slot) else evaluator(op)
         if isinstance(op, a.TransposeSlot):
-            evaluate = lambda run, slot=op.slot: run.env[slot]  # noqa: E731
+            evaluate = _same(op.slot)
         if op.base_name == "tile.constant":
             self.constants[op.results[0]] = evaluate(None)
             return
         if len(op.results) != 1:
-            for number, value in enumerate(op.results):
-                steps.append(_assign(value, lambda run, n=number, e=evaluate: e(run) + n))
+            steps += [_assign(value, evaluate) for value in op.results]
             return
         steps.append(_assign(op.results[0], evaluate))
 
@@ -415,8 +414,16 @@ def _events(compiler: _Compiler, op: Operation) -> list[Step]:
         return _exchange(compiler, op) + _result(compiler, op)
     if isinstance(op, Dot):
         slots = [v for v in op.operands if isinstance(v.type, SlotType)]
-        return [_emit("load", op, lambda run, v=slot: (run.env[v], False, None)) for slot in slots]
+        return [_emit("load", op, _whole(slot)) for slot in slots]
     return _result(compiler, op)
+
+
+def _whole(slot: Value) -> Callable[[Run], Any]:
+    return lambda run: (run.env[slot], False, None)
+
+
+def _same(value: Value) -> Callable[[Run], Any]:
+    return lambda run: run.env[value]
 
 
 def _result(compiler: _Compiler, op: Operation) -> list[Step]:
@@ -521,7 +528,7 @@ def _local(kind: str) -> Callable[[_Compiler, Any], list[Step]]:
     def make(compiler: _Compiler, op: Any) -> list[Step]:
         slot, tile = op.slot, op.result.type if kind == "load" else op.value.type
         own = splits_rows(tile, compiler.role.groups) and isinstance(slot.op, a.Slot)
-        spread = ("tile", tile.layout)
+        spread = ("tile", tile.layout) if isinstance(slot.op, a.Slot) else ("turned", id(op))
         if kind == "load" and (tile.layout is None or tile.layout.free_bits("lane") or tile.layout.free_bits("warp")):
             spread = ("copies", tile.layout)
         return [_emit(kind, op, lambda run: (run.env[slot], own, spread))]

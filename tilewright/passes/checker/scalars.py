@@ -118,6 +118,11 @@ def _dim(op: Any) -> Evaluate:
     return lambda run: run.inputs.dims[root, axis]
 
 
+def _constant(op: Any) -> Evaluate:
+    value = op.value
+    return lambda run: value
+
+
 def _grid(op: Any) -> Evaluate:
     axis = op.axis
     return lambda run: run.inputs.grid[axis]
@@ -134,7 +139,7 @@ _RULES: dict[type[Operation], Callable[[Any], Evaluate]] = {
     Unary: _unary,
     Select: _select,
     Cast: _cast,
-    Constant: lambda op: lambda run, value=op.value: value,
+    Constant: _constant,
     Dim: _dim,
     NumPrograms: _grid,
     ProgramId: _id,

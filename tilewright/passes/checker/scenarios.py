@@ -52,10 +52,11 @@ class Leaves:
 def find_leaves(model: Model, needed: Iterable[Value]) -> Leaves:
     """``needed``: the values that decide the schedule's course."""
     leaves, loops = Leaves(), enclosing_operations(model.function)
+    params = set(model.function.params)
     steps: list[tuple[Value, int]] = []
     for value in needed:
         op = value.op
-        found = _leaf(value)
+        found = _leaf(value, params)
         if isinstance(found, tuple):
             leaves.dims.setdefault(found, 1)
         elif found is not None:
@@ -67,23 +68,22 @@ def find_leaves(model: Model, needed: Iterable[Value]) -> Leaves:
             steps.append((loop.hi, int(loop.step.op.value)))
     for value, step in steps:
         if step > 1:
-            _set_steps(leaves, backward_slice([value], loops), step)
+            _set_steps(leaves, backward_slice([value], loops), step, params)
     return leaves
 
 
-def _leaf(value: Value) -> tuple[Value, int] | Value | None:
+def _leaf(value: Value, params: set[Value]) -> tuple[Value, int] | Value | None:
     op = value.op
     if isinstance(op, Dim):
         root, axis = root_axis(op.view, op.axis)
         known = isinstance(root.type, ViewType) and root.type.shape[axis] is not None
         return None if known or root.op is not None else (root, axis)
-    parameter = isinstance(value.owner, Block) and value.owner.parent is None
-    return value if parameter and isinstance(value.type, ScalarType) else None
+    return value if value in params and isinstance(value.type, ScalarType) else None
 
 
-def _set_steps(leaves: Leaves, values: Iterable[Value], step: int) -> None:
+def _set_steps(leaves: Leaves, values: Iterable[Value], step: int, params: set[Value]) -> None:
     for value in values:
-        found = _leaf(value)
+        found = _leaf(value, params)
         if isinstance(found, tuple) and found in leaves.dims:
             leaves.dims[found] = max(leaves.dims[found], step)
         elif found in leaves.scalars and isinstance(found, Value):
@@ -117,6 +117,8 @@ def _inputs(
             inputs.dims[leaf] = size - step // 2 if size and number % 2 else size  # ragged every other time
         elif leaf.type.dtype.name == "i1":
             inputs.scalars[leaf] = bool(number % 2)
+        elif leaf.type.dtype.is_float:
+            inputs.scalars[leaf] = float(size)
         else:
             inputs.scalars[leaf] = size
     if persistent:
@@ -136,7 +138,7 @@ def more_scenarios(model: Model, leaves: Leaves, count: int) -> Iterator[Inputs]
         for leaf, step in leaves.dims.items():
             inputs.dims[leaf] = _any_size(random, step)
         for scalar, step in leaves.scalars.items():
-            if not isinstance(inputs.scalars[scalar], bool):
+            if isinstance(inputs.scalars[scalar], int) and not isinstance(inputs.scalars[scalar], bool):
                 inputs.scalars[scalar] = _any_size(random, step)
         yield inputs
 

@@ -12,7 +12,7 @@ from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, f32_to_bf16
 from tilewright.runtime.emulator.nvidia.operands import address, dest, parts, source
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
-from tilewright.runtime.emulator.nvidia.spaces import global_offsets, local_offsets, split_generic
+from tilewright.runtime.emulator.nvidia.spaces import beyond, global_offsets, local_offsets, split_generic
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type, unsigned_of
 
@@ -50,10 +50,10 @@ def _placed(state: State, space: str, where: Array) -> list[tuple[str, Array, Ar
     return split_generic(state, where)
 
 
-def _bytes(state: State, space: str, where: Array, size: int, what: str) -> tuple[Array, Array]:
+def _bytes(state: State, space: str, where: Array, size: int, what: str, needed: int = 0) -> tuple[Array, Array]:
     """The flat bytes of a space and checked offsets of the active lanes."""
     if space == "global":
-        return state.launch.memory.data, global_offsets(state, where, size)
+        return state.launch.memory.data, global_offsets(state, where, size, needed)
     if space == "local":
         return state.launch.local.reshape(-1), local_offsets(state, where, size)
     shared = state.launch.shared
@@ -93,9 +93,10 @@ def _load(inst: Instruction) -> Execute:
             return
         values = np.zeros((*state.lanes.shape, count), type_.unsigned)
         undefined = None
+        behind = None
         for part, lanes, local in _placed(state, space, at):
             with state.restricted(lanes):
-                data, offsets = _bytes(state, part, local, size, "load")
+                data, offsets = _bytes(state, part, local, size, "load", type_.bytes)
                 if not offsets.size:
                     continue
                 loaded = gather(data, offsets, type_, count)
@@ -103,6 +104,11 @@ def _load(inst: Instruction) -> Execute:
                     values = loaded.reshape(values.shape)
                 else:
                     values[lanes] = loaded
+                if part == "global" and count > 1:
+                    missing = beyond(state, offsets, type_.bytes, count)
+                    if missing is not None:
+                        behind = np.zeros(values.shape, np.bool_)
+                        behind[lanes] = missing
                 if part == "shared":
                     bad = state.launch.shared.check_read(state, offsets, size)
                     if bad is not None:
@@ -110,7 +116,11 @@ def _load(inst: Instruction) -> Execute:
                         undefined[lanes] = bad
         if undefined is not None:
             state.add_taint(undefined)
+        taint = state.taint
         for i, write in enumerate(writes):
+            if behind is not None:
+                state.taint = taint
+                state.add_taint(behind[..., i])
             write(state, values[..., i].view(type_.dtype))
 
     return execute

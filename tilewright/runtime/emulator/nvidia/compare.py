@@ -119,11 +119,12 @@ def _selp(inst: Instruction) -> Execute:
 
     def execute(state: State) -> None:
         chosen = condition(state)
-        unknown, state.taint = state.taint, None
+        unknown = state.take_taint()
         a = yes(state)
-        taint_a, state.taint = state.taint, None
+        taint_a = state.take_taint()
         b = no(state)
-        taint_b, state.taint = state.taint, unknown
+        taint_b = state.take_taint()
+        state.taint = unknown
         if taint_a is not None:
             state.add_taint(taint_a & chosen)
         if taint_b is not None:

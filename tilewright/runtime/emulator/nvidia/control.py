@@ -31,7 +31,7 @@ _BARRIERS = 16
 
 @instruction("bra", ends_run=True)
 def _branch(inst: Instruction) -> Execute:
-    uniform = inst.flag("uni")
+    inst.flag("uni")
     (target,) = inst.operands
     if not isinstance(target, syntax.Name) or target.text not in inst.kernel.labels:
         raise Problem("unknown label")
@@ -43,7 +43,6 @@ def _branch(inst: Instruction) -> Execute:
         else:
             state.pc[state.w] = np.where(state.lanes, destination, state.pc[state.w])
 
-    assert uniform or not uniform
     return execute
 
 
@@ -111,8 +110,8 @@ def _fence(inst: Instruction) -> Execute:
     words, inst.modifiers = inst.modifiers, []
     known = {
         "sc", "acq_rel", "acquire", "release", "relaxed", "cta", "cluster", "gpu", "sys", "gl", "proxy", "alias",
-        "async", "async::generic", "global", "shared::cta", "shared::cluster", "mbarrier_init", "sync_restrict::shared::cta",
-        "sync_restrict::shared::cluster", "tensormap::generic",
+        "async", "async::generic", "global", "shared::cta", "shared::cluster", "mbarrier_init",
+        "sync_restrict::shared::cta", "sync_restrict::shared::cluster", "tensormap::generic",
     }  # fmt: skip
     for word in words:
         if word not in known:

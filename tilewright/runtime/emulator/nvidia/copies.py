@@ -83,8 +83,7 @@ def _trailing(inst: Instruction) -> bool:
     """Take the hints; drop the operands that belong to them. Whether this copy multicasts."""
     if inst.flag("L2::cache_hint"):
         inst.operands = inst.operands[:-1]
-    multicast = inst.flag("multicast::cluster")
-    return multicast
+    return inst.flag("multicast::cluster")
 
 
 def _publish_check(state: State, warp: int, place: int) -> None:

@@ -25,7 +25,10 @@ class Problem(Exception):
 
 @dataclass(eq=False)
 class Instruction:
-    """One instruction while and after it is bound. ``modifiers`` are the parts of the opcode behind its table name that no binder has taken yet."""
+    """One instruction while and after it is bound.
+
+    ``modifiers`` are the parts of the opcode behind its table name that no binder has taken yet.
+    """
 
     name: str
     modifiers: list[str]

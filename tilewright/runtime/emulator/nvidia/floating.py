@@ -52,12 +52,12 @@ class Format:
 
     def bind(self, function: Function, operands: int) -> Execute:
         """D = function(operands) on values of ``type``; pairs half by half."""
-        compute = self._wrapped(function)
+        compute = self.wrapped(function)
         if self.packed:
             compute = halves(compute, self.type)
         return elementwise(self.inst, self.full, [self.full] * operands, compute)
 
-    def _wrapped(self, function: Function) -> Function:
+    def wrapped(self, function: Function) -> Function:
         ftz = self.ftz
         flushes = flush if self.type.name == "f32" else flush16 if self.type.name == "f16" else None
         if flushes is None:
@@ -135,12 +135,37 @@ def _sum(form: Format, sign: int) -> Function:
     return compute
 
 
+def _mixed(inst: Instruction) -> Type | None:
+    """Take the smaller type of add, sub and fma ``.f32.f16`` and ``.f32.bf16`` (PTX ISA 9.7.5)."""
+    if "f32" in inst.modifiers:
+        for name in ("f16", "bf16"):
+            if inst.flag(name):
+                return TYPES[name]
+    return None
+
+
+def _bind_mixed(form: Format, small: Type, widened: int, function: Function) -> Execute:
+    """D = function(operands) in f32, of which the first ``widened`` are ``small``."""
+    inst = form.inst
+    types: list[Type | str] = [small] * widened + [form.full]
+    compute = form.wrapped(function)
+
+    def widen(*values: Array) -> Any:
+        wide = [to_f64(value, small).astype(np.float32) for value in values[:widened]]
+        return compute(*wide, *values[widened:])
+
+    return elementwise(inst, form.full, types, widen)
+
+
 @instruction("add", "sub")
 def _add(inst: Instruction) -> Execute:
     sign = 1 if inst.name == "add" else -1
     if not _is_float(inst):
         return integer_add(inst, sign)
+    small = _mixed(inst)
     form = Format(inst)
+    if small is not None:
+        return _bind_mixed(form, small, 1, _sum(form, sign))
     return form.bind(_sum(form, sign), 2)
 
 
@@ -159,6 +184,7 @@ def _mul(inst: Instruction) -> Execute:
 def _fma(inst: Instruction) -> Execute:
     if not _is_float(inst):
         return integer_multiply(inst, adds=True)
+    small = _mixed(inst)
     form = Format(inst)
     type_, mode = form.type, form.mode
     if type_.name == "f64":
@@ -167,6 +193,8 @@ def _fma(inst: Instruction) -> Execute:
     def compute(a: Array, b: Array, c: Array) -> Array:
         return narrow(fma_to_odd(to_f64(a, type_), to_f64(b, type_), to_f64(c, type_)), type_, mode)
 
+    if small is not None:
+        return _bind_mixed(form, small, 2, compute)
     return form.bind(compute, 3)
 
 

@@ -46,13 +46,13 @@ def read_registers(state: State, registers: Sequence[int]) -> tuple[Array, Array
     """Bits [selected, 32, registers], and where they are undefined (None: nowhere). Clears the taint."""
     values, undefined = [], None
     for position, register in enumerate(registers):
-        state.taint = None
+        state.take_taint()
         values.append(state.read(register))
-        if state.taint is not None:
+        taint = state.take_taint()
+        if taint is not None:
             if undefined is None:
                 undefined = np.zeros((state.count, LANES, len(registers)), np.bool_)
-            undefined[..., position] = state.taint
-    state.taint = None
+            undefined[..., position] = taint
     return np.stack(values, axis=-1), undefined
 
 

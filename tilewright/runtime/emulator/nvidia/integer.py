@@ -221,7 +221,7 @@ def _predicate_logic(inst: Instruction, function: Function) -> Execute:
 
     def execute(state: State) -> None:
         a = first(state)
-        taint_a, state.taint = state.taint, None
+        taint_a = state.take_taint()
         b = second(state)
         taint_b = state.taint
         if absorbing is not None and (taint_a is not None or taint_b is not None):

@@ -87,8 +87,8 @@ class Launch:
         registers: int,
     ) -> None:
         self.kernel, self.memory, self.grid, self.block = kernel, memory, grid, block
-        self.dynamic_shared = dynamic_shared
-        self.shared_bytes = kernel.dynamic_offset + dynamic_shared
+        self.dynamic_shared: int = dynamic_shared
+        self.shared_bytes: int = kernel.dynamic_offset + dynamic_shared
         self.param_address, self.symbols = param_address, symbols
         self.shared = SharedMemory(blocks, self.shared_bytes, min(1024, self.shared_bytes))
         self.local = np.zeros(blocks * warps_per_block * LANES * kernel.local_bytes + 16, np.uint8)

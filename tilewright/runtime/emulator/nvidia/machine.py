@@ -186,10 +186,10 @@ class _Batch:
 
     def _land(self) -> bool:
         """Complete one copy into shared memory. False if there is none."""
-        copies, random = self.launch.copies, self.launch.random
-        if not copies:
+        pending, random = self.launch.copies, self.launch.random
+        if not pending:
             return False
-        work = copies.pop(0 if random is None else random.randrange(len(copies)))
+        work = pending.pop(0 if random is None else random.randrange(len(pending)))
         self.state.instruction = work.instruction
         work.complete(self.state)
         return True

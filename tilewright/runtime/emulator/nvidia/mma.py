@@ -83,7 +83,7 @@ def _mma(inst: Instruction) -> Execute:
         raise Problem(f"takes {sizes[0]}, {sizes[1]}, {sizes[2]} and {sizes[0]} registers")
 
     def execute(state: State) -> None:
-        if not state.lanes.all(axis=1)[state.lanes.any(axis=1)].all():
+        if (np.any(state.lanes, axis=1) & ~np.all(state.lanes, axis=1)).any():
             state.fault("mma needs all lanes of a warp")
         a_bits, a_unknown = read_registers(state, a_registers)
         b_bits, b_unknown = read_registers(state, b_registers)
@@ -99,7 +99,7 @@ def _mma(inst: Instruction) -> Execute:
         for i, register in enumerate(d_registers):
             state.taint = None
             if unknown is not None:
-                state.add_taint(unknown[..., i * step : (i + 1) * step].any(axis=-1))
+                state.add_taint(np.any(unknown[..., i * step : (i + 1) * step], axis=-1))
             state.write(register, packed[..., i])
 
     return execute
@@ -237,7 +237,7 @@ def _transpose_matrix(inst: Instruction) -> Execute:
         matrix = np.ascontiguousarray(bits).view(np.uint16).reshape(state.count, 8, 8)
         words = np.ascontiguousarray(matrix.transpose(0, 2, 1)).view(np.uint32).reshape(state.count, LANES)
         if unknown is not None:
-            state.add_taint(np.broadcast_to(unknown.any(axis=(1, 2))[:, None], state.lanes.shape))
+            state.add_taint(np.broadcast_to(np.any(unknown, axis=(1, 2))[:, None], state.lanes.shape))
         state.write(target, words)
 
     return execute

@@ -169,11 +169,13 @@ def _narrow_bf16(value: Array, mode: str) -> Array:
     inexact, negative = (bits & _U32(0xFFFF)) != 0, np.signbit(nearest)
     if mode == "rn":
         return f32_to_bf16(nearest)
-    up = {"rz": np.zeros_like(negative), "rm": inexact & negative, "rp": inexact & ~negative}
-    if mode == "rna":
-        rounded = (bits + _U32(0x8000)) >> _U32(16)
-    else:
-        rounded = (bits >> _U32(16)) + up[mode].astype(_U32)
+    up = {
+        "rz": np.zeros_like(negative),
+        "rm": inexact & negative,
+        "rp": inexact & ~negative,
+        "rna": (bits & _U32(0x8000)) != 0,
+    }
+    rounded = (bits >> _U32(16)) + up[mode].astype(_U32)
     return np.where(np.isnan(value), _U32(0x7FFF), rounded).astype(_U16)
 
 

@@ -44,14 +44,18 @@ def check_alignment(state: State, address: Array, size: int, what: str) -> None:
             state.fault(f"misaligned {what} of {size} bytes at {at:#x}", bad)
 
 
-def global_offsets(state: State, address: Array, size: int) -> Array:
-    """Checked offsets into the bytes of global memory, of the active lanes (one-dimensional)."""
+def global_offsets(state: State, address: Array, size: int, needed: int = 0) -> Array:
+    """Checked offsets into the bytes of global memory, of the active lanes (one-dimensional).
+
+    Only the first ``needed`` bytes of each access must lie in an allocation (0: all). LLVM widens
+    vector loads within their alignment, where memory is there but no value: see `beyond`.
+    """
     state.require_defined("an address")
     check_alignment(state, address, size, "global access")
     offsets: Array = (address.reshape(-1) if state.full else address[state.lanes]) - BASE
     if offsets.size:
         memory = state.launch.memory
-        bad = memory.outside(offsets, size)
+        bad = memory.outside(offsets, needed or size)
         if bad is not None:
             guilty = np.zeros(state.lanes.shape, np.bool_)
             guilty[state.lanes] = bad
@@ -62,6 +66,15 @@ def global_offsets(state: State, address: Array, size: int) -> Array:
                 guilty,
             )
     return offsets
+
+
+def beyond(state: State, offsets: Array, size: int, count: int) -> Array | None:
+    """Which of ``count`` elements of ``size`` bytes from each offset lie behind their allocation: [offsets, count]."""
+    if state.launch.memory.outside(offsets, size * count) is None:
+        return None
+    places = offsets[:, None] + size * np.arange(count)
+    bad = state.launch.memory.outside(places.reshape(-1), size)
+    return None if bad is None else bad.reshape(places.shape)
 
 
 def local_offsets(state: State, address: Array, size: int) -> Array:

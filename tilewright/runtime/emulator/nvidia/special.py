@@ -75,11 +75,17 @@ _READERS: dict[str, Callable[[State], Array]] = {
     "%cluster_ctarank": lambda state: _same(0),
     "%cluster_nctarank": lambda state: _same(1),
 }
+
+
+def _extent(of_block: bool, axis: int) -> Callable[[State], Array]:
+    return lambda state: _same((state.launch.block if of_block else state.launch.grid)[axis])
+
+
 for _axis, _letter in enumerate("xyz"):
     _READERS[f"%tid.{_letter}"] = _thread(_axis)
     _READERS[f"%ctaid.{_letter}"] = _READERS[f"%clusterid.{_letter}"] = _block(_axis)
-    _READERS[f"%ntid.{_letter}"] = lambda state, axis=_axis: _same(state.launch.block[axis])
-    _READERS[f"%nctaid.{_letter}"] = lambda state, axis=_axis: _same(state.launch.grid[axis])
+    _READERS[f"%ntid.{_letter}"] = _extent(True, _axis)
+    _READERS[f"%nctaid.{_letter}"] = _extent(False, _axis)
     _READERS[f"%nclusterid.{_letter}"] = _READERS[f"%nctaid.{_letter}"]
     _READERS[f"%cluster_ctaid.{_letter}"] = lambda state: _same(0)
     _READERS[f"%cluster_nctaid.{_letter}"] = lambda state: _same(1)

@@ -40,11 +40,14 @@ class State:
 
     def __init__(self, launch: Launch, first_block: int, blocks: int, warps_per_block: int, threads: int) -> None:
         kernel = launch.kernel
-        self.launch = launch
-        self.first_block, self.blocks, self.warps_per_block = first_block, blocks, warps_per_block
-        self.warps = warps = blocks * warps_per_block
-        self.block = np.arange(warps) // warps_per_block
-        self.rank = np.arange(warps) % warps_per_block
+        self.launch: Launch = launch
+        self.first_block: int = first_block
+        self.blocks: int = blocks
+        self.warps_per_block: int = warps_per_block
+        self.warps: int = blocks * warps_per_block
+        warps = self.warps
+        self.block: Array = np.arange(warps) // warps_per_block
+        self.rank: Array = np.arange(warps) % warps_per_block
         self.reg: list[Array] = []
         counts = {bits: sum(1 for width in kernel.widths if width == bits) for bits in UNSIGNED}
         files = {bits: np.zeros((count, warps, LANES), UNSIGNED[bits]) for bits, count in counts.items()}
@@ -147,6 +150,11 @@ class State:
         undefined = undefined & self.lanes
         if undefined.any():
             self.taint = undefined if self.taint is None else self.taint | undefined
+
+    def take_taint(self) -> Array | None:
+        """What is tainted so far [selected, 32]; from here on nothing is."""
+        taint, self.taint = self.taint, None
+        return taint
 
     def require_defined(self, use: str) -> None:
         """Fault if the instruction has read something undefined in an active lane."""

@@ -39,6 +39,9 @@ class Type:
 
 UNSIGNED: dict[int, Any] = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
+#: a bool array
+Mask = NDArray[np.bool_]
+
 TYPES: dict[str, Type] = {
     t.name: t
     for t in (

@@ -39,7 +39,7 @@ def members(inst: Instruction, operand: syntax.Operand) -> Reader:
         if (state.lanes & (mask != first[:, None])).any():
             state.fault("the lanes of a warp name different membermasks")
         named = unpack_mask(first)
-        missing = named & ~state.lanes & ~state.exited[state.w] & state.lanes.any(axis=1)[:, None]
+        missing = named & ~state.lanes & ~state.exited[state.w] & np.any(state.lanes, axis=1, keepdims=True)
         if missing.any():
             state.fault("the membermask names lanes that do not execute this instruction", missing.any(axis=1))
         absent = state.lanes & ~named

@@ -96,9 +96,9 @@ class Operand:
         """Grains' ``written`` flags [g, ..., 16] -> rows with undefined elements, bool [g, extent]."""
         groups = written.shape[0]
         if self.transposed:
-            pairs = written.reshape(groups, self.extent // 8, self.k, 8, 2).all(axis=(2, 4))
-            return ~pairs.reshape(groups, self.extent)
-        return ~written.reshape(groups, self.extent, -1).all(axis=-1)
+            pairs = np.all(written.reshape(groups, self.extent // 8, self.k, 8, 2), axis=(2, 4))
+            return np.logical_not(pairs.reshape(groups, self.extent))
+        return np.logical_not(np.all(written.reshape(groups, self.extent, -1), axis=-1))
 
 
 # --- products in flight ----------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def _deliver(state: State, last: tuple[Product, list[int]], matrix: Array) -> No
     bits = spread(matrix, per).view(np.uint32)[..., 0]
     unknown = None
     if product.undefined is not None:
-        unknown = spread(product.undefined[positions], per).any(axis=-1)
+        unknown = np.any(spread(product.undefined[positions], per), axis=-1)
     for i, number in enumerate(product.d_registers):
         state.reg[number][warps] = bits[i]
         state.written[number] = (state.tick, state.mask)
