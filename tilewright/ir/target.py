@@ -42,7 +42,8 @@ class Target:
         """Whether the hardware has a feature, and tilewright uses it there.
 
         tma, wgmma, mbarrier, setmaxnreg; cp_async, mma_sync, mma_fp8 (fp8 operands of mma.sync), mma_f64 (its larger
-        f64 shapes), stmatrix; mfma, mfma_long (twice the K), mfma_xf32, fp8_ocp (the 8-bit formats are OCP's).
+        f64 shapes), stmatrix; mfma, mfma_long (twice the K), mfma_xf32, fp8_ocp (the 8-bit formats are OCP's),
+        permlane_swap.
         """
         return feature in self.features
 
@@ -87,7 +88,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "gfx950", shared_bytes=163840, units=256, cpu="gfx950", banks="cdna4",
-            features=frozenset({"mfma", "mfma_long", "fp8_ocp"}), chiplet_chunk=64, **_AMD,
+            features=frozenset({"mfma", "mfma_long", "fp8_ocp", "permlane_swap"}), chiplet_chunk=64, **_AMD,
         ),
     )
 }  # fmt: skip

@@ -17,8 +17,11 @@ from tilewright.ir.types import ViewType
 _AXES = "xyz"
 #: grid_size_x of hsa_kernel_dispatch_packet_t, in work items (HSA Platform System Architecture, "Kernel dispatch")
 _GRID_SIZE_OFFSET = 12
-#: DPP controls "quad_perm" that exchange lanes 1 and 2 apart
-_QUAD_PERM = {1: 0xB1, 2: 0x4E}
+#: DPP controls, one after the other, that exchange lanes so far apart: quad_perm, row_half_mirror, row_ror:8
+_DPP = {1: (0xB1,), 2: (0x4E,), 4: (0x141, 0x1B), 8: (0x128,)}
+#: instructions of CDNA4 that exchange halves of two registers, and ds_swizzle's pattern in groups of 32 lanes
+_SWAPS = {16: "llvm.amdgcn.permlane16.swap", 32: "llvm.amdgcn.permlane32.swap"}
+_SWIZZLE_XOR_16 = 16 << 10 | 0x1F
 
 
 def _intrinsic(name: str) -> Callable[[Lowering, mlir.Value], mlir.Value]:
@@ -74,11 +77,20 @@ class AmdOps(TargetOps):
         return lw.fb.icmp("eq", lw.scope.lane, 0)
 
     def shuffle_xor(self, lw: Lowering, value: mlir.Value, mask: int) -> mlir.Value:
-        if mask in _QUAD_PERM:
-            fb, types = lw.fb, lw.fb.types
-            operands = [fb.poison(types.i32), value, fb.i32(_QUAD_PERM[mask]), fb.i32(15), fb.i32(15), fb.i1(True)]
-            return fb.intrinsic("llvm.amdgcn.update.dpp.i32", types.i32, operands)
-        return self.shuffle(lw, value, lw.fb.xor(lw.scope.lane, mask))
+        """Without memory and addresses where there is a way; CDNA3 has none for halves of a wave."""
+        fb, types = lw.fb, lw.fb.types
+        if mask in _DPP:
+            for control in _DPP[mask]:
+                operands = [fb.poison(types.i32), value, fb.i32(control), fb.i32(15), fb.i32(15), fb.i1(True)]
+                value = fb.intrinsic("llvm.amdgcn.update.dpp.i32", types.i32, operands)
+            return value
+        if mask in _SWAPS and self.target.has("permlane_swap"):
+            pair = fb.intrinsic(_SWAPS[mask], types.struct([types.i32, types.i32]), [value, value, *[fb.i1(False)] * 2])
+            low, high = fb.unpack_struct(pair, [types.i32, types.i32])
+            return fb.select(fb.icmp("eq", fb.and_(lw.scope.lane, mask), 0), high, low)
+        if mask == 16:
+            return fb.intrinsic("llvm.amdgcn.ds.swizzle", types.i32, [value, fb.i32(_SWIZZLE_XOR_16)])
+        return self.shuffle(lw, value, fb.xor(lw.scope.lane, mask))
 
     def shuffle(self, lw: Lowering, value: mlir.Value, lane: mlir.Value) -> mlir.Value:
         address = lw.fb.shl(lane, 2)
