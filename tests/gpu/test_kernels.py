@@ -47,7 +47,16 @@ def test_gemm(shape, layout, dtype):
     assert relative(c, exact) <= 1.01 * relative(library, exact) + 1e-4
 
 
-@pytest.mark.parametrize("meta", [{"BM": 64, "BN": 64, "BK": 32}, {"BM": 128, "BN": 128, "BK": 128}, {"num_stages": 1}, {"num_stages": 2}, {"BM": 256, "BN": 128}])  # fmt: skip
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"BM": 64, "BN": 64, "BK": 32},
+        {"BM": 128, "BN": 128, "BK": 128},
+        {"num_stages": 1},
+        {"num_stages": 2},
+        {"BM": 256, "BN": 128},
+    ],
+)
 def test_gemm_configurations(meta):
     a, b, c = randn(700, 520), randn(520, 904), poisoned(700, 904)
     bm, bn = meta.get("BM", 128), meta.get("BN", 256)

@@ -73,14 +73,16 @@ CASES = {
         gemm, {"a": (130, 96), "b": (96, 70)}, ("c", (130, 70)), (3, 2, 1), strides={"a": COLUMN_MAJOR}, **SMALL
     ),
     "gemm-empty-k": case(gemm, {"a": (64, 0), "b": (0, 64)}, ("c", (64, 64)), (1, 1, 1), **SMALL),
-    "mlp": case(mlp, {"x": (130, 100), "w1": (100, 64), "w2": (64, 90)}, ("y", (130, 90)), (3, 1, 1), BM=64, BH=64, BN=64, BK=32),
+    "mlp": case(
+        mlp, {"x": (130, 100), "w1": (100, 64), "w2": (64, 90)}, ("y", (130, 90)), (3, 1, 1), BM=64, BH=64, BN=64, BK=32
+    ),
     "attention": case(
-        attention, {"q": (1, 2, 150, 64), "k": (1, 1, 200, 64), "v": (1, 1, 200, 64)}, ("o", (1, 2, 150, 64)), (3, 2, 1),
-        scalars={"scale": 0.18}, D=64, BM=64, BN=64,
+        attention, {"q": (1, 2, 150, 64), "k": (1, 1, 200, 64), "v": (1, 1, 200, 64)}, ("o", (1, 2, 150, 64)),
+        (3, 2, 1), scalars={"scale": 0.18}, D=64, BM=64, BN=64,
     ),
     "attention-causal": case(
-        attention, {"q": (2, 1, 200, 64), "k": (2, 1, 200, 64), "v": (2, 1, 200, 64)}, ("o", (2, 1, 200, 64)), (4, 1, 2),
-        scalars={"scale": 0.18}, D=64, BM=64, BN=64, CAUSAL=True,
+        attention, {"q": (2, 1, 200, 64), "k": (2, 1, 200, 64), "v": (2, 1, 200, 64)}, ("o", (2, 1, 200, 64)),
+        (4, 1, 2), scalars={"scale": 0.18}, D=64, BM=64, BN=64, CAUSAL=True,
     ),
     "softmax": case(softmax, {"x": (5, 1000)}, ("y", (5, 1000)), (5, 1, 1), BN=1024),
     "residual": case(
@@ -97,7 +99,7 @@ def build(entry: Case, align: int) -> Module:
         )
         for name, shape in shapes.items()
     }
-    types |= {name: DTYPES["f32"] for name in entry.scalars}
+    types |= dict.fromkeys(entry.scalars, DTYPES["f32"])
     return build_module(entry.kernel.definition, {**types, **entry.meta})
 
 
@@ -145,7 +147,8 @@ def test_every_level_gives_the_same_bits(name: str, target: str, align: int) -> 
 
 #: the passes after which the program is run again; the others are covered by their own tests
 CHANGES_SCHEDULE = {
-    "tile-order", "pipeline", "roles", "peel", "skew", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences", "shared-plan",
+    "tile-order", "pipeline", "roles", "peel", "skew", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences",
+    "shared-plan",
 }  # fmt: skip
 
 

@@ -196,9 +196,7 @@ class Operation:
         hints: Sequence[str] = (),
         **attributes: Any,
     ):
-        self.groups: list[list[Value]] = [
-            [] if g is None else [g] if isinstance(g, Value) else list(g) for g in groups
-        ]
+        self.groups: list[list[Value]] = [[] if g is None else [g] if isinstance(g, Value) else list(g) for g in groups]
         while len(self.groups) < len(self.operand_fields):
             self.groups.append([])
         self.attributes: dict[str, Any] = attributes

@@ -1,8 +1,9 @@
 """mma: issue matrix products asynchronously and keep groups in flight.
 
 On a unit that reads shared memory and runs beside the warps (wgmma), a `tile.dot` becomes an issue
-and a wait where its result is first needed. Where a loop only accumulates, the wait moves one iteration on: the groups of iteration i
-run while iteration i + 1 is issued, so the stages they read are released one iteration later too.
+and a wait where its result is first needed. Where a loop only accumulates, the wait moves one
+iteration on: the groups of iteration i run while iteration i + 1 is issued, so the stages they read
+are released one iteration later too.
 """
 
 from __future__ import annotations

@@ -141,5 +141,3 @@ def _first_failure(b: Builder, form: Linear, index: Value) -> Value:
         if value is not index:
             total = b.sub(total, b.mul(value, b.index(coefficient)))
     return b.binary("floordiv", b.add(total, b.index(factor - 1)), b.index(factor))
-
-

@@ -28,7 +28,7 @@ def _float_unary(name: str) -> Callable[[Lowering, mlir.Value], mlir.Value]:
 
 
 def _exp2(lw: Lowering, x: mlir.Value) -> mlir.Value:
-    """ex2.approx.ftz: without ftz ptxas scales operand and result around it to keep subnormals, three instructions."""
+    """ex2.approx.ftz: without ftz ptxas spends three more instructions on subnormals."""
     return lw.fb.intrinsic("llvm.nvvm.ex2.approx.ftz", x.type, [x])
 
 
@@ -36,7 +36,7 @@ def _log(lw: Lowering, x: mlir.Value) -> mlir.Value:
     return lw.fb.fmul(_MATH["log2"](lw, x), _LN2)
 
 
-#: exp2 and log2: at most 2 ulp (exp2; subnormal results are 0), 2^-22 absolute between 0.5 and 2 and 2^-22.6 relative elsewhere (log2)
+#: exp2: at most 2 ulp, subnormal results are 0; log2: 2^-22 absolute between 0.5 and 2, 2^-22.6 relative elsewhere
 _MATH: dict[str, Callable[[Lowering, mlir.Value], mlir.Value]] = {
     **SOFTWARE,
     "exp2": _exp2,
