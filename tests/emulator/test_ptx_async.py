@@ -110,9 +110,7 @@ end:
 
 def test_misuse_of_mbarriers() -> None:
     first = ".reg .pred %p; setp.eq.u32 %p, %thread, 0; @%p mbarrier.init.shared.b64 [%sm], 1; "
-    with pytest.raises(
-        EmulatorFault, match=r"deadlock(?s:.*)the mbarrier at 1024 \(phase 0, 1 of 1 arrivals and 0 bytes"
-    ):
+    with pytest.raises(EmulatorFault, match=r"deadlock(?s:.*)mbarrier at 1024 \(phase 0, 1 of 1 arrivals and 0 bytes"):
         run(first + "bar.sync 0;" + WAIT.replace("PARITY", "0"), [np.zeros(1, U32)], 64, shared_bytes=16)
     with pytest.raises(EmulatorFault, match="initialised by block 0, warp 0, with no barrier between"):
         run(first + WAIT.replace("PARITY", "1"), [np.zeros(1, U32)], 64, shared_bytes=16)

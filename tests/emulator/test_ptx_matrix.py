@@ -281,7 +281,7 @@ def a_from_registers(**changes: str) -> np.ndarray:
     text = text.replace(PARTS["PROXY"], changes.pop("PROXY", PARTS["PROXY"]))
     for name, part in PARTS.items():
         text = text.replace(name, changes.get(name, part))
-    got = launch(legal(wrap(text)), [data, np.zeros((128, 4), np.float32)], 128, shared_bytes=1024)[0][1]
+    got = launch(legal(wrap(text, 2)), [data, np.zeros((128, 4), np.float32)], 128, shared_bytes=1024)[0][1]
     wanted = np.broadcast_to(b.astype(np.float64).sum(axis=1), (64, 8)).astype(np.float32)
     np.testing.assert_array_equal(unpack(got, 8), wanted)
     return got
@@ -320,10 +320,10 @@ def test_undefined_operands_make_undefined_rows() -> None:
     for name, part in PARTS.items():
         text = text.replace(name, part)
     with pytest.raises(EmulatorFault, match="never written"):
-        launch(legal(wrap(text)), [data, np.zeros((128, 4), np.float32)], 128, shared_bytes=1024)
+        launch(legal(wrap(text, 2)), [data, np.zeros((128, 4), np.float32)], 128, shared_bytes=1024)
     first_row = text.replace("st.global.v4.b32 [%out], {%d0, %d1, %d2, %d3};", "st.global.b32 [%out], %d0;")
     (_, got), _ = launch(
-        legal(wrap(first_row.replace("st.global.b32", "setp.lt.u32 %more, %lane, 1; @%more st.global.b32"))),
+        legal(wrap(first_row.replace("st.global.b32", "setp.lt.u32 %more, %lane, 1; @%more st.global.b32"), 2)),
         [data, np.zeros((128, 4), np.float32)], 128, shared_bytes=1024,
     )  # fmt: skip
     assert got[0, 0] == np.float32(b[0].astype(np.float64).sum())

@@ -34,7 +34,7 @@ def legal(ptx: str, arch: str = "sm_90a") -> str:
     return ptx
 
 
-def wrap(body: str, params: int = 2, registers: str = "", arch: str = "sm_90a", version: str = "8.6") -> str:
+def wrap(body: str, params: int = 1, arch: str = "sm_90a", version: str = "8.6") -> str:
     """An entry k whose pointers p0, p1, ... are in %p0_, %p1_ ...; %thread and %lane hold the thread and the lane."""
     declared = ", ".join(f".param .u64 p{i}" for i in range(params))
     loads = "\n".join(f"  ld.param.u64 %ptr{i}, [p{i}];" for i in range(params))
@@ -47,7 +47,6 @@ def wrap(body: str, params: int = 2, registers: str = "", arch: str = "sm_90a", 
 {{
   .reg .b64 %ptr<{params + 1}>;
   .reg .b32 %thread, %lane, %sm;
-  {registers}
 {loads}
   mov.u32 %thread, %tid.x;
   and.b32 %lane, %thread, 31;
@@ -79,13 +78,12 @@ def run(
     body: str,
     arrays: Sequence[np.ndarray],
     threads: int = 32,
-    registers: str = "",
     check: bool = True,
     blocks: Any = (1,),
     **options: Any,
 ) -> list[np.ndarray]:
     """Wrap, have ptxas check, run."""
-    ptx = wrap(body, len(arrays), registers)
+    ptx = wrap(body, len(arrays))
     if check:
         legal(ptx)
     return launch(ptx, arrays, threads, blocks, **options)[0]

@@ -108,7 +108,7 @@ class Launch:
         #: the tick of each warp's last wgmma.fence
         self.product_fence: dict[int, int] = {}
         #: what a blocked warp waits for
-        self.waits: dict[int, str] = {}
+        self.waits: dict[int, str | Callable[[], str]] = {}
         #: registers per thread by warp, and those free in each block
         self.registers = [registers] * (blocks * warps_per_block)
         self.free_registers = [0] * blocks

@@ -333,6 +333,7 @@ class _Batch:
                 continue
             first = warp_ if first is None else first
             reason = self.launch.waits.get(warp_, "nothing known")
+            reason = reason if isinstance(reason, str) else reason()
             lines.setdefault(reason, []).append(state.name(warp_))
         ended = int(state.exited.all(axis=1).sum())
         text = "".join(

@@ -271,15 +271,18 @@ def _suspend(state: State, row: int, warp: int, places: set[int]) -> None:
     lanes = state.lanes[row].copy()
     state.pc[warp, lanes] -= 1
     state.blocked[warp] |= lanes
-    parts = []
-    for place in sorted(places):
-        barrier = find_barrier(state, warp, place)
+    barriers = {place: find_barrier(state, warp, place) for place in sorted(places)}
+    for barrier in barriers.values():
         barrier.waiting.append((warp, lanes))
-        parts.append(
+
+    def describe() -> str:
+        return " or ".join(
             f"the mbarrier at {place} (phase {barrier.phase}, {barrier.pending} of {barrier.expected} arrivals and "
             f"{barrier.tx} bytes missing)"
+            for place, barrier in barriers.items()
         )
-    state.launch.waits[warp] = " or ".join(parts)
+
+    state.launch.waits[warp] = describe
 
 
 __all__ = ["LANES", "Barrier", "change", "find_barrier"]
