@@ -218,6 +218,15 @@ def test_an_undefined_upper_half_may_be_carried_along() -> None:
         snippet(widen.format("v_lshrrev_b64"), [X])
 
 
+def test_a_lane_mask_may_be_undefined_where_lanes_are_off() -> None:
+    """LLVM starts the mask of a value that is true in all active lanes from any register."""
+    body = "{} s[20:21], s[20:21], exec\nv_cndmask_b32_e64 v10, 0, 1, s[20:21]"
+    np.testing.assert_array_equal(snippet(body.format("s_or_b64"), [X])[0], np.ones_like(X))
+    np.testing.assert_array_equal(snippet(body.format("s_andn2_b64"), [X])[0], np.zeros_like(X))
+    with pytest.raises(EmulatorFault, match="never written"):
+        snippet(body.format("s_and_b64"), [X])
+
+
 BARRIER_SPLIT = """
     v_readfirstlane_b32 s8, v0
     s_cmp_lt_u32 s8, 64

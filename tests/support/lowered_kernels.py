@@ -1,9 +1,10 @@
-"""Kernels written as text: compiled for all targets, run on the emulated MI300, compared with the interpreter."""
+"""Kernels written as text: compiled for all targets, run on emulated GPUs, compared with the interpreter."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +21,7 @@ from tilewright.ir.scratch import scratch_bytes
 from tilewright.ir.target import get_target
 from tilewright.ir.verifier import verify_function
 from tilewright.runtime.emulator.amd import AmdEmulator, GlobalMemory
+from tilewright.runtime.emulator.nvidia import PtxEmulator
 
 BF16 = ml_dtypes.bfloat16
 TOLERANCE = {np.dtype(np.float32): 3e-6, np.dtype(np.float16): 2e-3, np.dtype(BF16): 1.6e-2}
@@ -77,18 +79,37 @@ def emulate(
 ) -> dict[str, np.ndarray]:
     """The arrays after running the gfx942 code on the emulator."""
     result = amd.compile_function(function, get_target("gfx942"))
-    emulator, memory = AmdEmulator(result.asm["amdgcn"], result.abi.name, "gfx942"), GlobalMemory()
+    emulator = AmdEmulator(result.asm["amdgcn"], result.abi.name, "gfx942")
+    return run(emulator.launch, result.abi, arguments, grid, blocks)
+
+
+def emulate_ptx(function: Function, arguments: Mapping[str, Any], grid: Sequence[int]) -> dict[str, np.ndarray]:
+    """The arrays after running the sm_90a code on the emulator."""
+    result = nvidia.compile_function(function, get_target("sm_90a"))
+    emulator = PtxEmulator(result.asm["ptx"], result.abi.name)
+    return run(partial(emulator.launch, shared_bytes=result.abi.shared_bytes), result.abi, arguments, grid)
+
+
+def run(
+    launch: Callable[..., Any],
+    abi: KernelABI,
+    arguments: Mapping[str, Any],
+    grid: Sequence[int],
+    blocks: int | None = None,
+) -> dict[str, np.ndarray]:
+    """The arrays after a launch on an emulator."""
+    memory = GlobalMemory()
     arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
     addresses = {name: memory.allocate(array, name) for name, array in arrays.items()}
     full = (*grid, 1, 1, 1)[:3]
     launched = full if blocks is None else (blocks,)
-    emulator.launch(memory, launched, (result.abi.threads,), pack_arguments(result.abi, addresses, arguments, full))
+    launch(memory, launched, (abi.threads,), pack_arguments(abi, addresses, arguments, full))
     return {name: memory.read_back(address) for name, address in addresses.items()}
 
 
 def check(text: str, aliases: Any, arguments: Mapping[str, Any], grid: Sequence[int], tolerance: float | None = None):
     """Compile for every target, run on the emulator, compare all arrays with the interpreter's."""
-    nvidia.compile_function(parse(text, aliases, 32), get_target("sm_90a"))
+    hopper = emulate_ptx(parse(text, aliases, 32), arguments, grid)
     amd.compile_function(parse(text, aliases, 64), get_target("gfx950"))
     function = parse(text, aliases, 64)
     got = emulate(function, arguments, grid)
@@ -96,6 +117,7 @@ def check(text: str, aliases: Any, arguments: Mapping[str, Any], grid: Sequence[
     interpreter.run(function, wanted, grid)
     for name, array in got.items():
         assert_close(array, wanted[name], name, tolerance)
+        assert_close(hopper[name], wanted[name], f"{name} on sm_90a", tolerance)
     assert any(array.tobytes() != arguments[name].tobytes() for name, array in got.items()), "nothing was written"
     return got
 

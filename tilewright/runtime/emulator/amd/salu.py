@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
-from tilewright.runtime.emulator.amd.operands import EXEC, KINDS, Array, Where
+from tilewright.runtime.emulator.amd.operands import EXEC, KINDS, Array, Operand, Where
 from tilewright.runtime.emulator.amd.registry import define, instruction
 from tilewright.runtime.emulator.amd.state import WaveState
 
 _U32, _U64 = np.uint32, np.uint64
 Function = Callable[..., Any]
+
+
+#: with EXEC as an operand they give active lanes a constant; what others have, a lane mask's readers do not see
+_SETS_ACTIVE = ("s_or_b64", "s_andn2_b64")
+
+
+def _is_exec(operand: Operand) -> bool:
+    return operand.where is Where.SCALAR and operand.index == EXEC
 
 
 def _salu(name: str, signature: str, function: Function, scc: str = "", halves: str = "mixed") -> None:
@@ -38,6 +46,8 @@ def _salu(name: str, signature: str, function: Function, scc: str = "", halves: 
             else:
                 arguments.append(state.scalar(inst.operands[position], KINDS[kind]))
                 position += 1
+        if name in _SETS_ACTIVE and any(_is_exec(operand) for operand in inst.operands[1:]):
+            state.forget_taint()
         value = function(*arguments)
         if scc == "given":
             value, flag = value

@@ -154,6 +154,10 @@ class WaveState:
         self.instruction = inst
         self.taint = self._upper_taint = None
 
+    def forget_taint(self) -> None:
+        """What the current instruction has read cannot show in its result."""
+        self.taint = self._upper_taint = None
+
     def _read_upper(self, read: Callable[[], Array]) -> Array:
         """Read an upper half, keeping what it taints apart."""
         lower, self.taint = self.taint, self._upper_taint

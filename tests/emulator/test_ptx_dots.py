@@ -1,0 +1,83 @@
+"""Dots with operands in registers (mma.sync, cp.async) on emulated NVIDIA GPUs: every dtype, ragged, all layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tilewright as tw
+from tilewright.kernels.transpose import tiles, transpose
+
+BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+
+
+@tw.kernel
+def product(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    c: tw.Tensor,
+    *,
+    BM: tw.constexpr = 64,
+    BN: tw.constexpr = 64,
+    BK: tw.constexpr = 32,
+    precision: tw.constexpr = "default",
+):
+    m, n = tw.program_id(0), tw.program_id(1)
+    acc = tw.zeros((BM, BN), c.dtype)
+    for k in tw.range(tw.cdiv(a.shape[1], BK)):
+        acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc, precision=precision)
+    tw.store(c, (m, n), acc)
+
+
+def matrix(m: int, n: int, dtype: Any, seed: int, transposed: bool) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    shape = (n, m) if transposed else (m, n)
+    value = (
+        rng.integers(-128, 128, shape).astype(dtype) if dtype is np.int8 else rng.standard_normal(shape).astype(dtype)
+    )
+    return value.T if transposed else value
+
+
+#: target, operands, accumulator, precision, allowed relative error (norms)
+DOTS = [
+    ("sm_80", BF16, np.float32, "default", 1e-6),
+    ("sm_80", np.float16, np.float32, "default", 1e-6),
+    ("sm_80", np.float32, np.float32, "default", 1e-6),
+    ("sm_80", np.float32, np.float32, "3xtf32", 1e-6),
+    ("sm_80", np.float32, np.float32, "tf32", 1e-3),
+    ("sm_80", np.float64, np.float64, "default", 1e-14),
+    ("sm_80", np.int8, np.int32, "default", 0.0),
+    ("sm_90a", np.float32, np.float32, "tf32", 1e-3),
+    ("sm_90a", np.float64, np.float64, "default", 1e-14),
+    ("sm_90a", np.int8, np.int32, "default", 0.0),
+    ("sm_90a", E4M3, np.float32, "default", 1e-6),
+    ("sm_90a", E5M2, np.float32, "default", 1e-6),
+    ("sm_120a", BF16, np.float32, "default", 1e-6),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((64, 64, 32), "NN"), ((72, 80, 104), "TN"), ((65, 40, 77), "NT")])
+@pytest.mark.parametrize(("target", "dtype", "acc", "precision", "allowed"), DOTS)
+def test_products(
+    target: str, dtype: Any, acc: Any, precision: str, allowed: float, shape: tuple[int, int, int], layout: str
+) -> None:
+    m, n, k = shape
+    a, b = matrix(m, k, dtype, 0, layout[0] == "T"), matrix(k, n, dtype, 1, layout[1] == "T")
+    c = np.full((m, n), 77, acc)
+    grid = (tw.cdiv(m, 64), tw.cdiv(n, 64))
+    tw.device(f"emulate:{target}").launch(product, grid, a, b, c, precision=precision)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    assert np.linalg.norm(c.astype(np.float64) - exact) <= allowed * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_transpose(target: str) -> None:
+    x = np.random.default_rng(0).standard_normal((130, 65)).astype(BF16)
+    y = np.full((65, 130), np.nan, BF16)
+    meta = tiles(2)
+    grid = (tw.cdiv(130, meta["BM"]), tw.cdiv(65, meta["BN"]))
+    tw.device(f"emulate:{target}").launch(transpose, grid, x, y, **meta)
+    np.testing.assert_array_equal(y.view(np.uint16), x.T.view(np.uint16))
