@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -14,8 +15,10 @@ from language_programs import CASES, Case
 
 import tilewright as tw
 from tilewright.compiler.artifact import Artifact
+from tilewright.kernels import attention as attention_module
 from tilewright.kernels import mlp as mlp_module
 from tilewright.kernels import softmax as softmax_module
+from tilewright.kernels.attention import attention
 from tilewright.kernels.gemm import gemm
 from tilewright.kernels.mlp import mlp
 from tilewright.kernels.softmax import softmax
@@ -81,6 +84,15 @@ def test_softmax(columns: int, rows: int) -> None:
     x, y = normal(9, columns), np.full((9, columns), np.nan, BF16)
     tw.device("emulate:sm_90a").launch(softmax, (tw.cdiv(9, rows),), x, y, BM=rows)
     assert relative(y, softmax_module.reference(x)) < 3e-3
+
+
+@pytest.mark.parametrize(("depth", "causal"), [(64, False), (128, True)])
+def test_attention(depth: int, causal: bool) -> None:
+    q, o = normal(1, 2, 200, depth), np.full((1, 2, 200, depth), np.nan, BF16)
+    k, v = normal(1, 1, 264, depth, seed=1), normal(1, 1, 264, depth, seed=2)
+    scale = depth**-0.5 * math.log2(math.e)
+    tw.device("emulate:sm_90a").launch(attention, (2, 2, 1), q, k, v, o, scale, D=depth, CAUSAL=causal)
+    assert relative(o, attention_module.reference(q, k, v, causal)) < 3e-3
 
 
 @pytest.mark.parametrize("case", CASES[::7], ids=lambda case: case.name)

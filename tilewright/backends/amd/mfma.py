@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 from tilewright.backends.amd.mfma_operands import multiply, split_operand
 from tilewright.backends.lower.context import Lowering, Table, lowers
+from tilewright.backends.lower.deferred import is_deferrable
 from tilewright.backends.lower.elements import join_vector, memory_type
 from tilewright.backends.lower.shared import SharedAccess, lower_local_load
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.async_ops import LocalLoad
-from tilewright.ir.core import Effect, Value
+from tilewright.ir.core import Value
 from tilewright.ir.layout import LinearLayout, mfma_accumulator, mfma_operand
 from tilewright.ir.mfma import ACCUMULATOR_RUN, MfmaProduct, accumulator_dtype, mfma_products, tile_sizes
 from tilewright.ir.target import Target
@@ -108,25 +109,6 @@ def chunk_origins(layout: LinearLayout, width: int) -> dict[Origin, int]:
 
 
 # --- operands that stay in shared memory until the dot ------------------------------------------
-
-
-def is_deferrable(op: LocalLoad) -> bool:
-    """One dot of the same block is the only user, and nothing between the two can overwrite the slot."""
-    block = op.parent
-    assert block is not None
-    for other in block.ops[block.ops.index(op) + 1 :]:
-        users = [inner for inner in other.walk() if op.result in inner.operands]
-        if users:
-            return users == [other] and isinstance(other, Dot) and other.acc is not op.result and _sole(op, other)
-        if any(inner.effect & (Effect.WRITE | Effect.SYNC) for inner in other.walk()):
-            return False
-    return False
-
-
-def _sole(op: LocalLoad, dot: Dot) -> bool:
-    assert op.parent is not None
-    behind = op.parent.ops[op.parent.ops.index(dot) + 1 :]
-    return not any(op.result in inner.operands for other in behind for inner in other.walk())
 
 
 @lowers(LocalLoad, table=MFMA_LOWERINGS)

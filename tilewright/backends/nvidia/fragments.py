@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewright.backends.lower.context import Lowering, Registers, SlotRef, Table, lowers
+from tilewright.backends.lower.deferred import is_deferrable
 from tilewright.backends.lower.elements import join_vector, memory_type, split_vector
 from tilewright.backends.lower.shared import SharedAccess
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
 from tilewright.backends.nvidia.state import state
 from tilewright.ir.async_ops import LocalLoad
-from tilewright.ir.core import Effect, Value
+from tilewright.ir.core import Value
 from tilewright.ir.layout import LinearLayout, SharedLayout
 from tilewright.ir.layout_linear import log2_exact, unit
-from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import DType, TileType
 
 ROW_BYTES, WORD_BYTES, MOST_MATRICES = 16, 4, 4
@@ -83,22 +83,6 @@ def matrix_read(layout: LinearLayout, shared: SharedLayout) -> MatrixRead | None
 
 
 # --- loads that wait for their dot ------------------------------------------------------------------
-
-
-def is_deferrable(op: LocalLoad) -> bool:
-    """One dot of the same block is the only user, and nothing between the two can overwrite the slot."""
-    block = op.parent
-    assert block is not None
-    position = block.ops.index(op)
-    for number, other in enumerate(block.ops[position + 1 :], position + 1):
-        users = [inner for inner in other.walk() if op.result in inner.operands]
-        if users:
-            later = (inner for o in block.ops[number + 1 :] for inner in o.walk())
-            alone = not any(op.result in inner.operands for inner in later)
-            return users == [other] and isinstance(other, Dot) and other.acc is not op.result and alone
-        if any(inner.effect & (Effect.WRITE | Effect.SYNC) for inner in other.walk()):
-            return False
-    return False
 
 
 @lowers(LocalLoad, table=FRAGMENT_LOWERINGS)

@@ -147,7 +147,7 @@ def _mixed(inst: Instruction) -> Type | None:
 def _bind_mixed(form: Format, small: Type, widened: int, function: Function) -> Execute:
     """D = function(operands) in f32, of which the first ``widened`` are ``small``."""
     inst = form.inst
-    types: list[Type | str] = [small] * widened + [form.full]
+    types: list[Type | str] = [*[small] * widened, form.full]
     compute = form.wrapped(function)
 
     def widen(*values: Array) -> Any:

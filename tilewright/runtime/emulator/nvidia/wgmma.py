@@ -243,6 +243,18 @@ def _complete(state: State, due: dict[Product, list[int]]) -> None:
         last = (product, positions)
     if last is not None:
         _deliver(state, last, matrix)
+    _free_operands(state, due)
+
+
+def _free_operands(state: State, due: dict[Product, list[int]]) -> None:
+    """The A registers of these products may be written again, where no later product reads them."""
+    before = state.w, state.count, state.lanes, state.full, state.mask
+    for leader in sorted({product.leaders[p] for product, positions in due.items() for p in positions}):
+        busy = {r for p in _pending(state, leader) for r in p.a_registers}
+        done = {r for product in due for r in product.a_registers if leader in product.leaders}
+        state.select(np.arange(leader, leader + WARPS), np.ones((WARPS, LANES), np.bool_))
+        state.set_all_known(sorted(done - busy), DEFINED)
+    state.w, state.count, state.lanes, state.full, state.mask = before
 
 
 def _deliver(state: State, last: tuple[Product, list[int]], matrix: Array) -> None:
@@ -273,8 +285,6 @@ def _deliver(state: State, last: tuple[Product, list[int]], matrix: Array) -> No
             for i, number in enumerate(product.d_registers):
                 codes = np.where(unknown[i, row * WARPS : (row + 1) * WARPS], UNDEFINED, DEFINED)
                 state.set_known([number], codes.astype(np.uint8))
-        busy = {r for p in later for r in p.a_registers}
-        state.set_all_known([r for r in product.a_registers if r not in busy], DEFINED)
     state.w, state.count, state.lanes, state.full, state.mask = before
 
 
