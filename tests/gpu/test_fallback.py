@@ -62,8 +62,8 @@ def chained(x: tw.Tensor, w1: tw.Tensor, w2: tw.Tensor, y: tw.Tensor, *, precisi
     for k in tw.range(tw.cdiv(x.shape[1], 32)):
         hidden = tw.dot(tw.load(x, (m, k), (64, 32)), tw.load(w1, (k, 0), (32, 128)), hidden, precision=precision)
     active = tw.maximum(hidden, 0.0)
-    for n in tw.range(tw.cdiv(w2.shape[1], 64)):
-        tw.store(y, (m, n), tw.dot(active, tw.load(w2, (0, n), (128, 64)), precision=precision))
+    for n in tw.range(tw.cdiv(w2.shape[1], 32)):
+        tw.store(y, (m, n), tw.dot(active, tw.load(w2, (0, n), (128, 32)), precision=precision))
 
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
