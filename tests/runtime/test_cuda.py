@@ -465,7 +465,7 @@ def test_no_driver_is_an_error_that_says_so(driver: FakeDriver) -> None:
 
 def test_this_machine_lists_its_devices_without_raising() -> None:
     names = [info.name for info in devices()]
-    assert names[-3:] == ["cpu", "emulate:gfx942", "emulate:gfx950"]
+    assert {"cpu", "emulate:sm_90a", "emulate:gfx942", "emulate:gfx950"} <= set(names)
     if "cuda:0" not in names:
         with pytest.raises(DeviceError):
             open_device("cuda:0")

@@ -176,7 +176,7 @@ if len(sys.argv) > 1:  # as torch for ROCm, which brings the library
 from tilewright.ir.abi import KernelABI, ScalarParam, TensorParam
 from tilewright.runtime.arguments import DevicePointer
 from tilewright.runtime.device import devices, open_device
-print([info.name for info in devices()][-5:], flush=True)
+print([info.name for info in devices() if not info.name.startswith(("cuda", "emulate"))], flush=True)
 device = open_device("hip:0")
 function = device.load(b"?hsaco" + bytes(1)).function("gemm")
 abi = KernelABI("gemm", (TensorParam("a", "bf16", (None, 64), (64, 1)), ScalarParam("s", "f32")), 256, 65536)
@@ -205,7 +205,7 @@ def test_the_real_bindings_take_what_we_pass(tmp_path: Path, torch_brings_it: bo
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     info = "DeviceInfo(name='hip:0', target='gfx942', description='AMD Stub', units=304, memory=4096)"
     inside = ["device 0", "{}", "device 1"]
-    expected = [["['hip:0', 'hip:1', 'cpu', 'emulate:gfx942', 'emulate:gfx950']"]]
+    expected = [["['hip:0', 'hip:1', 'cpu']"]]
     for line in (
         "load hsaco",
         "function gemm 1",

@@ -193,6 +193,16 @@ def check_tensor(param: TensorParam, view: TensorView, ordinal: int | None = Non
         _check_alignment(param, view)
 
 
+def refuse_negative_strides(param: TensorParam, view: TensorView) -> None:
+    """Raise `ArgumentError` for a reversed tensor: AMD kernels address tiles through buffer descriptors, forwards."""
+    for axis, stride in enumerate(view.strides):
+        if stride < 0 and view.shape[axis] > 1:
+            raise ArgumentError(
+                f"Argument '{param.name}' runs backwards along dimension {axis} (stride {stride}), which kernels for "
+                "AMD GPUs do not support: copy the tensor first."
+            )
+
+
 def _check_device(param: TensorParam, view: TensorView, ordinal: int | None) -> None:
     if view.device is None or ordinal is None or view.device == ordinal:
         return

@@ -19,7 +19,14 @@ import numpy as np
 from tilewright.ir.abi import KernelABI, TensorParam
 from tilewright.ir.target import get_target
 from tilewright.ir.types import DTYPES
-from tilewright.runtime.arguments import ArgumentLayout, TensorView, canonical_dtype, check_tensor, normalize_grid
+from tilewright.runtime.arguments import (
+    ArgumentLayout,
+    TensorView,
+    canonical_dtype,
+    check_tensor,
+    normalize_grid,
+    refuse_negative_strides,
+)
 from tilewright.runtime.device import Device, DeviceInfo, Module
 from tilewright.runtime.errors import ArgumentError, DeviceError
 
@@ -125,6 +132,8 @@ class EmulatedDevice(Device):
             if isinstance(param, TensorParam):
                 view = self.view(argument, param.name)
                 check_tensor(param, view)
+                if get_target(self.target).vendor == "amd":
+                    refuse_negative_strides(param, view)
                 views.append(view)
             else:
                 scalars.append(argument)

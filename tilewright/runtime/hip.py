@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tilewright.ir.abi import KernelABI
+from tilewright.ir.abi import KernelABI, TensorParam
+from tilewright.runtime.arguments import TensorView, refuse_negative_strides
 from tilewright.runtime.device import Device, DeviceInfo, Module
 from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.launching import Launcher, ReadyLaunch
@@ -241,6 +242,10 @@ class HipLauncher(Launcher):
         super().__init__(function.device, function.device.ordinal, abi)
         self.function = function
         self._launch_kernel = self.device._hip.hipModuleLaunchKernel
+
+    def check(self, param: TensorParam, view: TensorView) -> None:
+        super().check(param, view)
+        refuse_negative_strides(param, view)
 
     def units(self) -> int:
         return self.device.info.units

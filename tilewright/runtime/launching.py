@@ -120,7 +120,7 @@ class Launcher(ABC):
         counts = normalize_grid(grid, self.abi.name)
         views = [TensorView(*entry) for entry in entries]
         for param, view in zip(self._tensor_params, views, strict=True):
-            check_tensor(param, view, self.ordinal)
+            self.check(param, view)
         blocks = self._blocks(counts)
         if 0 in counts:
             ready = ReadyLaunch(blocks, None)
@@ -152,6 +152,10 @@ class Launcher(ABC):
             return (min(total, self.units() * self.abi.blocks_per_unit), 1, 1)
         self.check_grid(counts)
         return counts
+
+    def check(self, param: TensorParam, view: TensorView) -> None:
+        """ArgumentError for a tensor that the kernel was not compiled for."""
+        check_tensor(param, view, self.ordinal)
 
     # --- what a driver provides -----------------------------------------------------------------
 
