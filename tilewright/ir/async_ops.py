@@ -247,3 +247,10 @@ class Role(Operation):
     registers: int = attribute(default=0)
     single_thread: bool = attribute(default=False)
     body: Region = region()
+
+
+def buffer_of(slot: Value) -> Value:
+    """The buffer that a slot belongs to."""
+    while isinstance(slot.op, Slot | TransposeSlot):
+        slot = slot.op.buffer if isinstance(slot.op, Slot) else slot.op.slot
+    return slot

@@ -8,7 +8,7 @@ Copies by the engine itself (kind ``tma``) need none. PTX ISA, "Memory Consisten
 
 from __future__ import annotations
 
-from tilewright.ir.async_ops import AsyncDot, Barrier, BulkStore, Fence, LocalStore, Publish, Slot, TransposeSlot
+from tilewright.ir.async_ops import AsyncDot, Barrier, BulkStore, Fence, LocalStore, Publish, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation, Value
 from tilewright.ir.types import SlotType, TokenType
@@ -29,13 +29,6 @@ class Fences(FunctionPass):
         }
         if read_by_units:
             _visit(function.body.block, read_by_units, False)
-
-
-def buffer_of(slot: Value) -> Value:
-    """The buffer that a slot belongs to."""
-    while isinstance(slot.op, Slot | TransposeSlot):
-        slot = slot.op.buffer if isinstance(slot.op, Slot) else slot.op.slot
-    return slot
 
 
 def _visit(block: Block, buffers: set[Value], pending: bool) -> bool:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, AsyncDot, Barrier, LocalStore, Release
+from tilewright.ir.async_ops import Alloc, AsyncDot, Barrier, LocalStore, Release, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Operation, Value, replace_uses, uses_of
 from tilewright.ir.tile_ops import Dot, For, Yield
 from tilewright.ir.types import RingType, SlotType, TileType
-from tilewright.passes.fences import buffer_of
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 

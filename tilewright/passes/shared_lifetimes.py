@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Slot, TransposeSlot
+from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Slot, TransposeSlot, buffer_of
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, Operation, Value
+from tilewright.ir.core import Block, Function, Operation
 from tilewright.ir.scratch import scratch_bytes
 from tilewright.ir.tile_ops import Constant, For, While
 from tilewright.passes.analysis import ancestor_in
@@ -31,19 +31,12 @@ class Lifetime:
         return self.first <= other.last and other.first <= self.last
 
 
-def buffer_of(value: Value) -> Alloc | None:
-    """The allocation behind a buffer or slot."""
-    while isinstance(value.op, Slot | TransposeSlot):
-        value = value.op.buffer if isinstance(value.op, Slot) else value.op.slot
-    return value.op if isinstance(value.op, Alloc) else None
-
-
 def buffers_used(op: Operation) -> list[Alloc]:
     """The buffers that an operation itself reads or writes."""
     if isinstance(op, Slot | TransposeSlot):
         return []
-    found = [buffer_of(v) for v in op.operands]
-    return list(dict.fromkeys(a for a in found if a is not None))
+    found = [buffer_of(v).op for v in op.operands]
+    return list(dict.fromkeys(a for a in found if isinstance(a, Alloc)))
 
 
 class Lifetimes:

@@ -21,12 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, Await, Release, Role, Slot, TransposeSlot
+from tilewright.ir.async_ops import Alloc, Await, Release, Role, Slot, TransposeSlot, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
 from tilewright.ir.tile_ops import Cast, Dot, For, Yield
 from tilewright.ir.types import RingType, SlotType
-from tilewright.passes.fences import buffer_of
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import matrix_unit
 

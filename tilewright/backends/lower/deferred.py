@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.ir.async_ops import Alloc, LocalLoad, Slot, TransposeSlot
+from tilewright.ir.async_ops import Alloc, LocalLoad, buffer_of
 from tilewright.ir.core import Effect, Operation, Value
 from tilewright.ir.scratch import scratch_bytes
 from tilewright.ir.tile_ops import Dot
@@ -32,9 +32,8 @@ def _may_overwrite(op: Operation, slot: Value) -> bool:
     scratch = op.attributes.get("scratch")
     if scratch is None:
         return False
-    while isinstance(slot.op, Slot | TransposeSlot):
-        slot = slot.op.buffer if isinstance(slot.op, Slot) else slot.op.slot
-    if not isinstance(slot.op, Alloc) or slot.op.offset is None or not isinstance(slot.type, BufferType):
+    buffer = buffer_of(slot)
+    if not isinstance(buffer.op, Alloc) or buffer.op.offset is None or not isinstance(buffer.type, BufferType):
         return True
-    first, size = slot.op.offset, slot.type.bytes
+    first, size = buffer.op.offset, buffer.type.bytes
     return bool(scratch < first + size and first < scratch + scratch_bytes(op))
