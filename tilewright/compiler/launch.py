@@ -120,24 +120,19 @@ def repeat_key(
         return None
     tensor: Any = getattr(torch, "Tensor", None)
     parts: list[Any] = [grid, device]
-    for value in args:
-        if type(value) is tensor:
+    for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
+        kind = type(value)
+        if kind is tensor:
             parts += (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        elif type(value) in _NUMBERS:
-            parts += (type(value), value or repr(value))  # 0.0 is not -0.0
-        else:
-            return None
-    for name, value in kwargs.items():
-        if type(value) is tensor:
-            parts += (name, value.data_ptr(), value.shape, value.stride(), value.dtype)
-        elif type(value) in _NUMBERS:
-            parts += (name, type(value), value or repr(value))
+        elif kind is int:
+            parts.append(value)
+        elif kind is bool or kind is float:
+            parts += (kind, value or repr(value))  # 1.0 and True are not 1, and 0.0 is not -0.0
+        elif kind is str and value in kwargs:
+            parts += (str, value)  # the name of a keyword; a text as an argument takes the long way below
         else:
             return None
     return tuple(parts)
-
-
-_NUMBERS = frozenset({int, float, bool})
 
 
 def signature(kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
