@@ -34,7 +34,7 @@ $(BIN)/python:
 $(STAMP): | $(BIN)/python
 	@echo "Installing tilewright and its tools into $(VENV) (once)"
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda,dev,linker]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda,amd,dev,linker]'
 	touch $@
 
 demo: $(STAMP)
