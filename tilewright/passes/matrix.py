@@ -212,7 +212,8 @@ def matrix_unit(target: Target, function: Function) -> MatrixUnit:
 
         return SynchronousUnits(target, rows_stay_together(function))
     if target.has("mfma"):
-        from tilewright.passes.matrix_mfma import Mfma, needs_whole_rows
+        from tilewright.passes.matrix_mfma import Mfma
+        from tilewright.passes.warp_grid import rows_stay_together
 
-        return Mfma(target, needs_whole_rows(function))
+        return Mfma(target, rows_stay_together(function))
     raise IRError(f"{target.name} has no matrix unit that tilewright knows")

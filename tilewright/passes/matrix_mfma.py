@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tilewright.ir.async_ops import AsyncDot
-from tilewright.ir.core import Function, IRError, Operation, Value
+from tilewright.ir.core import IRError, Operation, Value
 from tilewright.ir.layout import LinearLayout, SharedLayout, mfma_accumulator, mfma_operand
 from tilewright.ir.layout_swizzle import choose_swizzle
 from tilewright.ir.mfma import (
@@ -23,9 +23,8 @@ from tilewright.ir.mfma import (
     tile_sizes,
 )
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, For, If, Load, Reduce, While
+from tilewright.ir.tile_ops import Dot, For, If, Load, While
 from tilewright.ir.types import DType, TileType, f32
-from tilewright.passes.analysis import backward_slice, enclosing_operations
 from tilewright.passes.copy_layouts import VECTOR_BYTES, copy_layouts
 from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape, result_type
 from tilewright.passes.warp_grid import deals
@@ -43,7 +42,7 @@ class Mfma(MatrixUnit):
     asynchronous = False
 
     def __init__(self, target: Target, whole_rows: bool = False):
-        """``whole_rows``: a wave should hold whole rows of the accumulators (see `needs_whole_rows`)."""
+        """``whole_rows``: a wave should hold whole rows of the accumulators (see `rows_stay_together`)."""
         super().__init__(target)
         self.whole_rows = whole_rows
 
@@ -155,21 +154,6 @@ class Mfma(MatrixUnit):
 def accumulator_run(dtype: DType) -> int:
     """Consecutive columns that a lane holds of an accumulator."""
     return ACCUMULATOR_RUN if dtype.bits == f32.bits else 1
-
-
-def needs_whole_rows(function: Function) -> bool:
-    """Whether results of dots are reduced along their rows or are the left operand of other dots.
-
-    Both stay inside a wave when it holds whole rows, and cross waves through shared memory when it does not.
-    """
-    loops = enclosing_operations(function)
-    sources = []
-    for op in function.walk():
-        if isinstance(op, Reduce) and isinstance(op.source.type, TileType) and op.axis == op.source.type.rank - 1:
-            sources.append(op.source)
-        elif isinstance(op, Dot | AsyncDot) and isinstance(op.a.type, TileType):
-            sources.append(op.a)
-    return any(isinstance(value.op, Dot | AsyncDot) for value in backward_slice(sources, loops))
 
 
 def _is_computed(dot: Dot | AsyncDot) -> bool:
