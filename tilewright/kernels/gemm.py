@@ -30,7 +30,7 @@ def gemm(
     tw.store(c, (m, n), acc.to(c.dtype))
 
 
-#: tiles (BM, BN, BK) and their speed at large sizes relative to the first, rounded from a sweep on an H100 (docs/performance.md)
+#: tiles (BM, BN, BK) and their speed relative to the first, rounded from a sweep on an H100 (docs/performance.md)
 TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((128, 256, 64), 1.0),
     ((64, 256, 64), 0.93),
