@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -89,20 +89,29 @@ def run(
     return launch(ptx, arrays, threads, blocks, **options)[0]
 
 
-def evaluate(lines: Sequence[tuple[str, Any]], inputs: dict[str, np.ndarray], arch: str = "sm_90a") -> list[np.ndarray]:
-    """Each line, an instruction that writes %d (bool results: a predicate), on the 32 values of the inputs.
+def evaluate(
+    lines: Sequence[tuple[str, Any]],
+    inputs: dict[str, np.ndarray],
+    arch: str = "sm_90a",
+    execute: Callable[..., list[np.ndarray]] | None = None,
+) -> list[np.ndarray]:
+    """Each line, an instruction that writes %d (bool results: a predicate), on every value of the inputs.
 
-    ``lines`` has the dtype of each result. Inputs are registers of their names; bool ones predicates.
+    ``lines`` has the dtype of each result. Inputs are registers of their names; bool ones predicates. The longest
+    input, rounded up to warps, says how many values; the others repeat. ``execute``: what runs it, (ptx, arrays,
+    threads, blocks) -> arrays; the emulator by default.
     """
+    count = -(-max(value.size for value in inputs.values()) // 32) * 32
+    threads = min(count, 256)
     registers, loads, stores = [], [], []
-    image = np.zeros((len(inputs), 32), np.uint64)
+    image = np.zeros((len(inputs), count), np.uint64)
     for row, (name, value) in enumerate(inputs.items()):
-        value = np.resize(value, 32)
-        raw = np.zeros((32, 8), np.uint8)
+        value = np.resize(value, count)
+        raw = np.zeros((count, 8), np.uint8)
         raw[:, : value.itemsize] = np.ascontiguousarray(value)[:, None].view(np.uint8)
         image[row] = raw.view(np.uint64)[:, 0]
         bits = BITS[value.itemsize]
-        place = f"[%in+{256 * row}]"
+        place = f"[%in+{8 * count * row}]"
         if value.dtype == np.bool_:
             registers.append(f".reg .pred %{name}; .reg .b16 %{name}_;")
             loads.append(f"ld.global.b16 %{name}_, {place}; setp.ne.b16 %{name}, %{name}_, 0;")
@@ -112,7 +121,7 @@ def evaluate(lines: Sequence[tuple[str, Any]], inputs: dict[str, np.ndarray], ar
     for row, (text, dtype) in enumerate(lines):
         dtype = np.dtype(dtype)
         bits = BITS[dtype.itemsize]
-        place = f"[%out+{256 * row}]"
+        place = f"[%out+{8 * count * row}]"
         registers.append(f".reg .{'pred' if dtype == np.bool_ else bits} %d{row};")
         loads.append(re.sub(r"%d\b", f"%d{row}", text))
         if dtype == np.bool_:
@@ -122,20 +131,26 @@ def evaluate(lines: Sequence[tuple[str, Any]], inputs: dict[str, np.ndarray], ar
             stores.append(f"st.global.{bits} {place}, %d{row};")
     body = "\n".join(
         [
-            ".reg .b64 %in, %out, %off; .reg .b32 %off3; shl.b32 %off3, %thread, 3; cvt.u64.u32 %off, %off3;",
-            "add.u64 %in, %ptr0, %off; add.u64 %out, %ptr1, %off;",
+            ".reg .b64 %in, %out, %off; .reg .b32 %place, %block;",
+            f"mov.u32 %block, %ctaid.x; mad.lo.u32 %place, %block, {threads}, %thread;",
+            "mul.wide.u32 %off, %place, 8; add.u64 %in, %ptr0, %off; add.u64 %out, %ptr1, %off;",
             *registers,
             *loads,
             *stores,
         ]
     )
     ptx = legal(wrap(body, 2, arch=arch), arch)
-    (_, out), _ = launch(ptx, [image, np.zeros((len(lines), 32), np.uint64)])
+    arrays = [image, np.zeros((len(lines), count), np.uint64)]
+    out = (execute or _emulate)(ptx, arrays, threads, (-(-count // threads),))[1]
     results = []
     for row, (_, dtype) in enumerate(lines):
         dtype = np.dtype(dtype)
         results.append(out[row][:, None].view(np.uint8)[:, : dtype.itemsize].copy().view(dtype)[:, 0])
     return results
+
+
+def _emulate(ptx: str, arrays: Sequence[np.ndarray], threads: int, blocks: Any) -> list[np.ndarray]:
+    return launch(ptx, arrays, threads, blocks)[0]
 
 
 def check_table(cases: Sequence[tuple[str, Any, Any]], inputs: dict[str, np.ndarray], arch: str = "sm_90a") -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.runtime.emulator.nvidia import exact
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
+from tilewright.runtime.emulator.nvidia.exact import directed
 from tilewright.runtime.emulator.nvidia.integer import divide, elementwise, integer_add, integer_multiply
 from tilewright.runtime.emulator.nvidia.numerics import (
     bf16_to_f32,
@@ -47,8 +49,6 @@ class Format:
             raise Problem(f"type .{self.full.name} is not a float type that is implemented")
         self.packed = self.full.name.endswith("x2")
         self.type = TYPES[self.full.name.removesuffix("x2")]
-        if self.type.name == "f64" and self.mode != "rn":
-            raise Problem("directed rounding of f64 is not implemented")
 
     def bind(self, function: Function, operands: int) -> Execute:
         """D = function(operands) on values of ``type``; pairs half by half."""
@@ -125,6 +125,9 @@ def _sum(form: Format, sign: int) -> Function:
     if type_.name == "f16" and mode == "rn":
         return (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b)
 
+    if type_.name == "f64":
+        return lambda a, b: directed(a + sign * b, exact.total, mode, a, sign * b)
+
     def compute(a: Array, b: Array) -> Array:
         wide_a, wide_b = to_f64(a, type_), to_f64(b, type_)
         total = sum_to_odd(wide_a, wide_b if sign > 0 else -wide_b)
@@ -175,7 +178,9 @@ def _mul(inst: Instruction) -> Execute:
         return integer_multiply(inst, adds=False)
     form = Format(inst)
     type_, mode = form.type, form.mode
-    if type_.name == "f64" or (type_.name != "bf16" and mode == "rn"):
+    if type_.name == "f64":
+        return form.bind(lambda a, b: directed(a * b, exact.product, mode, a, b), 2)
+    if type_.name != "bf16" and mode == "rn":
         return form.bind(lambda a, b: a * b, 2)
     return form.bind(lambda a, b: narrow(to_f64(a, type_) * to_f64(b, type_), type_, mode), 2)
 
@@ -188,7 +193,7 @@ def _fma(inst: Instruction) -> Execute:
     form = Format(inst)
     type_, mode = form.type, form.mode
     if type_.name == "f64":
-        return form.bind(fma64, 3)
+        return form.bind(lambda a, b, c: directed(fma64(a, b, c), exact.fused, mode, a, b, c), 3)
 
     def compute(a: Array, b: Array, c: Array) -> Array:
         return narrow(fma_to_odd(to_f64(a, type_), to_f64(b, type_), to_f64(c, type_)), type_, mode)
@@ -207,6 +212,8 @@ def _div(inst: Instruction) -> Execute:
     form = Format(inst)
     if approximate or form.mode == "rn":
         return form.bind(lambda a, b: a / b, 2)
+    if form.type.name == "f64":
+        return form.bind(lambda a, b: directed(a / b, exact.quotient, form.mode, a, b), 2)
     return form.bind(lambda a, b: narrow(quotient_to_odd(a, b), form.type, form.mode), 2)
 
 
@@ -293,6 +300,8 @@ def _rcp(inst: Instruction) -> Execute:
     form = Format(inst)
     if form.mode == "rn":
         return form.bind(lambda a: a.dtype.type(1) / a, 1)
+    if form.type.name == "f64":
+        return form.bind(lambda a: directed(1 / a, exact.quotient, form.mode, np.ones_like(a), a), 1)
     return form.bind(lambda a: narrow(quotient_to_odd(np.ones_like(a), a), form.type, form.mode), 1)
 
 
@@ -302,6 +311,8 @@ def _sqrt(inst: Instruction) -> Execute:
     form = Format(inst)
     if form.mode == "rn":
         return form.bind(np.sqrt, 1)
+    if form.type.name == "f64":
+        return form.bind(lambda a: directed(np.sqrt(a), exact.root, form.mode, a), 1)
     return form.bind(lambda a: narrow(root_to_odd(a), form.type, form.mode), 1)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tilewright.runtime.emulator.nvidia.exact import directed, fused_to_nearest, total
 from tilewright.runtime.emulator.nvidia.types import Array, Type
 
 _U16, _U32, _U64, _I64 = np.uint16, np.uint32, np.uint64, np.int64
@@ -86,10 +87,10 @@ def round_to_odd(value: Array, error: Array) -> Array:
 def sum_to_odd(a: Array, b: Array) -> Array:
     """a + b in float64, rounded to odd (Knuth's error-free sum)."""
     a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
-    total = a + b
-    other = total - a
-    error = (a - (total - other)) + (b - other)
-    return round_to_odd(total, error)
+    plain = a + b
+    other = plain - a
+    error = (a - (plain - other)) + (b - other)
+    return round_to_odd(plain, error)
 
 
 def fma_to_odd(a: Array, b: Array, c: Array) -> Array:
@@ -119,19 +120,19 @@ def root_to_odd(a: Array) -> Array:
 def fma64(a: Array, b: Array, c: Array) -> Array:
     """float64 fused multiply-add, to nearest: Dekker's product, and sums rounded to odd before the last.
 
-    Where the splitting overflows or the product's error underflows the plain sum is taken.
+    Where the splitting overflows or the product's error underflows, by rationals.
     """
     a, b, c = np.broadcast_arrays(a, b, c)
     product = a * b
     high_a, low_a = _split(a)
     high_b, low_b = _split(b)
     error = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
-    total = product + c
-    other = total - product
-    rest = (product - (total - other)) + (c - other)
-    corrected = total + sum_to_odd(rest, error)
-    result: Array = np.where(np.isfinite(corrected), corrected, total)
-    return result
+    plain = product + c
+    other = plain - product
+    rest = (product - (plain - other)) + (c - other)
+    corrected = plain + sum_to_odd(rest, error)
+    result: Array = np.where(np.isfinite(corrected), corrected, plain)
+    return fused_to_nearest(a, b, c, result)
 
 
 def _split(value: Array) -> tuple[Array, Array]:
@@ -234,11 +235,9 @@ def int_to_float(value: Array, type_: Type, mode: str) -> Array:
     """An integer array -> a float type; 64-bit integers go through float64 rounded to odd."""
     nearest = value.astype(np.float64)
     if value.dtype.itemsize == 8:
-        if type_.name == "f64":
-            if mode != "rn":
-                raise AssertionError(mode)
-            return nearest
         low = value & value.dtype.type(0x7FF)
         high = (value - low).astype(np.float64)  # at most 53 significant bits: exact
+        if type_.name == "f64":
+            return directed(nearest, total, mode, high, low.astype(np.float64))
         nearest = sum_to_odd(high, low.astype(np.float64))
     return narrow(nearest, type_, mode)
