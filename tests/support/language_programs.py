@@ -558,7 +558,7 @@ def tickets(counter: tw.Tensor, best: tw.Tensor, order: tw.Tensor):
     """A scalar counter whose old value every thread needs, and a lock taken by compare and swap."""
     mine = tw.atomic_add(counter, 0, 1)
     tw.store(order, mine, tw.program_id(0) * 0 + mine)
-    taken = tw.atomic_cas(best, 0, -1, mine)
+    taken = tw.atomic_cas(best, 0, -1, 9)  # by whichever program comes first
     first = tw.atomic_exchange(best, 1, 5)
     tw.atomic_add(best, 2, (taken == -1).to(tw.int32) + (first == 7).to(tw.int32))
 
@@ -566,5 +566,5 @@ def tickets(counter: tw.Tensor, best: tw.Tensor, order: tw.Tensor):
 add(
     "atomic-scalars", tickets,
     lambda: [np.zeros(1, np.int32), np.array([-1, 7, 0], np.int32), blank("i32", 6)],
-    lambda c, b, o: (np.array([6]), np.array([0, 5, 2]), np.arange(6)), (6,),
+    lambda c, b, o: (np.array([6]), np.array([9, 5, 2]), np.arange(6)), (6,),
 )  # fmt: skip

@@ -52,8 +52,7 @@ class Product:
 
     def unpack(self, out: np.ndarray) -> np.ndarray:
         """The matrices of D from its fragments [blocks, threads, values] (PTX ISA, "Matrix Fragments")."""
-        blocks, m, n = self.c.shape
-        result = np.zeros((blocks, m, n), out.dtype)
+        result = np.zeros((len(out), *self.c.shape[1:]), out.dtype)
         thread = np.arange(self.threads)
         warp, lane = thread // 32, thread % 32
         for i in range(out.shape[2]):
@@ -62,22 +61,29 @@ class Product:
         return result
 
 
-def values(name: str, shape: tuple[int, ...], seed: int, whole: bool) -> np.ndarray:
-    """Random normal operands over some binades; ``whole``: small integers, whose sums are exact in every type."""
+def values(name: str, shape: tuple[int, ...], seed: int, operands: str) -> np.ndarray:
+    """ "integers": small ones, whose sums are exact in every type; "normal": random normal over some binades;
+    "extreme": every finite bit pattern, subnormal and large ones among them.
+    """
     rng = np.random.default_rng(seed)
+    dtype = np.dtype(NUMPY[name])
     if name in ("s8", "u8", "s32"):
-        return rng.integers(0 if name == "u8" else -100, 100, shape).astype(NUMPY[name])
-    if whole:
-        return rng.integers(-4, 5, shape).astype(NUMPY[name])
-    data = (rng.standard_normal(shape) * np.exp2(rng.integers(-3, 4, shape))).astype(NUMPY[name])
+        return rng.integers(0 if name == "u8" else -100, 100, shape).astype(dtype)
+    if operands == "integers":
+        return rng.integers(-4, 5, shape).astype(dtype)
+    if operands == "extreme":
+        data = rng.integers(0, 256, (*shape, dtype.itemsize), dtype=np.uint8).view(dtype)[..., 0]
+        data = np.where(np.isfinite(data.astype(np.float64)), data, dtype.type(1))
+    else:
+        data = (rng.standard_normal(shape) * np.exp2(rng.integers(-3, 4, shape))).astype(dtype)
     return (data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) if name == "tf32" else data
 
 
-def mma(shape: str, result: str, kind: str, whole: bool) -> Product:
+def mma(shape: str, result: str, kind: str, operands: str) -> Product:
     """mma.sync, operands from global memory."""
     m, n, k = (int(part) for part in re.findall(r"\d+", shape))
-    a = values(kind, (BLOCKS, m, k), 1, whole)
-    b, c = values(kind, (BLOCKS, k, n), 2, whole), values(result, (BLOCKS, m, n), 3, whole)
+    a = values(kind, (BLOCKS, m, k), 1, operands)
+    b, c = values(kind, (BLOCKS, k, n), 2, operands), values(result, (BLOCKS, m, n), 3, operands)
     width = 64 if kind == "f64" else 32
     per = width // 8 // a.itemsize
     fragments = [_fragment(a, per, "a"), _fragment(b, per, "b"), _fragment(c, 2, "c")]
@@ -115,12 +121,12 @@ def _fragment(matrix: np.ndarray, per: int, which: str) -> np.ndarray:
     return np.ascontiguousarray(matrix[:, row, column])
 
 
-def wgmma(result: str, kind: str, whole: bool) -> Product:
+def wgmma(result: str, kind: str, operands: str) -> Product:
     """wgmma with both operands in shared memory, K-major without a swizzle, ``STEPS`` instructions onto zero."""
     item = np.dtype(NUMPY[kind]).itemsize
     k = 32 // item
     length = k * STEPS
-    a, b = values(kind, (BLOCKS, 64, length), 1, whole), values(kind, (BLOCKS, COLUMNS, length), 2, whole)
+    a, b = values(kind, (BLOCKS, 64, length), 1, operands), values(kind, (BLOCKS, COLUMNS, length), 2, operands)
     image = np.concatenate([_cores(a), _cores(b)], axis=1)
     registers = COLUMNS // 2 if np.dtype(NUMPY[result]).itemsize == 4 else COLUMNS // 4
     body = [_COPY_IN.replace("WORDS", str(image.shape[1] // 4)).replace("BYTES", str(image.shape[1]))]
@@ -175,6 +181,6 @@ copied:
 """
 
 
-def products(whole: bool) -> list[Product]:
-    """All of them; ``whole``: on small integers."""
-    return [mma(*case, whole) for case in MMA] + [wgmma(*case, whole) for case in WGMMA]
+def products(operands: str) -> list[Product]:
+    """All of them, on operands as `values` names them."""
+    return [mma(*case, operands) for case in MMA] + [wgmma(*case, operands) for case in WGMMA]

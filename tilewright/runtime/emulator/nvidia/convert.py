@@ -84,7 +84,8 @@ def _integer_to_float(result: Type, mode: str, saturate: bool) -> Function:
 
 def _float_to_integer(result: Type, type_: Type, mode: str, ftz: bool) -> Function:
     def compute(a: Array) -> Array:
-        return float_to_int(to_f64(flush(a) if ftz and type_.name == "f32" else a, type_), mode, result)
+        wide = to_f64(flush(a) if ftz and type_.name == "f32" else a, type_)
+        return float_to_int(wide, mode, result, type_.name == "f64")
 
     return compute
 
@@ -111,9 +112,18 @@ def _float_to_float(
             value = flush(value)
         if saturate or finite or relu:
             value = _limit(value, result, saturate, finite, relu)
+        if (type_.name, result.name) in _KEEPS_NAN:
+            return value
+        if result.name == "f64":
+            return np.where(np.isnan(value), value.view(np.uint64) | _QUIET, value.view(np.uint64)).view(np.float64)
         return canonical_nan(value)
 
     return compute
+
+
+#: conversions that keep what they can of a NaN's sign and payload, as measured on an H100
+_KEEPS_NAN = {("f64", "f32"), ("bf16", "f32")}
+_QUIET = np.uint64(0x0008000000000000)
 
 
 def _limit(value: Array, type_: Type, saturate: bool, finite: bool, relu: bool) -> Array:

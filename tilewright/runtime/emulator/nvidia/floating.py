@@ -34,6 +34,7 @@ from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
 
 _U32, _U16 = np.uint32, np.uint16
 _FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
+_INFINITY = {"f16": 0x7C00, "bf16": 0x7F80, "f32": 0x7F800000, "f64": 0x7FF0000000000000}
 Function = Callable[..., Any]
 
 
@@ -131,11 +132,17 @@ def _sum(form: Format, sign: int) -> Function:
     def compute(a: Array, b: Array) -> Array:
         wide_a, wide_b = to_f64(a, type_), to_f64(b, type_)
         total = sum_to_odd(wide_a, wide_b if sign > 0 else -wide_b)
-        if mode == "rm":  # an exact zero of opposite signs is -0 when rounding down
-            total = np.where((total == 0) & (wide_a != 0), -0.0, total)
-        return narrow(total, type_, mode)
+        other = wide_b if sign > 0 else -wide_b
+        return narrow(signed_zero(total, wide_a, other, mode), type_, mode)
 
     return compute
+
+
+def signed_zero(total: Array, a: Array, b: Array, mode: str) -> Array:
+    """a + b, where a sum that is exactly zero is -0 when rounding down, unless both are +0."""
+    if mode != "rm":
+        return total
+    return np.where((total == 0) & (np.signbit(a) | np.signbit(b)), -0.0, total)
 
 
 def _mixed(inst: Instruction) -> Type | None:
@@ -196,7 +203,8 @@ def _fma(inst: Instruction) -> Execute:
         return form.bind(lambda a, b, c: directed(fma64(a, b, c), exact.fused, mode, a, b, c), 3)
 
     def compute(a: Array, b: Array, c: Array) -> Array:
-        return narrow(fma_to_odd(to_f64(a, type_), to_f64(b, type_), to_f64(c, type_)), type_, mode)
+        x, y, z = (to_f64(value, type_) for value in (a, b, c))
+        return narrow(signed_zero(fma_to_odd(x, y, z), x * y, z, mode), type_, mode)
 
     if small is not None:
         return _bind_mixed(form, small, 2, compute)
@@ -234,12 +242,22 @@ def _neg(inst: Instruction) -> Execute:
 
 
 def _sign_bit(inst: Instruction, function: Function) -> Execute:
+    """A NaN becomes the canonical one; of f64 it stays as it is (measured on an H100, the PTX ISA leaves it open)."""
     ftz, type_ = inst.flag("ftz"), inst.type(*_FLOATS)
-    bits = TYPES[f"b{type_.bits}"]
-    sign = bits.dtype(0x80008000 if type_.name.endswith("x2") else 1 << (type_.bits - 1))
-    if ftz and type_.name == "f32":
-        return elementwise(inst, "f32", ["f32"], lambda a: function(flush(a).view(_U32), sign).view(np.float32))
-    return elementwise(inst, bits, [bits], lambda a: function(a, sign))
+    single = TYPES[type_.name.removesuffix("x2")]
+    bits = TYPES[f"b{single.bits}"]
+    sign, infinity = bits.dtype(1 << (single.bits - 1)), bits.dtype(_INFINITY[single.name])
+
+    def compute(a: Array) -> Array:
+        if ftz and single.name == "f32":
+            a = flush(a.view(np.float32)).view(_U32)
+        nan = (a & ~sign) > infinity
+        kept = a if single.bits == 64 else bits.dtype((1 << (single.bits - 1)) - 1)
+        return np.where(nan, kept, function(a, sign))
+
+    if single is not type_:
+        return elementwise(inst, "b32", ["b32"], halves(compute, bits))
+    return elementwise(inst, bits, [bits], compute)
 
 
 @instruction("copysign")
@@ -349,7 +367,7 @@ def _testp(inst: Instruction) -> Execute:
         "infinite": np.isinf,
         "number": lambda a: ~np.isnan(a),
         "notanumber": np.isnan,
-        "normal": lambda a: np.isfinite(a) & (np.abs(a) >= tiny),
+        "normal": lambda a: np.isfinite(a) & ((np.abs(a) >= tiny) | (a == 0)),
         "subnormal": lambda a: (a != 0) & (np.abs(a) < tiny),
     }
     return elementwise(inst, "pred", [type_], tests[test])

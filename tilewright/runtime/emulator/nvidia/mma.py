@@ -1,7 +1,6 @@
 """Matrix instructions of a warp (PTX ISA 9.7.14): mma.sync, ldmatrix, stmatrix, movmatrix.
 
-Products are summed in float64 and rounded once per instruction, together with C. The hardware's
-sums of 16-bit and smaller types differ in the last bits.
+Sums are rounded as in ``tensor_core``.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from tilewright.runtime.emulator.nvidia.operands import address, registers
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW
 from tilewright.runtime.emulator.nvidia.state import State
+from tilewright.runtime.emulator.nvidia.tensor_core import multiply
 from tilewright.runtime.emulator.nvidia.types import LANES, Array, Type
 
 _LANE = np.arange(LANES)
@@ -90,8 +90,8 @@ def _mma(inst: Instruction) -> Execute:
         c_bits, c_unknown = read_registers(state, c_registers)
         a = scatter(as_float64(elements(a_bits, a_type), a_type), a_at, (m, k))
         b = scatter(as_float64(elements(b_bits, b_type), b_type), b_at, (k, n))
-        c = as_float64(elements(c_bits, c_type), c_type)
-        product = (a @ b)[:, c_at[0], c_at[1]] + c
+        c = scatter(as_float64(elements(c_bits, c_type), c_type), c_at, (m, n))
+        product = multiply(a, b, c, a_type.name, d_type.name, asynchronous=False)[:, c_at[0], c_at[1]]
         result = round_result(product, d_type, clamps)
         unknown = _unknown(a_unknown, a_at, b_unknown, b_at, c_unknown, c_at, per, m, n)
         step = c_width // d_type.bits

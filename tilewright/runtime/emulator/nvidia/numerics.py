@@ -196,7 +196,8 @@ def to_tf32(value: Array, mode: str) -> Array:
         bits = bits + _U32(0xFFF) + ((bits >> _U32(13)) & _U32(1))
     elif mode == "rna":
         bits = bits + _U32(0x1000)
-    result: Array = np.where(np.isnan(value), NAN32, bits & _U32(0xFFFFE000))
+    nan = np.isnan(value)
+    result: Array = np.where(nan, value.view(_U32), bits) & _U32(0xFFFFE000)
     return result
 
 
@@ -221,13 +222,19 @@ def round_to_integer(value: Array, mode: str) -> Array:
     return result
 
 
-def float_to_int(value: Array, mode: str, type_: Type) -> Array:
-    """Saturating conversion of a float64 array; NaN gives 0 (PTX ISA 9.7.9.21)."""
+def float_to_int(value: Array, mode: str, type_: Type, wide: bool) -> Array:
+    """Saturating conversion of a float64 array (PTX ISA 9.7.9.21).
+
+    NaN gives 0, or only the top bit where the source is f64 (``wide``) or the result has 64 bits.
+    """
     info = np.iinfo(type_.dtype)
     whole = _INTEGER_ROUNDING[mode](value)
     low, high = whole <= float(info.min), whole >= float(info.max)
     inside = np.where(low | high | np.isnan(whole), 0.0, whole).astype(type_.dtype)
     result: Array = np.where(low, type_.dtype(info.min), np.where(high, type_.dtype(info.max), inside))
+    if wide or type_.bits == 64:
+        top = np.array(1 << (type_.bits - 1), f"u{type_.bits // 8}").view(type_.dtype)
+        result = np.where(np.isnan(value), top, result)
     return result.astype(type_.dtype)
 
 

@@ -21,6 +21,7 @@ from tilewright.runtime.emulator.nvidia.operands import integer, registers, sour
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.shared_memory import GRAIN
 from tilewright.runtime.emulator.nvidia.state import DEFINED, READING, UNDEFINED, WRITING, State
+from tilewright.runtime.emulator.nvidia.tensor_core import multiply
 from tilewright.runtime.emulator.nvidia.types import LANES, Array, Type
 
 WARPS, ROWS = 4, 64
@@ -134,12 +135,8 @@ class Product:
             assert self.a_grains is not None
             a = self.a.values(shared.grains[self.a_grains[positions]])
         b = self.b.values(shared.grains[self.b_grains[positions]])
-        product = a @ b.transpose(0, 2, 1)
-        accumulates = self.accumulates[positions]
-        if accumulates.all():
-            product += d
-        elif accumulates.any():
-            product += np.where(accumulates[:, None, None], d, 0)
+        c = np.where(self.accumulates[positions][:, None, None], d.astype(np.float64), 0)
+        product = multiply(a, b.transpose(0, 2, 1), c, self.a.type.name, self.d_type.name, asynchronous=True)
         return round_result(product, self.d_type, self.clamps)
 
     def hold(self, state: State) -> None:
