@@ -28,7 +28,7 @@ from tilewright.frontend.values import (
     view_type,
 )
 from tilewright.ir.core import Value
-from tilewright.ir.types import DType, TileType, bf16, f16, f32, f64, i1, i8, i16, i32
+from tilewright.ir.types import DType, TileType, bf16, f16, f32, f64, i1, i8, i16, i32, multipliable
 
 Implementation = Callable[..., Any]
 IMPLEMENTATIONS: dict[Builtin, Implementation] = {}
@@ -381,7 +381,7 @@ PRECISIONS = ("default", "ieee", "tf32", "3xtf32")
 def dot(emit: Emitter, a: Any, b: Any, acc: Any, precision: Any) -> Value:
     a, b = require_tile(a, "the operand 'a' of tw.dot", "a"), require_tile(b, "the operand 'b' of tw.dot", "b")
     shape = _dot_shape(tile_shape(a), tile_shape(b))
-    if dtype_of(a) != dtype_of(b):
+    if not multipliable(dtype_of(a), dtype_of(b)):
         raise CompileError(
             f"tw.dot: operands of different dtypes, {dtype_of(a)} and {dtype_of(b)}",
             hint=f"convert one: b.to({dtype_name(dtype_of(a))})",
