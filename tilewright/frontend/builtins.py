@@ -118,14 +118,17 @@ def _index(emit: Emitter, view: Value, index: Any, name: str) -> list[Value]:
 @implements(tw.load)
 def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any) -> Value:
     view = _view(view, "load")
-    indices, sizes = _index(emit, view, index, "load"), require_shape(emit, shape)
+    indices, padding = _index(emit, view, index, "load"), require_pad(pad, dtype_of(view))
+    if shape is None:
+        return emit.builder.element(view, indices, padding)
+    sizes = require_shape(emit, shape)
     if len(sizes) != len(indices):
         raise CompileError(
             f"tw.load: a tile of rank {len(sizes)} from a tensor of rank {len(indices)}",
             hint="give one size per dimension and reshape the tile afterwards",
             argument="shape",
         )
-    return emit.builder.load(view, indices, sizes, require_pad(pad, dtype_of(view)))
+    return emit.builder.load(view, indices, sizes, padding)
 
 
 def require_pad(pad: Any, dtype: DType) -> int | float:

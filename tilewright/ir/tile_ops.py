@@ -364,6 +364,20 @@ class Load(Operation):
         self.require(view.dtype == tile.dtype, "view and tile have one dtype")
 
 
+@operation("tile.element", effect=Effect.READ)
+class Element(Operation):
+    """Read the element at ``index`` as a scalar, ``pad`` outside the view: indices and bounds that lie in memory."""
+
+    view: Value = operand()
+    index: list[Value] = operands()
+    pad: float = attribute(default=0)
+
+    def verify(self) -> None:
+        view = _view(self.view)
+        self.require(len(self.index) == view.rank, "index and view have one rank")
+        self.require(self.result.type == ScalarType(view.dtype), "gives a scalar of the view's dtype")
+
+
 @operation("tile.store", effect=Effect.WRITE)
 class Store(Operation):
     """Write the tile at ``index`` (counted in tiles); parts outside the view are dropped."""
