@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -24,7 +25,6 @@ from tilewright.runtime.bench import compare
 
 CUDA = "cuda"
 BF16, E4M3, F32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
-SIZES = (4096, 8192)
 PICKED = 256  # rows whose error is measured
 
 Row = dict[str, Any]
@@ -92,8 +92,8 @@ def line(row: Row) -> str:
 # --- fp8 -------------------------------------------------------------------------------------------
 
 
-def fp8(repeats: int) -> list[Row]:
-    return [row for size in SIZES for row in fp8_of(size, repeats)]
+def fp8(sizes: Sequence[int], repeats: int) -> list[Row]:
+    return [row for size in sizes for row in fp8_of(size, repeats)]
 
 
 def fp8_of(size: int, repeats: int) -> list[Row]:
@@ -143,8 +143,8 @@ def fp8_of(size: int, repeats: int) -> list[Row]:
 # --- epilogues ---------------------------------------------------------------------------------------
 
 
-def epilogue(repeats: int) -> list[Row]:
-    return [row for size in SIZES for row in epilogue_of(size, repeats)]
+def epilogue(sizes: Sequence[int], repeats: int) -> list[Row]:
+    return [row for size in sizes for row in epilogue_of(size, repeats)]
 
 
 def epilogue_of(size: int, repeats: int) -> list[Row]:
@@ -181,7 +181,8 @@ def uneven(rows: int, groups: int) -> torch.Tensor:
     return ends.to(CUDA)
 
 
-def groups(repeats: int) -> list[Row]:
+def groups(sizes: Sequence[int], repeats: int) -> list[Row]:
+    """``sizes`` do not matter here."""
     shapes = ((8, 8192, 4096, 4096), (64, 8192, 4096, 2048), (64, 16384, 2048, 4096))
     return [grouped_of(*shape, repeats) for shape in shapes]
 
@@ -194,7 +195,7 @@ def grouped_of(count: int, tokens: int, k: int, n: int, repeats: int) -> Row:
     out = torch.empty_like(c)
 
     def loop() -> torch.Tensor:
-        for g, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for g, (start, end) in enumerate(pairwise(bounds)):
             if end > start:
                 torch.mm(a[start:end], b[g], out=out[start:end])
         return out
@@ -211,7 +212,8 @@ def grouped_of(count: int, tokens: int, k: int, n: int, repeats: int) -> Row:
 # --- batches and integers ------------------------------------------------------------------------------
 
 
-def others(repeats: int) -> list[Row]:
+def others(sizes: Sequence[int], repeats: int) -> list[Row]:
+    """``sizes`` do not matter here."""
     a, b, c = randn(32, 1024, 1024), randn(32, 1024, 1024).transpose(1, 2), poisoned(32, 1024, 1024)
     first = measure(
         "32 x 1024^3", 2.0 * 32 * 1024**3, lambda: batched(a, b, c), c, {"bmm": lambda: torch.bmm(a, b)},
@@ -236,13 +238,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192], help="of fp8 and epilogues")
     parser.add_argument("--only", default=",".join(SECTIONS))
     options = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians, random normal inputs")
     result: dict[str, Any] = {}
     for name in options.only.split(","):
-        rows = SECTIONS[name](options.repeats)
+        rows = SECTIONS[name](options.sizes, options.repeats)
         ratios = [row["ratio"] for row in rows if "ratio" in row]
         result[name] = {"rows": rows, "geometric_mean": geometric_mean(ratios) if ratios else None}
         print(f"{name}: geometric mean of ratios {result[name]['geometric_mean']}")

@@ -1,7 +1,7 @@
 """Matrix products whose results go through a chain of functions before they are stored.
 
-A step of the chain is a ``@tw.function`` of ``(x, m, n, vector, matrix, factor)``: the float32 tile, its place in tiles,
-and the kernel's further operands; it gives the new tile. The steps here can be combined at will, and with a user's own.
+A step of the chain is a ``@tw.function`` of ``(x, m, n, vector, matrix, factor)``: the float32 tile, its place in
+tiles, and the kernel's further operands; it gives the new tile. Steps combine at will, also with a user's own.
 """
 
 from __future__ import annotations
@@ -103,10 +103,11 @@ def gate_up(
     BN: tw.constexpr = 128,
     BK: tw.constexpr = 64,
 ) -> None:
-    """``y = activation(x @ gate) * (x @ up)``: x (M, K), gate and up (K, N), y (M, N). Grid: (cdiv(M, BM), cdiv(N, BN)).
+    """``y = activation(x @ gate) * (x @ up)``: x (M, K), gate and up (K, N), y (M, N).
 
-    The first half of a gated feed-forward layer. Both products share x's tiles; weights that lie in one matrix are
-    passed as two views of it. ``ACTIVATION`` is a step that uses its first argument alone.
+    Grid: (cdiv(M, BM), cdiv(N, BN)). The first half of a gated feed-forward layer. Both products share x's tiles;
+    weights that lie in one matrix are passed as two views of it. ``ACTIVATION`` is a step that uses its first argument
+    alone.
     """
     m, n = tw.program_id(0), tw.program_id(1)
     left, right = tw.zeros((BM, BN), tw.float32), tw.zeros((BM, BN), tw.float32)

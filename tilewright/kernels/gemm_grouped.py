@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,6 @@ def grouped(a: Any, b: Any, offsets: Any, c: Any, *, BM: int = 128, BN: int = 25
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """In float64; rows outside all groups are NaN."""
     c = np.full((a.shape[0], b.shape[2]), np.nan)
-    for g, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for g, (start, end) in enumerate(pairwise(offsets)):
         c[start:end] = a[start:end].astype(np.float64) @ b[g].astype(np.float64)
     return c

@@ -1,8 +1,9 @@
 """pipeline: turn placed loads into asynchronous copies that travel through rings.
 
 Loads of one block whose tiles are first and last used by the same operations share a ring, and so do
-the loads of dots that follow each other at once. Each use of the ring is numbered by a running count that is carried through all loops around it, so that the
-ring never drains between iterations of outer loops::
+the loads of dots that follow each other at once. Each use of the ring is numbered by a running count
+that is carried through all loops around it, so that the ring never drains between iterations of outer
+loops::
 
     async.acquire %ring, %n              // producer: stage n mod stages is free
     %t = async.copy %A, [%m, %k], %slot

@@ -80,7 +80,7 @@ def only_dots(load: Load, uses: dict[Value, list[Operation]]) -> bool:
 
 
 def early_address(load: Load, loops: dict[Block, Operation], written: set[Value]) -> bool:
-    """The address and the control flow around the load need scalars only, and none that the program may have written."""
+    """The address and the control flow around the load need scalars alone, none of them in a tensor of ``written``."""
     assert load.parent is not None
     values = backward_slice([load.view, *load.index, *control_values(load.parent, loops)], loops)
     if any(isinstance(v.op, Element) and view_root(v.op.view) in written for v in values):
