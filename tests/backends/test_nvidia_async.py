@@ -92,7 +92,8 @@ def test_descriptors_reach_the_elements_of_the_layout(order, swizzle, axis, shap
     ("layout", "message"),
     [
         (SharedLayout((64, 64), 16, ROWS), "swizzled"),
-        (SharedLayout((64, 64), 8, ROWS, 64), "16-bit or 32-bit"),
+        (SharedLayout((64, 64), 8, COLUMNS, 64), "only 16-bit elements across"),
+        (SharedLayout((64, 64), 64, ROWS, 128), "8-, 16- or 32-bit"),
         (SharedLayout((64, 24), 16, COLUMNS, 128), "multiples"),
     ],
 )

@@ -28,7 +28,7 @@ from tilewright.frontend.values import (
     view_type,
 )
 from tilewright.ir.core import Value
-from tilewright.ir.types import DType, TileType, bf16, f16, f32, f64, i1, i8, i16, i32
+from tilewright.ir.types import DType, TileType, bf16, f16, f32, f64, i1, i8, i16, i32, multipliable
 
 Implementation = Callable[..., Any]
 IMPLEMENTATIONS: dict[Builtin, Implementation] = {}
@@ -118,14 +118,17 @@ def _index(emit: Emitter, view: Value, index: Any, name: str) -> list[Value]:
 @implements(tw.load)
 def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any) -> Value:
     view = _view(view, "load")
-    indices, sizes = _index(emit, view, index, "load"), require_shape(emit, shape)
+    indices, padding = _index(emit, view, index, "load"), require_pad(pad, dtype_of(view))
+    if shape is None:
+        return emit.builder.element(view, indices, padding)
+    sizes = require_shape(emit, shape)
     if len(sizes) != len(indices):
         raise CompileError(
             f"tw.load: a tile of rank {len(sizes)} from a tensor of rank {len(indices)}",
             hint="give one size per dimension and reshape the tile afterwards",
             argument="shape",
         )
-    return emit.builder.load(view, indices, sizes, require_pad(pad, dtype_of(view)))
+    return emit.builder.load(view, indices, sizes, padding)
 
 
 def require_pad(pad: Any, dtype: DType) -> int | float:
@@ -381,7 +384,7 @@ PRECISIONS = ("default", "ieee", "tf32", "3xtf32")
 def dot(emit: Emitter, a: Any, b: Any, acc: Any, precision: Any) -> Value:
     a, b = require_tile(a, "the operand 'a' of tw.dot", "a"), require_tile(b, "the operand 'b' of tw.dot", "b")
     shape = _dot_shape(tile_shape(a), tile_shape(b))
-    if dtype_of(a) != dtype_of(b):
+    if not multipliable(dtype_of(a), dtype_of(b)):
         raise CompileError(
             f"tw.dot: operands of different dtypes, {dtype_of(a)} and {dtype_of(b)}",
             hint=f"convert one: b.to({dtype_name(dtype_of(a))})",

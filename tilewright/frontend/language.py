@@ -66,10 +66,11 @@ def num_programs(axis):
 
 
 @_builtin
-def load(view, index, shape, pad=0):
+def load(view, index, shape=None, pad=0):
     """Read the tile of ``shape`` at ``index``, counted in tiles. Parts outside the tensor read as ``pad``.
 
-    A rank-one view takes a single number for ``index`` and ``shape``.
+    A rank-one view takes a single number for ``index`` and ``shape``. Without ``shape`` one element is read, as a
+    scalar: addresses, bounds and conditions may depend on it.
     """
 
 

@@ -22,7 +22,7 @@ from tilewright.ir.core import (
     optional,
     region,
 )
-from tilewright.ir.types import BufferType, SlotType, TileType, TokenType, ViewType, element_type
+from tilewright.ir.types import BufferType, SlotType, TileType, TokenType, ViewType, element_type, multipliable
 
 
 @operation("async.alloc", effect=Effect.SYNC)
@@ -145,7 +145,7 @@ class AsyncDot(Operation):
         self.require(isinstance(a, SlotType | TileType) and isinstance(b, SlotType), "a is a slot or tile, b a slot")
         self.require(isinstance(acc, TileType), "the accumulator is a tile")
         self.require(a.shape[1] == b.shape[0] and acc.shape == (a.shape[0], b.shape[1]), "shapes do not agree")
-        self.require(element_type(a) == element_type(b), "a and b have one dtype")
+        self.require(multipliable(element_type(a), element_type(b)), "a and b have one dtype, or both are 8-bit floats")
         self.require([v.type for v in self.results] == [acc, TokenType("mma")], "gives the accumulator and a token")
 
 

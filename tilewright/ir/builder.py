@@ -180,6 +180,10 @@ class Builder:
         type_ = TileType(tuple(shape), _view(view).dtype)
         return self.insert(tile_ops.Load(view, index, types=[type_], pad=pad)).result
 
+    def element(self, view: Value, index: Sequence[Value], pad: float = 0) -> Value:
+        type_ = ScalarType(_view(view).dtype)
+        return self.insert(tile_ops.Element(view, index, types=[type_], pad=pad)).result
+
     def store(self, view: Value, index: Sequence[Value], value: Value) -> None:
         self.insert(tile_ops.Store(view, index, value))
 

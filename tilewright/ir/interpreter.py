@@ -132,6 +132,12 @@ def _load(frame: Frame, op: t.Load) -> Any:
     return load_tile(frame.read(op.view), frame.ints(op.index), _shape(op.result), op.pad)
 
 
+@rule(t.Element)
+def _element(frame: Frame, op: t.Element) -> Any:
+    index = frame.ints(op.index)
+    return load_tile(frame.read(op.view), index, (1,) * len(index), op.pad).reshape(())[()]
+
+
 @rule(t.Store)
 def _store(frame: Frame, op: t.Store) -> None:
     store_tile(frame.read(op.view), frame.ints(op.index), frame.read(op.value))

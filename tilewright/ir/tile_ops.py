@@ -19,6 +19,7 @@ from tilewright.ir.types import (
     i1,
     i32,
     like,
+    multipliable,
 )
 
 UNARY = (
@@ -278,7 +279,10 @@ class Dot(Operation):
         a, b, acc = (_operand_shape(v) for v in (self.a, self.b, self.acc))
         self.require(len(a) == len(b) == len(acc) == 2, "operands are matrices")
         self.require(a[1] == b[0] and acc == (a[0], b[1]), f"shapes {list(a)} @ {list(b)} + {list(acc)} do not agree")
-        self.require(element_type(self.a.type) == element_type(self.b.type), "a and b have one dtype")
+        self.require(
+            multipliable(element_type(self.a.type), element_type(self.b.type)),
+            "a and b have one dtype, or 8-bit floats",
+        )
         self.require(self.acc.type == self.result.type, "the result has the accumulator's type")
 
 
@@ -358,6 +362,20 @@ class Load(Operation):
         view, tile = _view(self.view), _tile(self.result)
         self.require(len(self.index) == view.rank == tile.rank, "index, view and tile have one rank")
         self.require(view.dtype == tile.dtype, "view and tile have one dtype")
+
+
+@operation("tile.element", effect=Effect.READ)
+class Element(Operation):
+    """Read the element at ``index`` as a scalar, ``pad`` outside the view: indices and bounds that lie in memory."""
+
+    view: Value = operand()
+    index: list[Value] = operands()
+    pad: float = attribute(default=0)
+
+    def verify(self) -> None:
+        view = _view(self.view)
+        self.require(len(self.index) == view.rank, "index and view have one rank")
+        self.require(self.result.type == ScalarType(view.dtype), "gives a scalar of the view's dtype")
 
 
 @operation("tile.store", effect=Effect.WRITE)

@@ -43,6 +43,12 @@ f32, f64 = DType("f32", 32, "float"), DType("f64", 64, "float")
 f8e4m3, f8e5m2 = DType("f8e4m3", 8, "float"), DType("f8e5m2", 8, "float")
 
 DTYPES: dict[str, DType] = {t.name: t for t in (i1, i8, i16, i32, i64, f16, bf16, f32, f64, f8e4m3, f8e5m2)}
+FP8 = (f8e4m3, f8e5m2)
+
+
+def multipliable(a: DType, b: DType) -> bool:
+    """Whether a matrix product takes operands of these dtypes: alike, or 8-bit floats of either format."""
+    return a == b or (a in FP8 and b in FP8)
 
 
 class Type:

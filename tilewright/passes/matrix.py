@@ -21,7 +21,7 @@ from tilewright.ir.layout import (
 )
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
-from tilewright.ir.types import DType, SlotType, TileType, ViewType, bf16, f16, f32
+from tilewright.ir.types import DType, SlotType, TileType, ViewType, bf16, f8e4m3, f8e5m2, f16, f32, i8, i32
 from tilewright.passes.analysis import trace_load
 
 
@@ -71,9 +71,9 @@ def operand_shape(dot: Dot | AsyncDot, which: str) -> tuple[int, ...]:
     return type_.shape
 
 
-def operand_dtype(dot: Dot | AsyncDot) -> DType:
-    """The dtype of both operands."""
-    type_ = dot.a.type
+def operand_dtype(dot: Dot | AsyncDot, which: str = "a") -> DType:
+    """The dtype of operand ``a`` or ``b``: they differ only between the two formats of 8-bit floats."""
+    type_ = (dot.a if which == "a" else dot.b).type
     assert isinstance(type_, TileType | SlotType)
     return type_.dtype
 
@@ -84,8 +84,12 @@ def result_type(dot: Dot | AsyncDot) -> TileType:
     return dot.acc.type
 
 
+#: what wgmma multiplies, and what it accumulates in; float32 operands are read as tf32
+WGMMA_ACCUMULATES: dict[DType, DType] = {bf16: f32, f16: f32, f32: f32, f8e4m3: f32, f8e5m2: f32, i8: i32}
 #: K of one wgmma
 WGMMA_K_BYTES = 32
+#: columns of one wgmma: multiples of 8, of integers beyond 32 multiples of 16
+WGMMA_COLUMNS, WGMMA_FEW_COLUMNS, WGMMA_INTEGER_COLUMNS = 8, 32, 16
 #: accumulators per thread of a product in parts (`tilewright.passes.split_products`), which needs them twice
 SPLIT_ACCUMULATORS = 64
 
@@ -101,9 +105,10 @@ def _along(value: Value, axis: int) -> bool:
 
 
 class Wgmma(MatrixUnit):
-    """Hopper's warpgroup MMA: m64nNk16 and m64nNk8 (tf32), operands in shared memory (A also in registers).
+    """Hopper's warpgroup MMA: m64nNk16, k8 (tf32) and k32 (8 bits), operands in shared memory (A also in registers).
 
-    PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
+    It reads 16-bit operands in both directions, others along K only. PTX ISA, "Asynchronous Warpgroup Level Matrix
+    Multiply-Accumulate Instructions".
     """
 
     reads_slots = True
@@ -112,23 +117,27 @@ class Wgmma(MatrixUnit):
     def check(self, dot: Dot) -> None:
         (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
         dtype = operand_dtype(dot)
-        if dtype not in (bf16, f16) and not (dtype == f32 and dot.precision in ("tf32", "3xtf32")):
+        exact = dtype == f32 and dot.precision not in ("tf32", "3xtf32")
+        if dtype not in WGMMA_ACCUMULATES or exact:
             raise IRError(
                 f"{self.target.name} has no asynchronous dot of {dtype} with {dot.precision} precision",
                 dot.loc,
                 "leave out schedule=, or cast to bf16 or f16",
             )
-        acc = dot.acc.type
-        if not isinstance(acc, TileType) or acc.dtype != f32:
+        if result_type(dot).dtype != WGMMA_ACCUMULATES[dtype]:
+            name = "int32" if dtype == i8 else "float32"
             raise IRError(
-                "dot accumulates in float32", dot.loc, "make the accumulator with tw.zeros(shape, tw.float32)"
+                f"dot of {dtype} accumulates in {name}",
+                dot.loc,
+                f"make the accumulator with tw.zeros(shape, tw.{name})",
             )
         step = WGMMA_K_BYTES // dtype.bytes
-        if m % 64 or k % step or n % 8 or n < 8:
+        columns = WGMMA_INTEGER_COLUMNS if dtype == i8 and n > WGMMA_FEW_COLUMNS else WGMMA_COLUMNS
+        if m % 64 or k % step or n % columns:
             raise IRError(
                 f"dot of ({m}, {k}) @ ({k}, {n}) does not fit {self.target.name}",
                 dot.loc,
-                f"M must be a multiple of 64, K of {step} and N of 8",
+                f"M must be a multiple of 64, K of {step} and N of {columns}",
             )
         if dot.precision == "3xtf32" and m * n > SPLIT_ACCUMULATORS * 128 * self.warps([dot]) // 4:
             raise IRError(
@@ -137,9 +146,10 @@ class Wgmma(MatrixUnit):
                 "leave out schedule=, or use a smaller tile, for example (128, 128)",
             )
         along_k = _along(dot.a, 1) and _along(dot.b, 0)
-        if dtype == f32 and dot.precision == "tf32" and not along_k:
+        if dtype.bits != 16 and dot.precision != "3xtf32" and not along_k:
             raise IRError(
-                "the asynchronous matrix unit takes tf32 operands that are contiguous along K",
+                f"the asynchronous matrix unit takes {'tf32' if dtype == f32 else dtype} operands that are contiguous "
+                "along K",
                 dot.loc,
                 "leave out schedule=, or store the operands so",
             )

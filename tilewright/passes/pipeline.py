@@ -1,8 +1,9 @@
 """pipeline: turn placed loads into asynchronous copies that travel through rings.
 
-Loads of one block whose tiles are first and last used by the same operations share a ring. Each use
-of the ring is numbered by a running count that is carried through all loops around it, so that the
-ring never drains between iterations of outer loops::
+Loads of one block whose tiles are first and last used by the same operations share a ring, and so do
+the loads of dots that follow each other at once. Each use of the ring is numbered by a running count
+that is carried through all loops around it, so that the ring never drains between iterations of outer
+loops::
 
     async.acquire %ring, %n              // producer: stage n mod stages is free
     %t = async.copy %A, [%m, %k], %slot
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from tilewright.ir.async_ops import Acquire, Await, Publish, Release
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation, Region, Value, replace_uses, uses_of
-from tilewright.ir.tile_ops import For, If, Load, Transpose, While, Yield
+from tilewright.ir.tile_ops import Dot, For, If, Load, Transpose, While, Yield
 from tilewright.ir.types import ScalarType, SlotType, TileType, i32
 from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -95,7 +96,31 @@ def find_groups(function: Function) -> list[Group]:
         in_loop = _in_inner_loop(block, loops, function)
         group = groups.setdefault((id(block), id(first), id(last)), Group(block, [], first, last, in_loop))
         group.loads.append(load)
-    return list(groups.values())
+    return _merge_neighbours(list(groups.values()))
+
+
+def _merge_neighbours(groups: list[Group]) -> list[Group]:
+    """Groups read by one run of dots become one: the run can then stay in flight as a whole."""
+    merged: list[Group] = []
+    for group in groups:
+        partner = next((g for g in merged if g.block is group.block and _adjoin(g, group)), None)
+        if partner is None:
+            merged.append(group)
+            continue
+        order = {id(op): n for n, op in enumerate(group.block.ops)}
+        partner.loads = sorted(partner.loads + group.loads, key=lambda op: order[id(op)])
+        partner.first_use = min(partner.first_use, group.first_use, key=lambda op: order[id(op)])
+        partner.last_use = max(partner.last_use, group.last_use, key=lambda op: order[id(op)])
+    return merged
+
+
+def _adjoin(one: Group, other: Group) -> bool:
+    """Both are loaded before their first use, from which on to the last there are dots alone."""
+    ops = one.block.ops
+    start = min(ops.index(g.first_use) for g in (one, other))
+    end = max(ops.index(g.last_use) for g in (one, other))
+    loaded = max(ops.index(load) for g in (one, other) for load in g.loads)
+    return loaded < start and all(isinstance(op, Dot) for op in ops[start : end + 1])
 
 
 def _readers(value: Value, uses: dict[Value, list[Operation]]) -> list[Operation]:

@@ -13,7 +13,7 @@ from math import gcd
 
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, Load, Transpose
+from tilewright.ir.tile_ops import Dot, Element, Load, Transpose
 from tilewright.ir.types import TileType, ViewType
 from tilewright.passes.analysis import (
     backward_slice,
@@ -52,7 +52,7 @@ class Placement(FunctionPass):
                 load, perm = trace_load(value)
                 if load is None or load.shared is not None or view_root(load.view) in written:
                     continue
-                if not early_address(load, loops) or not only_dots(load, uses):
+                if not early_address(load, loops, written) or not only_dots(load, uses):
                     continue
                 view = load.view.type
                 assert isinstance(view, ViewType)
@@ -79,10 +79,12 @@ def only_dots(load: Load, uses: dict[Value, list[Operation]]) -> bool:
     return True
 
 
-def early_address(load: Load, loops: dict[Block, Operation]) -> bool:
-    """The address and the control flow around the load need scalars only."""
+def early_address(load: Load, loops: dict[Block, Operation], written: set[Value]) -> bool:
+    """The address and the control flow around the load need scalars alone, none of them in a tensor of ``written``."""
     assert load.parent is not None
     values = backward_slice([load.view, *load.index, *control_values(load.parent, loops)], loops)
+    if any(isinstance(v.op, Element) and view_root(v.op.view) in written for v in values):
+        return False
     return not any(isinstance(v.type, TileType) for v in values)
 
 

@@ -153,8 +153,8 @@ def _next_group(lw: Lowering) -> int:
 @lowers(Dot, table=MFMA_LOWERINGS)
 def lower_dot(lw: Lowering, op: Dot) -> None:
     layouts = [lw.layout(v) for v in (op.acc, op.a, op.b)]
-    tile, acc = op.a.type, op.acc.type
-    assert isinstance(tile, TileType) and isinstance(acc, TileType)
+    tile, right, acc = op.a.type, op.b.type, op.acc.type
+    assert isinstance(tile, TileType) and isinstance(right, TileType) and isinstance(acc, TileType)
     if acc.dtype != accumulator_dtype(tile.dtype):
         raise lw.error(f"{lw.target.name} has no dot of {tile.dtype} into {acc.dtype}")
     fragments = find_fragments(lw.target, tile.dtype, op.precision, *layouts)
@@ -162,7 +162,8 @@ def lower_dot(lw: Lowering, op: Dot) -> None:
         texts = ", ".join(f"{name} {layout}" for name, layout in zip(("acc", "a", "b"), layouts, strict=True))
         raise lw.error(f"the operands' layouts belong to no matrix instruction: {texts}")
     product = fragments.product
-    a, b = (_operand(lw, v, product, tile.dtype) for v in (op.a, op.b))
+    a, b = _operand(lw, op.a, product, tile.dtype), _operand(lw, op.b, product, right.dtype)
+    dtypes = (right.dtype, tile.dtype) if fragments.transposed else (tile.dtype, right.dtype)
     size, held = product.accumulators, lw.registers(op.acc)
     tiles = chunk_origins(layouts[0], size)
     values = {origin: lw.fb.pack_vector(held[first : first + size]) for origin, first in tiles.items()}
@@ -170,14 +171,14 @@ def lower_dot(lw: Lowering, op: Dot) -> None:
     for k in range(0, tile.shape[1], product.k):
         before = a.reads + b.reads
         for row, column in order:
-            for left, right in zip(a.at((row, k)), b.at((k, column)), strict=True):
-                operands = (right, left) if fragments.transposed else (left, right)
-                values[row, column] = multiply(lw, product, tile.dtype, *operands, values[row, column])
+            for first, second in zip(a.at((row, k)), b.at((k, column)), strict=True):
+                operands = (second, first) if fragments.transposed else (first, second)
+                values[row, column] = multiply(lw, product, dtypes, *operands, values[row, column])
         reads.append(a.reads + b.reads - before)
     _interleave(lw, reads, len(order) * product.steps)
     result = list(held)
-    for origin, first in tiles.items():
-        result[first : first + size] = lw.fb.unpack_vector(values[origin])
+    for origin, start in tiles.items():
+        result[start : start + size] = lw.fb.unpack_vector(values[origin])
     lw.define(op.result, result)
 
 

@@ -18,27 +18,27 @@ _HARDWARE_NAME = {"f8e4m3": "fp8", "f8e5m2": "bf8"}
 
 
 def multiply(
-    lw: Lowering, product: MfmaProduct, dtype: DType, a: mlir.Value, b: mlir.Value, acc: mlir.Value
+    lw: Lowering, product: MfmaProduct, dtypes: tuple[DType, DType], a: mlir.Value, b: mlir.Value, acc: mlir.Value
 ) -> mlir.Value:
-    """``acc + a @ b`` by one instruction."""
+    """``acc + a @ b`` by one instruction; ``dtypes`` of a and b."""
     fb, zero = lw.fb, lw.fb.i32(0)
     if product.kind == "f8f6f4":
-        code = fb.i32(_F8F6F4_CODE[dtype.name])
+        codes = [fb.i32(_F8F6F4_CODE[dtype.name]) for dtype in dtypes]
         scales = [zero, zero, zero, zero]  # of both operands: none
-        return fb.intrinsic(intrinsic(product, dtype), acc.type, [a, b, acc, code, code, *scales])
+        return fb.intrinsic(intrinsic(product, dtypes), acc.type, [a, b, acc, *codes, *scales])
     # no broadcast of blocks, no permutation of lanes
-    return fb.intrinsic(intrinsic(product, dtype), acc.type, [a, b, acc, zero, zero, zero])
+    return fb.intrinsic(intrinsic(product, dtypes), acc.type, [a, b, acc, zero, zero, zero])
 
 
-def intrinsic(product: MfmaProduct, dtype: DType) -> str:
+def intrinsic(product: MfmaProduct, dtypes: tuple[DType, DType]) -> str:
     """The LLVM intrinsic: newer ones have a dot before the type, gfx90a's bf16 ones a "1k" behind it."""
     kind, m, k = product.kind, product.m, product.instruction_k
     shape, per_lane = f"{m}x{m}x{k}", product.width // product.steps
     if kind == "f8f6f4":
         return f"llvm.amdgcn.mfma.scale.f32.{shape}.f8f6f4"
     if kind == "fp8":
-        name = _HARDWARE_NAME[dtype.name]
-        return f"llvm.amdgcn.mfma.f32.{shape}.{name}.{name}"
+        names = ".".join(_HARDWARE_NAME[dtype.name] for dtype in dtypes)
+        return f"llvm.amdgcn.mfma.f32.{shape}.{names}"
     if kind == "i8":
         return f"llvm.amdgcn.mfma.i32.{shape}.i8"
     if kind == "f64":

@@ -264,6 +264,26 @@ def _load_elements(lw: Lowering, access: TileAccess, pad: mlir.Value) -> Registe
     return [element for vector in vectors for element in split_vector(lw, vector, width)]
 
 
+@lowers(tile_ops.Element)
+def lower_element(lw: Lowering, op: tile_ops.Element) -> None:
+    """One address for all threads. What is outside touches no memory: the tensor may be empty."""
+    fb, math, view = lw.fb, lw.index, lw.view(op.view)
+    index = [math.narrow(index_operand(lw, value)) for value in op.index]
+    places = [math.add(origin, i) for origin, i in zip(view.origin, index, strict=True)]
+    steps = [math.mul(math.wide(place), stride) for place, stride in zip(places, view.strides, strict=True)]
+    offset = math.mul(math.sum([view.offset, *steps]), view.dtype.bytes)
+    pad, type_ = constant(lw, op.pad, view.dtype), memory_type(lw, view.dtype, 1)
+    limits = [
+        fb.icmp("ult", math.value(place), math.value(size)) for place, size in zip(places, view.shape, strict=True)
+    ]
+
+    def inside() -> list[mlir.Value]:
+        return [fb.load(fb.gep(view.base, math.value(offset, 64)), type_, view.dtype.bytes)]
+
+    (element,) = fb.if_else(reduce(fb.and_, limits), [type_], inside, lambda: [to_memory(lw, pad, view.dtype)])
+    lw.define(op.result, from_memory(lw, element, view.dtype))
+
+
 @lowers(tile_ops.Store)
 def lower_store(lw: Lowering, op: tile_ops.Store) -> None:
     layout = lw.layout(op.value)

@@ -57,11 +57,11 @@ def instruction_k(element_bits: int) -> int:
 def matrix_descriptor(layout: SharedLayout, axis: int) -> MatrixDescriptor:
     """The descriptor of an operand whose M or N dim is ``axis``; ValueError where the unit cannot read it.
 
-    Elements have 16 bits, or 32 (tf32) where lines run along K.
+    Elements have 16 bits, or 8 or 32 (tf32) where lines run along K.
     """
     transposed = layout.order[0] == axis
-    if layout.element_bits not in (16, 32) or len(layout.shape) != 2:
-        raise ValueError(f"the matrix unit reads two-dimensional tiles of 16-bit or 32-bit elements, not {layout}")
+    if layout.element_bits not in (8, 16, 32) or len(layout.shape) != 2:
+        raise ValueError(f"the matrix unit reads two-dimensional tiles of 8-, 16- or 32-bit elements, not {layout}")
     if layout.element_bits != 16 and transposed:
         raise ValueError(f"the matrix unit reads only 16-bit elements across the lines of {layout}")
     if layout.swizzle not in _SWIZZLE_CODES:

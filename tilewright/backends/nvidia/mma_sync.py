@@ -8,7 +8,7 @@ of `mma_sync_operand_a`; those of B of a K x 8 box, those of C and D of a 16 x 8
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,41 +31,45 @@ Reader = SlotReader | TileReader
 
 @dataclass(frozen=True)
 class Instruction:
-    """One mma.sync: its K, its type suffix, the constraint letters of operands and accumulators."""
+    """One mma.sync: its K, its types of result, a and b, the constraint letters of operands and accumulators."""
 
     k: int
-    types: str
+    result: str
+    a: str
+    b: str
     operand: str = "r"
     accumulator: str = "f"
 
     @property
     def name(self) -> str:
-        return f"mma.sync.aligned.m16n8k{self.k}.row.col.{self.types}"
+        return f"mma.sync.aligned.m16n8k{self.k}.row.col.{self.result}.{self.a}.{self.b}.{self.result}"
 
 
+#: by the dtype of a; b has the same but for the two formats of 8-bit floats
 INSTRUCTIONS: dict[DType, Instruction] = {
-    f16: Instruction(16, "f32.f16.f16.f32"),
-    bf16: Instruction(16, "f32.bf16.bf16.f32"),
-    f32: Instruction(8, "f32.tf32.tf32.f32"),
-    f64: Instruction(8, "f64.f64.f64.f64", "d", "d"),
-    i8: Instruction(32, "s32.s8.s8.s32", "r", "r"),
-    f8e4m3: Instruction(32, "f32.e4m3.e4m3.f32"),
-    f8e5m2: Instruction(32, "f32.e5m2.e5m2.f32"),
+    f16: Instruction(16, "f32", "f16", "f16"),
+    bf16: Instruction(16, "f32", "bf16", "bf16"),
+    f32: Instruction(8, "f32", "tf32", "tf32"),
+    f64: Instruction(8, "f64", "f64", "f64", "d", "d"),
+    i8: Instruction(32, "s32", "s8", "s8", "r", "r"),
+    f8e4m3: Instruction(32, "f32", "e4m3", "e4m3"),
+    f8e5m2: Instruction(32, "f32", "e5m2", "e5m2"),
 }
 ACCUMULATES = {f64: f64, i8: i32}
 
 
 @lowers(Dot, table=MMA_LOWERINGS)
 def lower_dot(lw: Lowering, op: Dot) -> None:
-    tile, acc = op.a.type, op.acc.type
-    assert isinstance(tile, TileType) and isinstance(acc, TileType)
+    tile, right, acc = op.a.type, op.b.type, op.acc.type
+    assert isinstance(tile, TileType) and isinstance(right, TileType) and isinstance(acc, TileType)
     dtype = tile.dtype
     if dtype == f32 and op.precision in ("default", "ieee"):
         lw.define(op.result, _outer_products(lw, op))
         return
     if dtype not in INSTRUCTIONS or acc.dtype != ACCUMULATES.get(dtype, f32):
         raise lw.error(f"dot of {dtype} into {acc.dtype} is not supported on {lw.target.name}")
-    lw.define(op.result, _Product(lw, op, INSTRUCTIONS[dtype]).run())
+    instruction = replace(INSTRUCTIONS[dtype], b=INSTRUCTIONS[right.dtype].b)
+    lw.define(op.result, _Product(lw, op, instruction).run())
 
 
 class _Product:
@@ -82,7 +86,7 @@ class _Product:
         self.columns = sorted({int(c[1]) for c in acc.table("register") if c[1] % COLUMNS == 0})
         #: the larger f64 instructions, where there are any
         if instruction.operand == "d" and lw.target.has("mma_f64") and self.depth % 16 == 0:
-            self.instruction = Instruction(16, instruction.types, "d", "d")
+            self.instruction = replace(instruction, k=16)
         self.boxes: dict[tuple[int, ...], list[int]] = {}
         self.known: dict[tuple[Any, ...], mlir.Value] = {}
 

@@ -129,12 +129,17 @@ class NvidiaOps(TargetOps):
         return fb.fpext(fb.bitcast(fb.trunc(pair, types.i16), types.f16), types.f32)
 
     def round_fp8(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value]:
-        """cvt.rn.satfinite.e4m3x2.f32 and e5m2x2: two values a conversion; the first operand is the upper byte."""
+        """cvt.rn.satfinite.e4m3x2.f32 and e5m2x2: two values a conversion, the first operand is the upper byte.
+
+        Two conversions make a word, so that four neighbours are packed for whoever stores them.
+        """
         fb, types = lw.fb, lw.fb.types
-        text, rounded = f"cvt.rn.satfinite.{_FP8[dtype.name]}x2.f32 $0, $1, $2;", []
-        for low, high in zip(values[::2], [*values[1::2], fb.f32(0.0)], strict=False):
-            pair = fb.inline_asm(types.i16, text, "=h,f,f", [high, low], side_effects=False)
-            rounded += [fb.trunc(pair, types.i8), fb.trunc(fb.lshr(pair, 8), types.i8)]
+        name, rounded = f"cvt.rn.satfinite.{_FP8[dtype.name]}x2.f32", []
+        text = f"{{ .reg .b16 l, h; {name} l, $2, $1; {name} h, $4, $3; mov.b32 $0, {{l, h}}; }}"
+        for first in range(0, len(values), 4):
+            four = [*values[first : first + 4], *[fb.f32(0.0)] * 3][:4]
+            word = fb.inline_asm(types.i32, text, "=r,f,f,f,f", four, side_effects=False)
+            rounded += fb.unpack_vector(fb.bitcast(word, types.vec(4, types.i8)))
         return rounded[: len(values)]
 
     def round_pairs(self, lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value] | None:

@@ -22,8 +22,8 @@ from tilewright.ir.async_ops import Copy
 from tilewright.ir.layout import LinearLayout, SharedLayout, blocked
 
 MAX_VECTOR_BYTES = 16
-#: bytes in flight per thread
-CHUNK_BYTES = 128
+#: bytes, and accesses, in flight per thread
+CHUNK_BYTES, CHUNK_ACCESSES = 128, 64
 #: every shared layout repeats its swizzle after so many lines (`SharedLayout`)
 SWIZZLE_LINES = 8
 
@@ -109,7 +109,7 @@ class _Copier:
             self.lw.fb.if_else(whole, [], self._inside, self._partly)
 
     def _inside(self) -> Registers:
-        return self._chunks(self._load(self.whole.width, masked=False))
+        return self._chunks(self._load(self.whole.width, masked=False), self.whole.width)
 
     def _partly(self) -> Registers:
         some = self.whole.some()
@@ -118,10 +118,11 @@ class _Copier:
         return self.lw.fb.if_else(some, [], self._masked, self._outside)
 
     def _masked(self) -> Registers:
-        return self._chunks(self._load(self.whole.masked_width(), masked=True))
+        width = self.whole.masked_width()
+        return self._chunks(self._load(width, masked=True), width)
 
     def _outside(self) -> Registers:
-        return self._chunks(lambda source, first, count: [self.pad] * count)
+        return self._chunks(lambda source, first, count: [self.pad] * count, self.layout.num_registers)
 
     def _load(self, width: int, masked: bool) -> Load:
         def load(source: TileAccess, first: int, count: int) -> Registers:
@@ -132,10 +133,10 @@ class _Copier:
 
         return load
 
-    def _chunks(self, load: Load) -> Registers:
+    def _chunks(self, load: Load, width: int) -> Registers:
         """Load and store chunk by chunk: a loop over lines where the layouts allow it, else one after the other."""
         total, fb = self.layout.num_registers, self.lw.fb
-        chunk = gcd(total, CHUNK_BYTES // self.slot.dtype.bytes)
+        chunk = gcd(total, min(CHUNK_BYTES // self.slot.dtype.bytes, CHUNK_ACCESSES * width))
         lines = lines_per_chunk(self.layout, self.slot.layout, chunk)
         if lines and total > chunk:
             with fb.for_loop(0, fb.i32(total // chunk), 1, unroll=False) as loop:

@@ -26,9 +26,13 @@ from tilewright.ir.async_ops import AsyncDot, Wait
 from tilewright.ir.core import Operation, Value
 from tilewright.ir.layout import LinearLayout, wgmma_accumulator, wgmma_operand_a
 from tilewright.ir.tile_ops import Constant
-from tilewright.ir.types import DType, SlotType, TileType, TokenType, bf16, f16, f32
+from tilewright.ir.types import DType, SlotType, TileType, TokenType, bf16, f8e4m3, f8e5m2, f16, f32, i8, i32
 
 BLOCK_ROWS, MOST_COLUMNS, COLUMN_STEP = 64, 256, 8
+#: operands in the names of instructions
+KINDS: dict[DType, str] = {bf16: "bf16", f16: "f16", f32: "tf32", f8e4m3: "e4m3", f8e5m2: "e5m2", i8: "s8"}
+#: instructions on integers wider than 32 columns exist for multiples of 16
+FEW_COLUMNS, INTEGER_COLUMN_STEP = 32, 16
 
 WGMMA_LOWERINGS: Table = {}
 
@@ -100,7 +104,7 @@ def slot_operand(lw: Lowering, slot: SlotRef, axis: int, step: int) -> SlotOpera
 def register_operand(
     lw: Lowering, tile: TileType, registers: Registers, shape: Shape
 ) -> dict[tuple[int, int], Registers]:
-    """The four words of A (float32 elements, or pairs of 16-bit ones along K) by (64-row block, K step)."""
+    """The four words of A (float32 elements, or pairs or fours of smaller ones along K) by (64-row block, K step)."""
     layout = wgmma_operand_a(tile.shape, tile.dtype.bits, warpgroup_count(lw))
     if tile.layout != layout:
         raise lw.error(f"operand a is laid out as {tile.layout}, the matrix unit reads {layout}")
@@ -113,11 +117,12 @@ def register_operand(
 
 
 def pack_words(lw: Lowering, elements: Sequence[mlir.Value]) -> Registers:
-    """Pairs of 16-bit elements as i32, the first in the lower half; 32-bit elements as they are."""
+    """Elements as i32: two of 16 bits or four of 8, the first in the lowest bits; 32-bit elements as they are."""
     if elements and elements[0].type == lw.fb.types.f32:
         return [lw.fb.bitcast(element, lw.fb.types.i32) for element in elements]
-    pairs = zip(elements[::2], elements[1::2], strict=True)
-    return [lw.fb.bitcast(lw.fb.pack_vector(pair), lw.fb.types.i32) for pair in pairs]
+    count = 4 if elements and elements[0].type == lw.fb.types.i8 else 2
+    parts = [elements[first : first + count] for first in range(0, len(elements), count)]
+    return [lw.fb.bitcast(lw.fb.pack_vector(part), lw.fb.types.i32) for part in parts]
 
 
 # --- one group ------------------------------------------------------------------------------------
@@ -142,32 +147,33 @@ class Group:
         return f"${self.numbers[value]}"
 
     def multiply(
-        self, registers: Sequence[int], dtype: DType, a: str, b: str, accumulate: bool, transpose: str
+        self, registers: Sequence[int], dtypes: tuple[DType, DType], a: str, b: str, accumulate: bool, transpose: str
     ) -> None:
-        """One instruction on the accumulators numbered ``registers``."""
+        """One instruction on the accumulators numbered ``registers``; ``dtypes`` of a and b."""
         columns = len(registers) * 2  # 64 rows over 128 threads
-        kind, k = ("tf32", 8) if dtype == f32 else (dtype.name, INSTRUCTION_K)
-        name = f"wgmma.mma_async.sync.aligned.m64n{columns}k{k}.f32.{kind}.{kind}"
+        left, right = (KINDS[dtype] for dtype in dtypes)
+        k = instruction_k(dtypes[0].bits)
+        result, signs = ("s32", "") if dtypes[0] == i8 else ("f32", ", 1, 1")  # integers have no negated operands
+        name = f"wgmma.mma_async.sync.aligned.m64n{columns}k{k}.{result}.{left}.{right}"
         places = ", ".join(f"${r}" for r in registers)
-        self.lines.append(f"{name} {{{places}}}, {a}, {b}, {int(accumulate)}, 1, 1{transpose};")
+        self.lines.append(f"{name} {{{places}}}, {a}, {b}, {int(accumulate)}{signs}{transpose};")
 
     def emit(self) -> Registers:
-        count, f32_type = len(self.accumulators), self.lw.fb.types.f32
+        count, type_ = len(self.accumulators), self.accumulators[0].type
         ties = [str(i) for i in range(count)] if self.tied else []
-        constraints = ",".join(["=f"] * count + ties + self.kinds + [ptx.MEMORY])
+        constraints = ",".join([f"={_CONSTRAINTS[str(type_)]}"] * count + ties + self.kinds + [ptx.MEMORY])
         text = "\n".join(["wgmma.fence.sync.aligned;", *self.lines, "wgmma.commit_group.sync.aligned;"])
         arguments = [*(self.accumulators if self.tied else []), *self.inputs]
-        return list(self.lw.fb.inline_asm([f32_type] * count, text, constraints, arguments))
+        return list(self.lw.fb.inline_asm([type_] * count, text, constraints, arguments))
 
 
 @lowers(AsyncDot, table=WGMMA_LOWERINGS)
 def lower_async_dot(lw: Lowering, op: AsyncDot) -> None:
     (m, n), k = _accumulator(op).shape, _slot_type(op.b).shape[0]
     layout, groups = _check(lw, op), warpgroup_count(lw)
-    target = lw.slot(op.b).layout
     dtype = _slot_type(op.b).dtype
-    grain = target.block_size if target.order[0] == 1 else COLUMN_STEP
-    shape = Shape.of(m, n, k, groups, grain, instruction_k(dtype.bits))
+    dtypes = _element_type(op.a), dtype
+    shape = Shape.of(m, n, k, groups, _column_grain(lw.slot(op.b)), instruction_k(dtype.bits))
     _pin_later_operands(lw, op)
     zero = isinstance(op.acc.op, Constant) and op.acc.op.value == 0
     group = Group(lw, lw.registers(op.acc), tied=not zero)
@@ -181,9 +187,16 @@ def lower_async_dot(lw: Lowering, op: AsyncDot) -> None:
                 column = shape.columns * part
                 registers = layout.registers_in((BLOCK_ROWS * block, column), (BLOCK_ROWS, shape.columns))
                 place = group.operand(b.at(column, shape.depth * step), "l")
-                group.multiply(registers, dtype, a, place, not zero or step > 0, trans_a + trans_b)
+                group.multiply(registers, dtypes, a, place, not zero or step > 0, trans_a + trans_b)
     lw.define(op.results[0], group.emit())
     lw.define(op.results[1], TokenRef("mma"))
+
+
+def _column_grain(slot: SlotRef) -> int:
+    """What the columns of one instruction start at multiples of: a block of an MN-major operand b is not cut."""
+    if slot.layout.order[0] == 1:
+        return slot.layout.block_size
+    return INTEGER_COLUMN_STEP if slot.dtype == i8 and slot.type.shape[1] > FEW_COLUMNS else COLUMN_STEP
 
 
 def _row_operand(lw: Lowering, op: AsyncDot, shape: Shape, group: Group):  # type: ignore[no-untyped-def]
@@ -204,8 +217,8 @@ def _row_operand(lw: Lowering, op: AsyncDot, shape: Shape, group: Group):  # typ
 def _check(lw: Lowering, op: AsyncDot) -> LinearLayout:
     """The accumulator's layout, once dtypes and layout are those of the matrix unit."""
     acc, dtype = _accumulator(op), _slot_type(op.b).dtype
-    if dtype not in (bf16, f16, f32) or acc.dtype != f32:
-        raise lw.error(f"the matrix unit multiplies bf16, f16 or tf32 into f32, not {dtype} into {acc.dtype}")
+    if dtype not in KINDS or acc.dtype != (i32 if dtype == i8 else f32):
+        raise lw.error(f"the matrix unit has no product of {dtype} into {acc.dtype}")
     layout = wgmma_accumulator(acc.shape, warpgroup_count(lw))
     if acc.layout != layout:
         raise lw.error(f"the accumulator is laid out as {acc.layout}, the matrix unit writes {layout}")
@@ -215,6 +228,11 @@ def _check(lw: Lowering, op: AsyncDot) -> LinearLayout:
 def _accumulator(op: AsyncDot) -> TileType:
     assert isinstance(op.acc.type, TileType)
     return op.acc.type
+
+
+def _element_type(value: Value) -> DType:
+    assert isinstance(value.type, SlotType | TileType)
+    return value.type.dtype
 
 
 def _slot_type(value: Value) -> SlotType:
@@ -241,22 +259,22 @@ def pin(lw: Lowering, values: Sequence[mlir.Value]) -> Registers:
 
 
 def to_words(lw: Lowering, value: Value) -> Registers:
-    """A tile's registers as assembly takes them: 16-bit elements in pairs."""
+    """A tile's registers as assembly takes them: elements below 32 bits in words."""
     registers = lw.registers(value)
-    return pack_words(lw, registers) if _in_pairs(value) else registers
+    return pack_words(lw, registers) if _shares_words(value) else registers
 
 
 def from_words(lw: Lowering, value: Value, words: Registers) -> Registers:
     """The inverse of `to_words`."""
-    if not _in_pairs(value):
+    if not _shares_words(value):
         return words
     assert isinstance(value.type, TileType)
-    vector = lw.fb.types.vec(2, lw.fb.types.dtype(value.type.dtype.name))
+    vector = lw.fb.types.vec(32 // value.type.dtype.bits, lw.fb.types.dtype(value.type.dtype.name))
     return [element for word in words for element in lw.fb.unpack_vector(lw.fb.bitcast(word, vector))]
 
 
-def _in_pairs(value: Value) -> bool:
-    return isinstance(value.type, TileType) and value.type.dtype.bits == 16
+def _shares_words(value: Value) -> bool:
+    return isinstance(value.type, TileType) and value.type.dtype.bits in (8, 16)
 
 
 def _pin_later_operands(lw: Lowering, op: AsyncDot) -> None:

@@ -1,0 +1,56 @@
+"""Many products of one size: ``c[i] = a[i] @ b[i]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import tilewright as tw
+from tilewright.kernels.gemm import TILES
+
+
+@tw.kernel
+def gemm_batched(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    c: tw.Tensor,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 256,
+    BK: tw.constexpr = 64,
+) -> None:
+    """a (Z, M, K), b (Z, K, N), c (Z, M, N), any strides. Grid: (cdiv(M, BM), cdiv(N, BN), Z).
+
+    Accumulates in float32. An operand that all products share is passed as a view with stride 0.
+    """
+    m, n, z = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[2], BK)):
+        acc = tw.dot(tw.load(a[z], (m, k), (BM, BK)), tw.load(b[z], (k, n), (BK, BN)), acc)
+    tw.store(c[z], (m, n), acc.to(c.dtype))
+
+
+def batched_configuration(batch: int, m: int, n: int, units: int = 132) -> dict[str, int]:
+    """As `tilewright.kernels.gemm.configuration`, with the waves of all products together."""
+
+    def cost(entry: tuple[tuple[int, int, int], float]) -> float:
+        (bm, bn, _), speed = entry
+        waves = -(-(batch * -(-m // bm) * -(-n // bn)) // units)
+        return waves * bm * bn / speed
+
+    bm, bn, bk = min(TILES, key=cost)[0]
+    return {"BM": bm, "BN": bn, "BK": bk}
+
+
+def batched(a: Any, b: Any, c: Any) -> None:
+    """``c[i] = a[i] @ b[i]``. Arrays of NumPy or torch, on one device."""
+    z, m, n = c.shape
+    meta = batched_configuration(z, m, n)
+    gemm_batched[tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]), z](a, b, c, **meta)
+
+
+def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The products in float64."""
+    product: np.ndarray[Any, Any] = a.astype(np.float64) @ b.astype(np.float64)
+    return product

@@ -1,0 +1,186 @@
+"""Matrix products whose results go through a chain of functions before they are stored.
+
+A step of the chain is a ``@tw.function`` of ``(x, m, n, vector, matrix, factor)``: the float32 tile, its place in
+tiles, and the kernel's further operands; it gives the new tile. Steps combine at will, also with a user's own.
+"""
+
+from __future__ import annotations
+
+from math import erf, sqrt
+from typing import Any
+
+import numpy as np
+
+import tilewright as tw
+from tilewright.kernels.gemm import configuration
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+@tw.function
+def add_bias(x, m, n, vector, matrix, factor):
+    """Add ``vector`` (N,) to every row."""
+    return x + tw.load(vector, n, x.shape[1]).to(tw.float32)[None, :]
+
+
+@tw.function
+def add_residual(x, m, n, vector, matrix, factor):
+    """Add ``matrix`` (M, N)."""
+    return x + tw.load(matrix, (m, n), x.shape).to(tw.float32)
+
+
+@tw.function
+def multiply(x, m, n, vector, matrix, factor):
+    """Multiply by the scalar ``factor``."""
+    return x * factor
+
+
+@tw.function
+def relu(x, m, n, vector, matrix, factor):
+    """``max(x, 0)``."""
+    return tw.maximum(x, 0.0)
+
+
+@tw.function
+def gelu(x, m, n, vector, matrix, factor):
+    """``x Phi(x)`` by the error function."""
+    return 0.5 * x * (1.0 + tw.erf(x * 0.7071067811865476))
+
+
+@tw.function
+def gelu_tanh(x, m, n, vector, matrix, factor):
+    """The usual approximation of gelu: ``Phi(x) = (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2``."""
+    return x * tw.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+
+
+@tw.function
+def silu(x, m, n, vector, matrix, factor):
+    """``x sigmoid(x)``."""
+    return x * tw.sigmoid(x)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@tw.kernel
+def gemm_epilogue(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    c: tw.Tensor,
+    vector: tw.Tensor = None,
+    matrix: tw.Tensor = None,
+    factor: tw.float32 = 1.0,
+    *,
+    STEPS: tw.constexpr = (),
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 256,
+    BK: tw.constexpr = 64,
+) -> None:
+    """``c = steps(a @ b)`` with a (M, K), b (K, N), c (M, N), any strides. Grid: (cdiv(M, BM), cdiv(N, BN)).
+
+    Accumulates and applies ``STEPS`` in float32 and rounds once, to c's dtype. ``vector`` (N,), ``matrix`` (M, N) and
+    ``factor`` are what the steps use; None for those that none of them does.
+    """
+    m, n = tw.program_id(0), tw.program_id(1)
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[1], BK)):
+        acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
+    x = acc
+    for step in STEPS:
+        x = step(x, m, n, vector, matrix, factor)
+    tw.store(c, (m, n), x.to(c.dtype))
+
+
+@tw.kernel
+def gate_up(
+    x: tw.Tensor,
+    gate: tw.Tensor,
+    up: tw.Tensor,
+    y: tw.Tensor,
+    *,
+    ACTIVATION: tw.constexpr = silu,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 128,
+    BK: tw.constexpr = 64,
+) -> None:
+    """``y = activation(x @ gate) * (x @ up)``: x (M, K), gate and up (K, N), y (M, N).
+
+    Grid: (cdiv(M, BM), cdiv(N, BN)). The first half of a gated feed-forward layer. Both products share x's tiles;
+    weights that lie in one matrix are passed as two views of it. ``ACTIVATION`` is a step that uses its first argument
+    alone.
+    """
+    m, n = tw.program_id(0), tw.program_id(1)
+    left, right = tw.zeros((BM, BN), tw.float32), tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(tw.cdiv(x.shape[1], BK)):
+        rows = tw.load(x, (m, k), (BM, BK))
+        one, other = tw.load(gate, (k, n), (BK, BN)), tw.load(up, (k, n), (BK, BN))
+        left = tw.dot(rows, one, left)
+        right = tw.dot(rows, other, right)
+    out = ACTIVATION(left, m, n, None, None, 1.0) * right
+    tw.store(y, (m, n), out.to(y.dtype))
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+def linear(
+    a: Any,
+    b: Any,
+    c: Any,
+    steps: tuple[Any, ...] = (),
+    *,
+    vector: Any = None,
+    matrix: Any = None,
+    factor: float = 1.0,
+) -> None:
+    """``c = steps(a @ b)`` with tiles chosen by `tilewright.kernels.gemm.configuration`. Arrays of NumPy or torch."""
+    (m, n), meta = c.shape, configuration(*c.shape)
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
+    gemm_epilogue[grid](a, b, c, vector, matrix, factor, STEPS=steps, **meta)
+
+
+def gated(x: Any, gate: Any, up: Any, y: Any) -> None:
+    """``y = silu(x @ gate) * (x @ up)``. Arrays of NumPy or torch, on one device."""
+    m, n = y.shape
+    gate_up[tw.cdiv(m, 128), tw.cdiv(n, 128)](x, gate, up, y)
+
+
+# --- references -----------------------------------------------------------------------------------
+
+
+def _sigmoid(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    result: np.ndarray[Any, Any] = 0.5 * (1 + np.tanh(x / 2))
+    return result
+
+
+_EXACT: dict[Any, Any] = {
+    add_bias: lambda x, vector, matrix, factor: x + vector.astype(np.float64),
+    add_residual: lambda x, vector, matrix, factor: x + matrix.astype(np.float64),
+    multiply: lambda x, vector, matrix, factor: x * factor,
+    relu: lambda x, vector, matrix, factor: np.maximum(x, 0),
+    gelu: lambda x, vector, matrix, factor: 0.5 * x * (1 + np.vectorize(erf)(x / sqrt(2))),
+    gelu_tanh: lambda x, vector, matrix, factor: x * _sigmoid(2 * sqrt(2 / np.pi) * (x + 0.044715 * x**3)),
+    silu: lambda x, vector, matrix, factor: x * _sigmoid(x),
+}
+
+
+def reference(
+    a: np.ndarray[Any, Any],
+    b: np.ndarray[Any, Any],
+    steps: tuple[Any, ...] = (),
+    vector: np.ndarray[Any, Any] | None = None,
+    matrix: np.ndarray[Any, Any] | None = None,
+    factor: float = 1.0,
+) -> np.ndarray[Any, Any]:
+    """The product and the steps of this module in float64."""
+    x: np.ndarray[Any, Any] = a.astype(np.float64) @ b.astype(np.float64)
+    for step in steps:
+        x = _EXACT[step](x, vector, matrix, factor)
+    return x
+
+
+def gate_up_reference(
+    x: np.ndarray[Any, Any], gate: np.ndarray[Any, Any], up: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """``silu(x @ gate) * (x @ up)`` in float64."""
+    return reference(x, gate, (silu,)) * reference(x, up)

@@ -1,0 +1,155 @@
+"""Products of 8-bit operands with scales: fp8 (e4m3, e5m2, either for each operand) and int8.
+
+Scales are float32 and multiply what the bytes say: per tensor, per row of a and column of b, or per block of 128 along
+K (1 x 128 of a, 128 x 128 of b, the recipe of the DeepSeek-V3 technical report, section 3.3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import tilewright as tw
+
+#: K (and, of b, N) that shares a scale in `gemm_block_scaled`
+BLOCK = 128
+
+
+@tw.kernel
+def gemm_scaled(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    scale_a: tw.Tensor,
+    scale_b: tw.Tensor,
+    c: tw.Tensor,
+    bias: tw.Tensor = None,
+    *,
+    PER_ROW: tw.constexpr = False,
+    PROMOTE: tw.constexpr = False,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 256,
+    BK: tw.constexpr = 128,
+) -> None:
+    """``c = scale_a * scale_b * (a @ b) + bias``: a (M, K), b (K, N), c (M, N). Grid: (cdiv(M, BM), cdiv(N, BN)).
+
+    ``scale_a`` and ``scale_b`` are (1,); with PER_ROW (M,) and (N,). ``bias`` is (N,) or None. fp8 accumulates in
+    float32, int8 in int32. PROMOTE adds every BK of K to the sum in float32, where Hopper's fp8 unit alone would keep
+    about 14 bits (docs/passes.md). Fast on Hopper where a and b are contiguous along K.
+    """
+    m, n = tw.program_id(0), tw.program_id(1)
+    acc = tw.zeros((BM, BN), tw.int32 if a.dtype == tw.int8 else tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[1], BK)):
+        left, right = tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN))
+        if PROMOTE:
+            acc += tw.dot(left, right)
+        else:
+            acc = tw.dot(left, right, acc)
+    if PER_ROW:
+        rows, columns = tw.load(scale_a, m, BM), tw.load(scale_b, n, BN)
+        out = acc.to(tw.float32) * rows[:, None] * columns[None, :]
+    else:
+        out = acc.to(tw.float32) * (tw.load(scale_a, 0) * tw.load(scale_b, 0))
+    if bias is not None:
+        out += tw.load(bias, n, BN).to(tw.float32)[None, :]
+    tw.store(c, (m, n), out.to(c.dtype))
+
+
+@tw.kernel
+def gemm_block_scaled(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    scale_a: tw.Tensor,
+    scale_b: tw.Tensor,
+    c: tw.Tensor,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 128,
+) -> None:
+    """Sums over blocks k of ``scale_a[:, k] * scale_b[k, n // 128] * (a_k @ b_k)``. Grid: (cdiv(M, BM), cdiv(N, BN)).
+
+    a (M, K), b (K, N), c (M, N), scale_a (M, cdiv(K, 128)), scale_b (cdiv(K, 128), cdiv(N, 128)), any strides;
+    BN divides 128. Blocks are added up in float32 (int8: after exact sums in int32).
+    """
+    tw.static_assert(BLOCK % BN == 0, "a tile of b has one scale: BN divides 128")
+    m, n = tw.program_id(0), tw.program_id(1)
+    acc = tw.zeros((BM, BN), tw.float32)
+    column = n * BN // BLOCK
+    rows, block = tw.load(scale_a, (m, 0), (BM, 1)), tw.load(scale_b, (0, column))
+    for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
+        # the next block's scales arrive while this one is multiplied
+        next_rows, next_block = tw.load(scale_a, (m, k + 1), (BM, 1)), tw.load(scale_b, (k + 1, column))
+        part = tw.dot(tw.load(a, (m, k), (BM, BLOCK)), tw.load(b, (k, n), (BLOCK, BN)))
+        acc += part.to(tw.float32) * (rows * block)
+        rows, block = next_rows, next_block
+    tw.store(c, (m, n), acc.to(c.dtype))
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+#: tiles (BM, BN) and their speed relative to the first, as in `tilewright.kernels.gemm.TILES`
+TILES: tuple[tuple[tuple[int, int], float], ...] = (
+    ((128, 256), 1.0),
+    ((64, 256), 0.9),
+    ((128, 128), 0.85),
+    ((64, 128), 0.75),
+    ((64, 64), 0.4),
+)
+
+
+def configuration(m: int, n: int, units: int = 132, most_columns: int = 256) -> dict[str, int]:
+    """Tile sizes: those whose waves over ``units`` SMs take least time, each wave costing its area over its speed."""
+
+    def cost(entry: tuple[tuple[int, int], float]) -> float:
+        (bm, bn), speed = entry
+        return -(-(-(-m // bm) * -(-n // bn)) // units) * bm * bn / speed
+
+    bm, bn = min((entry for entry in TILES if entry[0][1] <= most_columns), key=cost)[0]
+    return {"BM": bm, "BN": bn}
+
+
+def scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any, bias: Any = None, *, promote: bool = False) -> None:
+    """``c = scale_a * scale_b * (a @ b) + bias``; scales of one element, or of M and N. Arrays of NumPy or torch."""
+    m, n = c.shape
+    per_row = (scale_a.shape[0], scale_b.shape[0]) != (1, 1)
+    meta = configuration(m, n, most_columns=128 if promote else 256)  # two accumulators
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
+    gemm_scaled[grid](a, b, scale_a, scale_b, c, bias, PER_ROW=per_row, PROMOTE=promote, **meta)
+
+
+def block_scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any) -> None:
+    """See `gemm_block_scaled`."""
+    m, n = c.shape
+    meta = configuration(m, n, most_columns=BLOCK)
+    gemm_block_scaled[tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])](a, b, scale_a, scale_b, c, **meta)
+
+
+# --- references -----------------------------------------------------------------------------------
+
+
+def reference(
+    a: np.ndarray[Any, Any],
+    b: np.ndarray[Any, Any],
+    scale_a: np.ndarray[Any, Any],
+    scale_b: np.ndarray[Any, Any],
+    bias: np.ndarray[Any, Any] | None = None,
+) -> np.ndarray[Any, Any]:
+    """`gemm_scaled` in float64."""
+    product = a.astype(np.float64) @ b.astype(np.float64)
+    product = product * scale_a.astype(np.float64)[:, None] * scale_b.astype(np.float64)[None, :]
+    result: np.ndarray[Any, Any] = product if bias is None else product + bias.astype(np.float64)
+    return result
+
+
+def block_reference(
+    a: np.ndarray[Any, Any],
+    b: np.ndarray[Any, Any],
+    scale_a: np.ndarray[Any, Any],
+    scale_b: np.ndarray[Any, Any],
+) -> np.ndarray[Any, Any]:
+    """`gemm_block_scaled` in float64."""
+    (_, k), n = a.shape, b.shape[1]
+    rows = np.repeat(scale_a.astype(np.float64), BLOCK, axis=1)[:, :k]
+    blocks = np.repeat(np.repeat(scale_b.astype(np.float64), BLOCK, axis=0), BLOCK, axis=1)[:k, :n]
+    product: np.ndarray[Any, Any] = (a.astype(np.float64) * rows) @ (b.astype(np.float64) * blocks)
+    return product
