@@ -46,7 +46,7 @@ from tilewright.ir.tile_ops import (
 )
 from tilewright.ir.types import BufferType, TileType, ViewType
 from tilewright.passes.analysis import enclosing_operations
-from tilewright.passes.cat_layouts import CatLayouts, cat_layouts, part_layouts
+from tilewright.passes.cat_layouts import CatLayouts, cat_layouts, joined, part_layouts, part_of
 from tilewright.passes.layout_costs import Access, best_access
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
@@ -206,14 +206,22 @@ class _Assignment:
                     self._assign(value, self._operand_layout(op, which))
 
     def _cat_anchor(self, op: Operation) -> None:
-        """Joining moves nothing where the parts have a layout of their greatest common part."""
-        if isinstance(op, Cat):
+        """Unequal parts have a layout of their greatest common part; through equal ones layouts spread."""
+        if isinstance(op, Cat) and not _has_equal_parts(op):
             layouts = self._cat_layouts(op)
             self._assign(op.result, layouts.result)
             for value, layout in zip(op.sources, layouts.sources, strict=True):
                 self._assign(value, layout)
 
     def _cat_layouts(self, op: Cat) -> CatLayouts:
+        """Layouts of parts and whole between which joining moves nothing: the whole's, the first part's, or plain."""
+        count = len(op.sources)
+        held = [_tile(value).layout for value in (op.result, op.sources[0])]
+        if _has_equal_parts(op) and held[0] is not None and held[1] is not None:
+            for part in (part_of(held[0], op.axis, count), held[1]):
+                whole = joined(part, op.axis, count) if part is not None else None
+                if part is not None and whole is not None:
+                    return CatLayouts((part,) * count, whole)
         result = _tile(op.result)
         sizes = [_tile(value).shape[op.axis] for value in op.sources]
         return cat_layouts(result.shape, op.axis, sizes, result.dtype.bits, self.warps, self.target.warp_size)
@@ -259,6 +267,8 @@ class _Assignment:
         while changed:
             changed = False
             for op in self.ops:
+                if isinstance(op, Cat):
+                    changed |= self._spread_cat(op)
                 rule = RULES.get(type(op))
                 if rule is None or not all(isinstance(v.type, TileType) for v in (op.operands[0], op.result)):
                     continue
@@ -274,6 +284,24 @@ class _Assignment:
                     changed |= layout is not None
                     if layout is not None:
                         self._assign(result, layout)
+
+    def _spread_cat(self, op: Cat) -> bool:
+        """Between equal parts and their whole."""
+        values, count = [op.result, *op.sources], len(op.sources)
+        if not _has_equal_parts(op) or all(map(self.known, values)):
+            return False
+        source = next(filter(self.known, op.sources), None)
+        part = self.of(source) if source is not None else None
+        if part is None and self.known(op.result):
+            part = part_of(self.of(op.result), op.axis, count)
+        whole = joined(part, op.axis, count) if part is not None else None
+        if part is None or whole is None:
+            return False
+        open_values = [value for value in values if not self.known(value)]
+        self._assign(op.result, whole)
+        for value in op.sources:
+            self._assign(value, part)
+        return bool(open_values)
 
     # --- choices by cost ----------------------------------------------------------------------------
 
@@ -472,6 +500,10 @@ class _Assignment:
 def _yielded(region: Region) -> list[Value]:
     terminator = region.block.terminator
     return terminator.values if isinstance(terminator, Yield) else []
+
+
+def _has_equal_parts(op: Cat) -> bool:
+    return len({_tile(value).shape for value in op.sources}) == 1
 
 
 Rule = Callable[[Operation, LinearLayout], LinearLayout | None]
