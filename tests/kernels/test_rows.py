@@ -17,7 +17,7 @@ from tilewright.kernels import column_sum as columns_module
 from tilewright.kernels import rmsnorm as rmsnorm_module
 from tilewright.kernels import softmax as softmax_module
 from tilewright.kernels import transpose as transpose_module
-from tilewright.kernels.column_sum import column_sum, column_sums, partial_shape
+from tilewright.kernels.column_sum import column_sum, column_sums, workspace_shapes
 from tilewright.kernels.rmsnorm import rmsnorm
 from tilewright.kernels.rows import row_tiles
 from tilewright.kernels.softmax import softmax
@@ -68,11 +68,13 @@ def test_transpose(shape, dtype):
 @pytest.mark.parametrize("dtype", sorted(DTYPE))
 @pytest.mark.parametrize("shape", [(1000, 300), (256, 512), (1, 1)])
 def test_column_sum(shape, dtype):
-    x, partial = normal(*shape, dtype=dtype), poisoned(*partial_shape(*shape), dtype="f32")
+    x = normal(*shape, dtype=dtype)
+    partial, arrived = workspace_shapes(*shape, x.itemsize)
+    workspace = poisoned(*partial, dtype="f32"), np.zeros(arrived, np.int32)
     out, again = poisoned(1, shape[1], dtype="f32"), poisoned(1, shape[1], dtype="f32")
-    column_sums(x, partial, out)
+    column_sums(x, out, *workspace)
     np.testing.assert_allclose(out, columns_module.reference(x), rtol=1e-5, atol=1e-4)
-    column_sums(x, partial, again)
+    column_sums(x, again, *workspace)
     assert out.tobytes() == again.tobytes()
 
 
@@ -125,7 +127,8 @@ def test_on_the_emulated_mi300(dtype):
     turned, sums = poisoned(200, 40, dtype=dtype), poisoned(1, 200, dtype="f32")
     run(transpose, {"x": x, "y": turned}, (1, 4), BM=64, BN=64)
     np.testing.assert_array_equal(turned, x.T)
-    run(column_sum, {"x": x, "sums": sums}, (1, 4), ROWS=64, BN=64)
+    partial, arrived = poisoned(2, 200, dtype="f32"), np.zeros(4, np.int32)
+    run(column_sum, {"x": x, "partial": partial, "arrived": arrived, "sums": sums}, (4, 2), BM=16, BN=64)
     np.testing.assert_allclose(sums, columns_module.reference(x), rtol=1e-5, atol=1e-4)
     y = poisoned(40, 200, dtype=dtype)
     run(softmax, {"x": x, "y": y}, (10,), BM=4, BN=256)

@@ -28,20 +28,23 @@ def rotary(
     of y. Grid: (cdiv(S, BS), cdiv(H, BH), B). Computes in float32.
     """
     s, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    if INTERLEAVED:
+        pairs = tw.load(x[b], (s, h, 0), (BS, BH, D)).reshape(BS, BH, D // 2, 2).to(tw.float32)
+        first, second = pairs[:, :, :, 0], pairs[:, :, :, 1]
+    else:
+        first = tw.load(x[b], (s, h, 0), (BS, BH, D // 2)).to(tw.float32)
+        second = tw.load(x[b], (s, h, 1), (BS, BH, D // 2)).to(tw.float32)
     c = tw.load(cos, (s, 0), (BS, D // 2)).to(tw.float32)[:, None, :]
     d = tw.load(sin, (s, 0), (BS, D // 2)).to(tw.float32)[:, None, :]
     if INVERSE:
         d = -d
+    first, second = first * c - second * d, second * c + first * d
     if INTERLEAVED:
-        pairs = tw.load(x[b], (s, h, 0), (BS, BH, D)).to(tw.float32).reshape(BS, BH, D // 2, 2)
-        first, second = pairs[:, :, :, 0], pairs[:, :, :, 1]
-        turned = (first * c - second * d)[:, :, :, None], (second * c + first * d)[:, :, :, None]
-        tw.store(y[b], (s, h, 0), tw.cat(turned, axis=3).reshape(BS, BH, D).to(y.dtype))
+        whole = tw.cat((first[:, :, :, None], second[:, :, :, None]), axis=3).reshape(BS, BH, D)
+        tw.store(y[b], (s, h, 0), whole.to(y.dtype))
     else:
-        first = tw.load(x[b], (s, h, 0), (BS, BH, D // 2)).to(tw.float32)
-        second = tw.load(x[b], (s, h, 1), (BS, BH, D // 2)).to(tw.float32)
-        tw.store(y[b], (s, h, 0), (first * c - second * d).to(y.dtype))
-        tw.store(y[b], (s, h, 1), (second * c + first * d).to(y.dtype))
+        tw.store(y[b], (s, h, 0), first.to(y.dtype))
+        tw.store(y[b], (s, h, 1), second.to(y.dtype))
 
 
 def reference(

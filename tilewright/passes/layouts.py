@@ -52,8 +52,9 @@ from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 from tilewright.passes.staging import may_stage
 
-#: elements of the largest tile that one thread of a kernel without dots should hold
-ELEMENTS_PER_THREAD, MOST_WARPS = 32, 8
+#: elements of the largest tile that one thread of a kernel without dots should hold, and the most warps to that end;
+#: more where the tile is reduced: it waits in registers for the result, and others with it
+ELEMENTS_PER_THREAD, MOST_WARPS, MOST_REDUCING_WARPS = 32, 8, 16
 #: how many times the body of a loop is thought to run
 LOOP_WEIGHT = 8
 
@@ -63,21 +64,22 @@ class Layouts(FunctionPass):
     """Sets the layout of every tile type and, where it is still open, ``num_warps``."""
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
-        tiles = [v for v in _values(function.body) if isinstance(v.type, TileType)]
         if "num_warps" not in function.attributes:
-            function.attributes["num_warps"] = context.options.num_warps or default_warps(tiles, context.target)
+            function.attributes["num_warps"] = context.options.num_warps or default_warps(function, context.target)
         warps = int(function.attributes["num_warps"])
         function.attributes.setdefault("threads", warps * context.target.warp_size)
-        if tiles:
+        if any(isinstance(v.type, TileType) for v in _values(function.body)):
             _Assignment(function, context.target, warps).run()
 
 
-def default_warps(tiles: list[Value], target: Target) -> int:
+def default_warps(function: Function, target: Target) -> int:
     """A power of two such that threads hold about `ELEMENTS_PER_THREAD` elements of the largest tile."""
-    largest = max((v.type.size for v in tiles if isinstance(v.type, TileType)), default=1)
+    largest = max((v.type.size for v in _values(function.body) if isinstance(v.type, TileType)), default=1)
+    reduced = max((_tile(op.source).size for op in function.walk() if isinstance(op, Reduce)), default=0)
     warps = 1
-    while warps < MOST_WARPS and largest > warps * target.warp_size * ELEMENTS_PER_THREAD:
-        warps *= 2
+    for size, most in ((largest, MOST_WARPS), (reduced, MOST_REDUCING_WARPS)):
+        while warps < most and size > warps * target.warp_size * ELEMENTS_PER_THREAD:
+            warps *= 2
     return max(warps, 4) if largest >= 4 * target.warp_size else warps
 
 
