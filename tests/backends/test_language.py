@@ -61,4 +61,10 @@ def test_an_ordered_update_stands_between_barriers_and_fences():
     text = compiled(scheduled(built, "gfx942"), "gfx942").asm["amdgcn"]
     marks = re.findall(r"s_barrier|buffer_wbl2|buffer_inv|global_atomic_add", text)
     update = marks.index("global_atomic_add")
-    assert marks[update - 2 : update + 3] == ["s_barrier", "buffer_wbl2", "global_atomic_add", "buffer_inv", "s_barrier"]
+    assert marks[update - 2 : update + 3] == [
+        "s_barrier",
+        "buffer_wbl2",
+        "global_atomic_add",
+        "buffer_inv",
+        "s_barrier",
+    ]

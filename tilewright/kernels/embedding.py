@@ -28,7 +28,7 @@ def embedding_backward(
 ) -> None:
     """``dtable[v]``: the sum of dy's rows whose token is v, in float32, in their order: always the same bits.
 
-    dy (M, N), dtable (V, N), zero or to be kept where no token points; ``order`` (M,) int32 sorts the tokens stably
+    dy (M, N), dtable (V, N), zero or to be kept where no token points; ``order`` (M,) of integers sorts the tokens stably
     (`sorted_order`) and ``tokens`` (M,) are in that order. Of each run of equal tokens the program at its first place
     adds up the rows. Tokens out of range are dropped. Grid: (M, cdiv(N, BN)).
     """
@@ -40,7 +40,7 @@ def embedding_backward(
         place = i
         same = True
         while same:
-            row = tw.max(tw.load(order, place, 1))
+            row = tw.max(tw.load(order, place, 1)).to(tw.int32)
             total = total + tw.load(dy, (row, n), (1, BN)).to(tw.float32)
             place = place + 1
             same = place < dy.shape[0] and tw.max(tw.load(tokens, place, 1)) == token

@@ -15,7 +15,9 @@ ROLES = (
 )
 
 #: copies by the computing warps themselves, ahead of their use
-PREFETCH = f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,copy-ahead,prefetch,load-ahead,{SIMPLIFY},layouts"
+PREFETCH = (
+    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,copy-ahead,prefetch,load-ahead,{SIMPLIFY},layouts"
+)
 
 
 def default_pipeline(target: Target, check: bool = True) -> str:

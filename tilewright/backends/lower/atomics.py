@@ -44,9 +44,7 @@ def lower_atomic(lw: Lowering, op: indexed_ops.Atomic) -> None:
             conditions = [c for c in (holder, inside) if c is not None]
             condition = reduce(lw.fb.and_, conditions) if conditions else None
             pointer = places.pointer(register)
-            old[tuple(coordinate)] = _update_if(
-                lw, op, condition, pointer, values[register], expected[register], dtype
-            )
+            old[tuple(coordinate)] = _update_if(lw, op, condition, pointer, values[register], expected[register], dtype)
     results = [old[tuple(coordinate)] for coordinate in layout.table("register").tolist()]
     if holder is not None and any(op.result in other.operands for other in lw.function.walk()):
         results = _pass_on(lw, op, layout, dtype, results)
