@@ -59,10 +59,11 @@ def rmsnorm_backward(
     BM: tw.constexpr = 1,
     BN: tw.constexpr = 4096,
 ) -> None:
-    """``dx`` of `rmsnorm`, and in ``partial[p]`` sums over the rows of program p: for the weight, with BIAS for the bias too.
+    """``dx`` of `rmsnorm`, and sums over rows for the gradients of the weight and, with BIAS, of the bias.
 
     dy, x and dx (M, N); x is what was normalised: with a residual their sum. ``dtotal`` (M, N) is the gradient that
-    reaches this sum on other ways, added to dx. partial (P, 1 + BIAS, N) float32, to be added up by `column_sums`. Grid: (P,), any P.
+    reaches this sum on other ways, added to dx. partial (P, 1 + BIAS, N) float32: the sums of each program's rows, for
+    `column_sums` to add up. Grid: (P,), any P.
     """
     p = tw.program_id(0)
     columns = x.shape[1]

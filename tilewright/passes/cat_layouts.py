@@ -1,8 +1,8 @@
 """Register layouts for joining and cutting tiles: the parts and the whole are copies of one core.
 
 Equal parts in any layout join to one in which further registers say which part (`joined`), and go apart again
-(`part_of`): so the layout of neighbours passes through. Else parts and whole have layouts of their own, made here. Their
-core is as long as the largest power of two that divides every part, so that each copy belongs to one part and
+(`part_of`): so the layout of neighbours passes through. Else parts and whole have layouts of their own, made here.
+Their core is as long as the largest power of two that divides every part, so that each copy belongs to one part and
 joining renames registers; so does cutting at offsets that the core divides.
 """
 
