@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 import tilewright as tw
 from tilewright.kernels import activations, cross_entropy, dropout, embedding, layernorm, quantize, rmsnorm, rotary
@@ -189,7 +189,9 @@ def targets(m: int, n: int) -> Tensor:
 
 
 def entropy_math(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return F.cross_entropy(wide(x), target, ignore_index=IGNORED, reduction="none"), torch.logsumexp(wide(x), 1)
+    return functional.cross_entropy(wide(x), target, ignore_index=IGNORED, reduction="none"), torch.logsumexp(
+        wide(x), 1
+    )
 
 
 def entropy_backward_math(x: Tensor, target: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
@@ -254,7 +256,12 @@ def dropout_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, y = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
     grid = (tw.cdiv(m, 4), tw.cdiv(n, 1024))
     return Case(
-        lambda: dropout.dropout[grid](x, y, 0.1, 1234567, 0), [y], lambda x: F.dropout(x, 0.1), [x], 2 * x.nbytes, False
+        lambda: dropout.dropout[grid](x, y, 0.1, 1234567, 0),
+        [y],
+        lambda x: functional.dropout(x, 0.1),
+        [x],
+        2 * x.nbytes,
+        False,
     )
 
 
@@ -262,7 +269,7 @@ def embedding_case(m: int, n: int, dtype: torch.dtype) -> Case:
     table, y, tokens = normal(50304, n, dtype=dtype), poisoned(m, n, dtype=dtype), torch.randint(50304, (m,)).cuda()
     grid = (tw.cdiv(m, 4), tw.cdiv(n, 1024))
     return Case(
-        lambda: embedding.embedding[grid](table, tokens, y), [y], lambda t, i: F.embedding(i, t), [table, tokens],
+        lambda: embedding.embedding[grid](table, tokens, y), [y], lambda t, i: functional.embedding(i, t), [table, tokens],
         2 * y.nbytes,
     )  # fmt: skip
 
@@ -287,7 +294,7 @@ def embedding_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 
 def swiglu_math(x: Tensor, up: Tensor) -> Tensor:
-    return (F.silu(wide(x)) * wide(up)).to(x.dtype)
+    return (functional.silu(wide(x)) * wide(up)).to(x.dtype)
 
 
 def swiglu_backward_math(dy: Tensor, x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,7 +303,7 @@ def swiglu_backward_math(dy: Tensor, x: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 def gelu_math(x: Tensor) -> Tensor:
-    return F.gelu(wide(x)).to(x.dtype)
+    return functional.gelu(wide(x)).to(x.dtype)
 
 
 def gelu_case(m: int, n: int, dtype: torch.dtype) -> Case:

@@ -152,7 +152,12 @@ def test_columns_are_added_up_without_an_exchange_between_threads_until_the_end(
     meta, _ = plan(16384, 4096, 2)
     warps = meta.pop("num_warps")
     built = amd.module_of(
-        column_sum, x=amd.matrix("bf16"), partial=amd.matrix("f32"), arrived=vector("i32"), sums=amd.matrix("f32"), **meta
+        column_sum,
+        x=amd.matrix("bf16"),
+        partial=amd.matrix("f32"),
+        arrived=vector("i32"),
+        sums=amd.matrix("f32"),
+        **meta,
     )
     function = amd.scheduled(built, "sm_90a", num_warps=warps)
     loop = next(op for op in function.walk() if isinstance(op, For))

@@ -16,27 +16,27 @@ SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 @tw.function
-def relu(x):  # type: ignore[no-untyped-def]
+def relu(x):
     """(max(x, 0), its derivative)."""
     return tw.maximum(x, 0.0), tw.where(x > 0.0, 1.0, 0.0)
 
 
 @tw.function
-def silu(x):  # type: ignore[no-untyped-def]
+def silu(x):
     """(x * sigmoid(x), its derivative)."""
     s = tw.sigmoid(x)
     return x * s, s * (1.0 + x * (1.0 - s))
 
 
 @tw.function
-def gelu(x):  # type: ignore[no-untyped-def]
+def gelu(x):
     """(x times the normal distribution function, its derivative)."""
     below = 0.5 + 0.5 * tw.erf(x * SQRT_HALF)
     return x * below, below + x * NORMAL * tw.exp(-0.5 * x * x)
 
 
 @tw.function
-def gelu_tanh(x):  # type: ignore[no-untyped-def]
+def gelu_tanh(x):
     """(gelu's approximation by tanh, its derivative)."""
     t = tw.tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x))
     slope = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x)

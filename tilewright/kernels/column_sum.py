@@ -67,7 +67,8 @@ def column_sums(x: Any, out: Any, partial: Any, arrived: Any) -> None:
 
     Arrays of NumPy or torch, on one device. Launches on one workspace must follow each other.
     """
-    meta, grid = plan(*x.shape, x.itemsize)
+    rows, columns = x.shape
+    meta, grid = plan(rows, columns, x.itemsize)
     column_sum[grid](x, partial, arrived, out, **meta)
 
 

@@ -48,4 +48,5 @@ def kept(rows: int, columns: int, rate: float, seed: int, sequence: int) -> np.n
 
 def reference(x: np.ndarray[Any, Any], rate: float, seed: int, sequence: int = 0) -> np.ndarray[Any, Any]:
     """In float64."""
-    return np.where(kept(*x.shape, rate, seed, sequence), x.astype(np.float64) / (1 - rate), 0.0)
+    rows, columns = x.shape
+    return np.where(kept(rows, columns, rate, seed, sequence), x.astype(np.float64) / (1 - rate), 0.0)

@@ -13,7 +13,7 @@ E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 
 
 @tw.function
-def scales(largest, dtype):  # type: ignore[no-untyped-def]
+def scales(largest, dtype):
     """What the largest magnitude of a row or block is divided by so that all of it fits; 1 for zeros."""
     limit = E4M3_MAX
     if dtype == tw.float8_e5m2:

@@ -19,14 +19,14 @@ ROUNDS = 10
 
 
 @tw.function
-def multiply(x, multiplier):  # type: ignore[no-untyped-def]
+def multiply(x, multiplier):
     """The high and the low 32 bits of the product of unsigned numbers, as int32 tiles."""
     product = (x.to(tw.int64) & LOW) * multiplier
     return (product >> 32).to(tw.int32), product.to(tw.int32)
 
 
 @tw.function
-def philox(c0, c1, c2, c3, key0, key1):  # type: ignore[no-untyped-def]
+def philox(c0, c1, c2, c3, key0, key1):
     """Four words of 32 random bits (int32 tiles) for each counter of four words, int32 tiles of one shape or scalars.
 
     ``key0`` and ``key1`` are int32 scalars.
@@ -40,7 +40,7 @@ def philox(c0, c1, c2, c3, key0, key1):  # type: ignore[no-untyped-def]
 
 
 @tw.function
-def uniform(bits):  # type: ignore[no-untyped-def]
+def uniform(bits):
     """The upper 24 of 32 random bits as a float32 in [0, 1), exactly."""
     return ((bits >> 8) & 0xFFFFFF).to(tw.float32) * (1.0 / (1 << 24))
 

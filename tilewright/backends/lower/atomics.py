@@ -2,8 +2,10 @@
 
 Device scope. An ordered update has fences around it and barriers around these: what all threads of the block have
 written comes before it, what they read behind comes after it, since both kinds of order add up (PTX memory model,
-"causality order"; LLVM's memory models of the AMDGPU targets). Float max and min are integer updates: of floats with one sign the bits are ordered as the
-numbers are, or backwards. A NaN in the new value wins because it takes the sign that is outermost in that order.
+"causality order"; LLVM's memory models of the AMDGPU targets).
+
+Float max and min are integer updates: of floats with one sign the bits are ordered as the numbers are, or backwards.
+A NaN in the new value wins because it takes the sign that is outermost in that order.
 Threads that hold copies of an element get its old value from the one that made the update, lanes by a shuffle,
 warps through scratch memory (only where somebody asks for it).
 """
