@@ -29,8 +29,8 @@ def embedding_backward(
     """``dtable[v]``: the sum of dy's rows whose token is v, in float32, in their order: always the same bits.
 
     dy (M, N), dtable (V, N), zero or to be kept where no token points; ``order`` (M,) of integers sorts the tokens
-    stably (`sorted_order`) and ``tokens`` (M,) are in that order. Of each run of equal tokens the program at its first place
-    adds up the rows. Tokens out of range are dropped. Grid: (M, cdiv(N, BN)).
+    stably (`sorted_order`) and ``tokens`` (M,) are in that order. Of each run of equal tokens the program at its first
+    place adds up the rows. Tokens out of range are dropped. Grid: (M, cdiv(N, BN)).
     """
     i, n = tw.program_id(0), tw.program_id(1)
     token = tw.max(tw.load(tokens, i, 1))
