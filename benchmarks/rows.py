@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import tilewright as tw
-from tilewright.kernels.column_sum import column_sums, partial_shape
+from tilewright.kernels.column_sum import column_sums, workspace_shapes
 from tilewright.kernels.rmsnorm import rmsnorm
 from tilewright.kernels.rows import row_tiles
 from tilewright.kernels.softmax import softmax
@@ -78,10 +78,11 @@ def transpose_case(x: torch.Tensor) -> Case:
 
 
 def column_sum_case(x: torch.Tensor) -> Case:
-    partial = poisoned(*partial_shape(*x.shape), dtype=torch.float32)
+    partial, arrived = workspace_shapes(*x.shape, x.itemsize)
+    workspace = poisoned(*partial, dtype=torch.float32), torch.zeros(arrived, device="cuda", dtype=torch.int32)
     y = poisoned(1, x.shape[1], dtype=torch.float32)
     return Case(
-        lambda: column_sums(x, partial, y),
+        lambda: column_sums(x, y, *workspace),
         lambda: torch.sum(x, dim=0, dtype=torch.float32),
         y,
         x.double().sum(0, keepdim=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -44,3 +45,26 @@ def test_compiles_for_hopper(case: Case):
     built, options = module(case, case.arrays())
     result = compile_nvidia(scheduled(built, "sm_90a", **options), get_target("sm_90a"))
     assert result.binary and result.resources.registers <= 255
+
+
+def test_an_ordered_update_stands_between_barriers_and_fences():
+    """All threads' writes, the barrier, one thread's release, update and acquire, the barrier, all threads' reads."""
+    case = next(case for case in CASES if case.name == "atomic-arrival")
+    built, _ = module(case, case.arrays())
+    ptx = compile_nvidia(scheduled(built, "sm_90a"), get_target("sm_90a")).asm["ptx"]
+    marks = re.findall(r"bar\.sync|fence\.\w+\.\w+|atom\.\S+|st\.global|ld\.global", ptx)
+    update = marks.index("atom.global.add.u32")
+    assert marks[update - 1] == marks[update + 1] == "fence.acq_rel.gpu"
+    assert marks[update - 2] == marks[update + 2] == "bar.sync"
+    assert "st.global" in marks[:update] and "ld.global" in marks[update:]
+    built, _ = module(case, case.arrays())
+    text = compiled(scheduled(built, "gfx942"), "gfx942").asm["amdgcn"]
+    marks = re.findall(r"s_barrier|buffer_wbl2|buffer_inv|global_atomic_add", text)
+    update = marks.index("global_atomic_add")
+    assert marks[update - 2 : update + 3] == [
+        "s_barrier",
+        "buffer_wbl2",
+        "global_atomic_add",
+        "buffer_inv",
+        "s_barrier",
+    ]

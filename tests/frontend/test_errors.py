@@ -573,6 +573,11 @@ def atomic_value(x, y, n):
     tw.atomic_add(y, 0, n)
 
 
+@case("unknown order 'seq_cst'", '"seq_cst"', "'relaxed', 'acq_rel'")
+def atomic_order(x, y, n):
+    tw.atomic_add(y, 0, 1.0, order="seq_cst")
+
+
 @case("axis= goes with integer tiles, not with a tile index", "0")
 def atomic_axis(x, y, n):
     tw.atomic_add(y, n, 1.0, axis=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import tilewright as tw
-from tilewright.kernels.column_sum import column_sums, partial_shape
+from tilewright.kernels.column_sum import column_sums, workspace_shapes
 from tilewright.kernels.rmsnorm import rmsnorm
 from tilewright.kernels.rows import row_tiles
 from tilewright.kernels.softmax import softmax
@@ -62,9 +62,10 @@ def test_transpose(x):
 
 
 def test_column_sum(x):
-    partial = poisoned(*partial_shape(*x.shape), dtype=torch.float32)
+    partial, arrived = workspace_shapes(*x.shape, x.itemsize)
+    workspace = poisoned(*partial, dtype=torch.float32), torch.zeros(arrived, device="cuda", dtype=torch.int32)
     out, again = (poisoned(1, x.shape[1], dtype=torch.float32) for _ in range(2))
-    column_sums(x, partial, out)
-    column_sums(x, partial, again)
+    column_sums(x, out, *workspace)
+    column_sums(x, again, *workspace)
     assert relative(out, x.double().sum(0, keepdim=True)) < 1e-5
     assert torch.equal(out, again)

@@ -1,4 +1,4 @@
-"""Row and column kernels: in the interpreter against float64, on the emulated MI300 in small, and their PTX."""
+"""Row and column kernels: in the interpreter against float64, on the emulated GPUs in small, and their PTX."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import amd_programs as amd
 import ml_dtypes
 import numpy as np
 import pytest
+from kernel_checks import DEVICES, launch
 
 import tilewright as tw
 from tilewright.backends.nvidia.compile import compile_function
+from tilewright.ir.scratch import scratch_bytes
 from tilewright.ir.target import get_target
+from tilewright.ir.tile_ops import Convert, For, Reduce
 from tilewright.ir.types import DTYPES, ViewType
 from tilewright.kernels import column_sum as columns_module
 from tilewright.kernels import rmsnorm as rmsnorm_module
 from tilewright.kernels import softmax as softmax_module
 from tilewright.kernels import transpose as transpose_module
-from tilewright.kernels.column_sum import column_sum, column_sums, partial_shape
+from tilewright.kernels.column_sum import column_sum, column_sums, plan, workspace_shapes
 from tilewright.kernels.rmsnorm import rmsnorm
 from tilewright.kernels.rows import row_tiles
 from tilewright.kernels.softmax import softmax
@@ -68,11 +71,13 @@ def test_transpose(shape, dtype):
 @pytest.mark.parametrize("dtype", sorted(DTYPE))
 @pytest.mark.parametrize("shape", [(1000, 300), (256, 512), (1, 1)])
 def test_column_sum(shape, dtype):
-    x, partial = normal(*shape, dtype=dtype), poisoned(*partial_shape(*shape), dtype="f32")
+    x = normal(*shape, dtype=dtype)
+    partial, arrived = workspace_shapes(*shape, x.itemsize)
+    workspace = poisoned(*partial, dtype="f32"), np.zeros(arrived, np.int32)
     out, again = poisoned(1, shape[1], dtype="f32"), poisoned(1, shape[1], dtype="f32")
-    column_sums(x, partial, out)
+    column_sums(x, out, *workspace)
     np.testing.assert_allclose(out, columns_module.reference(x), rtol=1e-5, atol=1e-4)
-    column_sums(x, partial, again)
+    column_sums(x, again, *workspace)
     assert out.tobytes() == again.tobytes()
 
 
@@ -112,28 +117,51 @@ def test_rows_are_read_and_written_once_in_vectors(columns):
     ptx = hot_path(
         rmsnorm, x=amd.matrix("bf16"), weight=vector("bf16"), y=amd.matrix("bf16"), eps=DTYPES["f32"], **meta
     )
-    warps = 8 if columns == 16384 else 4
+    warps = 16 if columns == 16384 else 4
     vectors = meta["BM"] * meta["BN"] // (8 * 32 * warps)
     assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == vectors
-    assert (".minnctapersm 2" in ptx) == (columns == 16384)  # the widest rows leave room for a second block
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == vectors + columns // (8 * 32 * warps)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-def test_on_the_emulated_mi300(dtype):
-    x = amd.normal(40, 200, dtype=dtype)
-    turned, sums = poisoned(200, 40, dtype=dtype), poisoned(1, 200, dtype="f32")
-    run(transpose, {"x": x, "y": turned}, (1, 4), BM=64, BN=64)
+@pytest.mark.parametrize("device", DEVICES)
+def test_on_devices(device: str, dtype: str) -> None:
+    x = normal(40, 200, dtype=dtype)
+    turned, y = poisoned(200, 40, dtype=dtype), poisoned(40, 200, dtype=dtype)
+    launch(device, transpose, (1, 4), x, turned, BM=64, BN=64)
     np.testing.assert_array_equal(turned, x.T)
-    run(column_sum, {"x": x, "sums": sums}, (1, 4), ROWS=64, BN=64)
-    np.testing.assert_allclose(sums, columns_module.reference(x), rtol=1e-5, atol=1e-4)
-    y = poisoned(40, 200, dtype=dtype)
-    run(softmax, {"x": x, "y": y}, (10,), BM=4, BN=256)
+    launch(device, softmax, (10,), x, y, BM=4, BN=256)
     assert_close(y, softmax_module.reference(x), dtype)
 
 
-def run(kernel, arrays: dict[str, np.ndarray], grid: tuple[int, ...], **meta: int) -> None:
-    names = {DTYPE[n]: n for n in DTYPE}
-    types = {k: amd.matrix(names[v.dtype.type]) for k, v in arrays.items()}
-    function = amd.scheduled(amd.module_of(kernel, **types, **meta), "gfx942")
-    amd.emulate(amd.compiled(function, "gfx942"), "gfx942", list(arrays.values()), grid)
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_column_sum_on_devices(device: str, dtype: str) -> None:
+    """Three programs share the rows; whichever comes last leaves the counters as they were."""
+    x, sums = normal(140, 200, dtype=dtype), poisoned(1, 200, dtype="f32")
+    partial, arrived = poisoned(3, 200, dtype="f32"), np.zeros(4, np.int32)
+    for _ in range(2):
+        sums[...] = np.nan
+        launch(device, column_sum, (4, 3), x, partial, arrived, sums, BM=16, BN=64, BP=2, num_warps=4)
+        np.testing.assert_allclose(sums, columns_module.reference(x), rtol=1e-5, atol=1e-4)
+        assert (arrived == 0).all()
+
+
+def test_columns_are_added_up_without_an_exchange_between_threads_until_the_end():
+    """The hot loop has loads of 16 bytes and no shared memory; one barrier pair reduces what the threads hold."""
+    meta, _ = plan(16384, 4096, 2)
+    warps = meta.pop("num_warps")
+    built = amd.module_of(
+        column_sum,
+        x=amd.matrix("bf16"),
+        partial=amd.matrix("f32"),
+        arrived=vector("i32"),
+        sums=amd.matrix("f32"),
+        **meta,
+    )
+    function = amd.scheduled(built, "sm_90a", num_warps=warps)
+    loop = next(op for op in function.walk() if isinstance(op, For))
+    (reduction,) = [op for op in loop.walk() if isinstance(op, Reduce)]
+    assert scratch_bytes(reduction) == 0 and not any(isinstance(op, Convert) for op in loop.walk())
+    ptx = compile_function(function, get_target("sm_90a")).asm["ptx"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 2 * meta["BM"] * meta["BN"] // (8 * 32 * warps)

@@ -47,6 +47,15 @@ def residual(x: tw.Tensor, w: tw.Tensor, r: tw.Tensor, y: tw.Tensor, scale: tw.f
     tw.store(y, (m, 0), acc.to(y.dtype))
 
 
+@tw.kernel
+def streamed(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 16):
+    """A loop without products that loads tiles and ends inside one."""
+    total = tw.zeros((BM, 128), tw.float32)
+    for k in tw.range(tw.program_id(0), tw.cdiv(x.shape[0], BM), tw.num_programs(0)):
+        total = total * 0.5 + tw.load(x, (k, 0), (BM, 128)).to(tw.float32)
+    tw.store(y, (tw.program_id(0), 0), tw.sum(total, axis=0)[None, :].to(y.dtype))
+
+
 @dataclass
 class Case:
     kernel: Kernel
@@ -85,6 +94,8 @@ CASES = {
         (4, 1, 2), scalars={"scale": 0.18}, D=64, BM=64, BN=64, CAUSAL=True,
     ),
     "softmax": case(softmax, {"x": (5, 1000)}, ("y", (5, 1000)), (5, 1, 1), BN=1024),
+    "streamed": case(streamed, {"x": (75, 100)}, ("y", (3, 100)), (3, 1, 1)),
+    "streamed-empty": case(streamed, {"x": (0, 100)}, ("y", (3, 100)), (3, 1, 1)),
     "residual": case(
         residual, {"x": (100, 70), "w": (70, 64), "r": (100, 64)}, ("y", (100, 64)), (2, 1, 1), scalars={"scale": 0.5}
     ),

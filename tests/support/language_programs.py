@@ -568,3 +568,20 @@ add(
     lambda: [np.zeros(1, np.int32), np.array([-1, 7, 0], np.int32), blank("i32", 6)],
     lambda c, b, o: (np.array([6]), np.array([9, 5, 2]), np.arange(6)), (6,),
 )  # fmt: skip
+
+
+@tw.kernel
+def last_arrival(x: tw.Tensor, parts: tw.Tensor, arrived: tw.Tensor, total: tw.Tensor):
+    """Each program stores a part; the last to arrive, whichever it is, reads them all."""
+    p = tw.program_id(0)
+    tw.store(parts, (p, 0), tw.load(x, (p, 0), (1, 256)) * 2.0)
+    if tw.atomic_add(arrived, 0, 1, order="acq_rel") == tw.num_programs(0) - 1:
+        tw.store(total, 0, tw.sum(tw.load(parts, (0, 0), (4, 256)), axis=0))
+        tw.store(arrived, 0, 0)
+
+
+add(
+    "atomic-arrival", last_arrival,
+    lambda: [numbers("f32", 4, 256), blank("f32", 4, 256), np.zeros(1, np.int32), blank("f32", 256)],
+    lambda x, p, a, t: (None, 2 * x, None, 2 * x.astype(np.float64).sum(0)), (4,),
+)  # fmt: skip

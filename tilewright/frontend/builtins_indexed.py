@@ -24,7 +24,7 @@ from tilewright.frontend.values import (
     view_type,
 )
 from tilewright.ir.core import Value
-from tilewright.ir.indexed_ops import ATOMIC_DTYPES, free_axes, supports_atomic
+from tilewright.ir.indexed_ops import ATOMIC_DTYPES, ORDERS, free_axes, supports_atomic
 from tilewright.ir.types import DTYPES, DType, i32, i64
 
 
@@ -211,14 +211,19 @@ def _has_tile(index: Any) -> bool:
     return any(is_tile(item) for item in index) if isinstance(index, tuple) else is_tile(index)
 
 
-def _atomic(emit: Emitter, fn: str, view: Any, index: Any, value: Any, axis: Any, tile: Any, expected: Any) -> Value:
+def _atomic(
+    emit: Emitter, fn: str, view: Any, index: Any, value: Any, axis: Any, tile: Any, order: Any, expected: Any = None
+) -> Value:
     name, index = f"atomic_{fn}", emit.plain(index)
+    if order not in ORDERS:
+        known = ", ".join(repr(o) for o in ORDERS)
+        raise CompileError(f"unknown order {order!r}", hint=f"one of {known}", argument="order")
     if is_view(view) and not supports_atomic(fn, dtype_of(view)):
         known = ", ".join(dtype_name(DTYPES[d]) for d in ATOMIC_DTYPES[fn])
         message = f"tw.{name} does not exist for {dtype_name(dtype_of(view))}"
         raise CompileError(message, hint=f"it exists for {known}", argument="view")
     if not _has_tile(index):
-        return _atomic_tile(emit, fn, view, index, value, axis, tile, expected)
+        return _atomic_tile(emit, fn, view, index, value, axis, tile, order, expected)
     places = _places(emit, name, view, index, axis, tile)
     value, shape = _update(emit, places, value, name.replace("_", " "), "value")
     tiles = [emit.conform(value, dtype_of(view), shape)]
@@ -227,11 +232,11 @@ def _atomic(emit: Emitter, fn: str, view: Any, index: Any, value: Any, axis: Any
         shape = broadcast_shapes(f"tw.{name}", shape, wider)
         tiles = [emit.conform(v, dtype_of(view), shape) for v in (value, other)]
     indices = places.indices(emit, shape)
-    return emit.builder.atomic(fn, view, places.tile, indices, tiles[0], places.axes, (*tiles, None)[1])
+    return emit.builder.atomic(fn, view, places.tile, indices, tiles[0], places.axes, (*tiles, None)[1], order)
 
 
 def _atomic_tile(
-    emit: Emitter, fn: str, view: Any, index: Any, value: Any, axis: Any, tile: Any, expected: Any
+    emit: Emitter, fn: str, view: Any, index: Any, value: Any, axis: Any, tile: Any, order: str, expected: Any
 ) -> Value:
     """At a tile index, as a store."""
     if not is_view(view):
@@ -248,13 +253,13 @@ def _atomic_tile(
     values = [value] if fn != "cas" else [value, expected]
     if all(is_scalar(v) for v in values):
         tiles = [_operand(emit, v, dtype_of(view), (1,) * rank) for v in values]
-        return only_element(emit, emit.builder.atomic(fn, view, indices, [], tiles[0], (), (*tiles, None)[1]))
+        return only_element(emit, emit.builder.atomic(fn, view, indices, [], tiles[0], (), (*tiles, None)[1], order))
     shape = broadcast_shapes(f"tw.atomic_{fn}", *(tile_shape(v) for v in values))
     if len(shape) != rank:
         message = f"tw.atomic_{fn}: a tile of shape {shape} to a tensor of rank {rank}"
         raise CompileError(message, hint="reshape the tile, or drop leading dimensions: t[b]", argument="value")
     tiles = [_operand(emit, v, dtype_of(view), shape) for v in values]
-    return emit.builder.atomic(fn, view, indices, [], tiles[0], (), (*tiles, None)[1])
+    return emit.builder.atomic(fn, view, indices, [], tiles[0], (), (*tiles, None)[1], order)
 
 
 def _operand(emit: Emitter, value: Any, dtype: DType, shape: Shape) -> Value:
@@ -267,8 +272,8 @@ def _operand(emit: Emitter, value: Any, dtype: DType, shape: Shape) -> Value:
 
 
 def _plain_atomic(fn: str) -> Implementation:
-    def implementation(emit: Emitter, view: Any, index: Any, value: Any, axis: Any, tile: Any) -> Value:
-        return _atomic(emit, fn, view, index, value, axis, tile, None)
+    def implementation(emit: Emitter, view: Any, index: Any, value: Any, axis: Any, tile: Any, order: Any) -> Value:
+        return _atomic(emit, fn, view, index, value, axis, tile, order)
 
     return implementation
 
@@ -279,8 +284,10 @@ IMPLEMENTATIONS.update(
 
 
 @implements(tw.atomic_cas)
-def atomic_cas(emit: Emitter, view: Any, index: Any, expected: Any, value: Any, axis: Any, tile: Any) -> Value:
-    return _atomic(emit, "cas", view, index, value, axis, tile, expected)
+def atomic_cas(
+    emit: Emitter, view: Any, index: Any, expected: Any, value: Any, axis: Any, tile: Any, order: Any
+) -> Value:
+    return _atomic(emit, "cas", view, index, value, axis, tile, order, expected)
 
 
 __all__ = ["gather", "scatter"]

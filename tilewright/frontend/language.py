@@ -109,48 +109,52 @@ def scatter(view, index, value, axis=None, tile=None):
 
 
 @_builtin
-def atomic_add(view, index, value, axis=None, tile=None):
+def atomic_add(view, index, value, axis=None, tile=None, order="relaxed"):
     """Add to the tensor atomically and give the old values; the other ``atomic_*`` functions likewise.
 
     ``index`` is a tile index as for `store`, or integer tiles as for `scatter` (then with ``axis`` and ``tile``).
-    Relaxed, device scope. Elements out of range are dropped and give 0. A scalar at a tile index gives a scalar.
+    Device scope. Elements out of range are dropped and give 0. A scalar at a tile index gives a scalar.
     int32, int64, float16, bfloat16, float32, float64. The order of updates, and with it the rounding, may change
     from run to run.
+
+    ``order="acq_rel"`` makes the update a meeting point of programs: what a program has written before its update
+    can be read by every program whose ordered update of the same place comes later, behind that update. So the last
+    of n programs to arrive at a counter may read what all have stored. "relaxed" orders nothing but the place itself.
     """
 
 
 @_builtin
-def atomic_max(view, index, value, axis=None, tile=None):
+def atomic_max(view, index, value, axis=None, tile=None, order="relaxed"):
     """The larger of old and new, for int32, int64, float32, float64. A NaN in ``value`` wins."""
 
 
 @_builtin
-def atomic_min(view, index, value, axis=None, tile=None):
+def atomic_min(view, index, value, axis=None, tile=None, order="relaxed"):
     """The smaller of old and new, for int32, int64, float32, float64. A NaN in ``value`` wins."""
 
 
 @_builtin
-def atomic_and(view, index, value, axis=None, tile=None):
+def atomic_and(view, index, value, axis=None, tile=None, order="relaxed"):
     """Bitwise and, for int32 and int64."""
 
 
 @_builtin
-def atomic_or(view, index, value, axis=None, tile=None):
+def atomic_or(view, index, value, axis=None, tile=None, order="relaxed"):
     """Bitwise or, for int32 and int64."""
 
 
 @_builtin
-def atomic_xor(view, index, value, axis=None, tile=None):
+def atomic_xor(view, index, value, axis=None, tile=None, order="relaxed"):
     """Bitwise exclusive or, for int32 and int64."""
 
 
 @_builtin
-def atomic_exchange(view, index, value, axis=None, tile=None):
+def atomic_exchange(view, index, value, axis=None, tile=None, order="relaxed"):
     """Write the new value, for int32, int64, float32, float64."""
 
 
 @_builtin
-def atomic_cas(view, index, expected, value, axis=None, tile=None):
+def atomic_cas(view, index, expected, value, axis=None, tile=None, order="relaxed"):
     """Write the new value where the old one has the bits of ``expected``; int32, int64, float32, float64."""
 
 

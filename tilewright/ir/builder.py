@@ -208,9 +208,13 @@ class Builder:
         value: Value,
         axes: Sequence[int] = (),
         expected: Value | None = None,
+        order: str = "relaxed",
     ) -> Value:
         """The old values. Without ``axes`` the places are those of a store."""
-        op = indexed_ops.Atomic(view, index, indices, value, expected, types=[value.type], fn=fn, axes=tuple(axes))
+        types = [value.type]
+        op = indexed_ops.Atomic(
+            view, index, indices, value, expected, types=types, fn=fn, axes=tuple(axes), order=order
+        )
         return self.insert(op).result
 
     # --- checks -------------------------------------------------------------------------------

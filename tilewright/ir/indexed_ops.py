@@ -26,6 +26,8 @@ ATOMIC_DTYPES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("and", "or", "xor"), ("i32", "i64")),
 }
 INDEX_DTYPES = (i32, i64)
+#: what an atomic update orders beside its own place: nothing, or all accesses of the program before and after it
+ORDERS = ("relaxed", "acq_rel")
 
 
 @operation("tile.gather", effect=Effect.READ)
@@ -61,10 +63,12 @@ class Scatter(Operation):
 
 @operation("tile.atomic", effect=Effect.READ | Effect.WRITE, family=ATOMIC)
 class Atomic(Operation):
-    """Update elements as `tile.scatter` places them, each atomically (relaxed, device scope); gives the old values.
+    """Update elements as `tile.scatter` places them, each atomically (device scope); gives the old values.
 
     Old values of elements outside are 0. ``exchange`` writes ``value``; ``cas`` writes it where the old bits are
     those of ``expected``. The order of updates is not defined. Float ``max`` and ``min`` let a NaN in ``value`` win.
+    ``order`` "acq_rel": all of the program's writes before are visible to programs whose ordered update of the place
+    comes later, and its reads behind see what such earlier ones wrote.
     ``scratch`` (bytes, set by the shared-memory plan) is where threads find old values that another thread got.
     """
 
@@ -75,10 +79,12 @@ class Atomic(Operation):
     value: Value = operand()
     expected: Value | None = optional()
     axes: tuple[int, ...] = attribute(default=())
+    order: str = attribute(default="relaxed")
     scratch: int | None = attribute(default=None)
 
     def verify(self) -> None:
         _verify_places(self, self.view, self.index, self.indices, self.axes, self.value)
+        self.require(self.order in ORDERS, f"order is one of {', '.join(ORDERS)}")
         self.require(self.result.type == self.value.type, "gives the old values, a tile like the new ones")
         dtype = _tile(self.value).dtype
         self.require(dtype.name in ATOMIC_DTYPES[self.fn], f"does not exist for {dtype}")

@@ -1,4 +1,4 @@
-"""Sums of the columns of a matrix, in two passes and one order: the same input gives the same bits."""
+"""Sums of the columns of a matrix, in one launch and one order: the same input gives the same bits."""
 
 from __future__ import annotations
 
@@ -8,42 +8,68 @@ import numpy as np
 
 import tilewright as tw
 
-#: rows that one program of the first pass adds up, and columns of its tiles
-ROWS, COLUMNS = 256, 256
+#: what one row of a tile spans, vectors of 16 bytes that a thread has in flight, threads of a program
+ROW_BYTES, VECTORS, THREADS = 256, 8, 128
+#: programs that a GPU should have to run: four for each of an H100's SMs
+PROGRAMS = 528
 
 
 @tw.kernel
 def column_sum(
-    x: tw.Tensor, sums: tw.Tensor, *, ROWS: tw.constexpr = ROWS, BM: tw.constexpr = 32, BN: tw.constexpr = COLUMNS
+    x: tw.Tensor,
+    partial: tw.Tensor,
+    arrived: tw.Tensor,
+    sums: tw.Tensor,
+    *,
+    BM: tw.constexpr = 64,
+    BN: tw.constexpr = 128,
+    GROUP: tw.constexpr = 8,
+    BP: tw.constexpr = 32,
 ) -> None:
-    """``sums[p, n]``: the sum in float32 of rows p * ROWS to (p + 1) * ROWS of column n, in sums' dtype.
+    """``sums[0] = x.sum(0)``, added up in float32: x (M, N), sums (1, N). Grid: (cdiv(N, BN), P), any P.
 
-    x (M, N), sums (cdiv(M, ROWS), N). Grid: (cdiv(M, ROWS), cdiv(N, BN)). With sums (1, N) and ROWS at least M this
-    is the whole sum in one pass; else a second launch adds up the partial sums (`column_sums`).
+    Program p of a column block adds up every P-th tile of rows and stores that to partial (P, N) float32. The last of
+    them to arrive at the block's counter in arrived (cdiv(N, BN),) int32 adds up the partial sums, in the order of p,
+    and clears the counter, which is 0 before the first launch. Rows apart by GROUP, a divisor of BM, lie in one
+    thread when a row of threads spans BM / GROUP rows less: then only the last sums cross threads.
     """
-    p, n = tw.program_id(0), tw.program_id(1)
-    total = tw.zeros((BM, BN), tw.float32)
-    for i in tw.range(ROWS // BM):
-        total = total + tw.load(x, (p * (ROWS // BM) + i, n), (BM, BN)).to(tw.float32)
-    tw.store(sums, (p, n), tw.sum(total, axis=0)[None, :].to(sums.dtype))
+    n, p = tw.program_id(0), tw.program_id(1)
+    programs = tw.num_programs(1)
+    total = tw.zeros((GROUP, BN), tw.float32)
+    for m in tw.range(p, tw.cdiv(x.shape[0], BM), programs):
+        rows = tw.load(x, (m, n), (BM, BN)).to(tw.float32)
+        total = total + tw.sum(rows.reshape(BM // GROUP, GROUP, BN), axis=0)
+    tw.store(partial, (p, n), tw.sum(total, axis=0)[None, :])
+    if tw.atomic_add(arrived, n, 1, order="acq_rel") == programs - 1:
+        whole = tw.zeros((BN,), tw.float32)
+        for q in tw.range(tw.cdiv(programs, BP)):
+            whole = whole + tw.sum(tw.load(partial, (q, n), (BP, BN)), axis=0)
+        tw.store(sums, (0, n), whole[None, :].to(sums.dtype))
+        tw.store(arrived, n, 0)
 
 
-def partial_shape(rows: int, columns: int) -> tuple[int, int]:
-    """The shape of the float32 workspace of `column_sums`."""
-    return tw.cdiv(rows, ROWS), columns
+def plan(rows: int, columns: int, element_bytes: int) -> tuple[dict[str, int], tuple[int, int]]:
+    """The tile sizes and the grid of `column_sum` for a matrix of ``element_bytes`` an element."""
+    width, group = ROW_BYTES // element_bytes, THREADS * 16 // ROW_BYTES
+    height, blocks = group * VECTORS, tw.cdiv(columns, width)
+    programs = min(tw.cdiv(rows, height), max(1, round(PROGRAMS / blocks)))
+    return {"BM": height, "BN": width, "GROUP": group, "num_warps": THREADS // 32}, (blocks, programs)
 
 
-def column_sums(x: Any, partial: Any, out: Any) -> None:
-    """``out[0] = x.sum(0)``: x (M, N), out (1, N), ``partial`` a float32 array of `partial_shape`.
+def workspace_shapes(rows: int, columns: int, element_bytes: int) -> tuple[tuple[int, int], tuple[int]]:
+    """The shapes of ``partial`` (float32) and ``arrived`` (int32, zero at first) for `column_sums`."""
+    blocks, programs = plan(rows, columns, element_bytes)[1]
+    return (programs, columns), (blocks,)
 
-    Arrays of NumPy or torch, on one device.
+
+def column_sums(x: Any, out: Any, partial: Any, arrived: Any) -> None:
+    """``out[0] = x.sum(0)``: x (M, N), out (1, N), a workspace of `workspace_shapes`, which may be used again.
+
+    Arrays of NumPy or torch, on one device. Launches on one workspace must follow each other.
     """
-    programs, columns = partial.shape
-    column_sum[(programs, tw.cdiv(columns, COLUMNS))](x, partial)
-    rows = 32
-    while rows < programs:
-        rows *= 2
-    column_sum[(1, tw.cdiv(columns, 32))](partial, out, ROWS=rows, BM=min(rows, 128), BN=32)
+    rows, columns = x.shape
+    meta, grid = plan(rows, columns, x.itemsize)
+    column_sum[grid](x, partial, arrived, out, **meta)
 
 
 def reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -19,3 +19,16 @@ def row_tiles(rows: int, columns: int) -> dict[str, int]:
     while height * width < ELEMENTS and tw.cdiv(rows, height) > 2048:
         height *= 2
     return {"BM": height, "BN": width}
+
+
+#: elements that a thread holds of each row while gradients add up, and programs that share the rows: two for each SM
+GRADIENT_ELEMENTS, GRADIENT_PROGRAMS = 16, 264
+
+
+def gradient_tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
+    """Tile sizes and number of programs of `rmsnorm_backward` and `layernorm_backward`."""
+    meta = row_tiles(rows, columns)
+    size = meta["BM"] * meta["BN"]
+    warps = max(4, min(32, size // (32 * GRADIENT_ELEMENTS)))
+    programs = GRADIENT_PROGRAMS if warps <= 8 else GRADIENT_PROGRAMS // 2
+    return {**meta, "num_warps": warps}, min(programs, tw.cdiv(rows, meta["BM"]))

@@ -46,14 +46,15 @@ from tilewright.ir.tile_ops import (
 )
 from tilewright.ir.types import BufferType, TileType, ViewType
 from tilewright.passes.analysis import enclosing_operations
-from tilewright.passes.cat_layouts import CatLayouts, cat_layouts, part_layouts
+from tilewright.passes.cat_layouts import CatLayouts, cat_layouts, joined, part_layouts, part_of
 from tilewright.passes.layout_costs import Access, best_access
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 from tilewright.passes.staging import may_stage
 
-#: elements of the largest tile that one thread of a kernel without dots should hold
-ELEMENTS_PER_THREAD, MOST_WARPS = 32, 8
+#: elements of the largest tile that one thread of a kernel without dots should hold, and the most warps to that end;
+#: more where the tile is reduced: it waits in registers for the result, and others with it
+ELEMENTS_PER_THREAD, MOST_WARPS, MOST_REDUCING_WARPS = 32, 8, 16
 #: how many times the body of a loop is thought to run
 LOOP_WEIGHT = 8
 
@@ -63,21 +64,22 @@ class Layouts(FunctionPass):
     """Sets the layout of every tile type and, where it is still open, ``num_warps``."""
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
-        tiles = [v for v in _values(function.body) if isinstance(v.type, TileType)]
         if "num_warps" not in function.attributes:
-            function.attributes["num_warps"] = context.options.num_warps or default_warps(tiles, context.target)
+            function.attributes["num_warps"] = context.options.num_warps or default_warps(function, context.target)
         warps = int(function.attributes["num_warps"])
         function.attributes.setdefault("threads", warps * context.target.warp_size)
-        if tiles:
+        if any(isinstance(v.type, TileType) for v in _values(function.body)):
             _Assignment(function, context.target, warps).run()
 
 
-def default_warps(tiles: list[Value], target: Target) -> int:
+def default_warps(function: Function, target: Target) -> int:
     """A power of two such that threads hold about `ELEMENTS_PER_THREAD` elements of the largest tile."""
-    largest = max((v.type.size for v in tiles if isinstance(v.type, TileType)), default=1)
+    largest = max((v.type.size for v in _values(function.body) if isinstance(v.type, TileType)), default=1)
+    reduced = max((_tile(op.source).size for op in function.walk() if isinstance(op, Reduce)), default=0)
     warps = 1
-    while warps < MOST_WARPS and largest > warps * target.warp_size * ELEMENTS_PER_THREAD:
-        warps *= 2
+    for size, most in ((largest, MOST_WARPS), (reduced, MOST_REDUCING_WARPS)):
+        while warps < most and size > warps * target.warp_size * ELEMENTS_PER_THREAD:
+            warps *= 2
     return max(warps, 4) if largest >= 4 * target.warp_size else warps
 
 
@@ -206,14 +208,22 @@ class _Assignment:
                     self._assign(value, self._operand_layout(op, which))
 
     def _cat_anchor(self, op: Operation) -> None:
-        """Joining moves nothing where the parts have a layout of their greatest common part."""
-        if isinstance(op, Cat):
+        """Unequal parts have a layout of their greatest common part; through equal ones layouts spread."""
+        if isinstance(op, Cat) and not _has_equal_parts(op):
             layouts = self._cat_layouts(op)
             self._assign(op.result, layouts.result)
             for value, layout in zip(op.sources, layouts.sources, strict=True):
                 self._assign(value, layout)
 
     def _cat_layouts(self, op: Cat) -> CatLayouts:
+        """Layouts of parts and whole between which joining moves nothing: the whole's, the first part's, or plain."""
+        count = len(op.sources)
+        held = [_tile(value).layout for value in (op.result, op.sources[0])]
+        if _has_equal_parts(op) and held[0] is not None and held[1] is not None:
+            for part in (part_of(held[0], op.axis, count), held[1]):
+                whole = joined(part, op.axis, count) if part is not None else None
+                if part is not None and whole is not None:
+                    return CatLayouts((part,) * count, whole)
         result = _tile(op.result)
         sizes = [_tile(value).shape[op.axis] for value in op.sources]
         return cat_layouts(result.shape, op.axis, sizes, result.dtype.bits, self.warps, self.target.warp_size)
@@ -259,6 +269,8 @@ class _Assignment:
         while changed:
             changed = False
             for op in self.ops:
+                if isinstance(op, Cat):
+                    changed |= self._spread_cat(op)
                 rule = RULES.get(type(op))
                 if rule is None or not all(isinstance(v.type, TileType) for v in (op.operands[0], op.result)):
                     continue
@@ -274,6 +286,24 @@ class _Assignment:
                     changed |= layout is not None
                     if layout is not None:
                         self._assign(result, layout)
+
+    def _spread_cat(self, op: Cat) -> bool:
+        """Between equal parts and their whole."""
+        values, count = [op.result, *op.sources], len(op.sources)
+        if not _has_equal_parts(op) or all(map(self.known, values)):
+            return False
+        source = next(filter(self.known, op.sources), None)
+        part = self.of(source) if source is not None else None
+        if part is None and self.known(op.result):
+            part = part_of(self.of(op.result), op.axis, count)
+        whole = joined(part, op.axis, count) if part is not None else None
+        if part is None or whole is None:
+            return False
+        open_values = [value for value in values if not self.known(value)]
+        self._assign(op.result, whole)
+        for value in op.sources:
+            self._assign(value, part)
+        return bool(open_values)
 
     # --- choices by cost ----------------------------------------------------------------------------
 
@@ -472,6 +502,10 @@ class _Assignment:
 def _yielded(region: Region) -> list[Value]:
     terminator = region.block.terminator
     return terminator.values if isinstance(terminator, Yield) else []
+
+
+def _has_equal_parts(op: Cat) -> bool:
+    return len({_tile(value).shape for value in op.sources}) == 1
 
 
 Rule = Callable[[Operation, LinearLayout], LinearLayout | None]

@@ -10,12 +10,14 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: copies by an engine or by their own warps, handed over through hardware barriers. A function that `schedule` sends
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
-    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,copy-ahead,prefetch,{SIMPLIFY},"
+    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,copy-ahead,prefetch,load-ahead,{SIMPLIFY},"
     "split-products,skew,peel,canonicalize,cse,dce,mma,layouts,staging,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use
-PREFETCH = f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,copy-ahead,prefetch,{SIMPLIFY},layouts"
+PREFETCH = (
+    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,copy-ahead,prefetch,load-ahead,{SIMPLIFY},layouts"
+)
 
 
 def default_pipeline(target: Target, check: bool = True) -> str:

@@ -1,7 +1,11 @@
 """Lowering of `tile.atomic`: one update for each element of the tile, by the first thread that holds it.
 
-Relaxed, device scope. Float max and min are integer updates: of floats with one sign the bits are ordered as the
-numbers are, or backwards. A NaN in the new value wins because it takes the sign that is outermost in that order.
+Device scope. An ordered update has fences around it and barriers around these: what all threads of the block have
+written comes before it, what they read behind comes after it, since both kinds of order add up (PTX memory model,
+"causality order"; LLVM's memory models of the AMDGPU targets).
+
+Float max and min are integer updates: of floats with one sign the bits are ordered as the numbers are, or backwards.
+A NaN in the new value wins because it takes the sign that is outermost in that order.
 Threads that hold copies of an element get its old value from the one that made the update, lanes by a shuffle,
 warps through scratch memory (only where somebody asks for it).
 """
@@ -32,6 +36,9 @@ def lower_atomic(lw: Lowering, op: indexed_ops.Atomic) -> None:
     values = lw.registers(op.value)
     expected = lw.registers(op.expected) if op.expected is not None else values
     holder = sole_holder(lw, layout)
+    ordered = op.order != "relaxed"
+    if ordered:
+        lw.ops.barrier(lw, "role")
     old: dict[tuple[int, ...], mlir.Value] = {}
     for register, coordinate in enumerate(layout.table("register").tolist()):
         if tuple(coordinate) not in old:
@@ -39,18 +46,18 @@ def lower_atomic(lw: Lowering, op: indexed_ops.Atomic) -> None:
             conditions = [c for c in (holder, inside) if c is not None]
             condition = reduce(lw.fb.and_, conditions) if conditions else None
             pointer = places.pointer(register)
-            old[tuple(coordinate)] = _update_if(
-                lw, op.fn, condition, pointer, values[register], expected[register], dtype
-            )
+            old[tuple(coordinate)] = _update_if(lw, op, condition, pointer, values[register], expected[register], dtype)
     results = [old[tuple(coordinate)] for coordinate in layout.table("register").tolist()]
     if holder is not None and any(op.result in other.operands for other in lw.function.walk()):
         results = _pass_on(lw, op, layout, dtype, results)
+    if ordered:
+        lw.ops.barrier(lw, "role")
     lw.define(op.result, results)
 
 
 def _update_if(
     lw: Lowering,
-    fn: str,
+    op: indexed_ops.Atomic,
     condition: mlir.Value | None,
     pointer: mlir.Value,
     value: mlir.Value,
@@ -58,14 +65,21 @@ def _update_if(
     dtype: DType,
 ) -> mlir.Value:
     def update() -> list[mlir.Value]:
-        if fn == "cas":
+        if op.fn == "cas":
             return [_compare_and_swap(lw, pointer, expected, value, dtype)]
-        return [_update(lw, fn, pointer, value, dtype)]
+        return [_update(lw, op.fn, pointer, value, dtype)]
 
+    def ordered() -> list[mlir.Value]:
+        lw.fb.fence("release", lw.ops.device_scope)  # LLVM leaves an order of the update itself out of PTX
+        old = update()
+        lw.fb.fence("acquire", lw.ops.device_scope)
+        return old
+
+    body = update if op.order == "relaxed" else ordered
     if condition is None:
-        return update()[0]
+        return body()[0]
     zero = constant(lw, 0, dtype)
-    return lw.fb.if_else(condition, [zero.type], update, lambda: [zero])[0]
+    return lw.fb.if_else(condition, [zero.type], body, lambda: [zero])[0]
 
 
 # --- one element ----------------------------------------------------------------------------------

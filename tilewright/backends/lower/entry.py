@@ -21,6 +21,8 @@ SHARED_SYMBOL = "smem"
 #: kernels without matrix products leave half of an SM's registers to a second block: up to this many threads, where
 #: one tile has that many 32-bit words in a thread (more would spill; with fewer ptxas leaves room by itself)
 PAIRED_THREADS, PAIRED_WORDS = 256, range(48, 65)
+#: with more threads two blocks on an SM leave a thread fewer than 64 registers
+MOST_PAIRED_THREADS = 512
 
 
 @dataclass
@@ -171,6 +173,8 @@ def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
         attributes["nvvm.minctasm"] = "1 : i32"
     elif threads <= PAIRED_THREADS and _fits_twice(function):
         attributes["nvvm.minctasm"] = "2 : i32"  # one block's loads run while the other waits at its barriers
+    elif threads > MOST_PAIRED_THREADS:
+        attributes["nvvm.minctasm"] = "1 : i32"  # or ptxas spills to make room for a second block
     return attributes
 
 

@@ -14,7 +14,7 @@ from tilewright.ir import async_ops as a
 from tilewright.ir.check_ops import Assume
 from tilewright.ir.core import Block, Effect, Operation, Region, Value
 from tilewright.ir.tile_ops import Dot, For, If, While, Yield
-from tilewright.ir.types import SlotType, TileType
+from tilewright.ir.types import ScalarType, SlotType, TileType
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model, RoleModel, by_engine, engine_alone, kind_of, splits_rows
 from tilewright.passes.checker.scalars import evaluator, parameter_key
@@ -190,7 +190,7 @@ class _Compiler:
         evaluate = _slot(self, op) if isinstance(op, a.Slot) else evaluator(op)
         if isinstance(op, a.TransposeSlot):
             evaluate = _same(op.slot)
-        if op.base_name == "tile.constant":
+        if op.base_name == "tile.constant" and isinstance(op.results[0].type, ScalarType):
             self.constants[op.results[0]] = evaluate(None)
             return
         if len(op.results) != 1:

@@ -1,0 +1,114 @@
+"""RMS and layer norm, forward and backward, on the interpreter and the emulated GPUs against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_checks import DEVICES, check, launch, normal, poisoned, strided
+
+import tilewright as tw
+from tilewright.kernels import layernorm as layer_module
+from tilewright.kernels import rmsnorm as rms_module
+from tilewright.kernels.layernorm import layernorm, layernorm_backward
+from tilewright.kernels.rmsnorm import rmsnorm, rmsnorm_backward
+from tilewright.kernels.rows import gradient_tiles
+
+M, N, EPS = 5, 200, 1e-3
+TILES = {"BM": 2, "BN": 256}
+GRID = (tw.cdiv(M, 2),)
+
+
+def inputs(dtype: str) -> tuple[Any, ...]:
+    """x, residual, dy (M, N); weight, bias (N,)."""
+    rows = strided(M, N, dtype=dtype), normal(M, N, dtype=dtype, seed=1), strided(M, N, dtype=dtype, seed=2)
+    return *rows, normal(N, dtype=dtype, seed=3), normal(N, dtype=dtype, seed=4)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_rmsnorm_with_residual_and_bias(device: str, dtype: str) -> None:
+    x, residual, _, weight, bias = inputs(dtype)
+    y, total, inverse = poisoned(M, N, dtype=dtype), poisoned(M, N, dtype=dtype), poisoned(M)
+    launch(device, rmsnorm, GRID, x, weight, y, EPS, residual, total, bias, inverse, **TILES)
+    exact = x.astype(np.float64) + residual.astype(np.float64)
+    check(y, rms_module.reference(x, weight, EPS, residual, bias), dtype)
+    check(total, exact, dtype)
+    check(inverse, 1 / np.sqrt((exact**2).mean(1) + EPS))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_layernorm_with_residual_and_bias(device: str, dtype: str) -> None:
+    x, residual, _, weight, bias = inputs(dtype)
+    y, total, mean, inverse = poisoned(M, N, dtype=dtype), poisoned(M, N, dtype=dtype), poisoned(M), poisoned(M)
+    launch(device, layernorm, GRID, x, weight, y, EPS, residual, total, bias, mean, inverse, **TILES)
+    exact = x.astype(np.float64) + residual.astype(np.float64)
+    check(y, layer_module.reference(x, weight, EPS, residual, bias), dtype)
+    check(total, exact, dtype)
+    check(mean, exact.mean(1))
+    check(inverse, 1 / np.sqrt(exact.var(1) + EPS))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_rmsnorm_backward(device: str, dtype: str) -> None:
+    x, other, dy, weight, _ = inputs(dtype)
+    inverse = (1 / np.sqrt((x.astype(np.float64) ** 2).mean(1) + EPS)).astype(np.float32)
+    dx, partial = poisoned(M, N, dtype=dtype), poisoned(2, 2, N)
+    launch(device, rmsnorm_backward, (2,), dy, x, weight, inverse, dx, partial, other, BIAS=True, **TILES)
+    exact, dweight, dbias = rms_module.reference_backward(dy, x, weight, EPS)
+    check(dx, exact + other.astype(np.float64), dtype)
+    check(partial[:, 0].sum(0), dweight)
+    check(partial[:, 1].sum(0), dbias)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_layernorm_backward(device: str, dtype: str) -> None:
+    x, other, dy, weight, _ = inputs(dtype)
+    exact_x = x.astype(np.float64)
+    mean = exact_x.mean(1).astype(np.float32)
+    inverse = (1 / np.sqrt(exact_x.var(1) + EPS)).astype(np.float32)
+    dx, partial = poisoned(M, N, dtype=dtype), poisoned(2, 2, N)
+    launch(device, layernorm_backward, (2,), dy, x, weight, mean, inverse, dx, partial, other, BIAS=True, **TILES)
+    exact, dweight, dbias = layer_module.reference_backward(dy, x, weight, EPS)
+    check(dx, exact + other.astype(np.float64), dtype)
+    check(partial[:, 0].sum(0), dweight)
+    check(partial[:, 1].sum(0), dbias)
+
+
+def test_without_what_may_be_absent() -> None:
+    x, _, dy, weight, _ = inputs("f32")
+    y, inverse = poisoned(M, N), poisoned(M)
+    rmsnorm[GRID](x, weight, y, EPS, inverse=inverse, **TILES)
+    check(y, rms_module.reference(x, weight, EPS))
+    dx, partial = poisoned(M, N), poisoned(3, 1, N)
+    rmsnorm_backward[(3,)](dy, x, weight, inverse, dx, partial, **TILES)
+    exact, dweight, _ = rms_module.reference_backward(dy, x, weight, EPS)
+    check(dx, exact)
+    check(partial[:, 0].sum(0), dweight)
+    layernorm[GRID](x, weight, y, EPS, **TILES)
+    check(y, layer_module.reference(x, weight, EPS))
+
+
+def test_rows_far_from_zero_keep_their_variance() -> None:
+    """The variance of the centred row: its mean square minus the mean's would be lost in rounding."""
+    x, weight, y = normal(M, N) + np.float32(1000), np.ones(N, np.float32), poisoned(M, N)
+    layernorm[GRID](x, weight, y, EPS, **TILES)
+    assert np.abs(y - layer_module.reference(x, weight, EPS)).max() < 1e-3
+
+
+def test_not_a_number_stays_in_its_row() -> None:
+    x, weight, y = normal(M, N), normal(N, seed=1), poisoned(M, N)
+    x[1, 7] = np.nan
+    rmsnorm[GRID](x, weight, y, EPS, **TILES)
+    assert np.isnan(y[1]).all() and not np.isnan(y[[0, 2, 3, 4]]).any()
+
+
+def test_tiles_of_gradients() -> None:
+    for rows, columns in ((16384, 1024), (16384, 4096), (8192, 8192), (3, 17), (8192, 16384)):
+        meta, programs = gradient_tiles(rows, columns)
+        assert meta["BN"] >= columns and programs * meta["BM"] < rows + meta["BM"]
+        assert 4 <= meta["num_warps"] <= 32

@@ -1,0 +1,126 @@
+"""Activations and gated products of them, elementwise, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import tilewright as tw
+
+#: 1 / sqrt(2), 1 / sqrt(2 pi), and the two constants of gelu's approximation by tanh
+SQRT_HALF, NORMAL = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
+SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+@tw.function
+def relu(x):
+    """(max(x, 0), its derivative)."""
+    return tw.maximum(x, 0.0), tw.where(x > 0.0, 1.0, 0.0)
+
+
+@tw.function
+def silu(x):
+    """(x * sigmoid(x), its derivative)."""
+    s = tw.sigmoid(x)
+    return x * s, s * (1.0 + x * (1.0 - s))
+
+
+@tw.function
+def gelu(x):
+    """(x times the normal distribution function, its derivative)."""
+    below = 0.5 + 0.5 * tw.erf(x * SQRT_HALF)
+    return x * below, below + x * NORMAL * tw.exp(-0.5 * x * x)
+
+
+@tw.function
+def gelu_tanh(x):
+    """(gelu's approximation by tanh, its derivative)."""
+    t = tw.tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x))
+    slope = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x)
+    return 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
+
+
+@tw.kernel
+def activation(
+    x: tw.Tensor,
+    y: tw.Tensor,
+    up: tw.Tensor = None,
+    *,
+    FN: tw.constexpr = silu,
+    BM: tw.constexpr = 4,
+    BN: tw.constexpr = 1024,
+) -> None:
+    """``y = FN(x) * up`` (without ``up``: FN(x)), all (M, N), computed in float32. Grid: (cdiv(M, BM), cdiv(N, BN)).
+
+    x and up may be the halves of one matrix: strided views.
+    """
+    m, n = tw.program_id(0), tw.program_id(1)
+    value, _ = FN(tw.load(x, (m, n), (BM, BN)).to(tw.float32))
+    if up is not None:
+        value = value * tw.load(up, (m, n), (BM, BN)).to(tw.float32)
+    tw.store(y, (m, n), value.to(y.dtype))
+
+
+@tw.kernel
+def activation_backward(
+    dy: tw.Tensor,
+    x: tw.Tensor,
+    dx: tw.Tensor,
+    up: tw.Tensor = None,
+    dup: tw.Tensor = None,
+    *,
+    FN: tw.constexpr = silu,
+    BM: tw.constexpr = 4,
+    BN: tw.constexpr = 1024,
+) -> None:
+    """The gradients ``dx = dy * up * FN'(x)`` and ``dup = dy * FN(x)`` of `activation`; same grid."""
+    m, n = tw.program_id(0), tw.program_id(1)
+    gradient = tw.load(dy, (m, n), (BM, BN)).to(tw.float32)
+    value, slope = FN(tw.load(x, (m, n), (BM, BN)).to(tw.float32))
+    if up is not None:
+        tw.store(dup, (m, n), (gradient * value).to(dup.dtype))
+        gradient = gradient * tw.load(up, (m, n), (BM, BN)).to(tw.float32)
+    tw.store(dx, (m, n), (gradient * slope).to(dx.dtype))
+
+
+def _reference_tanh(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    t = np.tanh(SQRT_2_OVER_PI * (x + CUBIC * x**3))
+    slope = SQRT_2_OVER_PI * (1 + 3 * CUBIC * x**2)
+    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope
+
+
+def _reference_gelu(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    below = 0.5 + 0.5 * np.vectorize(math.erf)(x * SQRT_HALF)
+    return x * below, below + x * NORMAL * np.exp(-0.5 * x * x)
+
+
+def _reference_silu(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    s = 1 / (1 + np.exp(-x))
+    return x * s, s * (1 + x * (1 - s))
+
+
+#: (value, derivative) in float64 of each function
+REFERENCES: dict[Any, Callable[[np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]] = {
+    relu: lambda x: (np.maximum(x, 0), (x > 0).astype(np.float64)),
+    silu: _reference_silu,
+    gelu: _reference_gelu,
+    gelu_tanh: _reference_tanh,
+}
+
+
+def reference(fn: Any, x: np.ndarray[Any, Any], up: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+    """In float64."""
+    value = REFERENCES[fn](x.astype(np.float64))[0]
+    return value if up is None else value * up.astype(np.float64)
+
+
+def reference_backward(
+    fn: Any, dy: np.ndarray[Any, Any], x: np.ndarray[Any, Any], up: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """dx and dup in float64."""
+    value, slope = REFERENCES[fn](x.astype(np.float64))
+    gradient = dy.astype(np.float64)
+    return gradient * up.astype(np.float64) * slope, gradient * value

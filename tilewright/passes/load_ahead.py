@@ -1,0 +1,91 @@
+"""load-ahead: in loops without matrix products, loads into registers one iteration ahead of their use.
+
+A loop that loads a tile, works on it and comes round leaves the memory idle while it works. Where the address depends
+on nothing but the loop's index and values from outside, the next iteration's tile is loaded first::
+
+    %first = tile.load ... [lo]
+    tile.for %i = ... iter(%now = %first) {
+      %next = tile.load ... [i + step]       // in flight while this iteration works on %now
+      ...
+      tile.yield %next }
+
+The last iteration loads a tile that nobody reads: loads are bounds-checked, so it may lie outside. Loops that meet
+other programs (atomic updates, barriers) keep their order, and so do loads of tensors that the program writes.
+"""
+
+from __future__ import annotations
+
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Effect, Function, Operation, Value
+from tilewright.ir.indexed_ops import Atomic
+from tilewright.ir.tile_ops import Dot, For, Load, Yield
+from tilewright.ir.types import TileType
+from tilewright.passes.analysis import view_root, written_tensors
+from tilewright.passes.layouts import default_warps
+from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+from tilewright.passes.prefetch import address_slice, carry
+
+#: 32-bit words that the tiles of one loop may take in each thread while they wait
+MOST_WORDS = 32
+
+
+@register_pass("load-ahead")
+class LoadAhead(FunctionPass):
+    """Not for functions with dots: there `placement` has decided how operands travel."""
+
+    def run_on_function(self, function: Function, context: PassContext) -> None:
+        ops = list(function.walk())
+        if any(isinstance(op, Dot) for op in ops):
+            return
+        warps = context.options.num_warps or default_warps(function, context.target)
+        written = written_tensors(function)
+        for op in ops:
+            if isinstance(op, For) and not any(isinstance(o, Atomic) or o.effect & Effect.SYNC for o in op.walk()):
+                loads = _movable(op, written, warps * context.target.warp_size)
+                if loads:
+                    _rotate(op, loads)
+
+
+def _movable(loop: For, written: set[Value], threads: int) -> list[Load]:
+    """The loads in front of the loop's work that may run ahead, as many as registers are granted for."""
+    found, words = [], 0.0
+    for op in loop.body.block.ops:
+        if not isinstance(op, Load) or op.shared is not None or view_root(op.view) in written:
+            continue
+        address, tile = address_slice(op), op.result.type
+        assert isinstance(tile, TileType)
+        words += tile.size * tile.dtype.bits / 32 / threads
+        if address is not None and words <= MOST_WORDS and _follows(op, address, loop.index):
+            found.append(op)
+    return found
+
+
+def _follows(load: Load, address: list[Operation], index: Value) -> bool:
+    """Whether the address changes with the loop's index."""
+    return any(index in op.operands for op in (load, *address))
+
+
+def _rotate(loop: For, loads: list[Load]) -> None:
+    block, outer = loop.body.block, loop.parent
+    assert outer is not None
+    slices = [op for op in block.ops if any(op in (address_slice(load) or []) for load in loads)]
+    b = Builder(outer, loop.loc)
+    with b.at(outer, outer.ops.index(loop)):
+        first = _issue(b, loads, slices, {loop.index: loop.lo})
+    with b.at(block, 0):
+        following = _issue(b, loads, slices, {loop.index: b.add(loop.index, loop.step)})
+    terminator = block.terminator
+    assert isinstance(terminator, Yield)
+    terminator.values = [*terminator.values, *following]
+    ready = {load.result: carry(loop, value, load.result.hint) for load, value in zip(loads, first, strict=True)}
+    block.set_ops([op for op in block.ops if op not in loads])
+    for op in loop.walk():
+        op.replace_operands(ready)
+
+
+def _issue(b: Builder, loads: list[Load], slices: list[Operation], mapping: dict[Value, Value]) -> list[Value]:
+    """The loads with their addresses computed for another index."""
+    mapping = dict(mapping)
+    for op in [*slices, *loads]:
+        b.insert(op.clone(mapping))
+    return [mapping[load.result] for load in loads]
