@@ -52,7 +52,7 @@ def compile_definition(
 
 
 def complete_types(definition: KernelDefinition, args: Mapping[str, Any]) -> dict[str, Any]:
-    """The argument types with names of dtypes resolved, and annotated scalars that were left out."""
+    """The argument types with names of dtypes resolved, and annotated scalars without a default that were left out."""
     complete = dict(args)
     for parameter in definition.parameters:
         given = complete.get(parameter.name)
@@ -66,7 +66,7 @@ def complete_types(definition: KernelDefinition, args: Mapping[str, Any]) -> dic
             message = f"kernel '{definition.name}': parameter '{parameter.name}' is a tensor, got {given!r}"
             hint = 'describe it: tw.spec("f32", ("M", 64))'
             raise ArgumentError(message, parameter.loc, hint, len(parameter.name))
-        elif parameter.dtype is not None and parameter.name not in complete:
+        elif parameter.dtype is not None and parameter.required and parameter.name not in complete:
             complete[parameter.name] = parameter.dtype
     return complete
 

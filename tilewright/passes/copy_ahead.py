@@ -30,6 +30,7 @@ from tilewright.passes.prefetch import (
     address_slice,
     allocate,
     carry,
+    clone_address,
     exchange_bytes,
     find_groups,
     read_slots,
@@ -102,9 +103,7 @@ def _rotate(function: Function, loop: For, group: Group) -> None:
 
 def _start(b: Builder, group: Group, slices: Sequence[Operation], mapping: dict[Value, Value], count: Value) -> Value:
     """Start the copies of one iteration; the token of the last."""
-    mapping, token = dict(mapping), None
-    for op in slices:
-        b.insert(op.clone(mapping))
+    mapping, token = clone_address(b, slices, mapping), None
     for t in group.transits:
         b.loc = t.load.loc
         assert t.buffer is not None

@@ -23,7 +23,7 @@ from tilewright.ir.types import TileType
 from tilewright.passes.analysis import view_root, written_tensors
 from tilewright.passes.layouts import default_warps
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.prefetch import address_slice, carry
+from tilewright.passes.prefetch import address_slice, carry, clone_address
 
 #: 32-bit words that the tiles of one loop may take in each thread while they wait
 MOST_WORDS = 32
@@ -85,7 +85,7 @@ def _rotate(loop: For, loads: list[Load]) -> None:
 
 def _issue(b: Builder, loads: list[Load], slices: list[Operation], mapping: dict[Value, Value]) -> list[Value]:
     """The loads with their addresses computed for another index."""
-    mapping = dict(mapping)
-    for op in [*slices, *loads]:
+    mapping = clone_address(b, slices, mapping)
+    for op in loads:
         b.insert(op.clone(mapping))
     return [mapping[load.result] for load in loads]

@@ -27,7 +27,7 @@ from tilewright.ir.async_ops import Alloc, Barrier, LocalStore
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Scan, Transpose, While, Yield
+from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Scan, Subview, Transpose, While, Yield
 from tilewright.ir.types import BufferType, SlotType, TileType, ViewType, element_type
 from tilewright.passes.analysis import ancestor_in, enclosing_operations, trace_load, view_root
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
@@ -278,10 +278,26 @@ def _issue_all(
     b: Builder, transits: list[Transit], slices: Sequence[Operation], mapping: dict[Value, Value]
 ) -> list[Value]:
     """Clone the address computations for another loop index, then load."""
+    mapping = clone_address(b, slices, mapping)
+    return [t.issue(b, mapping) for t in transits]
+
+
+def clone_address(b: Builder, slices: Sequence[Operation], mapping: dict[Value, Value]) -> dict[Value, Value]:
+    """Clone address computations for the loop index in ``mapping``; ``mapping`` with what they compute.
+
+    The index may lie behind the loop's end, where a tile's bounds make a load harmless. The leading dimensions that a
+    subview fixes have no such bounds: there the index is kept inside.
+    """
     mapping = dict(mapping)
     for op in slices:
-        b.insert(op.clone(mapping))
-    return [t.issue(b, mapping) for t in transits]
+        clone = op.clone(mapping)
+        if isinstance(op, Subview) and isinstance(clone, Subview):
+            for axis, (old, new) in enumerate(zip(op.index, clone.index, strict=True)):
+                if new is not old:
+                    last = b.sub(b.dim(clone.view, axis), b.index(1))
+                    clone.index[axis] = b.binary("max", b.binary("min", new, last), b.index(0))
+        b.insert(clone)
+    return mapping
 
 
 def _write_all(b: Builder, transits: list[Transit], values: list[Value], count: Value) -> None:

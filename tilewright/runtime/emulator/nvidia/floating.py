@@ -296,9 +296,12 @@ def _min_max(inst: Instruction) -> Execute:
     if not _is_float(inst):
         relu = inst.flag("relu")
         type_ = inst.type()
-        if type_.name.endswith("x2") or relu:
+        if type_.name.endswith("x2"):
             raise Problem("packed integers are not implemented")
-        return elementwise(inst, type_, [type_, type_], np.maximum if largest else np.minimum)
+        extreme: Function = np.maximum if largest else np.minimum
+        return elementwise(
+            inst, type_, [type_, type_], (lambda a, b: np.maximum(extreme(a, b), 0)) if relu else extreme
+        )
     nan, xorsign = inst.flag("NaN"), inst.flag("xorsign") and inst.flag("abs")
     form = Format(inst)
     compute = _extreme(largest, nan, xorsign)

@@ -1,0 +1,199 @@
+"""Attention forward, backward and decode against float64, in the interpreter and on the emulated GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_checks import DEVICES, check, launch, normal, poisoned
+
+import tilewright as tw
+from tilewright.kernels.attention import LOG2E, attention, attention_varlen, blocks, reference
+from tilewright.kernels.attention_backward import attention_delta, attention_dkdv, attention_dq
+from tilewright.kernels.attention_backward import reference as gradients
+from tilewright.kernels.attention_decode import attention_decode, attention_merge, splits
+from tilewright.kernels.attention_decode import reference as decoded
+
+#: tiles that fit into 64 KiB
+SMALL = {"BM": 64, "BN": 32}
+
+
+def inputs(shape: tuple[int, ...], dtype: str = "bf16") -> list[np.ndarray]:
+    """q, k, v of (B, H, G, M, N, D, DV)."""
+    b, h, g, m, n, d, dv = shape
+    return [normal(*s, dtype=dtype, seed=i) for i, s in enumerate(((b, h, m, d), (b, g, n, d), (b, g, n, dv)))]
+
+
+def forward(
+    device: str,
+    shape: tuple[int, ...],
+    causal: bool = False,
+    bias: bool = False,
+    lengths: list[int] | None = None,
+    tiles: dict[str, int] | None = None,
+    **options: Any,
+) -> None:
+    b, h, _, m, n, d, dv = shape
+    q, k, v = inputs(shape)
+    o, lse = poisoned(b, h, m, dv, dtype="bf16"), poisoned(b, h, m)
+    pairs = normal(b, 1, m, n, seed=9) if bias else None
+    pairs = None if pairs is None else np.broadcast_to(pairs, (b, h, m, n))
+    exist = None if lengths is None else np.array(lengths, np.int32)
+    meta = {"D": d, "DV": dv, "CAUSAL": causal, "CAP": options.get("cap"), **(tiles or blocks(max(d, dv)))}
+    grid = (tw.cdiv(m, meta["BM"]), h, b)
+    launch(device, attention, grid, q, k, v, o, d**-0.5 * LOG2E, lse, pairs, exist, options.get("left"), **meta)
+    wanted, logarithm = reference(q, k, v, causal, bias=pairs, lengths=exist, **options)
+    check(o, wanted, "bf16")
+    np.testing.assert_allclose(lse, logarithm, rtol=1e-5, atol=1e-5)
+
+
+FORWARD: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((1, 2, 1, 70, 150, 64, 64), {"causal": True}),
+    ((2, 2, 1, 70, 150, 64, 64), {"bias": True, "lengths": [100, 0]}),
+    ((1, 1, 1, 150, 150, 64, 64), {"causal": True, "left": 20, "cap": 5.0}),
+    ((1, 1, 1, 150, 90, 64, 64), {"left": 30}),
+    ((1, 2, 2, 200, 100, 96, 96), {"causal": True}),  # the first rows see no key
+    ((1, 1, 1, 100, 200, 192, 128), {"causal": True}),
+    ((1, 1, 1, 70, 100, 256, 256), {}),
+]
+
+
+@pytest.mark.parametrize(("shape", "options"), FORWARD)
+def test_forward(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    forward("cpu", shape, **options)
+
+
+@pytest.mark.parametrize(("shape", "options"), FORWARD[:3] + FORWARD[-1:])
+def test_forward_on_emulated_hopper(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    forward("emulate:sm_90a", shape, **options)
+
+
+@pytest.mark.parametrize("device", ["emulate:gfx942", "emulate:gfx950"])
+def test_forward_on_emulated_amd(device: str) -> None:
+    forward(device, (1, 2, 1, 70, 50, 64, 64), causal=True, tiles=SMALL)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulate:sm_90a"])
+def test_sequences_one_after_the_other(device: str) -> None:
+    rows, keys, heads, groups, d = [30, 0, 150, 7], [40, 5, 150, 3], 2, 1, 64
+    q_starts, k_starts = (np.cumsum([0, *n]).astype(np.int32) for n in (rows, keys))
+    q = normal(q_starts[-1], heads, d, dtype="bf16")
+    k, v = (normal(k_starts[-1], groups, d, dtype="bf16", seed=s) for s in (1, 2))
+    o, lse = poisoned(*q.shape, dtype="bf16"), poisoned(heads, q_starts[-1])
+    grid = (tw.cdiv(max(rows), 128), heads, len(rows))
+    meta = {"D": d, "DV": d, "CAUSAL": True}
+    launch(device, attention_varlen, grid, q, k, v, o, q_starts, k_starts, d**-0.5 * LOG2E, lse, **meta)
+    for i in (0, 2, 3):
+        mine, theirs = slice(*q_starts[i : i + 2]), slice(*k_starts[i : i + 2])
+        wanted, logarithm = reference(*(x.transpose(1, 0, 2)[None] for x in (q[mine], k[theirs], v[theirs])), True)
+        check(o[mine].transpose(1, 0, 2)[None], wanted, "bf16")
+        np.testing.assert_allclose(lse[:, mine], logarithm[0], rtol=1e-5, atol=1e-5)
+
+
+def run(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = True) -> np.ndarray:
+    o = poisoned(*q.shape, dtype="bf16")
+    b, h, m, d = q.shape
+    meta = {"D": d, "DV": d, "CAUSAL": causal, **blocks(d)}
+    launch("cpu", attention, (tw.cdiv(m, 128), h, b), q, k, v, o, d**-0.5 * LOG2E, **meta)
+    return o
+
+
+def test_later_keys_change_no_bit_of_earlier_rows() -> None:
+    q, k, v = inputs((1, 1, 1, 200, 200, 64, 64))
+    before = run(q, k, v)
+    k[:, :, 130:] *= 3
+    v[:, :, 130:] = 7
+    after = run(q, k, v)
+    assert before[:, :, :130].tobytes() == after[:, :, :130].tobytes()
+    assert before[:, :, 130:].tobytes() != after[:, :, 130:].tobytes()
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_large_scores(growing: bool) -> None:
+    """Up to 1e4, or growing from block to block so that every block moves the maximum."""
+    q, k, v = inputs((1, 1, 1, 64, 300, 64, 64))
+    if growing:
+        k = (k * np.linspace(1, 60, 300)[:, None]).astype(k.dtype)
+    else:
+        q = (q * 1000).astype(q.dtype)
+    check(run(q, k, v, causal=False), reference(q, k, v)[0], "bf16")
+
+
+def test_nan_and_infinity_stay_in_their_rows() -> None:
+    q, k, v = inputs((1, 1, 1, 64, 64, 64, 64))
+    q[0, 0, 3] = np.nan
+    got = run(q, k, v, causal=False)
+    assert np.isnan(got[0, 0, 3].astype(np.float32)).all()
+    assert np.isfinite(np.delete(got[0, 0], 3, axis=0).astype(np.float32)).all()
+
+
+BACKWARD: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((1, 2, 1, 70, 150, 64, 64), {}),
+    ((1, 2, 2, 100, 130, 128, 128), {"causal": True}),
+    ((1, 1, 1, 130, 130, 64, 64), {"causal": True, "left": 20}),
+    ((1, 1, 1, 130, 100, 64, 64), {"causal": True}),
+]
+
+
+def backward(
+    device: str, shape: tuple[int, ...], causal: bool = False, left: int | None = None, tile: int = 64
+) -> None:
+    b, h, g, m, n, d, dv = shape
+    q, k, v = inputs(shape)
+    do = normal(b, h, m, dv, dtype="bf16", seed=5)
+    exact, logarithm = reference(q, k, v, causal, left=left)
+    o, lse = exact.astype(q.dtype), logarithm.astype(np.float32)
+    delta, results = poisoned(b, h, m), [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)]
+    common, sizes = (q, k, v, do, lse, delta), {"D": d, "DV": dv, "CAUSAL": causal}
+    launch(device, attention_delta, (tw.cdiv(m, 64), h, b), o, do, delta, DV=dv)
+    long = {"BM": tile, "BN": 2 * tile}
+    launch(device, attention_dkdv, (tw.cdiv(n, 2 * tile), g, b), *common, *results[1:], d**-0.5, left, **sizes, **long)
+    wide = {"BM": 2 * tile, "BN": tile}
+    launch(device, attention_dq, (tw.cdiv(m, 2 * tile), h, b), *common, results[0], d**-0.5, left, **sizes, **wide)
+    for actual, wanted in zip(results, gradients(q, k, v, do, causal, left=left), strict=True):
+        check(actual, wanted, "bf16")
+
+
+@pytest.mark.parametrize(("shape", "options"), BACKWARD)
+def test_backward(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    backward("cpu", shape, **options)
+
+
+@pytest.mark.parametrize(("shape", "options"), BACKWARD[:3])
+def test_backward_on_emulated_hopper(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    backward("emulate:sm_90a", shape, **options)
+
+
+def test_backward_on_emulated_amd() -> None:
+    backward("emulate:gfx950", (1, 2, 1, 40, 50, 64, 64), causal=True, tile=32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode(device: str, paged: bool) -> None:
+    b, h, g, n, d, count = 2, 8, 2, 320, 64, 3
+    q = normal(b, h, d, dtype="bf16")
+    k, v = (normal(b, g, n, d, dtype="bf16", seed=s) for s in (1, 2))
+    lengths = np.array([300, 0 if paged else 100], np.int32)
+    stored, pages = [k, v], None
+    if paged:
+        order = np.random.default_rng(3).permutation(b * n // 64)
+        pages = order.reshape(b, -1).astype(np.int32)
+        stored = [np.zeros((len(order), g, 64, d), k.dtype) for _ in range(2)]
+        for target, source in zip(stored, (k, v), strict=True):
+            target[order] = source.reshape(b, g, n // 64, 64, d).transpose(0, 2, 1, 3, 4).reshape(-1, g, 64, d)
+    parts, logarithms = poisoned(b, h, count, d), poisoned(b, h, count)
+    o, lse = poisoned(b, h, d, dtype="bf16"), poisoned(b, h)
+    scale = d**-0.5 * LOG2E
+    launch(device, attention_decode, (count, g, b), q, *stored, parts, logarithms, lengths, scale, pages, D=d, DV=d)
+    launch(device, attention_merge, (h, b), parts, logarithms, o, lse, DV=d)
+    check(o, decoded(q, k, v, lengths), "bf16")
+    wanted = reference(q[:, :, None], k, v, lengths=lengths)[1][:, :, 0]
+    np.testing.assert_allclose(lse, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_splits_fill_the_gpu_but_stay_long() -> None:
+    assert splits(1, 8, 65536) == 32
+    assert splits(128, 8, 65536) == 1
+    assert splits(1, 1, 300) == 1
