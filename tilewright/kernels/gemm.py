@@ -30,6 +30,38 @@ def gemm(
     tw.store(c, (m, n), acc.to(c.dtype))
 
 
+@tw.kernel
+def gemm_split(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    c: tw.Tensor,
+    partials: tw.Tensor,
+    arrivals: tw.Tensor,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 128,
+    BK: tw.constexpr = 64,
+) -> None:
+    """`gemm` with K in several runs, for products of few tiles. Grid: (cdiv(M, BM), cdiv(N, BN), runs).
+
+    ``partials`` is float32 (runs * grid[0] * BM, grid[1] * BN); ``arrivals`` int32, grid[0] * grid[1] zeros, which are
+    zeros again afterwards. Whoever comes last to a tile adds its partial sums, always in the order of K.
+    """
+    m, n, run = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    rows, tile, runs = tw.num_programs(0), m * tw.num_programs(1) + n, tw.num_programs(2)
+    steps = tw.cdiv(a.shape[1], BK)
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(run * steps // runs, (run + 1) * steps // runs):
+        acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
+    tw.store(partials, (run * rows + m, n), acc)
+    if tw.atomic_add(arrivals, tile, 1) == runs - 1:
+        total = tw.load(partials, (m, n), (BM, BN))
+        for other in tw.range(1, runs):
+            total = total + tw.load(partials, (other * rows + m, n), (BM, BN))
+        tw.store(c, (m, n), total.to(c.dtype))
+        tw.atomic_exchange(arrivals, tile, 0, sem="relaxed")
+
+
 #: tiles (BM, BN, BK) and their speed relative to the first, rounded from a sweep on an H100 (docs/performance.md)
 TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((128, 256, 64), 1.0),
