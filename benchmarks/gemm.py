@@ -55,7 +55,7 @@ def measure(m: int, n: int, k: int, layout: str, dtype: torch.dtype, repeats: in
     return {
         "shape": f"{m}x{n}x{k}",
         "layout": layout,
-        "tiles": list(configuration(m, n).values()),
+        "tiles": list(configuration(m, n, k).values()),
         "ours_us": ours,
         "cublas_us": theirs,
         "ratio": theirs / ours,

@@ -118,19 +118,30 @@ def test_dumps_are_numbered_and_complete(tmp_path, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_DUMP_DIR", str(tmp_path))
     spec = scale_spec(align=None)
     artifact = tw.compile(scale, "sm_90a", spec, name="dumped")
-    first = sorted(p.name for p in (tmp_path / "dumped-sm_90a").iterdir())
+    first = sorted(p.name for p in (tmp_path / f"dumped-sm_90a-{artifact.variant}").iterdir())
     passes = list(artifact.ir)
     assert first[: len(passes)] == [f"{i:02d}-{name.partition('.')[0]}.tw" for i, name in enumerate(passes)]
     assert first[len(passes) :] == ["dumped.ll", "dumped.ptx"]
-    assert len(list((tmp_path / "dumped_unaligned-sm_90a").glob("*.tw"))) == len(passes)
+    assert len(list((tmp_path / f"dumped_unaligned-sm_90a-{artifact.variant}").glob("*.tw"))) == len(passes)
+
+
+def test_dumps_of_specialisations_lie_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_DUMP_DIR", str(tmp_path))
+    tw.compile(scale, "sm_90a", scale_spec() | {"B": 64})
+    tw.compile(scale, "sm_90a", scale_spec() | {"B": 256})
+    tw.compile(scale, "sm_90a", scale_spec() | {"B": 256}, num_warps=8)
+    tw.compile(scale, "sm_90a", scale_spec() | {"B": 256})
+    texts = [(folder / "00-input.tw").read_text() for folder in tmp_path.iterdir()]
+    assert sorted("tile<64xf32>" in text for text in texts) == [False, False, True]
 
 
 def test_dump_of_a_failing_pass_leaves_its_predecessors(tmp_path, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_DUMP_DIR", str(tmp_path))
     with pytest.raises(tw.CompileError):
         tw.compile(gemm, "sm_90a", gemm_spec(16) | {"BK": 1024}, name="failing")
-    assert (tmp_path / "failing-sm_90a" / "00-input.tw").exists()
-    assert list((tmp_path / "failing-sm_90a").glob("*-fences.tw"))
+    (folder,) = tmp_path.glob("failing-sm_90a-*")
+    assert (folder / "00-input.tw").exists()
+    assert list(folder.glob("*-fences.tw"))
 
 
 def test_too_much_shared_memory_lists_the_buffers():

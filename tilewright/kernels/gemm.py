@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.workspace import Workspace
 
 
 @tw.kernel
@@ -38,27 +39,30 @@ def gemm_split(
     partials: tw.Tensor,
     arrivals: tw.Tensor,
     *,
-    BM: tw.constexpr = 128,
+    BM: tw.constexpr = 64,
     BN: tw.constexpr = 128,
-    BK: tw.constexpr = 64,
+    BK: tw.constexpr = 128,
+    RUNS: tw.constexpr = 2,
+    BW: tw.constexpr = 32,
 ) -> None:
-    """`gemm` with K in several runs, for products of few tiles. Grid: (cdiv(M, BM), cdiv(N, BN), runs).
+    """`gemm` with K in runs, for products of few tiles. Grid: (cdiv(M, BM), cdiv(N, BN), RUNS).
 
-    ``partials`` is float32 (runs * grid[0] * BM, grid[1] * BN); ``arrivals`` int32, grid[0] * grid[1] zeros, which are
-    zeros again afterwards. Whoever comes last to a tile adds its partial sums, always in the order of K.
+    ``partials`` is float32 (tiles, RUNS, BM, BN) with tiles = grid[0] * grid[1]; ``arrivals`` int32, a zero for each
+    tile, which is zero again afterwards. Whoever comes last to a tile adds its partial sums, BW columns at a time and
+    always in the same order, so that equal inputs give equal bits.
     """
     m, n, run = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-    rows, tile, runs = tw.num_programs(0), m * tw.num_programs(1) + n, tw.num_programs(2)
+    tile = m * tw.num_programs(1) + n
     steps = tw.cdiv(a.shape[1], BK)
     acc = tw.zeros((BM, BN), tw.float32)
-    for k in tw.range(run * steps // runs, (run + 1) * steps // runs):
+    for k in tw.range(run * steps // RUNS, (run + 1) * steps // RUNS):
         acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
-    tw.store(partials, (run * rows + m, n), acc)
-    if tw.atomic_add(arrivals, tile, 1) == runs - 1:
-        total = tw.load(partials, (m, n), (BM, BN))
-        for other in tw.range(1, runs):
-            total = total + tw.load(partials, (other * rows + m, n), (BM, BN))
-        tw.store(c, (m, n), total.to(c.dtype))
+    sums = partials[tile]
+    tw.store(sums, (run, 0, 0), acc[None, :, :])
+    if tw.atomic_add(arrivals, tile, 1) == RUNS - 1:
+        for j in tw.static_range(BN // BW):
+            total = tw.sum(tw.load(sums, (0, 0, j), (RUNS, BM, BW)), axis=0)
+            tw.store(c, (m, n * (BN // BW) + j), total.to(c.dtype))
         tw.atomic_exchange(arrivals, tile, 0, sem="relaxed")
 
 
@@ -72,27 +76,57 @@ TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((128, 64, 128), 0.51),
     ((64, 64, 128), 0.41),
 )
+#: in how many runs K may be split, and the least steps of BK in each
+RUNS, LEAST_STEPS = (1, 2, 4, 8), 8
+#: products of one element's multiply and add that an SM of an H100 does in a microsecond with the first tile
+SPEED = 2.9e6
+#: elements of the operands (bf16) that memory gives in a microsecond
+STREAMED = 1.5e6
+#: microseconds that handing over partial sums takes, and elements that the last program adds up in one
+HANDOVER, ADDED = 4.0, 25e3
+#: elements of the partial sums of a tile that the last program holds at once
+HELD = 8192
+
+_workspace = Workspace()
 
 
-def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
-    """Tile sizes for a product of that size on a GPU of ``units`` SMs, without tuning.
+def configuration(m: int, n: int, k: int, units: int = 132) -> dict[str, int]:
+    """Tile sizes BM, BN, BK, and RUNS that K is split in, for a product on a GPU of ``units`` SMs, without tuning.
 
-    Picks the tiles whose waves over the SMs take least time, each wave costing its area over its speed.
+    Picks what takes least time by a formula: the waves of programs over the SMs, each of which costs its tile's
+    products over the tile's speed, but not less than reading the operands; where K is split, the partial sums are
+    handed over and added up besides.
     """
 
-    def cost(entry: tuple[tuple[int, int, int], float]) -> float:
-        (bm, bn, _), speed = entry
-        waves = -(-(-(-m // bm) * -(-n // bn)) // units)
-        return waves * bm * bn / speed
+    reading = (m + n) * k / STREAMED
 
-    bm, bn, bk = min(TILES, key=cost)[0]
-    return {"BM": bm, "BN": bn, "BK": bk}
+    def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> float:
+        ((bm, bn, bk), speed), runs = choice
+        waves = -(-(-(-m // bm) * -(-n // bn) * runs) // units)
+        steps = -(-(-(-k // bk)) // runs)
+        adding = HANDOVER + runs * bm * bn / ADDED if runs > 1 else 0.0
+        return max(waves * bm * bn * steps * bk / (SPEED * speed), reading) + waves * adding
+
+    choices = [(tile, runs) for tile in TILES for runs in RUNS if runs == 1 or k >= runs * LEAST_STEPS * tile[0][2]]
+    ((bm, bn, bk), _), runs = min(choices, key=cost)
+    return {"BM": bm, "BN": bn, "BK": bk, "RUNS": runs}
 
 
 def matmul(a: Any, b: Any, c: Any) -> None:
-    """``c = a @ b`` with tiles chosen by `configuration`. Arrays of NumPy or torch, on one device."""
-    (m, n), meta = c.shape, configuration(*c.shape)
-    gemm[(tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]))](a, b, c, **meta)
+    """``c = a @ b`` with tiles chosen by `configuration`. Arrays of NumPy or torch, on one device.
+
+    Equal inputs give equal bits. Where K is split, partial sums go through memory kept for the device and stream.
+    """
+    meta = configuration(*c.shape, a.shape[1])
+    runs, bm, bn = meta.pop("RUNS"), meta["BM"], meta["BN"]
+    grid = tw.cdiv(c.shape[0], bm), tw.cdiv(c.shape[1], bn)
+    if runs == 1:
+        gemm[grid](a, b, c, **meta)
+        return
+    tiles = grid[0] * grid[1]
+    partials, arrivals = _workspace.take(c, (tiles, runs, bm, bn), tiles)
+    width = max(16, HELD // (runs * bm))
+    gemm_split[(*grid, runs)](a, b, c, partials, arrivals, **meta, RUNS=runs, BW=min(width, bn))
 
 
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
