@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Slot, TransposeSlot, buffer_of
+from tilewright.ir.async_ops import Alloc, Barrier, Copy, LocalStore, Slot, TransposeSlot, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation
 from tilewright.ir.scratch import scratch_bytes
@@ -85,7 +85,7 @@ def _owner(block: Block) -> Operation | None:
 
 def _starts_afresh(first: Operation, home: Block) -> bool:
     """Whether a run of the block begins by writing the buffer's slots, counting from a fixed number."""
-    if not isinstance(first, LocalStore) or first.parent is not home:
+    if not isinstance(first, LocalStore | Copy) or first.parent is not home:
         return False
     slot = first.slot
     while isinstance(slot.op, TransposeSlot):

@@ -5,8 +5,8 @@ time in turn, up to ``max_stages``.
 
 Operations that exchange data between warps (reductions, layout conversions) begin with a barrier, so those of
 one role, or of a program without roles, take one scratch area in turns. Where all warps run one program, buffers
-and scratch whose lifetimes do not overlap share memory (`shared_lifetimes`), with a barrier between their uses;
-the buffers of roles may be in flight at any time and keep theirs.
+and scratch whose lifetimes do not overlap share memory (`shared_lifetimes`), with a barrier between their uses
+(`copy_ahead` waits for its copies behind the loop); the buffers of roles may be in flight at any time and keep theirs.
 Running out of memory is an error that lists each buffer.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.ir.async_ops import Alloc, BulkStore, Copy, MakeRing, Role
+from tilewright.ir.async_ops import Alloc, BulkStore, MakeRing, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import SCRATCH_ALIGNMENT, scratch_bytes
 from tilewright.ir.types import BufferType, RingType
@@ -64,7 +64,7 @@ class _Plan:
         self.rings = [op for op in ops if isinstance(op, MakeRing)]
         self.users = list(scratch_users(function))
         self.scratch = {op: scratch_bytes(op) for op in self.users}
-        self.in_one_order = not any(isinstance(op, Role | MakeRing | Copy | BulkStore) for op in ops)
+        self.in_one_order = not any(isinstance(op, Role | MakeRing | BulkStore) for op in ops)
         self.groups = _roles_of(self.users)
         lifetimes = Lifetimes(function) if self.in_one_order else None
         self.lives = {op: lifetimes.of(op) for op in [*self.allocs, *self.users]} if lifetimes else {}
