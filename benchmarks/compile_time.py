@@ -66,6 +66,7 @@ def child(name: str) -> None:
 def measure(name: str, folder: str, always: bool) -> list[float]:
     """Seconds of both compilations in a fresh process with its cache in ``folder``."""
     environment = dict(os.environ, TILEWRIGHT_CACHE_DIR=folder, TRITON_CACHE_DIR=folder)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are byte-compiled, as the rival is here
     if always:
         environment |= {"TILEWRIGHT_ALWAYS_COMPILE": "1", "TRITON_ALWAYS_COMPILE": "1"}
     command = [sys.executable, __file__, "--child", name]

@@ -1,6 +1,6 @@
 """Matrix product against cuBLAS (torch.mm) in the same run, interleaved, random normal inputs.
 
-python benchmarks/gemm.py [--shapes all] [--dtype f16] [--json FILE]: ratio of median times, error of
+python benchmarks/gemm.py [--shapes all|small] [--dtype f16] [--json FILE]: ratio of median times, error of
 both against float64, and whether two runs give the same bits.
 """
 
@@ -19,6 +19,11 @@ from tilewright.runtime.bench import compare
 SHAPES = [(2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096)]
 MORE_SHAPES = [
     (8192, 8192, 1024), (4096, 14336, 4096), (512, 8192, 8192), (64, 8192, 8192), (8191, 4097, 2049),
+]  # fmt: skip
+#: few tiles: the grid would leave SMs idle
+SMALL_SHAPES = [
+    (512, 512, 16384), (1024, 1024, 8192), (256, 4096, 4096), (128, 8192, 8192), (64, 4096, 16384), (2048, 2048, 2048),
+    (64, 8192, 8192), (512, 512, 4096), (1024, 512, 8192), (256, 256, 16384),
 ]  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 DENSE_TFLOPS = 989.4  # H100 SXM datasheet, bf16 dense: the roofline
@@ -72,12 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--shapes", choices=["few", "all"], default="few")
+    parser.add_argument("--shapes", choices=["few", "all", "small"], default="few")
     parser.add_argument("--layouts", default="NT,NN")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     options = parser.parse_args()
     torch.manual_seed(0)
-    shapes = SHAPES + (MORE_SHAPES if options.shapes == "all" else [])
+    shapes = {"few": SHAPES, "all": SHAPES + MORE_SHAPES, "small": SMALL_SHAPES}[options.shapes]
     dtype = DTYPES[options.dtype]
     rows = [measure(*s, layout, dtype, options.repeats) for s in shapes for layout in options.layouts.split(",")]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, medians, random normal inputs")

@@ -32,6 +32,8 @@ _START = (
     "import sys; sys.path[:] = sys.argv[4:]; "
     "from tilewright.compiler.worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
 )
+#: NumPy would start a thread for each processor when it is imported; the backend has no use for them
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 #: how much of what a dead worker printed its error quotes (bytes)
 _QUOTED = 4000
 
@@ -74,6 +76,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env={**os.environ, **_ONE_THREAD},
                 pass_fds=(requests_read, answers_write),
                 start_new_session=True,  # Ctrl-C is for the caller; `end` takes ptxas along
             )
@@ -341,7 +344,7 @@ def serve(requests_from: int, answers_to: int, target: str) -> None:
     for descriptor in (requests_from, answers_to):
         os.set_inheritable(descriptor, False)  # ptxas must not keep them open
     with os.fdopen(requests_from, "rb") as requests, os.fdopen(answers_to, "wb") as answers:
-        with contextlib.suppress(ImportError):  # which the answer to the first request reports
+        with contextlib.suppress(Exception):  # which the answer to the first request reports
             from tilewright.backends import dispatch
 
             dispatch.preload(target)
