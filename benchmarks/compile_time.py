@@ -40,7 +40,6 @@ def compile_ours(tiles: tuple[int, int, int]) -> float:
 def compile_triton(tiles: tuple[int, int, int]) -> float:
     """Seconds to a binary of the kernel below."""
     import torch
-
     from triton_matmul import matmul_persistent
 
     (bm, bn, bk), empty = tiles, torch.empty(SIZE, SIZE, dtype=torch.bfloat16, device="cuda")

@@ -17,7 +17,7 @@ def plain(x):
 
 
 def with_comment(x):
-    y = x  # a comment
+    print(x)  # a comment
 
     # one more
 
@@ -26,14 +26,12 @@ def with_strings(x):
     text = """
 no indentation
 """
-    return (
-x, text
-)
+    return (x, text)
 
 
 def quoted_at_the_end():
     """Only a docstring
-that is not indented."""
+    that is not indented."""
 
 
 # fmt: off
@@ -41,9 +39,7 @@ def on_one_line(x): return x
 # fmt: on
 
 
-@functools.wraps(
-    plain
-)
+@functools.wraps(plain)
 def signature_over_lines(
     x,
     *,
@@ -54,17 +50,14 @@ def signature_over_lines(
 
     if x:
         return inner
-    else:
-        pass
+    # the end
 
 
 class Holder:
     def method(self):
         for i in range(3):
             print(i)
-        return [
-            i
-        ]
+        return [i]
 
     after = 1
 
@@ -72,6 +65,7 @@ class Holder:
 def local():
     def nested(x):
         return x + 1
+
     return nested
 
 

@@ -145,11 +145,16 @@ def staged(x: tw.Tensor, w: tw.Tensor, parts: tw.Tensor, y: tw.Tensor, count: tw
 
 
 def scheduled(target: str) -> Function:
-    matrix = {n: ViewType((None, None), DTYPES[d], (None, 1), 16) for n, d in zip("xwpy", ("bf16", "bf16", "f32", "f32"), strict=True)}
+    matrix = {
+        n: ViewType((None, None), DTYPES[d], (None, 1), 16)
+        for n, d in zip("xwpy", ("bf16", "bf16", "f32", "f32"), strict=True)
+    }
     views = {"x": matrix["x"], "w": matrix["w"], "parts": matrix["p"], "y": matrix["y"]}
     views["count"] = ViewType((None,), DTYPES["i32"], (1,), 4)
     context = PassContext(get_target(target), CompileOptions().pass_options())
-    return PassManager(default_pipeline(context.target), context).run(build_module(staged.definition, views)).functions[0]
+    return (
+        PassManager(default_pipeline(context.target), context).run(build_module(staged.definition, views)).functions[0]
+    )
 
 
 def run_staged(function: Function) -> float:
@@ -175,7 +180,9 @@ def test_releases_wait_for_bulk_stores() -> None:
 
 
 def count_spec(sem: str, target: str) -> tw.Artifact:
-    return tw.compile(counting, target, {"x": tw.spec("f32", ("N",), align=16), "count": tw.spec("i32", (1,), align=4), "SEM": sem})
+    return tw.compile(
+        counting, target, {"x": tw.spec("f32", ("N",), align=16), "count": tw.spec("i32", (1,), align=4), "SEM": sem}
+    )
 
 
 @tw.kernel
@@ -185,9 +192,15 @@ def counting(x: tw.Tensor, count: tw.Tensor, *, SEM: tw.constexpr) -> None:
         tw.store(x, (1,), tw.load(x, (0,), (256,)))
 
 
-@pytest.mark.parametrize(("sem", "before", "after"), [
-    ("relaxed", False, False), ("release", True, False), ("acquire", False, True), ("acq_rel", True, True),
-])
+@pytest.mark.parametrize(
+    ("sem", "before", "after"),
+    [
+        ("relaxed", False, False),
+        ("release", True, False),
+        ("acquire", False, True),
+        ("acq_rel", True, True),
+    ],
+)
 def test_fences_of_updates(sem: str, before: bool, after: bool) -> None:
     ptx = count_spec(sem, "sm_90a").asm["ptx"]
     head, _, tail = ptx.partition("atom.")

@@ -209,5 +209,7 @@ def test_loops_that_follow_each_other_share_memory():
     module = module_of(mlp, x=matrix(), w1=matrix(), w2=matrix(), y=matrix())
     function = scheduled(module, "gfx942")
     buffers = [op.result.type for op in first(function, Alloc)]
-    assert [b.stages for b in buffers] == [2, 2, 1], "the first loop fills the memory; the second's operand may need some"
+    assert [b.stages for b in buffers] == [2, 2, 1], (
+        "the first loop fills the memory; the second's operand may need some"
+    )
     assert sum(b.bytes for b in buffers) > get_target("gfx942").shared_bytes >= function.attributes["shared_bytes"]

@@ -12,7 +12,6 @@ from tilewright.ir.abi import KernelABI
 from tilewright.ir.resources import Resources
 from tilewright.runtime.device import Device
 
-
 #: hexadecimal digits that tell variants apart in the names of folders
 _VARIANT_DIGITS = 8
 
@@ -77,7 +76,9 @@ class Artifact:
         found = {}
         for entry, texts in self.passes.items():
             for number, (name, text) in enumerate(texts.items()):
-                found[f"{dump_folder(entry, self.target, self.variant)}/{number:02d}-{name.partition('.')[0]}.tw"] = text
+                found[f"{dump_folder(entry, self.target, self.variant)}/{number:02d}-{name.partition('.')[0]}.tw"] = (
+                    text
+                )
         suffixes = {"llvm": "ll", "amdgcn": "s"}
         for kind, text in self.asm.items():
             folder = dump_folder(self.name, self.target, self.variant)

@@ -203,8 +203,8 @@ def unpack(data: bytes) -> Artifact:
         parts.append(data[position : position + size])
         position += size
     entries = tuple(Entry(KernelABI.from_json(e["abi"]), Resources(**e["resources"])) for e in header["entries"])
-    texts = Packed(parts[1]), Packed(parts[2])
-    return Artifact(header["name"], header["target"], parts[0], entries, *texts, header["variant"], cached=True)
+    name, target, variant = header["name"], header["target"], header["variant"]
+    return Artifact(name, target, parts[0], entries, Packed(parts[1]), Packed(parts[2]), variant, cached=True)
 
 
 def _compress(value: Any) -> bytes:

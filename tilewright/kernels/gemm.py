@@ -102,8 +102,8 @@ def configuration(m: int, n: int, k: int, units: int = 132) -> dict[str, int]:
 
     def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> float:
         ((bm, bn, bk), speed), runs = choice
-        waves = -(-(-(-m // bm) * -(-n // bn) * runs) // units)
-        steps = -(-(-(-k // bk)) // runs)
+        waves = tw.cdiv(tw.cdiv(m, bm) * tw.cdiv(n, bn) * runs, units)
+        steps = tw.cdiv(tw.cdiv(k, bk), runs)
         adding = HANDOVER + runs * bm * bn / ADDED if runs > 1 else 0.0
         return max(waves * bm * bn * steps * bk / (SPEED * speed), reading) + waves * adding
 
@@ -117,9 +117,10 @@ def matmul(a: Any, b: Any, c: Any) -> None:
 
     Equal inputs give equal bits. Where K is split, partial sums go through memory kept for the device and stream.
     """
-    meta = configuration(*c.shape, a.shape[1])
+    m, n = c.shape
+    meta = configuration(m, n, a.shape[1])
     runs, bm, bn = meta.pop("RUNS"), meta["BM"], meta["BN"]
-    grid = tw.cdiv(c.shape[0], bm), tw.cdiv(c.shape[1], bn)
+    grid = tw.cdiv(m, bm), tw.cdiv(n, bn)
     if runs == 1:
         gemm[grid](a, b, c, **meta)
         return

@@ -12,8 +12,8 @@ class Workspace:
     """Float32 numbers of any content, and int32 counters that are zero whenever no kernel runs.
 
     The arrays for torch tensors on a GPU belong to their device and stream, where launches follow one another, and grow
-    with the largest request. A graph that is being captured gets memory of its own, with the zeros written in the graph,
-    since it may run beside the stream that it was captured on. Others (NumPy, CPU tensors) get new arrays each time.
+    with the largest request. A graph that is being captured gets memory of its own, with the zeros written in it, since
+    it may run beside the stream that it was captured on. Others (NumPy, CPU tensors) get new arrays each time.
     """
 
     def __init__(self) -> None:

@@ -51,5 +51,7 @@ def check_warps(function: Function, warps: int, dots: Sequence[Dot]) -> None:
     for dot in dots:
         rows = operand_shape(dot, "a")[0]
         if rows % (warps // WARPGROUP * WARPGROUP_ROWS):
-            message = f"num_warps={warps}: {rows} rows do not divide among {warps // WARPGROUP} groups of {WARPGROUP} warps"
+            message = (
+                f"num_warps={warps}: {rows} rows do not divide among {warps // WARPGROUP} groups of {WARPGROUP} warps"
+            )
             raise IRError(message, dot.loc, f"each group takes a multiple of {WARPGROUP_ROWS} rows")
