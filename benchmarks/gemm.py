@@ -13,7 +13,7 @@ from statistics import geometric_mean
 
 import torch
 
-from tilewright.kernels.gemm import configuration, matmul
+from tilewright.kernels.gemm import matmul, split_configuration
 from tilewright.runtime.bench import compare
 
 SHAPES = [(2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096)]
@@ -57,10 +57,12 @@ def measure(m: int, n: int, k: int, layout: str, dtype: torch.dtype, repeats: in
     result = compare({"ours": lambda: matmul(a, b, c), "cublas": lambda: torch.mm(a, b, out=out)}, repeats=repeats)
     ours, theirs = result["ours"].median_us, result["cublas"].median_us
     flops = 2 * m * n * k
+    tiles, runs = split_configuration(m, n, k)
     return {
         "shape": f"{m}x{n}x{k}",
         "layout": layout,
-        "tiles": list(configuration(m, n, k).values()),
+        "tiles": list(tiles.values()),
+        "runs": runs,
         "ours_us": ours,
         "cublas_us": theirs,
         "ratio": theirs / ours,
@@ -89,7 +91,7 @@ def main() -> None:
     for r in rows:
         speeds = f"ours {r['ours_tflops']:6.1f}  cublas {r['cublas_tflops']:6.1f} TFLOP/s  ratio {r['ratio']:.3f}"
         errors = f"error {r['error']:.2e} / {r['cublas_error']:.2e}  bit-equal {r['bit_equal']}"
-        print(f"{r['shape']:>18} {r['layout']} {r['tiles']!s:<14} {speeds}  {errors}")
+        print(f"{r['shape']:>18} {r['layout']} {r['tiles']!s:<14} x {r['runs']}  {speeds}  {errors}")
     mean = geometric_mean(float(str(r["ratio"])) for r in rows)
     print(f"geometric mean of ratios: {mean:.3f}")
     if options.json:

@@ -563,11 +563,6 @@ def atomic_dtype(x, y, n):
     tw.atomic_xor(y, 0, 1)
 
 
-@case("tw.atomic_add has no memory semantics 'seq_cst'", '"seq_cst"', "'acq_rel'")
-def atomic_semantics(x, y, n):
-    tw.atomic_add(y, 0, 1.0, sem="seq_cst")
-
-
 @case("tw.atomic_max does not exist for tw.float16", "half", "tw.float32")
 def atomic_half(half):
     tw.atomic_max(half, 0, 1.0)

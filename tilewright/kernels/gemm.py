@@ -59,11 +59,11 @@ def gemm_split(
         acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
     sums = partials[tile]
     tw.store(sums, (run, 0, 0), acc[None, :, :])
-    if tw.atomic_add(arrivals, tile, 1) == RUNS - 1:
+    if tw.atomic_add(arrivals, tile, 1, order="acq_rel") == RUNS - 1:
         for j in tw.static_range(BN // BW):
             total = tw.sum(tw.load(sums, (0, 0, j), (RUNS, BM, BW)), axis=0)
             tw.store(c, (m, n * (BN // BW) + j), total.to(c.dtype))
-        tw.atomic_exchange(arrivals, tile, 0, sem="relaxed")
+        tw.atomic_exchange(arrivals, tile, 0)
 
 
 #: tiles (BM, BN, BK) and their speed relative to the first, rounded from a sweep on an H100 (docs/performance.md)
@@ -90,14 +90,27 @@ HELD = 8192
 _workspace = Workspace()
 
 
-def configuration(m: int, n: int, k: int, units: int = 132) -> dict[str, int]:
-    """Tile sizes BM, BN, BK, and RUNS that K is split in, for a product on a GPU of ``units`` SMs, without tuning.
+def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
+    """Tile sizes for a product of that size on a GPU of ``units`` SMs, without tuning.
 
-    Picks what takes least time by a formula: the waves of programs over the SMs, each of which costs its tile's
-    products over the tile's speed, but not less than reading the operands; where K is split, the partial sums are
-    handed over and added up besides.
+    Picks the tiles whose waves over the SMs take least time, each wave costing its area over its speed.
     """
 
+    def cost(entry: tuple[tuple[int, int, int], float]) -> float:
+        (bm, bn, _), speed = entry
+        waves = -(-(-(-m // bm) * -(-n // bn)) // units)
+        return waves * bm * bn / speed
+
+    bm, bn, bk = min(TILES, key=cost)[0]
+    return {"BM": bm, "BN": bn, "BK": bk}
+
+
+def split_configuration(m: int, n: int, k: int, units: int = 132) -> tuple[dict[str, int], int]:
+    """Tile sizes as `configuration` gives them, and in how many runs to split K: 1 where the tiles fill the GPU.
+
+    By a formula again: waves of programs, which cost their products over the tile's speed but not less than reading
+    the operands; and where K is split, handing the partial sums over and adding them up.
+    """
     reading = (m + n) * k / STREAMED
 
     def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> float:
@@ -109,25 +122,25 @@ def configuration(m: int, n: int, k: int, units: int = 132) -> dict[str, int]:
 
     choices = [(tile, runs) for tile in TILES for runs in RUNS if runs == 1 or k >= runs * LEAST_STEPS * tile[0][2]]
     ((bm, bn, bk), _), runs = min(choices, key=cost)
-    return {"BM": bm, "BN": bn, "BK": bk, "RUNS": runs}
+    return {"BM": bm, "BN": bn, "BK": bk}, runs
 
 
 def matmul(a: Any, b: Any, c: Any) -> None:
-    """``c = a @ b`` with tiles chosen by `configuration`. Arrays of NumPy or torch, on one device.
+    """``c = a @ b`` with tiles chosen by `split_configuration`. Arrays of NumPy or torch, on one device.
 
     Equal inputs give equal bits. Where K is split, partial sums go through memory kept for the device and stream.
     """
     m, n = c.shape
-    meta = configuration(m, n, a.shape[1])
-    runs, bm, bn = meta.pop("RUNS"), meta["BM"], meta["BN"]
+    meta, runs = split_configuration(m, n, a.shape[1])
+    bm, bn = meta["BM"], meta["BN"]
     grid = tw.cdiv(m, bm), tw.cdiv(n, bn)
     if runs == 1:
         gemm[grid](a, b, c, **meta)
         return
     tiles = grid[0] * grid[1]
     partials, arrivals = _workspace.take(c, (tiles, runs, bm, bn), tiles)
-    width = max(16, HELD // (runs * bm))
-    gemm_split[(*grid, runs)](a, b, c, partials, arrivals, **meta, RUNS=runs, BW=min(width, bn))
+    width = min(bn, max(16, HELD // (runs * bm)))
+    gemm_split[(*grid, runs)](a, b, c, partials, arrivals, **meta, RUNS=runs, BW=width)
 
 
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
