@@ -109,16 +109,18 @@ def split_configuration(m: int, n: int, k: int, units: int = 132) -> tuple[dict[
     """Tile sizes as `configuration` gives them, and in how many runs to split K: 1 where the tiles fill the GPU.
 
     By a formula again: waves of programs, which cost their products over the tile's speed but not less than reading
-    the operands; and where K is split, handing the partial sums over and adding them up.
+    the operands; and where K is split, handing the partial sums over and adding them up. Of equals, that which keeps
+    most SMs busy.
     """
     reading = (m + n) * k / STREAMED
 
-    def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> float:
+    def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> tuple[float, int]:
         ((bm, bn, bk), speed), runs = choice
-        waves = tw.cdiv(tw.cdiv(m, bm) * tw.cdiv(n, bn) * runs, units)
+        programs = tw.cdiv(m, bm) * tw.cdiv(n, bn) * runs
+        waves = tw.cdiv(programs, units)
         steps = tw.cdiv(tw.cdiv(k, bk), runs)
         adding = HANDOVER + runs * bm * bn / ADDED if runs > 1 else 0.0
-        return max(waves * bm * bn * steps * bk / (SPEED * speed), reading) + waves * adding
+        return max(waves * bm * bn * steps * bk / (SPEED * speed), reading) + waves * adding, -min(programs, units)
 
     choices = [(tile, runs) for tile in TILES for runs in RUNS if runs == 1 or k >= runs * LEAST_STEPS * tile[0][2]]
     ((bm, bn, bk), _), runs = min(choices, key=cost)
