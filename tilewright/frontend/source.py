@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import ast
 import inspect
+import linecache
 from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType
 
 
 def source_lines(fn: FunctionType) -> tuple[list[str], int]:
     """The lines of a definition, decorators included, and the number of the first. OSError where there are none."""
-    lines, first = inspect.findsource(inspect.unwrap(fn))
-    lines = lines[first:]
-    block = _indented_block(lines, max(_line_numbers(fn.__code__)) - first)
-    return block if _is_definition(block) else inspect.getblock(lines), first + 1
+    fn = inspect.unwrap(fn)
+    first = fn.__code__.co_firstlineno
+    linecache.checkcache(fn.__code__.co_filename)
+    lines = linecache.getlines(fn.__code__.co_filename, fn.__globals__)[first - 1 :]
+    if not lines:
+        return inspect.getsourcelines(fn)
+    block = _indented_block(lines, max(_line_numbers(fn.__code__)) - first + 1)
+    return block if _is_definition(block) else inspect.getblock(lines), first
 
 
 def _line_numbers(code: CodeType) -> Iterator[int]:

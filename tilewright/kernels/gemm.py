@@ -32,41 +32,39 @@ def gemm(
 
 
 @tw.kernel
-def gemm_split(
+def gemm_partial(
     a: tw.Tensor,
     b: tw.Tensor,
-    c: tw.Tensor,
     partials: tw.Tensor,
-    arrivals: tw.Tensor,
     *,
     BM: tw.constexpr = 64,
     BN: tw.constexpr = 128,
     BK: tw.constexpr = 128,
-    RUNS: tw.constexpr = 2,
-    BW: tw.constexpr = 32,
 ) -> None:
-    """`gemm` with K in runs, for products of few tiles. Grid: (cdiv(M, BM), cdiv(N, BN), RUNS).
+    """``partials[run]``: the product over one run of K. Grid: (cdiv(M, BM), cdiv(N, BN), runs).
 
-    ``partials`` is float32 (tiles, RUNS, BM, BN) with tiles = grid[0] * grid[1]; ``arrivals`` int32, a zero for each
-    tile, which is zero again afterwards. Whoever comes last to a tile adds its partial sums, BW columns at a time and
-    always in the same order, so that equal inputs give equal bits.
+    ``partials`` is float32 (runs, M, N). `add_partials` behind it makes the product.
     """
     m, n, run = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-    tile = m * tw.num_programs(1) + n
-    steps = tw.cdiv(a.shape[1], BK)
+    steps, runs = tw.cdiv(a.shape[1], BK), tw.num_programs(2)
     acc = tw.zeros((BM, BN), tw.float32)
-    for k in tw.range(run * steps // RUNS, (run + 1) * steps // RUNS):
+    for k in tw.range(run * steps // runs, (run + 1) * steps // runs):
         acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
-    sums = partials[tile]
-    tw.store(sums, (run, 0, 0), acc[None, :, :])
-    if tw.atomic_add(arrivals, tile, 1, order="acq_rel") == RUNS - 1:
-        for j in tw.static_range(BN // BW):
-            total = tw.sum(tw.load(sums, (0, 0, j), (RUNS, BM, BW)), axis=0)
-            tw.store(c, (m, n * (BN // BW) + j), total.to(c.dtype))
-        tw.atomic_exchange(arrivals, tile, 0)
+    tw.store(partials[run], (m, n), acc)
 
 
-#: tiles (BM, BN, BK) and their speed relative to the first, rounded from a sweep on an H100 (docs/performance.md)
+@tw.kernel
+def add_partials(
+    partials: tw.Tensor, c: tw.Tensor, *, RUNS: tw.constexpr = 2, BM: tw.constexpr = 8, BN: tw.constexpr = 128
+) -> None:
+    """``c = partials.sum(0)`` in one order: partials (RUNS, M, N), c (M, N). Grid: (cdiv(M, BM), cdiv(N, BN))."""
+    m, n = tw.program_id(0), tw.program_id(1)
+    total = tw.sum(tw.load(partials, (0, m, n), (RUNS, BM, BN)), axis=0)
+    tw.store(c, (m, n), total.to(c.dtype))
+
+
+#: tiles (BM, BN, BK) and their speed relative to the first, rounded from a sweep on an H100 (docs/performance.md).
+#: The last is that of operands that lie in L2; in larger products, which have better choices, it is 0.41
 TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((128, 256, 64), 1.0),
     ((64, 256, 64), 0.93),
@@ -74,18 +72,25 @@ TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((128, 128, 64), 0.86),
     ((64, 128, 128), 0.80),
     ((128, 64, 128), 0.51),
-    ((64, 64, 128), 0.41),
+    ((64, 64, 128), 0.62),
+)
+#: the same where K is split: about one program for each SM, with operands from L2
+SPLIT_TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
+    ((64, 128, 128), 0.87),
+    ((64, 256, 64), 0.84),
+    ((128, 128, 64), 0.83),
+    ((64, 64, 128), 0.65),
 )
 #: in how many runs K may be split, and the least steps of BK in each
-RUNS, LEAST_STEPS = (1, 2, 4, 8), 8
+RUNS, LEAST_STEPS = (2, 4, 8), 8
 #: products of one element's multiply and add that an SM of an H100 does in a microsecond with the first tile
 SPEED = 2.9e6
 #: elements of the operands (bf16) that memory gives in a microsecond
 STREAMED = 1.5e6
-#: microseconds that handing over partial sums takes, and elements that the last program adds up in one
-HANDOVER, ADDED = 4.0, 25e3
-#: elements of the partial sums of a tile that the last program holds at once
-HELD = 8192
+#: microseconds that another launch takes, and partial sums (float32) that it adds up in one
+LAUNCH, ADDED = 2.0, 0.62e6
+#: tile of `add_partials`
+ADD_ROWS, ADD_COLUMNS = 8, 128
 
 _workspace = Workspace()
 
@@ -109,21 +114,23 @@ def split_configuration(m: int, n: int, k: int, units: int = 132) -> tuple[dict[
     """Tile sizes as `configuration` gives them, and in how many runs to split K: 1 where the tiles fill the GPU.
 
     By a formula again: waves of programs, which cost their products over the tile's speed but not less than reading
-    the operands; and where K is split, handing the partial sums over and adding them up. Of equals, that which keeps
-    most SMs busy.
+    the operands; and where K is split, another launch that adds the partial sums up. Of equals, that which keeps most
+    SMs busy.
     """
     reading = (m + n) * k / STREAMED
 
-    def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> tuple[float, int]:
+    def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> tuple[float, int, int]:
         ((bm, bn, bk), speed), runs = choice
         programs = tw.cdiv(m, bm) * tw.cdiv(n, bn) * runs
         waves = tw.cdiv(programs, units)
         steps = tw.cdiv(tw.cdiv(k, bk), runs)
-        adding = HANDOVER + runs * bm * bn / ADDED if runs > 1 else 0.0
-        return max(waves * bm * bn * steps * bk / (SPEED * speed), reading) + waves * adding, -min(programs, units)
+        adding = LAUNCH + runs * m * n / ADDED if runs > 1 else 0.0
+        multiplying = max(waves * bm * bn * steps * bk / (SPEED * speed), reading)
+        return multiplying + adding, waves, -min(programs, units)
 
-    choices = [(tile, runs) for tile in TILES for runs in RUNS if runs == 1 or k >= runs * LEAST_STEPS * tile[0][2]]
-    ((bm, bn, bk), _), runs = min(choices, key=cost)
+    whole = [(tile, 1) for tile in TILES]
+    split = [(tile, runs) for tile in SPLIT_TILES for runs in RUNS if k >= runs * LEAST_STEPS * tile[0][2]]
+    ((bm, bn, bk), _), runs = min(whole + split, key=cost)
     return {"BM": bm, "BN": bn, "BK": bk}, runs
 
 
@@ -134,15 +141,14 @@ def matmul(a: Any, b: Any, c: Any) -> None:
     """
     m, n = c.shape
     meta, runs = split_configuration(m, n, a.shape[1])
-    bm, bn = meta["BM"], meta["BN"]
-    grid = tw.cdiv(m, bm), tw.cdiv(n, bn)
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
     if runs == 1:
         gemm[grid](a, b, c, **meta)
         return
-    tiles = grid[0] * grid[1]
-    partials, arrivals = _workspace.take(c, (tiles, runs, bm, bn), tiles)
-    width = min(bn, max(16, HELD // (runs * bm)))
-    gemm_split[(*grid, runs)](a, b, c, partials, arrivals, **meta, RUNS=runs, BW=width)
+    partials = _workspace.take(c, (runs, m, n))
+    gemm_partial[(*grid, runs)](a, b, partials, **meta)
+    rows, columns = ADD_ROWS, ADD_COLUMNS
+    add_partials[(tw.cdiv(m, rows), tw.cdiv(n, columns))](partials, c, RUNS=runs, BM=rows, BN=columns)
 
 
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
