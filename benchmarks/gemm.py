@@ -1,6 +1,6 @@
 """Matrix product against cuBLAS (torch.mm) in the same run, interleaved, random normal inputs.
 
-python benchmarks/gemm.py [--shapes all] [--dtype f16] [--json FILE]: ratio of median times, error of
+python benchmarks/gemm.py [--shapes all|small] [--dtype f16] [--json FILE]: ratio of median times, error of
 both against float64, and whether two runs give the same bits.
 """
 
@@ -13,12 +13,17 @@ from statistics import geometric_mean
 
 import torch
 
-from tilewright.kernels.gemm import configuration, matmul
+from tilewright.kernels.gemm import matmul, split_configuration
 from tilewright.runtime.bench import compare
 
 SHAPES = [(2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096)]
 MORE_SHAPES = [
     (8192, 8192, 1024), (4096, 14336, 4096), (512, 8192, 8192), (64, 8192, 8192), (8191, 4097, 2049),
+]  # fmt: skip
+#: few tiles: the grid would leave SMs idle
+SMALL_SHAPES = [
+    (512, 512, 16384), (1024, 1024, 8192), (256, 4096, 4096), (128, 8192, 8192), (64, 4096, 16384), (2048, 2048, 2048),
+    (64, 8192, 8192), (512, 512, 4096), (1024, 512, 8192), (256, 256, 16384),
 ]  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 DENSE_TFLOPS = 989.4  # H100 SXM datasheet, bf16 dense: the roofline
@@ -52,10 +57,12 @@ def measure(m: int, n: int, k: int, layout: str, dtype: torch.dtype, repeats: in
     result = compare({"ours": lambda: matmul(a, b, c), "cublas": lambda: torch.mm(a, b, out=out)}, repeats=repeats)
     ours, theirs = result["ours"].median_us, result["cublas"].median_us
     flops = 2 * m * n * k
+    tiles, runs = split_configuration(m, n, k)
     return {
         "shape": f"{m}x{n}x{k}",
         "layout": layout,
-        "tiles": list(configuration(m, n).values()),
+        "tiles": list(tiles.values()),
+        "runs": runs,
         "ours_us": ours,
         "cublas_us": theirs,
         "ratio": theirs / ours,
@@ -72,19 +79,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--shapes", choices=["few", "all"], default="few")
+    parser.add_argument("--shapes", choices=["few", "all", "small"], default="few")
     parser.add_argument("--layouts", default="NT,NN")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     options = parser.parse_args()
     torch.manual_seed(0)
-    shapes = SHAPES + (MORE_SHAPES if options.shapes == "all" else [])
+    shapes = {"few": SHAPES, "all": SHAPES + MORE_SHAPES, "small": SMALL_SHAPES}[options.shapes]
     dtype = DTYPES[options.dtype]
     rows = [measure(*s, layout, dtype, options.repeats) for s in shapes for layout in options.layouts.split(",")]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, medians, random normal inputs")
     for r in rows:
         speeds = f"ours {r['ours_tflops']:6.1f}  cublas {r['cublas_tflops']:6.1f} TFLOP/s  ratio {r['ratio']:.3f}"
         errors = f"error {r['error']:.2e} / {r['cublas_error']:.2e}  bit-equal {r['bit_equal']}"
-        print(f"{r['shape']:>18} {r['layout']} {r['tiles']!s:<14} {speeds}  {errors}")
+        print(f"{r['shape']:>18} {r['layout']} {r['tiles']!s:<14} x {r['runs']}  {speeds}  {errors}")
     mean = geometric_mean(float(str(r["ratio"])) for r in rows)
     print(f"geometric mean of ratios: {mean:.3f}")
     if options.json:

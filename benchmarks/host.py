@@ -1,6 +1,7 @@
 """What the host pays before a kernel runs: finding a compiled kernel in the cache, and launching it again.
 
-Needs no GPU. Every lookup is of a kernel that was compiled beforehand into a cache of its own.
+Needs no GPU but for the comparison with Triton's launches, which needs both. Every lookup is of a kernel that was
+compiled beforehand into a cache of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import tilewright as tw
 
 _FIRST_LOOKUP = """
 import json, sys, time
@@ -76,6 +79,34 @@ def launches(repeats: int = 2000) -> dict[str, float]:
     return {"launch_us": _per_call(lambda: call(*tensors, BM=64, BN=64, BK=32), repeats)}
 
 
+@tw.kernel
+def _three(x: tw.Tensor, y: tw.Tensor, out: tw.Tensor, i: tw.int32, j: tw.int32, k: tw.int32) -> None:
+    """Three tensors and three integers, and hardly any work."""
+    tw.store(out, 0, tw.load(x, 0, (128,)) + tw.load(y, 0, (128,)) * (i + j + k).to(tw.float32))
+
+
+def against_triton(repeats: int = 1000, rounds: int = 21) -> dict[str, float]:
+    """Microseconds of host time of a repeated launch with three tensors and three integers, batches in turns."""
+    import torch
+    from triton_three import three
+
+    x, y, out = (torch.ones(128, device="cuda") for _ in range(3))
+    ours, theirs = _three[(1,)], three[(1,)]
+    calls = {"ours": lambda: ours(x, y, out, 1, 2, 3), "triton": lambda: theirs(x, y, out, 1, 2, 3, num_warps=4)}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 2):
+        for name in sorted(calls, reverse=bool(turn % 2)):
+            out.fill_(float("nan"))
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                calls[name]()
+            samples[name].append((time.perf_counter() - start) / repeats * 1e6)
+            assert bool((out == 7).all())
+    times = {name: median(values[2:]) for name, values in samples.items()}
+    return {**times, "ratio": times["ours"] / times["triton"]}
+
+
 def _per_call(fn: Callable[[], Any], repeats: int) -> float:
     samples = []
     for _ in range(7):
@@ -101,6 +132,11 @@ def main() -> None:
     try:
         result["launch"] = launches()
         print(f"  launch  {result['launch']['launch_us']:.2f} us before the driver, 3 torch tensors, 3 constexprs")
+    except ImportError:
+        pass
+    try:
+        result["against_triton"] = against_triton()
+        print("  launch  {ours:.2f} us, Triton {triton:.2f} us, ratio {ratio:.2f}".format(**result["against_triton"]))
     except ImportError:
         pass
     if options.json:

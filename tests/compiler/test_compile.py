@@ -118,24 +118,57 @@ def test_dumps_are_numbered_and_complete(tmp_path, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_DUMP_DIR", str(tmp_path))
     spec = scale_spec(align=None)
     artifact = tw.compile(scale, "sm_90a", spec, name="dumped")
-    first = sorted(p.name for p in (tmp_path / "dumped-sm_90a").iterdir())
+    first = sorted(p.name for p in (tmp_path / f"dumped-sm_90a-{artifact.variant}").iterdir())
     passes = list(artifact.ir)
     assert first[: len(passes)] == [f"{i:02d}-{name.partition('.')[0]}.tw" for i, name in enumerate(passes)]
     assert first[len(passes) :] == ["dumped.ll", "dumped.ptx"]
-    assert len(list((tmp_path / "dumped_unaligned-sm_90a").glob("*.tw"))) == len(passes)
+    assert len(list((tmp_path / f"dumped_unaligned-sm_90a-{artifact.variant}").glob("*.tw"))) == len(passes)
+
+
+def test_dumps_of_specialisations_lie_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_DUMP_DIR", str(tmp_path))
+    tw.compile(scale, "sm_90a", scale_spec() | {"B": 64})
+    tw.compile(scale, "sm_90a", scale_spec() | {"B": 256})
+    tw.compile(scale, "sm_90a", scale_spec() | {"B": 256}, num_warps=8)
+    tw.compile(scale, "sm_90a", scale_spec() | {"B": 256})
+    texts = [(folder / "00-input.tw").read_text() for folder in tmp_path.iterdir()]
+    assert sorted("tile<64xf32>" in text for text in texts) == [False, False, True]
 
 
 def test_dump_of_a_failing_pass_leaves_its_predecessors(tmp_path, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_DUMP_DIR", str(tmp_path))
     with pytest.raises(tw.CompileError):
         tw.compile(gemm, "sm_90a", gemm_spec(16) | {"BK": 1024}, name="failing")
-    assert (tmp_path / "failing-sm_90a" / "00-input.tw").exists()
-    assert list((tmp_path / "failing-sm_90a").glob("*-fences.tw"))
+    (folder,) = tmp_path.glob("failing-sm_90a-*")
+    assert (folder / "00-input.tw").exists()
+    assert list(folder.glob("*-fences.tw"))
 
 
 def test_too_much_shared_memory_lists_the_buffers():
     with pytest.raises(PassFailure, match=r"needs \d+ bytes of shared memory(.|\n)*buffer: \d+ bytes(.|\n)*num_stages"):
         tw.compile(gemm, "sm_90a", gemm_spec(16) | {"BK": 1024})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "spec", "target", "warps", "message"),
+    [
+        (scale, scale_spec(), "sm_90a", 3, r"num_warps=3 is not a power of two(.|\n)*num_warps=2 or num_warps=4"),
+        (gemm, gemm_spec(16), "gfx942", 12, r"num_warps=12 is not a power of two(.|\n)*num_warps=8 or num_warps=16"),
+        (gemm, gemm_spec(16), "sm_90a", 2, r"num_warps=2: the asynchronous matrix unit works for groups of 4 warps"),
+        (
+            gemm,
+            gemm_spec(16),
+            "sm_90a",
+            16,
+            r"num_warps=16: \d+ rows do not divide among 4 groups of 4 warps(.|\n)*64 r",
+        ),
+    ],
+)
+def test_warps_that_tiles_do_not_divide_among(kernel, spec, target, warps, message):
+    with pytest.raises(PassFailure, match=message) as caught:
+        tw.compile(kernel, target, spec, num_warps=warps)
+    assert caught.value.reproducer is None, "the user is to blame"
+    assert caught.value.loc.line > 0
 
 
 def test_passes_without_a_backend():

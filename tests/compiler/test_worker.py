@@ -105,7 +105,7 @@ def test_a_reproducer_compiles_again(worker, scheduled):
 
 def test_killed_in_the_middle_of_a_request(worker):
     text = list(tw.compile(gemm, "gfx950", {n: tw.spec("bf16", ("M", "N")) for n in "abc"}).ir.values())[-1]
-    worker.start()
+    worker.start("sm_90a")
     worker.compile(Request('module {target = "gfx950"} {func @f() {threads = 64, num_warps = 1} {}}', "gfx950"))
     with later(0.1, lambda: os.kill(worker.pid, signal.SIGSEGV)), pytest.raises(CompilerCrash) as caught:
         worker.compile(Request(text, "gfx950", "gemm"))
@@ -153,7 +153,7 @@ def test_internal_errors_name_the_kernel_and_keep_a_reproducer(worker, scheduled
 
 
 def test_a_failing_tool_names_the_stage(worker, scheduled, monkeypatch):
-    worker.start()
+    worker.start("sm_90a")
     monkeypatch.setenv("TILEWRIGHT_PTXAS", "/nowhere/ptxas")
     with pytest.raises(
         BackendFailure, match=r"kernel 'scale' for sm_90a failed in stage 'ptxas': .*/nowhere/ptxas"

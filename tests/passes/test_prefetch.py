@@ -15,6 +15,7 @@ from tilewright.ir.target import get_target
 from tilewright.ir.tile_ops import Convert, Dot, For, Load
 from tilewright.ir.types import BufferType, TileType, bf16, f32, i32
 from tilewright.kernels.gemm import gemm
+from tilewright.kernels.mlp import mlp
 from tilewright.passes.copy_layouts import copy_layouts
 from tilewright.passes.manager import PassContext, parse_pipeline
 from tilewright.passes.matrix_mfma import Mfma
@@ -199,3 +200,16 @@ def test_targets_with_roles_are_left_alone():
         pass_.run(module, context)
     assert all(op.shared for op in first(module.functions[0], Load))
     assert "prefetch" in default_pipeline(get_target("gfx950"))
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def test_loops_that_follow_each_other_share_memory():
+    module = module_of(mlp, x=matrix(), w1=matrix(), w2=matrix(), y=matrix())
+    function = scheduled(module, "gfx942")
+    buffers = [op.result.type for op in first(function, Alloc)]
+    assert [b.stages for b in buffers] == [2, 2, 1], (
+        "the first loop fills the memory; the second's operand may need some"
+    )
+    assert sum(b.bytes for b in buffers) > get_target("gfx942").shared_bytes >= function.attributes["shared_bytes"]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from tilewright.backends.result import BackendResult
-from tilewright.ir.core import Module
-from tilewright.ir.target import Target
+from tilewright.ir.core import Function, Module
+from tilewright.ir.target import Target, get_target
 
 
 def compile_module(module: Module, target: Target) -> BackendResult:
     """Compile all functions of a module. Raises `IRError` or `BackendError`; LLVM may end the process."""
+    return _backend(target)(module.functions, target)
+
+
+def preload(target: str) -> None:
+    """Import what compiling for a target needs, ahead of the first request."""
+    _backend(get_target(target))
+
+
+def _backend(target: Target) -> Callable[[Sequence[Function], Target], BackendResult]:
     if target.vendor == "nvidia":
         from tilewright.backends.nvidia.compile import compile_functions
     else:
         from tilewright.backends.amd.compile import compile_functions
-    return compile_functions(module.functions, target)
-
-
-def preload() -> None:
-    """Import what compiling needs, ahead of the first request."""
-    import tilewright.backends.amd.compile
-    import tilewright.backends.nvidia.compile
-    import tilewright.ir.parser  # noqa: F401
+    return compile_functions

@@ -68,7 +68,7 @@ def _end_of_arguments(line: str, start: int) -> int:
 
 
 def _attribute_groups(lines: list[str]) -> dict[int, str]:
-    matches = (_ATTRIBUTE_GROUP.match(line) for line in lines)
+    matches = (_ATTRIBUTE_GROUP.match(line) for line in lines if line.startswith("attributes"))
     return {int(m[1]): m[2] for m in matches if m}
 
 
@@ -109,7 +109,7 @@ def unmarked_calls(ir_text: str) -> list[str]:
     """
     lines = ir_text.splitlines()
     groups, ends = _attribute_groups(lines), dict(_asm_calls(lines))
-    mentions = [n for n, line in enumerate(lines) if re.search(r"\bcall\b.*\basm sideeffect\b", line)]
+    mentions = [n for n, line in enumerate(lines) if "asm sideeffect" in line and re.search(r"\bcall\b", line)]
     return [
         lines[n].strip()
         for n in mentions

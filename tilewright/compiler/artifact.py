@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,19 @@ from typing import Any
 from tilewright.ir.abi import KernelABI
 from tilewright.ir.resources import Resources
 from tilewright.runtime.device import Device
+
+#: hexadecimal digits that tell variants apart in the names of folders
+_VARIANT_DIGITS = 8
+
+
+def variant_of(inputs: Sequence[str], options: str) -> str:
+    """A short key of what the passes were given: the text of each entry, and the options."""
+    return hashlib.sha256("\0".join([options, *inputs]).encode()).hexdigest()[:_VARIANT_DIGITS]
+
+
+def dump_folder(entry: str, target: str, variant: str) -> str:
+    """The folder of an entry's dumps below ``TILEWRIGHT_DUMP_DIR``."""
+    return "-".join(part for part in (entry, target, variant) if part)
 
 
 @dataclass(frozen=True)
@@ -26,8 +40,9 @@ class Artifact:
 
     ``asm`` holds the texts by kind (``llvm``, ``ptx`` or ``amdgcn``); ``passes`` the Tile IR by entry
     and pass (``input`` is the frontend's). ``entries`` are tried in order at launch: the first whose
-    assumptions on alignment hold is started, and the last one assumes nothing. ``seconds`` is what
-    it took to get the artifact, ``cached`` whether it came from the disk cache.
+    assumptions on alignment hold is started, and the last one assumes nothing. ``variant`` tells apart what
+    one kernel gives with other types, constants and options (`variant_of`). ``seconds`` is what it took to get the
+    artifact, ``cached`` whether it came from the disk cache.
     """
 
     name: str
@@ -36,6 +51,7 @@ class Artifact:
     entries: tuple[Entry, ...]
     asm: Mapping[str, str] = field(default_factory=dict)
     passes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    variant: str = ""
     seconds: float = 0.0
     cached: bool = False
     _loaded: dict[str, list[tuple[KernelABI, Any]]] = field(default_factory=dict, repr=False)
@@ -60,10 +76,13 @@ class Artifact:
         found = {}
         for entry, texts in self.passes.items():
             for number, (name, text) in enumerate(texts.items()):
-                found[f"{entry}-{self.target}/{number:02d}-{name.partition('.')[0]}.tw"] = text
+                found[f"{dump_folder(entry, self.target, self.variant)}/{number:02d}-{name.partition('.')[0]}.tw"] = (
+                    text
+                )
         suffixes = {"llvm": "ll", "amdgcn": "s"}
         for kind, text in self.asm.items():
-            found[f"{self.name}-{self.target}/{self.name}.{suffixes.get(kind, kind)}"] = text
+            folder = dump_folder(self.name, self.target, self.variant)
+            found[f"{folder}/{self.name}.{suffixes.get(kind, kind)}"] = text
         return found
 
     def dump(self, directory: str | Path) -> None:

@@ -180,6 +180,7 @@ def pack(artifact: Artifact) -> bytes:
     header = {
         "name": artifact.name,
         "target": artifact.target,
+        "variant": artifact.variant,
         "sizes": [len(part) for part in parts],
         "entries": [{"abi": e.abi.to_json(), "resources": e.resources.to_json()} for e in artifact.entries],
     }
@@ -202,9 +203,8 @@ def unpack(data: bytes) -> Artifact:
         parts.append(data[position : position + size])
         position += size
     entries = tuple(Entry(KernelABI.from_json(e["abi"]), Resources(**e["resources"])) for e in header["entries"])
-    return Artifact(
-        header["name"], header["target"], parts[0], entries, Packed(parts[1]), Packed(parts[2]), cached=True
-    )
+    name, target, variant = header["name"], header["target"], header["variant"]
+    return Artifact(name, target, parts[0], entries, Packed(parts[1]), Packed(parts[2]), variant, cached=True)
 
 
 def _compress(value: Any) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from tilewright.compiler.artifact import Artifact, Entry
+from tilewright.compiler.artifact import Artifact, Entry, dump_folder, variant_of
 from tilewright.compiler.environment import CHECK_SCHEDULE, DUMP_DIR
 from tilewright.compiler.errors import PassFailure, write_reproducer
 from tilewright.compiler.limits import check_spills
@@ -42,7 +42,7 @@ def compile_definition(
     start = perf_counter()
     get_target(target)
     args = complete_types(definition, args)
-    shared_pool().start()  # its imports overlap the frontend and the passes
+    shared_pool().start(target)  # its imports overlap the frontend and the passes
     name = name or definition.name
     modules = []
     for number, variant in enumerate(alignment_variants(args)):
@@ -88,19 +88,20 @@ def compile_modules(modules: Sequence[Module], target: str, options: CompileOpti
     machine = get_target(target)
     dump = DUMP_DIR.get()
     passes: dict[str, Mapping[str, str]] = {}
+    variant = variant_of([print_module(module) for module in modules], repr(options))
     for module in modules:
         name, collect = module.functions[0].name, Collect()
         instruments: list[Instrument] = [collect]
         if dump is not None:  # as the passes go, so that a failing one leaves its predecessors' files
-            instruments.append(Dump(dump / f"{name}-{target}"))
+            instruments.append(Dump(dump / dump_folder(name, target, variant)))
         _schedule(module, machine, options, instruments)
         passes[name] = collect.texts
     merged = Module([f for m in modules for f in m.functions], {"target": target})
     first = modules[0].functions[0]
     text = print_module(merged, locations=True)
-    result = shared_pool().compile(Request(text, target, first.name, first.loc))
+    result = shared_pool().compile(Request(text, target, first.name, first.loc, merged))
     check_spills(result.entries, target, first.loc)
-    artifact = _artifact(first.name, target, result, passes, start)
+    artifact = _artifact(first.name, target, result, passes, start, variant)
     if dump is not None:
         artifact.dump(dump)
     return artifact
@@ -136,14 +137,16 @@ def compile_text(text: str, target: str | None = None, file: str = "<text>") -> 
     if named not in (None, target):
         raise IRError(f"the module was scheduled for {named}, not for {target}", first.loc, f"use --target {named}")
     get_target(target)
-    request = Request(print_module(module, locations=True), target, first.name, first.loc)
+    request = Request(print_module(module, locations=True), target, first.name, first.loc, module)
     result = shared_pool().compile(request)
     return _artifact(first.name, target, result, {first.name: {"input": text}}, start)
 
 
-def _artifact(name: str, target: str, result: Any, passes: Mapping[str, Mapping[str, str]], start: float) -> Artifact:
+def _artifact(
+    name: str, target: str, result: Any, passes: Mapping[str, Mapping[str, str]], start: float, variant: str = ""
+) -> Artifact:
     entries = tuple(Entry(abi, resources) for abi, resources in result.entries)
-    return Artifact(name, target, result.binary, entries, dict(result.asm), passes, perf_counter() - start)
+    return Artifact(name, target, result.binary, entries, dict(result.asm), passes, variant, perf_counter() - start)
 
 
 def schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument] = ()) -> Module:

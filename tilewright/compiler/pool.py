@@ -28,12 +28,12 @@ class WorkerPool:
         self._free = [Worker() for _ in range(self.size - 1)] + [shared_worker()]
         self._changed = threading.Condition()
 
-    def start(self) -> None:
+    def start(self, target: str) -> None:
         """Start the process that the next request would go to; its imports then overlap the caller's passes."""
         with self._changed:
             worker = self._free[-1] if self._free else None
         if worker is not None:
-            worker.start()
+            worker.start(target)
 
     def compile(self, request: Request) -> Any:
         """`Worker.compile` on a free worker; waits for one if there is none."""

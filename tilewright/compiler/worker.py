@@ -1,7 +1,7 @@
 """Runs LLVM and ptxas in a process of their own, since their fatal errors end the process.
 
-The parent sends the scheduled IR as text; the worker answers with a `BackendResult` or a structured
-error. A worker that dies becomes a `CompilerCrash` that keeps the IR as a reproducer file.
+The parent sends the scheduled IR; the worker answers with a `BackendResult` or a structured error. A worker that
+dies becomes a `CompilerCrash` that keeps the IR as a reproducer file.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from typing import IO, Any
 
 from tilewright.compiler.environment import PREFIX
 from tilewright.compiler.errors import BackendFailure, CompilerCrash, how_it_ended, write_reproducer
-from tilewright.ir.core import UNKNOWN, Location
+from tilewright.ir.core import UNKNOWN, Location, Module
 
 _LENGTH = struct.Struct("<Q")
 #: what the worker runs: the caller's import path, and pipes apart from the standard streams, which anyone may write to
 _START = (
-    "import sys; sys.path[:] = sys.argv[3:]; "
-    "from tilewright.compiler.worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
+    "import sys; sys.path[:] = sys.argv[4:]; "
+    "from tilewright.compiler.worker import serve; serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
 )
+#: NumPy would start a thread for each processor when it is imported; the backend has no use for them
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 #: how much of what a dead worker printed its error quotes (bytes)
 _QUOTED = 4000
 
@@ -40,13 +42,15 @@ _QUOTED = 4000
 class Request:
     """Compile all functions of a module (text with locations) for a target into one binary.
 
-    ``kernel`` and ``loc`` are for messages: the first entry's name and where it is defined.
+    ``kernel`` and ``loc`` are for messages: the first entry's name and where it is defined. ``module`` is what ``ir``
+    says, for who has it already: parsing the text costs the grammar, about a tenth of a first compilation.
     """
 
     ir: str
     target: str
     kernel: str = "kernel"
     loc: Location = UNKNOWN
+    module: Module | None = None
 
 
 @dataclass
@@ -61,17 +65,18 @@ class _Process:
     mark: int = 0
 
     @staticmethod
-    def start() -> _Process:
+    def start(target: str) -> _Process:
         requests_read, requests_write = os.pipe()
         answers_read, answers_write = os.pipe()
         output = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         paths = [os.path.abspath(path) for path in sys.path]
         try:
             popen = subprocess.Popen(
-                [sys.executable, "-c", _START, str(requests_read), str(answers_write), *paths],
+                [sys.executable, "-c", _START, str(requests_read), str(answers_write), target, *paths],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env={**os.environ, **_ONE_THREAD},
                 pass_fds=(requests_read, answers_write),
                 start_new_session=True,  # Ctrl-C is for the caller; `end` takes ptxas along
             )
@@ -131,11 +136,11 @@ class Worker:
         """The process that serves now, None where none runs."""
         return None if self._process is None else self._process.popen.pid
 
-    def start(self) -> None:
-        """Start the process if none runs; its imports then overlap the caller's passes."""
+    def start(self, target: str) -> None:
+        """Start the process if none runs; its imports, for that target, then overlap the caller's passes."""
         if self._lock.acquire(blocking=False):  # whoever else holds it has a process
             try:
-                self._running()
+                self._running(target)
             finally:
                 self._lock.release()
 
@@ -149,7 +154,7 @@ class Worker:
     def compile(self, request: Request) -> Any:
         """The `BackendResult` of a request. `BackendFailure` when the backend refuses, `CompilerCrash` when it dies."""
         with self._lock:
-            process = self._running()
+            process = self._running(request.target)
             try:
                 kind, answer = process.exchange(request)
             except (EOFError, OSError, pickle.UnpicklingError):
@@ -164,11 +169,11 @@ class Worker:
             raise _failure(request, **answer)
         return answer
 
-    def _running(self) -> _Process:
+    def _running(self, target: str) -> _Process:
         if self._process is not None and self._process.popen.poll() is not None:  # killed while it was idle
             self.stop()
         if self._process is None:
-            self._process = _Process.start()
+            self._process = _Process.start(target)
         return self._process
 
     def forget(self) -> None:
@@ -300,14 +305,12 @@ def _answer(request: Request) -> tuple[str, Any]:
     try:
         from tilewright.backends.dispatch import compile_module
         from tilewright.backends.errors import BackendError
-        from tilewright.ir.parser import parse_module
         from tilewright.ir.target import get_target
     except ImportError as error:
         message = f"a package of the backend cannot be imported: {error}"
         return "error", {"stage": "start", "message": message, "hint": "install tilewright with its dependencies"}
     try:
-        module = parse_module(request.ir, "<scheduled>")
-        return "ok", compile_module(module, get_target(request.target))
+        return "ok", compile_module(request.module or _parsed(request.ir), get_target(request.target))
     except IRError as error:
         return "error", {"stage": "lowering", "message": error.message, "loc": error.loc, "hint": error.hint}
     except BackendError as error:
@@ -325,18 +328,28 @@ def _answer(request: Request) -> tuple[str, Any]:
         }
 
 
-def serve(requests_from: int, answers_to: int) -> None:
-    """Serve requests from one pipe, with answers on another, until the first closes."""
-    import faulthandler
+def _parsed(text: str) -> Module:
+    from tilewright.ir.parser import parse_module
 
+    return parse_module(text, "<scheduled>")
+
+
+def serve(requests_from: int, answers_to: int, target: str) -> None:
+    """Serve requests from one pipe, with answers on another, until the first closes; the first is for ``target``."""
+    import faulthandler
+    import gc
+
+    gc.disable()  # imports make no garbage worth the search
     faulthandler.enable(sys.stderr)
     for descriptor in (requests_from, answers_to):
         os.set_inheritable(descriptor, False)  # ptxas must not keep them open
     with os.fdopen(requests_from, "rb") as requests, os.fdopen(answers_to, "wb") as answers:
-        with contextlib.suppress(ImportError):  # which the answer to the first request reports
+        with contextlib.suppress(Exception):  # which the answer to the first request reports
             from tilewright.backends import dispatch
 
-            dispatch.preload()
+            dispatch.preload(target)
+        gc.freeze()
+        gc.enable()
         while True:
             try:
                 request, environment = _receive(requests)

@@ -16,6 +16,7 @@ from typing import Any, cast
 from tilewright.frontend import markers
 from tilewright.frontend.errors import CompileError
 from tilewright.frontend.liveness import Liveness
+from tilewright.frontend.source import source_lines
 from tilewright.ir.core import Location
 from tilewright.ir.types import DType, f32, i1
 
@@ -61,7 +62,7 @@ class Definition:
     @cached_property
     def _lines(self) -> tuple[list[str], int]:
         try:
-            return inspect.getsourcelines(self.fn)
+            return source_lines(self.fn)
         except (OSError, TypeError) as error:
             message = f"the source of {self.what} '{self.name}' is not available ({error})"
             raise CompileError(message, self._header, "define it in a file or a notebook cell") from None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.workspace import Workspace
 
 
 @tw.kernel
@@ -30,7 +31,40 @@ def gemm(
     tw.store(c, (m, n), acc.to(c.dtype))
 
 
-#: tiles (BM, BN, BK) and their speed relative to the first, rounded from a sweep on an H100 (docs/performance.md)
+@tw.kernel
+def gemm_partial(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    partials: tw.Tensor,
+    *,
+    BM: tw.constexpr = 64,
+    BN: tw.constexpr = 128,
+    BK: tw.constexpr = 128,
+) -> None:
+    """``partials[run]``: the product over one run of K. Grid: (cdiv(M, BM), cdiv(N, BN), runs).
+
+    ``partials`` is float32 (runs, M, N). `add_partials` behind it makes the product.
+    """
+    m, n, run = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    steps, runs = tw.cdiv(a.shape[1], BK), tw.num_programs(2)
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(run * steps // runs, (run + 1) * steps // runs):
+        acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
+    tw.store(partials[run], (m, n), acc)
+
+
+@tw.kernel
+def add_partials(
+    partials: tw.Tensor, c: tw.Tensor, *, RUNS: tw.constexpr = 2, BM: tw.constexpr = 8, BN: tw.constexpr = 128
+) -> None:
+    """``c = partials.sum(0)`` in one order: partials (RUNS, M, N), c (M, N). Grid: (cdiv(M, BM), cdiv(N, BN))."""
+    m, n = tw.program_id(0), tw.program_id(1)
+    total = tw.sum(tw.load(partials, (0, m, n), (RUNS, BM, BN)), axis=0)
+    tw.store(c, (m, n), total.to(c.dtype))
+
+
+#: tiles (BM, BN, BK) and their speed relative to the first, rounded from a sweep on an H100 (docs/performance.md).
+#: The last is that of operands that lie in L2; in larger products, which have better choices, it is 0.41
 TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((128, 256, 64), 1.0),
     ((64, 256, 64), 0.93),
@@ -38,8 +72,27 @@ TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((128, 128, 64), 0.86),
     ((64, 128, 128), 0.80),
     ((128, 64, 128), 0.51),
-    ((64, 64, 128), 0.41),
+    ((64, 64, 128), 0.62),
 )
+#: the same where K is split: about one program for each SM, with operands from L2
+SPLIT_TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
+    ((64, 128, 128), 0.87),
+    ((64, 256, 64), 0.84),
+    ((128, 128, 64), 0.83),
+    ((64, 64, 128), 0.65),
+)
+#: in how many runs K may be split, and the least steps of BK in each
+RUNS, LEAST_STEPS = (2, 4, 8), 8
+#: products of one element's multiply and add that an SM of an H100 does in a microsecond with the first tile
+SPEED = 2.9e6
+#: elements of the operands (bf16) that memory gives in a microsecond
+STREAMED = 1.5e6
+#: microseconds that another launch takes, and partial sums (float32) that it adds up in one
+LAUNCH, ADDED = 2.0, 0.62e6
+#: tile of `add_partials`
+ADD_ROWS, ADD_COLUMNS = 8, 128
+
+_workspace = Workspace()
 
 
 def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
@@ -57,10 +110,45 @@ def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
     return {"BM": bm, "BN": bn, "BK": bk}
 
 
+def split_configuration(m: int, n: int, k: int, units: int = 132) -> tuple[dict[str, int], int]:
+    """Tile sizes as `configuration` gives them, and in how many runs to split K: 1 where the tiles fill the GPU.
+
+    By a formula again: waves of programs, which cost their products over the tile's speed but not less than reading
+    the operands; and where K is split, another launch that adds the partial sums up. Of equals, that which keeps most
+    SMs busy.
+    """
+    reading = (m + n) * k / STREAMED
+
+    def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> tuple[float, int, int]:
+        ((bm, bn, bk), speed), runs = choice
+        programs = tw.cdiv(m, bm) * tw.cdiv(n, bn) * runs
+        waves = tw.cdiv(programs, units)
+        steps = tw.cdiv(tw.cdiv(k, bk), runs)
+        adding = LAUNCH + runs * m * n / ADDED if runs > 1 else 0.0
+        multiplying = max(waves * bm * bn * steps * bk / (SPEED * speed), reading)
+        return multiplying + adding, waves, -min(programs, units)
+
+    whole = [(tile, 1) for tile in TILES]
+    split = [(tile, runs) for tile in SPLIT_TILES for runs in RUNS if k >= runs * LEAST_STEPS * tile[0][2]]
+    ((bm, bn, bk), _), runs = min(whole + split, key=cost)
+    return {"BM": bm, "BN": bn, "BK": bk}, runs
+
+
 def matmul(a: Any, b: Any, c: Any) -> None:
-    """``c = a @ b`` with tiles chosen by `configuration`. Arrays of NumPy or torch, on one device."""
-    (m, n), meta = c.shape, configuration(*c.shape)
-    gemm[(tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]))](a, b, c, **meta)
+    """``c = a @ b`` with tiles chosen by `split_configuration`. Arrays of NumPy or torch, on one device.
+
+    Equal inputs give equal bits. Where K is split, partial sums go through memory kept for the device and stream.
+    """
+    m, n = c.shape
+    meta, runs = split_configuration(m, n, a.shape[1])
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
+    if runs == 1:
+        gemm[grid](a, b, c, **meta)
+        return
+    partials = _workspace.take(c, (runs, m, n))
+    gemm_partial[(*grid, runs)](a, b, partials, **meta)
+    rows, columns = ADD_ROWS, ADD_COLUMNS
+    add_partials[(tw.cdiv(m, rows), tw.cdiv(n, columns))](partials, c, RUNS=runs, BM=rows, BN=columns)
 
 
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

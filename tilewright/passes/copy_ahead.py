@@ -31,11 +31,12 @@ from tilewright.passes.prefetch import (
     allocate,
     carry,
     clone_address,
-    exchange_bytes,
     find_groups,
+    needed_bytes,
     read_slots,
     transit,
 )
+from tilewright.passes.shared_needs import SharedNeeds
 
 ENGINE = "cp_async"
 #: stages beyond hide no more latency
@@ -54,21 +55,25 @@ class CopyAhead(FunctionPass):
         warps, loops = int(function.attributes.get("num_warps", 0)), enclosing_operations(function)
         placed = [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]
         transits = [transit(load, warps, context.target) for load in placed]
-        mine = [t for t in transits if t.load.engine == ENGINE]
-        groups = [g for g in find_groups(mine, loops) if g.ahead]
-        used = sum(t.slot.bytes for t in transits) + exchange_bytes(function)
-        for group in groups:
-            wanted = self.num_stages or context.options.num_stages
-            others = used - group.bytes
-            fitting = (context.target.shared_bytes - others) // group.bytes
-            group.stages = wanted if wanted is not None else min(MOST_STAGES, fitting)
+        mine = [g for g in find_groups([t for t in transits if t.load.engine == ENGINE], loops) if g.ahead]
+        theirs = find_groups([t for t in transits if not any(t in g.transits for g in mine)], loops)
+        self._choose_stages(function, mine, theirs, context)
+        for group in mine:
             if group.stages < 2:
                 continue
-            used = others + group.stages * group.bytes
             loop = loops[group.block]
             assert isinstance(loop, For)
             allocate(function, [group])
             _rotate(function, loop, group)
+
+    def _choose_stages(self, function: Function, mine: list[Group], theirs: list[Group], context: PassContext) -> None:
+        """As many stages as fit, the first loop first; the others' loads keep at least one."""
+        wanted = self.num_stages or context.options.num_stages
+        needs, limit = SharedNeeds(function), context.target.shared_bytes
+        for group in mine:
+            group.stages = wanted or MOST_STAGES
+            while wanted is None and group.stages > 1 and needed_bytes(function, needs, [*mine, *theirs]) > limit:
+                group.stages -= 1
 
 
 def _rotate(function: Function, loop: For, group: Group) -> None:

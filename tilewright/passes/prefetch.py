@@ -27,12 +27,13 @@ from tilewright.ir.async_ops import Alloc, Barrier, LocalStore
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Scan, Subview, Transpose, While, Yield
-from tilewright.ir.types import BufferType, SlotType, TileType, ViewType, element_type
-from tilewright.passes.analysis import ancestor_in, enclosing_operations, trace_load, view_root
+from tilewright.ir.tile_ops import Dot, For, Load, Subview, Transpose, While, Yield
+from tilewright.ir.types import BufferType, SlotType, TileType, ViewType
+from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import PREFETCH, schedule_of
+from tilewright.passes.shared_needs import SharedNeeds
 
 #: stages beyond the second would only hold what registers hold anyway
 MOST_STAGES = 2
@@ -74,10 +75,6 @@ class Group:
     ahead: bool
     stages: int = 1
 
-    @property
-    def bytes(self) -> int:
-        return sum(t.slot.bytes for t in self.transits)
-
 
 @register_pass("prefetch")
 class Prefetch(FunctionPass):
@@ -109,13 +106,30 @@ class Prefetch(FunctionPass):
 
     def _choose_stages(self, function: Function, groups: list[Group], context: PassContext) -> None:
         wanted = self.num_stages or context.options.num_stages
-        used = sum(g.bytes for g in groups) + exchange_bytes(function) + allocated_bytes(function)
+        needs = SharedNeeds(function)
         for group in groups:
-            if not group.ahead or wanted == 1:
-                continue
-            if wanted is not None or used + group.bytes <= context.target.shared_bytes:
+            if group.ahead and wanted != 1:
                 group.stages = MOST_STAGES
-                used += group.bytes
+                if wanted is None and needed_bytes(function, needs, groups) > context.target.shared_bytes:
+                    group.stages = 1
+
+
+def needed_bytes(function: Function, needs: SharedNeeds, groups: Sequence[Group]) -> int:
+    """Shared memory at the worst moment if each group had the stages that it has now."""
+    loops = enclosing_operations(function)
+    return needs.bytes_with(
+        (t.load, t.slot, group.stages, needs.lifetime(_span(function, group, loops)))
+        for group in groups
+        for t in group.transits
+    )
+
+
+def _span(function: Function, group: Group, loops: dict[Block, Operation]) -> list[Operation]:
+    """The operations between which the slots of a group are in use."""
+    if group.ahead:
+        return [loops[group.block]]
+    readers = [ancestor_in(d, group.block) for t in group.transits for d in _dots(function, t)]
+    return [op for op in readers if op is not None]
 
 
 def transit(load: Load, warps: int, target: Target) -> Transit:
@@ -160,27 +174,6 @@ def address_slice(load: Load) -> list[Operation] | None:
         needed.add(op)
         pending += op.operands
     return [op for op in block.ops if op in needed]
-
-
-def allocated_bytes(function: Function) -> int:
-    """Shared memory of the buffers that there are."""
-    types = [op.result.type for op in function.walk() if isinstance(op, Alloc)]
-    return sum(type_.bytes for type_ in types if isinstance(type_, BufferType))
-
-
-def exchange_bytes(function: Function) -> int:
-    """Shared memory that layout conversions of computed operands and reductions may want later."""
-    most, warps = 0, int(function.attributes.get("num_warps", 0))
-    for op in function.walk():
-        if isinstance(op, Reduce | Scan):  # each warp its partial results
-            size = op.result.type.size if isinstance(op.result.type, TileType) else 1
-            most = max(most, warps * size * element_type(op.result.type).bytes)
-        if isinstance(op, Dot):
-            for value in (op.a, op.b):
-                load, _ = trace_load(value)
-                if isinstance(value.type, TileType) and (load is None or load.shared is None):
-                    most = max(most, value.type.size * value.type.dtype.bytes)
-    return most
 
 
 def allocate(function: Function, groups: list[Group]) -> None:

@@ -9,10 +9,10 @@ between their uses, also around loops; `separate` inserts the barriers that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Slot, TransposeSlot, buffer_of
+from tilewright.ir.async_ops import Alloc, Barrier, Copy, LocalStore, Slot, TransposeSlot, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation
 from tilewright.ir.scratch import scratch_bytes
@@ -85,12 +85,49 @@ def _owner(block: Block) -> Operation | None:
 
 def _starts_afresh(first: Operation, home: Block) -> bool:
     """Whether a run of the block begins by writing the buffer's slots, counting from a fixed number."""
-    if not isinstance(first, LocalStore) or first.parent is not home:
+    if not isinstance(first, LocalStore | Copy) or first.parent is not home:
         return False
     slot = first.slot
     while isinstance(slot.op, TransposeSlot):
         slot = slot.op.slot
     return isinstance(slot.op, Slot) and isinstance(slot.op.count.op, Constant)
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that needs memory; ``life`` None: all the time. Scratch of one ``group`` takes turns."""
+
+    owner: Operation
+    size: int
+    alignment: int
+    life: Lifetime | None
+    group: int | None = None
+
+    def conflicts(self, other: Item) -> bool:
+        if self.group is not None and self.group == other.group:
+            return False
+        return self.life is None or other.life is None or self.life.overlaps(other.life)
+
+
+def lowest_places(items: Iterable[Item]) -> dict[Operation, Area]:
+    """One after the other, the lowest place for each item that no item alive at the same time takes."""
+    placed: list[tuple[Item, Area]] = []
+    for item in items:
+        taken = sorted((area.first, area.size) for other, area in placed if item.conflicts(other))
+        offset = 0
+        for first, size in taken:
+            if offset + item.size <= first:
+                break
+            offset = max(offset, round_up(first + size, item.alignment))
+        placed.append((item, Area(item.owner, offset, item.size)))
+    return {item.owner: area for item, area in placed}
+
+
+def round_up(value: int, alignment: int) -> int:
+    return -(-value // alignment) * alignment
 
 
 # --- barriers -------------------------------------------------------------------------------------

@@ -5,40 +5,23 @@ time in turn, up to ``max_stages``.
 
 Operations that exchange data between warps (reductions, layout conversions) begin with a barrier, so those of
 one role, or of a program without roles, take one scratch area in turns. Where all warps run one program, buffers
-and scratch whose lifetimes do not overlap share memory (`shared_lifetimes`), with a barrier between their uses;
-the buffers of roles may be in flight at any time and keep theirs.
+and scratch whose lifetimes do not overlap share memory (`shared_lifetimes`), with a barrier between their uses
+(`copy_ahead` waits for its copies behind the loop); the buffers of roles may be in flight at any time and keep theirs.
 Running out of memory is an error that lists each buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, BulkStore, Copy, MakeRing, Role
+from tilewright.ir.async_ops import Alloc, BulkStore, MakeRing, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import SCRATCH_ALIGNMENT, scratch_bytes
 from tilewright.ir.types import BufferType, RingType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.shared_lifetimes import Area, Lifetime, Lifetimes, scratch_users, separate
+from tilewright.passes.shared_lifetimes import Area, Item, Lifetimes, lowest_places, round_up, scratch_users, separate
 
 BARRIER_BYTES = 8
-
-
-@dataclass(frozen=True)
-class _Item:
-    """Something that needs memory; ``life`` None: all the time. Scratch of one ``group`` takes turns."""
-
-    owner: Operation
-    size: int
-    alignment: int
-    life: Lifetime | None
-    group: int | None = None
-
-    def conflicts(self, other: _Item) -> bool:
-        if self.group is not None and self.group == other.group:
-            return False
-        return self.life is None or other.life is None or self.life.overlaps(other.life)
 
 
 @register_pass("shared-plan")
@@ -81,34 +64,25 @@ class _Plan:
         self.rings = [op for op in ops if isinstance(op, MakeRing)]
         self.users = list(scratch_users(function))
         self.scratch = {op: scratch_bytes(op) for op in self.users}
-        self.in_one_order = not any(isinstance(op, Role | MakeRing | Copy | BulkStore) for op in ops)
+        self.in_one_order = not any(isinstance(op, Role | MakeRing | BulkStore) for op in ops)
         self.groups = _roles_of(self.users)
         lifetimes = Lifetimes(function) if self.in_one_order else None
         self.lives = {op: lifetimes.of(op) for op in [*self.allocs, *self.users]} if lifetimes else {}
 
-    def items(self) -> list[_Item]:
+    def items(self) -> list[Item]:
         """Buffers, most aligned and then largest first, then scratch."""
-        buffers = [_Item(a, _buffer(a).bytes, _buffer(a).slot.layout.alignment, self.lives.get(a)) for a in self.allocs]
+        buffers = [Item(a, _buffer(a).bytes, _buffer(a).slot.layout.alignment, self.lives.get(a)) for a in self.allocs]
         scratch = [
-            _Item(op, size, SCRATCH_ALIGNMENT, self.lives.get(op), self.groups[op]) for op, size in self.scratch.items()
+            Item(op, size, SCRATCH_ALIGNMENT, self.lives.get(op), self.groups[op]) for op, size in self.scratch.items()
         ]
         keep_order = not self.in_one_order
         buffers.sort(key=lambda item: (-item.alignment, 0 if keep_order else -item.size))
         return buffers + sorted(scratch, key=lambda item: -item.size)
 
     def place(self) -> tuple[dict[Operation, Area], int]:
-        """The lowest place for each item that no item alive at the same time takes; then the rings' barriers."""
-        placed: list[tuple[_Item, Area]] = []
-        for item in self.items():
-            taken = sorted((area.first, area.size) for other, area in placed if item.conflicts(other))
-            offset = 0
-            for first, size in taken:
-                if offset + item.size <= first:
-                    break
-                offset = max(offset, _round_up(first + size, item.alignment))
-            placed.append((item, Area(item.owner, offset, item.size)))
-        areas = {item.owner: area for item, area in placed}
-        end = _round_up(max((a.first + a.size for a in areas.values()), default=0), BARRIER_BYTES)
+        """Buffers and scratch as low as they go, then the rings' barriers."""
+        areas = lowest_places(self.items())
+        end = round_up(max((a.first + a.size for a in areas.values()), default=0), BARRIER_BYTES)
         for ring in self.rings:
             size = 2 * _stages(ring) * BARRIER_BYTES
             areas[ring] = Area(ring, end, size)
@@ -165,10 +139,6 @@ def _stages(ring: MakeRing) -> int:
 def _buffer(alloc: Alloc) -> BufferType:
     assert isinstance(alloc.result.type, BufferType)
     return alloc.result.type
-
-
-def _round_up(value: int, alignment: int) -> int:
-    return -(-value // alignment) * alignment
 
 
 def _name(value: Value) -> str:

@@ -3,6 +3,7 @@
 A tile in accumulator layout would store a few bytes per thread and row. Instead the warps write
 column chunks into a swizzled slot and the engine copies the slot out, clipping ragged edges, while
 the warps go on. Where each warpgroup owns whole rows of the tile, it stages and stores them on its own.
+An atomic update that releases what the program wrote comes after these copies have arrived.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from tilewright.ir.async_ops import Barrier, BulkWait, LocalStore, Role
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Value
+from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import SharedLayout, shared_candidates
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Store
@@ -42,6 +44,7 @@ class Staging(FunctionPass):
                     staged = True
             if staged:
                 _finish(role)
+                _complete_before_releases(role)
 
     def _slot_layout(self, store: Store, target: Target) -> SharedLayout | None:
         """The slot for one chunk of the stored tile; None where the store stays direct."""
@@ -132,3 +135,14 @@ def _finish(role: Role) -> None:
     b = Builder(block, role.loc)
     for scope in sorted(scopes):
         b.insert(BulkWait(pending=0, read=False, scope=scope))
+
+
+def _complete_before_releases(role: Role) -> None:
+    """Each thread waits until its bulk stores are visible to itself; then a release covers them as its own stores."""
+    scopes = sorted({op.scope for op in role.body.walk() if isinstance(op, BulkWait)})
+    for atomic in [op for op in role.body.walk() if isinstance(op, Atomic) and op.order != "relaxed"]:
+        assert atomic.parent is not None
+        b = Builder(atomic.parent, atomic.loc)
+        with b.at(atomic.parent, atomic.parent.ops.index(atomic)):
+            for scope in scopes:
+                b.insert(BulkWait(pending=0, read=False, scope=scope))
