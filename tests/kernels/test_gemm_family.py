@@ -198,4 +198,5 @@ def test_configurations() -> None:
     assert configuration(8192, 8192, most_columns=128) == {"BM": 128, "BN": 128}
     assert configuration(64, 1024)["BM"] == 64
     assert batched_configuration(64, 512, 512)["BN"] == 256
+    assert grouped_module.configuration(8192, 8)["BM"] == 128 and grouped_module.configuration(8192, 64)["BM"] == 64
     assert batched_configuration(1, 128, 128) == {"BM": 64, "BN": 64, "BK": 128}
