@@ -1,6 +1,8 @@
-"""Scalars read from tensors (``tw.load`` without a shape): on every kind of device, outside, and as what they decide."""
+"""Scalars read from tensors (``tw.load`` without a shape): on every device, outside, and as what they decide."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,7 +56,7 @@ def test_bounds_from_memory(device):
     x = np.random.default_rng(0).integers(-8, 8, 100).astype(np.float32)
     y = np.full(4, np.nan, np.float32)
     tw.device(device).launch(ragged_sums, (4,), x, ends, y)
-    np.testing.assert_array_equal(y, [x[a:b].sum() for a, b in zip(ends[:-1], ends[1:], strict=True)])
+    np.testing.assert_array_equal(y, [x[a:b].sum() for a, b in pairwise(ends)])
 
 
 def test_an_index_for_each_dimension():

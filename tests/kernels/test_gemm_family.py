@@ -26,7 +26,13 @@ from tilewright.kernels.gemm_epilogue import (
     silu,
 )
 from tilewright.kernels.gemm_grouped import gemm_grouped, slots
-from tilewright.kernels.gemm_scaled import configuration, gemm_block_scaled, gemm_scaled
+from tilewright.kernels.gemm_scaled import (
+    configuration,
+    configuration_of_parts,
+    gemm_block_scaled,
+    gemm_promoted,
+    gemm_scaled,
+)
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 DEVICES = ["cpu", "emulate:sm_90a", "emulate:gfx942", "emulate:gfx950"]
@@ -111,28 +117,42 @@ def test_both_products_of_gate_up_stay_in_flight() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("per_row", "promote", "bias"), [(False, False, True), (True, False, False), (True, True, True)]
+    ("parts", "per_row", "bias"), [(None, False, True), (None, True, False), (1, True, True), (2, False, False)]
 )
 @pytest.mark.parametrize(("left", "right"), [(E4M3, E4M3), (E5M2, E4M3), (np.int8, np.int8)])
-def test_scaled(left: Any, right: Any, per_row: bool, promote: bool, bias: bool, device: str) -> None:
+def test_scaled(left: Any, right: Any, parts: int | None, per_row: bool, bias: bool, device: str) -> None:
+    """``parts``: with sums in float32, of so many tiles a program."""
     m, n, k = 200, 136, 400
     a, b, out = random(m, k, dtype=left), random(n, k, dtype=right).T, poisoned(m, n)
     scale_a, scale_b = positive(m if per_row else 1), positive(n if per_row else 1)
     added = random(n, seed=5) if bias else None
+    kernel, meta = (gemm_promoted, {"PARTS": parts}) if parts else (gemm_scaled, {})
     tw.device(device).launch(
-        gemm_scaled, tiles((m, n)), a, b, scale_a, scale_b, out, added, PER_ROW=per_row, PROMOTE=promote, BN=128
+        kernel,
+        tiles((m, n), bn=128 * (parts or 1)),
+        a,
+        b,
+        scale_a,
+        scale_b,
+        out,
+        added,
+        PER_ROW=per_row,
+        BN=128,
+        **meta,
     )
     assert relative(out, scaled_module.reference(a, b, scale_a, scale_b, added)) < ROUNDED
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [E4M3, np.int8])
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("shape", [(200, 264, 400), (64, 96, 128), (19, 21, 7)])
-def test_block_scaled(shape: tuple[int, int, int], dtype: Any, device: str) -> None:
+def test_block_scaled(shape: tuple[int, int, int], parts: int, dtype: Any, device: str) -> None:
     m, n, k = shape
     a, b, out = random(m, k, dtype=dtype), random(n, k, dtype=dtype).T, poisoned(m, n)
     scale_a, scale_b = positive(tw.cdiv(k, 128), m).T, positive(tw.cdiv(k, 128), tw.cdiv(n, 128))
-    tw.device(device).launch(gemm_block_scaled, tiles((m, n)), a, b, scale_a, scale_b, out)
+    grid = tiles((m, n), bn=128 * parts)
+    tw.device(device).launch(gemm_block_scaled, grid, a, b, scale_a, scale_b, out, PARTS=parts)
     assert relative(out, scaled_module.block_reference(a, b, scale_a, scale_b)) < ROUNDED
 
 
@@ -195,7 +215,8 @@ def test_batched(device: str) -> None:
 
 def test_configurations() -> None:
     assert configuration(8192, 8192) == {"BM": 128, "BN": 256}
-    assert configuration(8192, 8192, most_columns=128) == {"BM": 128, "BN": 128}
+    assert configuration_of_parts(8192, 8192) == {"BM": 128, "BN": 128, "PARTS": 2}
+    assert configuration_of_parts(64, 128) == {"BM": 64, "BN": 64, "PARTS": 1}
     assert configuration(64, 1024)["BM"] == 64
     assert batched_configuration(64, 512, 512)["BN"] == 256
     assert grouped_module.configuration(8192, 8)["BM"] == 128 and grouped_module.configuration(8192, 64)["BM"] == 64

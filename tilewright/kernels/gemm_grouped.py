@@ -11,7 +11,7 @@ import tilewright as tw
 
 
 @tw.function
-def group_of(slot, offsets, BM: tw.constexpr):
+def group_of(slot, offsets, BM):
     """The last group that starts at or before ``slot``.
 
     Group g gets the slots from ``offsets[g] // BM + g`` on. That grows with g and leaves it at least as many slots as
