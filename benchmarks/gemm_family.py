@@ -70,11 +70,10 @@ def measure(
         usable[name] = call
         row[f"{name}_error"] = relative(result[..., rows, :], exact(rows))
     times = compare({"ours": ours, **usable}, repeats=repeats)
-    for name, time in times.items():
-        row[f"{name}_us"], row[f"{name}_tflops"] = time.median_us, flops / time.median_us / 1e6
-    others = [times[name].median_us for name in usable]
-    if others:
-        row["ratio"] = min(others) / times["ours"].median_us
+    for name in ("ours", *usable):
+        row[f"{name}_us"], row[f"{name}_tflops"] = times[name].median_us, flops / times[name].median_us / 1e6
+    if usable:
+        row["ratio"] = min(times[name].median_us for name in usable) / times["ours"].median_us
     print(line(row), flush=True)
     return row
 

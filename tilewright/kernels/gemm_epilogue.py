@@ -43,20 +43,27 @@ def relu(x, m, n, vector, matrix, factor):
 
 @tw.function
 def gelu(x, m, n, vector, matrix, factor):
-    """``x Phi(x)`` by the error function."""
-    return 0.5 * x * (1.0 + tw.erf(x * 0.7071067811865476))
+    """``x Phi(x)`` with the error function's approximation 7.1.26 of Abramowitz and Stegun, 3e-7 off at most.
+
+    Half as many instructions as with `tw.erf`, whose last digits a result of 16 bits does not show.
+    """
+    size = tw.minimum(abs(x), 16.0)  # from there on the weight of the tail is 0
+    t = 1.0 / (1.0 + 0.23164188 * size)
+    tail = ((((0.53070271 * t - 0.72657602) * t + 0.71070687) * t - 0.14224837) * t + 0.12741479) * t
+    y = 0.84932180 * size
+    return tw.maximum(x, 0.0) - size * tail * tw.exp2(-(y * y))
 
 
 @tw.function
 def gelu_tanh(x, m, n, vector, matrix, factor):
     """The usual approximation of gelu: ``Phi(x) = (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2``."""
-    return x * tw.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    return x / (1.0 + tw.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
 
 
 @tw.function
 def silu(x, m, n, vector, matrix, factor):
     """``x sigmoid(x)``."""
-    return x * tw.sigmoid(x)
+    return x / (1.0 + tw.exp2(-1.442695041 * x))
 
 
 # --- kernels --------------------------------------------------------------------------------------

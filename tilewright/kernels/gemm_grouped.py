@@ -11,7 +11,7 @@ import tilewright as tw
 
 
 @tw.function
-def group_of(slot: Any, offsets: Any, BM: tw.constexpr) -> Any:
+def group_of(slot, offsets, BM):
     """The last group that starts at or before ``slot``.
 
     Group g gets the slots from ``offsets[g] // BM + g`` on. That grows with g and leaves it at least as many slots as
@@ -68,10 +68,25 @@ def slots(rows: int, groups: int, bm: int) -> int:
     return rows // bm + groups
 
 
-def grouped(a: Any, b: Any, offsets: Any, c: Any, *, BM: int = 128, BN: int = 256) -> None:
+#: rows of a tile, and the speed of whole tiles relative to the first (`tilewright.kernels.gemm.TILES`)
+HEIGHTS: tuple[tuple[int, float], ...] = ((128, 1.0), (64, 0.93))
+
+
+def configuration(rows: int, groups: int) -> dict[str, int]:
+    """The height of tiles: every group fills half of its last tile on average."""
+
+    def cost(entry: tuple[int, float]) -> float:
+        height, speed = entry
+        return (rows + groups * height / 2) / speed
+
+    return {"BM": min(HEIGHTS, key=cost)[0], "BN": 256}
+
+
+def grouped(a: Any, b: Any, offsets: Any, c: Any) -> None:
     """``c[r] = a[r] @ b[group of r]``. Arrays of NumPy or torch, on one device."""
-    grid = (slots(a.shape[0], b.shape[0], BM) * tw.cdiv(b.shape[2], BN),)
-    gemm_grouped[grid](a, b, offsets, c, BM=BM, BN=BN)
+    meta = configuration(a.shape[0], b.shape[0])
+    grid = (slots(a.shape[0], b.shape[0], meta["BM"]) * tw.cdiv(b.shape[2], meta["BN"]),)
+    gemm_grouped[grid](a, b, offsets, c, **meta)
 
 
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

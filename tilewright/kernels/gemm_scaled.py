@@ -16,6 +16,20 @@ import tilewright as tw
 BLOCK = 128
 
 
+@tw.function
+def scale_and_store(c, m, n, acc, scale_a, scale_b, bias, per_row):
+    """Store the tile (m, n) of sums with the scales of rows and columns, or of the tensors."""
+    out = acc.to(tw.float32)
+    if per_row:
+        rows, columns = tw.load(scale_a, m, acc.shape[0]), tw.load(scale_b, n, acc.shape[1])
+        out = out * rows[:, None] * columns[None, :]
+    else:
+        out = out * (tw.load(scale_a, 0) * tw.load(scale_b, 0))
+    if bias is not None:
+        out += tw.load(bias, n, acc.shape[1]).to(tw.float32)[None, :]
+    tw.store(c, (m, n), out.to(c.dtype))
+
+
 @tw.kernel
 def gemm_scaled(
     a: tw.Tensor,
@@ -26,33 +40,52 @@ def gemm_scaled(
     bias: tw.Tensor = None,
     *,
     PER_ROW: tw.constexpr = False,
-    PROMOTE: tw.constexpr = False,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 128,
 ) -> None:
     """``c = scale_a * scale_b * (a @ b) + bias``: a (M, K), b (K, N), c (M, N). Grid: (cdiv(M, BM), cdiv(N, BN)).
 
-    ``scale_a`` and ``scale_b`` are (1,); with PER_ROW (M,) and (N,). ``bias`` is (N,) or None. fp8 accumulates in
-    float32, int8 in int32. PROMOTE adds every BK of K to the sum in float32, where Hopper's fp8 unit alone would keep
-    about 14 bits (docs/passes.md). Fast on Hopper where a and b are contiguous along K.
+    ``scale_a`` and ``scale_b`` are (1,); with PER_ROW (M,) and (N,). ``bias`` is (N,) or None. int8 accumulates in
+    int32, fp8 in float32 as far as the hardware does: Hopper's unit keeps about 14 bits (docs/passes.md), which is
+    what libraries call fast accumulation. Fast on Hopper where a and b are contiguous along K.
     """
     m, n = tw.program_id(0), tw.program_id(1)
     acc = tw.zeros((BM, BN), tw.int32 if a.dtype == tw.int8 else tw.float32)
     for k in tw.range(tw.cdiv(a.shape[1], BK)):
-        left, right = tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN))
-        if PROMOTE:
-            acc += tw.dot(left, right)
-        else:
-            acc = tw.dot(left, right, acc)
-    if PER_ROW:
-        rows, columns = tw.load(scale_a, m, BM), tw.load(scale_b, n, BN)
-        out = acc.to(tw.float32) * rows[:, None] * columns[None, :]
-    else:
-        out = acc.to(tw.float32) * (tw.load(scale_a, 0) * tw.load(scale_b, 0))
-    if bias is not None:
-        out += tw.load(bias, n, BN).to(tw.float32)[None, :]
-    tw.store(c, (m, n), out.to(c.dtype))
+        acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
+    scale_and_store(c, m, n, acc, scale_a, scale_b, bias, PER_ROW)
+
+
+@tw.kernel
+def gemm_promoted(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    scale_a: tw.Tensor,
+    scale_b: tw.Tensor,
+    c: tw.Tensor,
+    bias: tw.Tensor = None,
+    *,
+    PER_ROW: tw.constexpr = False,
+    PARTS: tw.constexpr = 2,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 128,
+) -> None:
+    """As `gemm_scaled`, but every 128 of K are added to the sum in float32. Grid: (cdiv(M, BM), cdiv(N, BN * PARTS)).
+
+    A program has PARTS (1 or 2) tiles side by side, one after the other: they share a's tile, and the registers of what
+    is added.
+    """
+    m, n = tw.program_id(0), tw.program_id(1) * PARTS
+    first, second = tw.zeros((BM, BN), tw.float32), tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
+        rows = tw.load(a, (m, k), (BM, BLOCK))
+        first += tw.dot(rows, tw.load(b, (k, n), (BLOCK, BN))).to(tw.float32)
+        if PARTS == 2:
+            second += tw.dot(rows, tw.load(b, (k, n + 1), (BLOCK, BN))).to(tw.float32)
+    scale_and_store(c, m, n, first, scale_a, scale_b, bias, PER_ROW)
+    if PARTS == 2:
+        scale_and_store(c, m, n + 1, second, scale_a, scale_b, bias, PER_ROW)
 
 
 @tw.kernel
@@ -63,26 +96,34 @@ def gemm_block_scaled(
     scale_b: tw.Tensor,
     c: tw.Tensor,
     *,
+    PARTS: tw.constexpr = 2,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 128,
 ) -> None:
-    """Sums over blocks k of ``scale_a[:, k] * scale_b[k, n // 128] * (a_k @ b_k)``. Grid: (cdiv(M, BM), cdiv(N, BN)).
+    """Sums over blocks k of ``scale_a[:, k] * scale_b[k, n // 128] * (a_k @ b_k)``.
 
-    a (M, K), b (K, N), c (M, N), scale_a (M, cdiv(K, 128)), scale_b (cdiv(K, 128), cdiv(N, 128)), any strides;
-    BN divides 128. Blocks are added up in float32 (int8: after exact sums in int32).
+    Grid: (cdiv(M, BM), cdiv(N, BN * PARTS)). a (M, K), b (K, N), c (M, N), scale_a (M, cdiv(K, 128)), scale_b
+    (cdiv(K, 128), cdiv(N, 128)), any strides; BN divides 128. Blocks are added up in float32 (those of int8 are exact
+    in int32). PARTS as in `gemm_promoted`.
     """
     tw.static_assert(BLOCK % BN == 0, "a tile of b has one scale: BN divides 128")
-    m, n = tw.program_id(0), tw.program_id(1)
-    acc = tw.zeros((BM, BN), tw.float32)
-    column = n * BN // BLOCK
-    rows, block = tw.load(scale_a, (m, 0), (BM, 1)), tw.load(scale_b, (0, column))
+    m, n = tw.program_id(0), tw.program_id(1) * PARTS
+    first, second = tw.zeros((BM, BN), tw.float32), tw.zeros((BM, BN), tw.float32)
+    left, right = n * BN // BLOCK, (n + 1) * BN // BLOCK
+    row_scale = tw.load(scale_a, (m, 0), (BM, 1))
+    left_scale, right_scale = tw.load(scale_b, (0, left)), tw.load(scale_b, (0, right))
     for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
         # the next block's scales arrive while this one is multiplied
-        next_rows, next_block = tw.load(scale_a, (m, k + 1), (BM, 1)), tw.load(scale_b, (k + 1, column))
-        part = tw.dot(tw.load(a, (m, k), (BM, BLOCK)), tw.load(b, (k, n), (BLOCK, BN)))
-        acc += part.to(tw.float32) * (rows * block)
-        rows, block = next_rows, next_block
-    tw.store(c, (m, n), acc.to(c.dtype))
+        next_row = tw.load(scale_a, (m, k + 1), (BM, 1))
+        next_left, next_right = tw.load(scale_b, (k + 1, left)), tw.load(scale_b, (k + 1, right))
+        rows = tw.load(a, (m, k), (BM, BLOCK))
+        first += tw.dot(rows, tw.load(b, (k, n), (BLOCK, BN))).to(tw.float32) * (row_scale * left_scale)
+        if PARTS == 2:
+            second += tw.dot(rows, tw.load(b, (k, n + 1), (BLOCK, BN))).to(tw.float32) * (row_scale * right_scale)
+        row_scale, left_scale, right_scale = next_row, next_left, next_right
+    tw.store(c, (m, n), first.to(c.dtype))
+    if PARTS == 2:
+        tw.store(c, (m, n + 1), second.to(c.dtype))
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -97,31 +138,43 @@ TILES: tuple[tuple[tuple[int, int], float], ...] = (
 )
 
 
-def configuration(m: int, n: int, units: int = 132, most_columns: int = 256) -> dict[str, int]:
+def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
     """Tile sizes: those whose waves over ``units`` SMs take least time, each wave costing its area over its speed."""
 
     def cost(entry: tuple[tuple[int, int], float]) -> float:
         (bm, bn), speed = entry
         return -(-(-(-m // bm) * -(-n // bn)) // units) * bm * bn / speed
 
-    bm, bn = min((entry for entry in TILES if entry[0][1] <= most_columns), key=cost)[0]
+    bm, bn = min(TILES, key=cost)[0]
     return {"BM": bm, "BN": bn}
 
 
+def configuration_of_parts(m: int, n: int, units: int = 132) -> dict[str, int]:
+    """The same for kernels whose programs have one or two tiles of at most 128 columns."""
+    meta = configuration(m, n, units)
+    parts = 2 if meta["BN"] > BLOCK else 1
+    return {"BM": meta["BM"], "BN": meta["BN"] // parts, "PARTS": parts}
+
+
 def scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any, bias: Any = None, *, promote: bool = False) -> None:
-    """``c = scale_a * scale_b * (a @ b) + bias``; scales of one element, or of M and N. Arrays of NumPy or torch."""
+    """``c = scale_a * scale_b * (a @ b) + bias``; scales of one element, or of M and N. Arrays of NumPy or torch.
+
+    ``promote``: `gemm_promoted` instead of `gemm_scaled`.
+    """
     m, n = c.shape
     per_row = (scale_a.shape[0], scale_b.shape[0]) != (1, 1)
-    meta = configuration(m, n, most_columns=128 if promote else 256)  # two accumulators
-    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
-    gemm_scaled[grid](a, b, scale_a, scale_b, c, bias, PER_ROW=per_row, PROMOTE=promote, **meta)
+    meta = configuration_of_parts(m, n) if promote else configuration(m, n)
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"] * meta.get("PARTS", 1))
+    kernel = gemm_promoted if promote else gemm_scaled
+    kernel[grid](a, b, scale_a, scale_b, c, bias, PER_ROW=per_row, **meta)
 
 
 def block_scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any) -> None:
     """See `gemm_block_scaled`."""
     m, n = c.shape
-    meta = configuration(m, n, most_columns=BLOCK)
-    gemm_block_scaled[tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])](a, b, scale_a, scale_b, c, **meta)
+    meta = configuration_of_parts(m, n)
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"] * meta["PARTS"])
+    gemm_block_scaled[grid](a, b, scale_a, scale_b, c, **meta)
 
 
 # --- references -----------------------------------------------------------------------------------

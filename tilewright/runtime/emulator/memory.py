@@ -74,11 +74,12 @@ class GlobalMemory:
             raise EmulatorError(f"{octets.size} bytes at {address:#x} do not fit an allocation")
         self.data[address - BASE : address - BASE + octets.size] = octets
 
-    def outside(self, offsets: Array, size: int) -> Array | None:
+    def outside(self, offsets: Array, size: int | Array) -> Array | None:
         """Which of the offsets (from BASE, int64, one-dimensional) start an access outside any allocation."""
-        low, high = int(offsets.min()), int(offsets.max())
+        low = int(offsets.min())
+        high = int(offsets.max()) + size if isinstance(size, int) else int((offsets + size).max())
         index = bisect.bisect_right(self._starts, low) - 1
-        if index >= 0 and high + size <= self._ends[index]:
+        if index >= 0 and high <= self._ends[index]:
             return None
         if not self._starts:
             return np.ones(offsets.shape, np.bool_)

@@ -461,7 +461,7 @@ def _thread_copy(inst: Instruction) -> Execute:
         places[state.lanes] = shared.offsets(state, targets, size, "copy")
         with state.restricted(state.lanes & (count > 0)):
             if state.lanes.any():
-                global_offsets(state, sources, size)
+                global_offsets(state, sources, size, count[state.lanes])
         shared.check_write(state, places[state.lanes], size)
         words = places[..., None] // 4 + np.arange(size // 4)
         assert state.instruction is not None

@@ -44,7 +44,7 @@ def check_alignment(state: State, address: Array, size: int, what: str) -> None:
             state.fault(f"misaligned {what} of {size} bytes at {at:#x}", bad)
 
 
-def global_offsets(state: State, address: Array, size: int, needed: int = 0) -> Array:
+def global_offsets(state: State, address: Array, size: int, needed: int | Array = 0) -> Array:
     """Checked offsets into the bytes of global memory, of the active lanes (one-dimensional).
 
     Only the first ``needed`` bytes of each access must lie in an allocation (0: all). LLVM widens
@@ -55,7 +55,7 @@ def global_offsets(state: State, address: Array, size: int, needed: int = 0) -> 
     offsets: Array = (address.reshape(-1) if state.full else address[state.lanes]) - BASE
     if offsets.size:
         memory = state.launch.memory
-        bad = memory.outside(offsets, needed or size)
+        bad = memory.outside(offsets, needed if isinstance(needed, np.ndarray) else needed or size)
         if bad is not None:
             guilty = np.zeros(state.lanes.shape, np.bool_)
             guilty[state.lanes] = bad
