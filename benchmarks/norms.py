@@ -241,9 +241,8 @@ def rotary_case(m: int, n: int, dtype: torch.dtype, interleaved: bool = False, i
     x, y = (f(m // length, length, n // depth, depth, dtype=dtype) for f in (normal, poisoned))
     angle = torch.rand(length, depth // 2, device="cuda") * 6
     c, s = angle.cos(), angle.sin()
-    bs, bh = 2, 16
-    grid = (tw.cdiv(length, bs), tw.cdiv(n // depth, bh), m // length)
-    meta = {"D": depth, "BS": bs, "BH": bh, "INTERLEAVED": interleaved, "INVERSE": inverse}
+    meta = {"D": depth, "INTERLEAVED": interleaved, "INVERSE": inverse, **rotary.tiles(n // depth)}
+    grid = (tw.cdiv(length, meta["BS"]), tw.cdiv(n // depth, meta["BH"]), m // length)
     plain = interleaved_math if interleaved else rotary_math
 
     def turned(x: Tensor, c: Tensor, s: Tensor) -> Tensor:

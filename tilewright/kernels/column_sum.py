@@ -9,9 +9,9 @@ import numpy as np
 import tilewright as tw
 
 #: what one row of a tile spans, vectors of 16 bytes that a thread has in flight, threads of a program
-ROW_BYTES, VECTORS, THREADS = 256, 8, 128
-#: programs that a GPU should have to run: four for each of an H100's SMs
-PROGRAMS = 528
+ROW_BYTES, VECTORS, THREADS = 128, 16, 128
+#: programs that a GPU should have to run: two for each of an H100's SMs
+PROGRAMS = 264
 
 
 @tw.kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import tilewright as tw
 
 #: below every finite logit that matters, yet finite: differences from it are never NaN
 LEAST = -1e30
+#: for powers of two, which GPUs have an instruction for
+LOG2_E = math.log2(math.e)
 
 
 @tw.kernel
@@ -38,13 +41,13 @@ def cross_entropy(
         row = tw.load(logits, (m, j), (1, BN), pad=float("-inf")).to(tw.float32)
         x = row.reshape(BN // LANES, LANES)
         higher = tw.maximum(top, tw.max(x, axis=0))
-        total = total * tw.exp(top - higher) + tw.sum(tw.exp(x - higher[None, :]), axis=0)
+        total = total * tw.exp2((top - higher) * LOG2_E) + tw.sum(tw.exp2((x - higher[None, :]) * LOG2_E), axis=0)
         top = higher
         if SMOOTHING > 0.0:
             inside = j * BN + tw.arange(BN) < logits.shape[1]
             plain = plain + tw.sum(tw.where(inside.reshape(BN // LANES, LANES), x, 0.0), axis=0)
     highest = tw.max(top)
-    norm = highest + tw.log(tw.sum(total * tw.exp(top - highest)))
+    norm = highest + tw.log(tw.sum(total * tw.exp2((top - highest) * LOG2_E)))
     index = tw.max(tw.load(target, m, 1))
     chosen = tw.max(tw.load(logits[m], index.to(tw.int32), 1).to(tw.float32))
     if SMOOTHING > 0.0:
@@ -74,7 +77,9 @@ def cross_entropy_backward(
     weight = tw.where(index == ignored, 0.0, tw.load(dloss, m, 1))
     x = tw.load(logits, (m, j), (1, BN)).to(tw.float32)
     wanted = (j * BN + tw.arange(BN))[None, :] == index[:, None]
-    out = tw.exp(x - tw.load(lse, m, 1)[:, None]) - tw.where(wanted, 1.0 - SMOOTHING, 0.0) - SMOOTHING / logits.shape[1]
+    out = tw.exp2((x - tw.load(lse, m, 1)[:, None]) * LOG2_E) - tw.where(wanted, 1.0 - SMOOTHING, 0.0)
+    if SMOOTHING > 0.0:
+        out = out - SMOOTHING / logits.shape[1]
     tw.store(dlogits, (m, j), tw.where((weight == 0.0)[:, None], 0.0, out * weight[:, None]).to(dlogits.dtype))
 
 
