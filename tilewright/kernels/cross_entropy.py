@@ -48,8 +48,8 @@ def cross_entropy(
             plain = plain + tw.sum(tw.where(inside.reshape(BN // LANES, LANES), x, 0.0), axis=0)
     highest = tw.max(top)
     norm = highest + tw.log(tw.sum(total * tw.exp2((top - highest) * LOG2_E)))
-    index = tw.max(tw.load(target, m, 1))
-    chosen = tw.max(tw.load(logits[m], index.to(tw.int32), 1).to(tw.float32))
+    index = tw.load(target, m)
+    chosen = tw.load(logits[m], index.to(tw.int32)).to(tw.float32)
     if SMOOTHING > 0.0:
         chosen = (1.0 - SMOOTHING) * chosen + SMOOTHING / logits.shape[1] * tw.sum(plain)
     tw.store(loss, m, tw.where(index == ignored, 0.0, norm - chosen))
@@ -73,14 +73,14 @@ def cross_entropy_backward(
     Shapes as in `cross_entropy`, dloss (M,) float32: 1 / M each for the mean. Grid: (M, cdiv(V, BN)).
     """
     m, j = tw.program_id(0), tw.program_id(1)
-    index = tw.load(target, m, 1).to(tw.int32)
-    weight = tw.where(index == ignored, 0.0, tw.load(dloss, m, 1))
+    index = tw.load(target, m).to(tw.int32)
+    weight = tw.where(index == ignored, 0.0, tw.load(dloss, m))
     x = tw.load(logits, (m, j), (1, BN)).to(tw.float32)
-    wanted = (j * BN + tw.arange(BN))[None, :] == index[:, None]
-    out = tw.exp2((x - tw.load(lse, m, 1)[:, None]) * LOG2_E) - tw.where(wanted, 1.0 - SMOOTHING, 0.0)
+    wanted = (j * BN + tw.arange(BN))[None, :] == index
+    out = tw.exp2((x - tw.load(lse, m)) * LOG2_E) - tw.where(wanted, 1.0 - SMOOTHING, 0.0)
     if SMOOTHING > 0.0:
         out = out - SMOOTHING / logits.shape[1]
-    tw.store(dlogits, (m, j), tw.where((weight == 0.0)[:, None], 0.0, out * weight[:, None]).to(dlogits.dtype))
+    tw.store(dlogits, (m, j), tw.where(weight == 0.0, 0.0, out * weight).to(dlogits.dtype))
 
 
 def blocks(element_bytes: int) -> dict[str, int]:

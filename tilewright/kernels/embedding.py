@@ -33,17 +33,17 @@ def embedding_backward(
     place adds up the rows. Tokens out of range are dropped. Grid: (M, cdiv(N, BN)).
     """
     i, n = tw.program_id(0), tw.program_id(1)
-    token = tw.max(tw.load(tokens, i, 1))
-    before = tw.max(tw.load(tokens, tw.maximum(i - 1, 0), 1))
+    token = tw.load(tokens, i)
+    before = tw.load(tokens, tw.maximum(i - 1, 0))
     if i == 0 or token != before:
         total = tw.zeros((1, BN), tw.float32)
         place = i
         same = True
         while same:
-            row = tw.max(tw.load(order, place, 1)).to(tw.int32)
+            row = tw.load(order, place).to(tw.int32)
             total = total + tw.load(dy, (row, n), (1, BN)).to(tw.float32)
             place = place + 1
-            same = place < dy.shape[0] and tw.max(tw.load(tokens, place, 1)) == token
+            same = place < dy.shape[0] and tw.load(tokens, place) == token
         tw.scatter(dtable, tw.full((1,), token), total.to(dtable.dtype), 0, tile=(0, n))
 
 
