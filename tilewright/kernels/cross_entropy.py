@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.rows import row_major
 
 #: below every finite logit that matters, yet finite: differences from it are never NaN
 LEAST = -1e30
@@ -70,9 +71,10 @@ def cross_entropy_backward(
 ) -> None:
     """``dlogits = (exp(logits - lse) - (1 - s) * [class is target] - s / V) * dloss``; 0 in rows that are ignored.
 
-    Shapes as in `cross_entropy`, dloss (M,) float32: 1 / M each for the mean. Grid: (M, cdiv(V, BN)).
+    Shapes as in `cross_entropy`, dloss (M,) float32: 1 / M each for the mean. Grid: `row_major_grid`
+    with BM 1.
     """
-    m, j = tw.program_id(0), tw.program_id(1)
+    m, j = row_major(logits.shape[1], BN)
     index = tw.load(target, m).to(tw.int32)
     weight = tw.where(index == ignored, 0.0, tw.load(dloss, m))
     x = tw.load(logits, (m, j), (1, BN)).to(tw.float32)
