@@ -85,7 +85,9 @@ def test_philox_gives_the_published_words(device: str, known: Any) -> None:
 def test_dropout_draws_the_same_mask_everywhere(device: str) -> None:
     x, y, again = strided(5, 301), poisoned(5, 301), poisoned(5, 301)
     launch(device, dropout, row_major_grid(5, 301, 4, 256), x, y, 0.3, 2**40 + 5, 7, BM=4, BN=256)
-    launch(device, dropout, row_major_grid(5, 301, 1, 512), x, again, 0.3, 2**40 + 5, 7, BM=1, BN=512)  # tiles do not matter
+    launch(
+        device, dropout, row_major_grid(5, 301, 1, 512), x, again, 0.3, 2**40 + 5, 7, BM=1, BN=512
+    )  # tiles do not matter
     exact = dropout_module.reference(x, 0.3, 2**40 + 5, 7)
     check(y, exact)
     assert ((y == 0) == (exact == 0)).all() and y.tobytes() == again.tobytes()
@@ -120,7 +122,9 @@ def test_embedding_and_gradient(device: str, dtype: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradient_by_atomic_updates(device: str) -> None:
     tokens, dy, dtable = np.array([3, 3, 0, 3, 2], np.int32), normal(5, 150), np.zeros((4, 150), np.float32)
-    launch(device, embedding.embedding_backward_atomic, row_major_grid(5, 150, 4, 128), dy, tokens, dtable, BM=4, BN=128)
+    launch(
+        device, embedding.embedding_backward_atomic, row_major_grid(5, 150, 4, 128), dy, tokens, dtable, BM=4, BN=128
+    )
     check(dtable, embedding.reference_backward(dy, tokens, 4))
 
 

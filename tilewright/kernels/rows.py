@@ -45,6 +45,6 @@ def row_major(columns, BN):
     return tw.program_id(0) // across, tw.program_id(0) % across
 
 
-def row_major_grid(rows: int, columns: int, BM: int, BN: int) -> tuple[int]:  # noqa: N803
+def row_major_grid(rows: int, columns: int, BM: int, BN: int) -> tuple[int]:
     """The grid of kernels that call `row_major`: a program for each tile (BM, BN)."""
     return (tw.cdiv(rows, BM) * tw.cdiv(columns, BN),)
