@@ -19,7 +19,7 @@ from torch.nn import functional
 import tilewright as tw
 from tilewright.kernels import activations, cross_entropy, dropout, embedding, layernorm, quantize, rmsnorm, rotary
 from tilewright.kernels.column_sum import column_sums, workspace_shapes
-from tilewright.kernels.rows import gradient_tiles, row_tiles
+from tilewright.kernels.rows import FEW_ELEMENTS, gradient_tiles, row_major_grid, row_tiles
 from tilewright.kernels.softmax import softmax, softmax_backward
 from tilewright.runtime.bench import compare
 
@@ -107,7 +107,7 @@ def rms_residual_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 def layer_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, w, b, y = normal(m, n, dtype=dtype), normal(n, dtype=dtype), normal(n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    mean, r, meta = poisoned(m), poisoned(m), row_tiles(m, n)
+    mean, r, meta = poisoned(m), poisoned(m), row_tiles(m, n, FEW_ELEMENTS)
     grid = (tw.cdiv(m, meta["BM"]),)
 
     def ours() -> None:
@@ -215,7 +215,7 @@ def entropy_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
     lse, dloss = torch.logsumexp(x.float(), 1), torch.rand(m, device="cuda")
 
     def ours() -> None:
-        cross_entropy.cross_entropy_backward[(m, tw.cdiv(n, 4096))](x, target, lse, dloss, dx, IGNORED)
+        cross_entropy.cross_entropy_backward[row_major_grid(m, n, 1, 4096)](x, target, lse, dloss, dx, IGNORED)
 
     return Case(ours, [dx], entropy_backward_math, [x, target, lse, dloss], 2 * x.nbytes)
 
@@ -241,9 +241,8 @@ def rotary_case(m: int, n: int, dtype: torch.dtype, interleaved: bool = False, i
     x, y = (f(m // length, length, n // depth, depth, dtype=dtype) for f in (normal, poisoned))
     angle = torch.rand(length, depth // 2, device="cuda") * 6
     c, s = angle.cos(), angle.sin()
-    bs, bh = 2, 16
-    grid = (tw.cdiv(length, bs), tw.cdiv(n // depth, bh), m // length)
-    meta = {"D": depth, "BS": bs, "BH": bh, "INTERLEAVED": interleaved, "INVERSE": inverse}
+    meta = {"D": depth, "INTERLEAVED": interleaved, "INVERSE": inverse, **rotary.tiles(n // depth)}
+    grid = (tw.cdiv(length, meta["BS"]), tw.cdiv(n // depth, meta["BH"]), m // length)
     plain = interleaved_math if interleaved else rotary_math
 
     def turned(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
@@ -254,7 +253,7 @@ def rotary_case(m: int, n: int, dtype: torch.dtype, interleaved: bool = False, i
 
 def dropout_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, y = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    grid = (tw.cdiv(m, 4), tw.cdiv(n, 1024))
+    grid = row_major_grid(m, n, 4, 1024)
     return Case(
         lambda: dropout.dropout[grid](x, y, 0.1, 1234567, 0),
         [y],
@@ -267,7 +266,7 @@ def dropout_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 def embedding_case(m: int, n: int, dtype: torch.dtype) -> Case:
     table, y, tokens = normal(50304, n, dtype=dtype), poisoned(m, n, dtype=dtype), torch.randint(50304, (m,)).cuda()
-    grid = (tw.cdiv(m, 4), tw.cdiv(n, 1024))
+    grid = row_major_grid(m, n, 4, 1024)
     ours = lambda: embedding.embedding[grid](table, tokens, y)  # noqa: E731
     return Case(ours, [y], lambda t, i: functional.embedding(i, t), [table, tokens], 2 * y.nbytes)
 
@@ -280,7 +279,7 @@ def embedding_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
     def ours() -> None:
         ordered, order = tokens.sort(stable=True)
         out.zero_()
-        embedding.embedding_backward[(m, tw.cdiv(n, 1024))](dy, ordered, order, out)
+        embedding.embedding_backward[row_major_grid(m, n, 1, 1024)](dy, ordered, order, out)
 
     def plain(dy: Tensor, tokens: Tensor) -> Tensor:
         return torch.ops.aten.embedding_dense_backward(dy, tokens, 50304, -1, False)
@@ -305,21 +304,21 @@ def gelu_math(x: Tensor) -> Tensor:
 
 
 def gelu_case(m: int, n: int, dtype: torch.dtype) -> Case:
-    x, y, grid = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), (tw.cdiv(m, 4), tw.cdiv(n, 1024))
+    x, y, grid = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), row_major_grid(m, n, 4, 1024)
     ours = lambda: activations.activation[grid](x, y, FN=activations.gelu)  # noqa: E731
     return Case(ours, [y], gelu_math, [x], 2 * x.nbytes)
 
 
 def swiglu_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, up, y = normal(m, n, dtype=dtype), normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    grid = (tw.cdiv(m, 4), tw.cdiv(n, 1024))
+    grid = row_major_grid(m, n, 4, 1024)
     return Case(lambda: activations.activation[grid](x, y, up), [y], swiglu_math, [x, up], 3 * x.nbytes)
 
 
 def swiglu_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
     dy, x, up = (normal(m, n, dtype=dtype) for _ in range(3))
     dx, dup = poisoned(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    grid = (tw.cdiv(m, 4), tw.cdiv(n, 1024))
+    grid = row_major_grid(m, n, 4, 1024)
     ours = lambda: activations.activation_backward[grid](dy, x, dx, up, dup)  # noqa: E731
     return Case(ours, [dx, dup], swiglu_backward_math, [dy, x, up], 5 * x.nbytes)
 
@@ -339,7 +338,7 @@ def quantize_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 def quantize_blocks_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, q = normal(m, n, dtype=dtype), torch.empty(m, n, device="cuda", dtype=torch.float8_e4m3fn)
-    scale, grid = poisoned(m, n // 128), (tw.cdiv(m, 16), tw.cdiv(n, 256))
+    scale, grid = poisoned(m, n // 128), row_major_grid(m, n, 16, 256)
 
     def plain(x: Tensor) -> tuple[Tensor, Tensor]:
         blocks = wide(x).unflatten(1, (-1, 128))

@@ -118,13 +118,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--kernels", nargs="+", choices=sorted(CASES), default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["bf16", "f32"])
+    parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
     options = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians, random normal inputs")
     found = []
     for name in options.kernels:
         for dtype in options.dtypes:
-            for rows, columns in SHAPES:
+            for rows, columns in options.shapes:
                 r = measure(name, rows, columns, dtype, options.repeats)
                 found.append(r)
                 print(

@@ -16,6 +16,7 @@ from tilewright.kernels import rotary as rotary_module
 from tilewright.kernels.dropout import dropout
 from tilewright.kernels.random import philox, reference_philox
 from tilewright.kernels.rotary import rotary
+from tilewright.kernels.rows import row_major_grid
 
 DTYPES = ("f32", "bf16")
 FORMATS = {ml_dtypes.float8_e4m3fn: quantize.E4M3_MAX, ml_dtypes.float8_e5m2: quantize.E5M2_MAX}
@@ -83,8 +84,10 @@ def test_philox_gives_the_published_words(device: str, known: Any) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_dropout_draws_the_same_mask_everywhere(device: str) -> None:
     x, y, again = strided(5, 301), poisoned(5, 301), poisoned(5, 301)
-    launch(device, dropout, (2, 2), x, y, 0.3, 2**40 + 5, 7, BM=4, BN=256)
-    launch(device, dropout, (5, 1), x, again, 0.3, 2**40 + 5, 7, BM=1, BN=512)  # tiles do not matter
+    launch(device, dropout, row_major_grid(5, 301, 4, 256), x, y, 0.3, 2**40 + 5, 7, BM=4, BN=256)
+    launch(
+        device, dropout, row_major_grid(5, 301, 1, 512), x, again, 0.3, 2**40 + 5, 7, BM=1, BN=512
+    )  # tiles do not matter
     exact = dropout_module.reference(x, 0.3, 2**40 + 5, 7)
     check(y, exact)
     assert ((y == 0) == (exact == 0)).all() and y.tobytes() == again.tobytes()
@@ -106,11 +109,11 @@ def test_seeds_and_sequences_differ_and_rates_hold() -> None:
 def test_embedding_and_gradient(device: str, dtype: str) -> None:
     table, tokens = strided(11, 150, dtype=dtype), np.array([3, 3, 0, 10, 3, 7], np.int64)
     y, dy = poisoned(6, 150, dtype=dtype), normal(6, 150, dtype=dtype, seed=1)
-    launch(device, embedding.embedding, (2, 2), table, tokens, y, BM=4, BN=128)
+    launch(device, embedding.embedding, row_major_grid(6, 150, 4, 128), table, tokens, y, BM=4, BN=128)
     np.testing.assert_array_equal(y, embedding.reference(table, tokens))
     ordered, order = embedding.sorted_order(tokens)
     dtable = np.zeros_like(table, order="C")
-    launch(device, embedding.embedding_backward, (6, 2), dy, ordered, order, dtable, BN=128)
+    launch(device, embedding.embedding_backward, row_major_grid(6, 150, 1, 128), dy, ordered, order, dtable, BN=128)
     exact = embedding.reference_backward(dy, tokens, 11)
     check(dtable, exact, dtype)
     assert (dtable[exact.any(1) == 0] == 0).all()
@@ -119,17 +122,19 @@ def test_embedding_and_gradient(device: str, dtype: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradient_by_atomic_updates(device: str) -> None:
     tokens, dy, dtable = np.array([3, 3, 0, 3, 2], np.int32), normal(5, 150), np.zeros((4, 150), np.float32)
-    launch(device, embedding.embedding_backward_atomic, (2, 2), dy, tokens, dtable, BM=4, BN=128)
+    launch(
+        device, embedding.embedding_backward_atomic, row_major_grid(5, 150, 4, 128), dy, tokens, dtable, BM=4, BN=128
+    )
     check(dtable, embedding.reference_backward(dy, tokens, 4))
 
 
 def test_tokens_out_of_range_are_dropped() -> None:
     table, tokens, y = normal(4, 64), np.array([-1, 4, 2], np.int32), poisoned(3, 64)
-    embedding.embedding[(1, 1)](table, tokens, y, BM=4, BN=64)
+    embedding.embedding[(1,)](table, tokens, y, BM=4, BN=64)
     assert (y[:2] == 0).all() and (y[2] == table[2]).all()
     ordered, order = embedding.sorted_order(tokens)
     dtable = np.zeros((4, 64), np.float32)
-    embedding.embedding_backward[(3, 1)](y, ordered, order, dtable, BN=64)
+    embedding.embedding_backward[(3,)](y, ordered, order, dtable, BN=64)
     assert (dtable[2] == table[2]).all() and (dtable[[0, 1, 3]] == 0).all()
 
 
@@ -144,9 +149,9 @@ def test_activations(device: str, dtype: str, fn: Any) -> None:
     gate, up, dy = whole[:, :200], whole[:, 200:], strided(5, 200, dtype=dtype, seed=1)  # halves of one matrix
     y, dx, dup = (poisoned(5, 200, dtype=dtype) for _ in range(3))
     meta = {"FN": fn, "BM": 4, "BN": 256}
-    launch(device, activations.activation, (2, 1), gate, y, up, **meta)
+    launch(device, activations.activation, (2,), gate, y, up, **meta)
     check(y, activations.reference(fn, gate, up), dtype)
-    launch(device, activations.activation_backward, (2, 1), dy, gate, dx, up, dup, **meta)
+    launch(device, activations.activation_backward, (2,), dy, gate, dx, up, dup, **meta)
     exact_dx, exact_dup = activations.reference_backward(fn, dy, gate, up)
     check(dx, exact_dx, dtype)
     check(dup, exact_dup, dtype)
@@ -154,9 +159,9 @@ def test_activations(device: str, dtype: str, fn: Any) -> None:
 
 def test_an_activation_alone() -> None:
     x, dy, y, dx = normal(5, 200), normal(5, 200, seed=1), poisoned(5, 200), poisoned(5, 200)
-    activations.activation[(2, 1)](x, y, FN=activations.gelu, BM=4, BN=256)
+    activations.activation[(2,)](x, y, FN=activations.gelu, BM=4, BN=256)
     check(y, activations.reference(activations.gelu, x))
-    activations.activation_backward[(2, 1)](dy, x, dx, FN=activations.gelu, BM=4, BN=256)
+    activations.activation_backward[(2,)](dy, x, dx, FN=activations.gelu, BM=4, BN=256)
     check(dx, activations.reference_backward(activations.gelu, dy, x, np.ones_like(x))[0])
 
 
@@ -190,7 +195,7 @@ def test_quantize_blocks(device: str, block: tuple[int, int], format_: Any) -> N
     q, scale = np.zeros((130, 300), format_), poisoned(tw.cdiv(130, rows), 3)
     height = max(rows, 16)
     meta = {"ROWS": rows, "COLUMNS": columns, "BM": height, "BN": 256}
-    launch(device, quantize.quantize_blocks, (tw.cdiv(130, height), 2), x, q, scale, **meta)
+    launch(device, quantize.quantize_blocks, row_major_grid(130, 300, height, 256), x, q, scale, **meta)
     exact, exact_scale = quantize.reference(x, rows, columns, FORMATS[format_])
     check(scale, exact_scale)
     assert_rounded(q, exact)

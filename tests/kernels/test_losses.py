@@ -9,6 +9,7 @@ from kernel_checks import DEVICES, Array, check, launch, normal, poisoned, strid
 import tilewright as tw
 from tilewright.kernels import cross_entropy as entropy_module
 from tilewright.kernels.cross_entropy import blocks, cross_entropy, cross_entropy_backward
+from tilewright.kernels.rows import row_major_grid
 from tilewright.kernels.softmax import reference, reference_backward, softmax_backward
 
 IGNORED = -100
@@ -42,7 +43,7 @@ def test_cross_entropy(device: str, dtype: str, smoothing: float) -> None:
     assert loss[2] == 0
     dlogits, dloss = poisoned(5, 3001, dtype=dtype), normal(5, seed=1)
     args = (logits, target, lse, dloss, dlogits, IGNORED)
-    launch(device, cross_entropy_backward, (5, 3), *args, SMOOTHING=smoothing, BN=1024)
+    launch(device, cross_entropy_backward, row_major_grid(5, 3001, 1, 1024), *args, SMOOTHING=smoothing, BN=1024)
     check(dlogits, entropy_module.reference_backward(logits, target, dloss, IGNORED, smoothing), dtype)
     assert (dlogits[2] == 0).all()
 
@@ -67,7 +68,7 @@ def test_infinities_and_not_a_number() -> None:
 def test_rows_that_are_ignored_may_hold_anything() -> None:
     logits, target, out = np.full((1, 100), np.nan, np.float32), np.array([IGNORED]), poisoned(1, 100)
     loss, lse = forward("cpu", logits, target)
-    cross_entropy_backward[(1, 1)](logits, target, lse, np.ones(1, np.float32), out, IGNORED, BN=1024)
+    cross_entropy_backward[(1,)](logits, target, lse, np.ones(1, np.float32), out, IGNORED, BN=1024)
     assert loss[0] == 0 and (out == 0).all()
 
 

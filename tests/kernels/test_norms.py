@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import amd_programs as amd
 import numpy as np
 import pytest
 from kernel_checks import DEVICES, check, launch, normal, poisoned, strided
 
 import tilewright as tw
+from tilewright.backends.lower.occupancy import waiting_words
+from tilewright.backends.nvidia.compile import compile_function
+from tilewright.ir.target import get_target
+from tilewright.ir.types import DTYPES, ViewType
 from tilewright.kernels import layernorm as layer_module
 from tilewright.kernels import rmsnorm as rms_module
 from tilewright.kernels.layernorm import layernorm, layernorm_backward
@@ -112,3 +117,16 @@ def test_tiles_of_gradients() -> None:
         meta, programs = gradient_tiles(rows, columns)
         assert meta["BN"] >= columns and programs * meta["BM"] < rows + meta["BM"]
         assert 4 <= meta["num_warps"] <= 32
+
+
+def test_registers_leave_room_for_a_second_block() -> None:
+    """What waits at the reductions decides: six values for each of 16 elements, and the next row's loads."""
+    matrix, partial = amd.matrix("bf16"), ViewType((None, None, None), DTYPES["f32"], (None, None, 1), 16)
+    vectors = {name: ViewType((None,), DTYPES["f32"], (1,), 16) for name in ("weight", "mean", "inverse")}
+    args = {"dy": matrix, "x": matrix, "dx": matrix, "partial": partial, **vectors}
+    meta, _ = gradient_tiles(16384, 4096)
+    warps = meta.pop("num_warps")
+    function = amd.scheduled(amd.module_of(layernorm_backward, **args, **meta, BIAS=True), "sm_90a", num_warps=warps)
+    assert 80 <= waiting_words(function) <= 104
+    result = compile_function(function, get_target("sm_90a"))
+    assert result.resources.registers <= 128 and result.resources.spill_stores <= 64

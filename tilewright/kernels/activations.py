@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.rows import row_major
 
 #: 1 / sqrt(2), 1 / sqrt(2 pi), and the two constants of gelu's approximation by tanh
 SQRT_HALF, NORMAL = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
@@ -53,11 +54,11 @@ def activation(
     BM: tw.constexpr = 4,
     BN: tw.constexpr = 1024,
 ) -> None:
-    """``y = FN(x) * up`` (without ``up``: FN(x)), all (M, N), computed in float32. Grid: (cdiv(M, BM), cdiv(N, BN)).
+    """``y = FN(x) * up`` (without ``up``: FN(x)), all (M, N), computed in float32. Grid: `row_major_grid`.
 
     x and up may be the halves of one matrix: strided views.
     """
-    m, n = tw.program_id(0), tw.program_id(1)
+    m, n = row_major(x.shape[1], BN)
     value, _ = FN(tw.load(x, (m, n), (BM, BN)).to(tw.float32))
     if up is not None:
         value = value * tw.load(up, (m, n), (BM, BN)).to(tw.float32)
@@ -77,7 +78,7 @@ def activation_backward(
     BN: tw.constexpr = 1024,
 ) -> None:
     """The gradients ``dx = dy * up * FN'(x)`` and ``dup = dy * FN(x)`` of `activation`; same grid."""
-    m, n = tw.program_id(0), tw.program_id(1)
+    m, n = row_major(x.shape[1], BN)
     gradient = tw.load(dy, (m, n), (BM, BN)).to(tw.float32)
     value, slope = FN(tw.load(x, (m, n), (BM, BN)).to(tw.float32))
     if up is not None:

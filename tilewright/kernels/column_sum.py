@@ -8,10 +8,10 @@ import numpy as np
 
 import tilewright as tw
 
-#: what one row of a tile spans, vectors of 16 bytes that a thread has in flight, threads of a program
-ROW_BYTES, VECTORS, THREADS = 256, 8, 128
-#: programs that a GPU should have to run: four for each of an H100's SMs
-PROGRAMS = 528
+#: columns of a tile, vectors of 16 bytes that a thread has in flight, threads of a program (docs/performance.md)
+COLUMNS, VECTORS, THREADS = 64, 16, 128
+#: programs that a GPU should have to run: two for each of an H100's SMs
+PROGRAMS = 264
 
 
 @tw.kernel
@@ -50,10 +50,10 @@ def column_sum(
 
 def plan(rows: int, columns: int, element_bytes: int) -> tuple[dict[str, int], tuple[int, int]]:
     """The tile sizes and the grid of `column_sum` for a matrix of ``element_bytes`` an element."""
-    width, group = ROW_BYTES // element_bytes, THREADS * 16 // ROW_BYTES
-    height, blocks = group * VECTORS, tw.cdiv(columns, width)
+    group = THREADS * 16 // (COLUMNS * element_bytes)
+    height, blocks = group * VECTORS, tw.cdiv(columns, COLUMNS)
     programs = min(tw.cdiv(rows, height), max(1, round(PROGRAMS / blocks)))
-    return {"BM": height, "BN": width, "GROUP": group, "num_warps": THREADS // 32}, (blocks, programs)
+    return {"BM": height, "BN": COLUMNS, "GROUP": group, "num_warps": THREADS // 32}, (blocks, programs)
 
 
 def workspace_shapes(rows: int, columns: int, element_bytes: int) -> tuple[tuple[int, int], tuple[int]]:

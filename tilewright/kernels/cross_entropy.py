@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.rows import row_major
 
 #: below every finite logit that matters, yet finite: differences from it are never NaN
 LEAST = -1e30
+#: for powers of two, which GPUs have an instruction for
+LOG2_E = math.log2(math.e)
 
 
 @tw.kernel
@@ -38,15 +42,15 @@ def cross_entropy(
         row = tw.load(logits, (m, j), (1, BN), pad=float("-inf")).to(tw.float32)
         x = row.reshape(BN // LANES, LANES)
         higher = tw.maximum(top, tw.max(x, axis=0))
-        total = total * tw.exp(top - higher) + tw.sum(tw.exp(x - higher[None, :]), axis=0)
+        total = total * tw.exp2((top - higher) * LOG2_E) + tw.sum(tw.exp2((x - higher[None, :]) * LOG2_E), axis=0)
         top = higher
         if SMOOTHING > 0.0:
             inside = j * BN + tw.arange(BN) < logits.shape[1]
             plain = plain + tw.sum(tw.where(inside.reshape(BN // LANES, LANES), x, 0.0), axis=0)
     highest = tw.max(top)
-    norm = highest + tw.log(tw.sum(total * tw.exp(top - highest)))
-    index = tw.max(tw.load(target, m, 1))
-    chosen = tw.max(tw.load(logits[m], index.to(tw.int32), 1).to(tw.float32))
+    norm = highest + tw.log(tw.sum(total * tw.exp2((top - highest) * LOG2_E)))
+    index = tw.load(target, m)
+    chosen = tw.load(logits[m], index.to(tw.int32)).to(tw.float32)
     if SMOOTHING > 0.0:
         chosen = (1.0 - SMOOTHING) * chosen + SMOOTHING / logits.shape[1] * tw.sum(plain)
     tw.store(loss, m, tw.where(index == ignored, 0.0, norm - chosen))
@@ -67,15 +71,18 @@ def cross_entropy_backward(
 ) -> None:
     """``dlogits = (exp(logits - lse) - (1 - s) * [class is target] - s / V) * dloss``; 0 in rows that are ignored.
 
-    Shapes as in `cross_entropy`, dloss (M,) float32: 1 / M each for the mean. Grid: (M, cdiv(V, BN)).
+    Shapes as in `cross_entropy`, dloss (M,) float32: 1 / M each for the mean. Grid: `row_major_grid`
+    with BM 1.
     """
-    m, j = tw.program_id(0), tw.program_id(1)
-    index = tw.load(target, m, 1).to(tw.int32)
-    weight = tw.where(index == ignored, 0.0, tw.load(dloss, m, 1))
+    m, j = row_major(logits.shape[1], BN)
+    index = tw.load(target, m).to(tw.int32)
+    weight = tw.where(index == ignored, 0.0, tw.load(dloss, m))
     x = tw.load(logits, (m, j), (1, BN)).to(tw.float32)
-    wanted = (j * BN + tw.arange(BN))[None, :] == index[:, None]
-    out = tw.exp(x - tw.load(lse, m, 1)[:, None]) - tw.where(wanted, 1.0 - SMOOTHING, 0.0) - SMOOTHING / logits.shape[1]
-    tw.store(dlogits, (m, j), tw.where((weight == 0.0)[:, None], 0.0, out * weight[:, None]).to(dlogits.dtype))
+    wanted = (j * BN + tw.arange(BN))[None, :] == index
+    out = tw.exp2((x - tw.load(lse, m)) * LOG2_E) - tw.where(wanted, 1.0 - SMOOTHING, 0.0)
+    if SMOOTHING > 0.0:
+        out = out - SMOOTHING / logits.shape[1]
+    tw.store(dlogits, (m, j), tw.where(weight == 0.0, 0.0, out * weight).to(dlogits.dtype))
 
 
 def blocks(element_bytes: int) -> dict[str, int]:

@@ -8,6 +8,7 @@ import numpy as np
 
 import tilewright as tw
 from tilewright.kernels.random import philox, reference_philox, uniform
+from tilewright.kernels.rows import row_major
 
 
 @tw.kernel
@@ -25,9 +26,9 @@ def dropout(
 
     The number for element (i, j) is word j % 4 of Philox's counter (j // 4, i, sequence, 0) under the key ``seed``: the
     same on every target, for every tile shape and layout of x. With dy for x this is the backward pass.
-    Grid: (cdiv(M, BM), cdiv(N, BN)).
+    Grid: `row_major_grid`.
     """
-    m, n = tw.program_id(0), tw.program_id(1)
+    m, n = row_major(x.shape[1], BN)
     rows = tw.broadcast_to((m * BM + tw.arange(BM))[:, None], (BM, BN // 4))
     fours = tw.broadcast_to((n * (BN // 4) + tw.arange(BN // 4))[None, :], (BM, BN // 4))
     zero = tw.zeros((BM, BN // 4), tw.int32)

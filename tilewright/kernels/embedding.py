@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.rows import row_major
 
 
 @tw.kernel
 def embedding(
     table: tw.Tensor, tokens: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 4, BN: tw.constexpr = 1024
 ) -> None:
-    """``y[i] = table[tokens[i]]``: table (V, N), tokens (M,) of integers, y (M, N). Grid: (cdiv(M, BM), cdiv(N, BN)).
+    """``y[i] = table[tokens[i]]``: table (V, N), tokens (M,) of integers, y (M, N). Grid: `row_major_grid`.
 
     Tokens out of range give rows of zeros.
     """
-    m, n = tw.program_id(0), tw.program_id(1)
+    m, n = row_major(y.shape[1], BN)
     rows = tw.load(tokens, m, BM, pad=-1)
     tw.store(y, (m, n), tw.gather(table, rows, 0, tile=(0, n), shape=(BM, BN)).to(y.dtype))
 
@@ -30,20 +31,20 @@ def embedding_backward(
 
     dy (M, N), dtable (V, N), zero or to be kept where no token points; ``order`` (M,) of integers sorts the tokens
     stably (`sorted_order`) and ``tokens`` (M,) are in that order. Of each run of equal tokens the program at its first
-    place adds up the rows. Tokens out of range are dropped. Grid: (M, cdiv(N, BN)).
+    place adds up the rows. Tokens out of range are dropped. Grid: `row_major_grid` with BM 1.
     """
-    i, n = tw.program_id(0), tw.program_id(1)
-    token = tw.max(tw.load(tokens, i, 1))
-    before = tw.max(tw.load(tokens, tw.maximum(i - 1, 0), 1))
+    i, n = row_major(dy.shape[1], BN)
+    token = tw.load(tokens, i)
+    before = tw.load(tokens, tw.maximum(i - 1, 0))
     if i == 0 or token != before:
         total = tw.zeros((1, BN), tw.float32)
         place = i
         same = True
         while same:
-            row = tw.max(tw.load(order, place, 1)).to(tw.int32)
+            row = tw.load(order, place).to(tw.int32)
             total = total + tw.load(dy, (row, n), (1, BN)).to(tw.float32)
             place = place + 1
-            same = place < dy.shape[0] and tw.max(tw.load(tokens, place, 1)) == token
+            same = place < dy.shape[0] and tw.load(tokens, place) == token
         tw.scatter(dtable, tw.full((1,), token), total.to(dtable.dtype), 0, tile=(0, n))
 
 
@@ -53,9 +54,9 @@ def embedding_backward_atomic(
 ) -> None:
     """Adds dy's rows to the rows of ``dtable`` that their tokens name, in any order: the rounding may differ each time.
 
-    dy (M, N), tokens (M,), dtable (V, N) of dy's dtype. Grid: (cdiv(M, BM), cdiv(N, BN)).
+    dy (M, N), tokens (M,), dtable (V, N) of dy's dtype. Grid: `row_major_grid`.
     """
-    m, n = tw.program_id(0), tw.program_id(1)
+    m, n = row_major(dy.shape[1], BN)
     rows = tw.load(tokens, m, BM, pad=-1)
     tw.atomic_add(dtable, rows, tw.load(dy, (m, n), (BM, BN)), 0, tile=(0, n))
 

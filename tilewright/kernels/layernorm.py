@@ -37,7 +37,9 @@ def layernorm(
     if total is not None:
         tw.store(total, (m, 0), row.to(total.dtype))
     middle = tw.sum(row, axis=1) / x.shape[1]
-    row = tw.where((tw.arange(BN) < x.shape[1])[None, :], row - middle[:, None], 0.0)
+    row = row - middle[:, None]
+    if x.shape[1] < BN:
+        row = tw.where((tw.arange(BN) < x.shape[1])[None, :], row, 0.0)
     scale = tw.rsqrt(tw.sum(row * row, axis=1) / x.shape[1] + eps)
     if mean is not None:
         tw.store(mean, m, middle)

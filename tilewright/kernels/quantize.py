@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.rows import row_major
 
 #: the largest finite number of each format (OCP 8-bit floating point specification)
 E4M3_MAX, E5M2_MAX = 448.0, 57344.0
@@ -46,10 +47,9 @@ def quantize_blocks(
 ) -> None:
     """One scale a block of (ROWS, COLUMNS): x, q (M, N), scale (cdiv(M, ROWS), cdiv(N, COLUMNS)) float32.
 
-    (1, 128) for activations, (128, 128) for weights. BM and BN are multiples of the block. Grid: (cdiv(M, BM),
-    cdiv(N, BN)).
+    (1, 128) for activations, (128, 128) for weights. BM and BN are multiples of the block. Grid: `row_major_grid`.
     """
-    m, n = tw.program_id(0), tw.program_id(1)
+    m, n = row_major(x.shape[1], BN)
     blocks = tw.load(x, (m, n), (BM, BN)).to(tw.float32).reshape(BM // ROWS, ROWS, BN // COLUMNS, COLUMNS)
     s = scales(tw.max(tw.abs(blocks), axis=(1, 3)), q.dtype)
     tw.store(scale, (m, n), s)

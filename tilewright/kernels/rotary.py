@@ -17,8 +17,8 @@ def rotary(
     y: tw.Tensor,
     *,
     D: tw.constexpr = 128,
-    BS: tw.constexpr = 4,
-    BH: tw.constexpr = 8,
+    BS: tw.constexpr = 1,
+    BH: tw.constexpr = 32,
     INTERLEAVED: tw.constexpr = False,
     INVERSE: tw.constexpr = False,
 ) -> None:
@@ -45,6 +45,14 @@ def rotary(
     else:
         tw.store(y[b], (s, h, 0), first.to(y.dtype))
         tw.store(y[b], (s, h, 1), second.to(y.dtype))
+
+
+def tiles(heads: int) -> dict[str, int]:
+    """``BS``, ``BH`` and ``num_warps``: all heads of a position, up to 32, eight for each warp."""
+    height = 8
+    while height < min(heads, 32):
+        height *= 2
+    return {"BS": 1, "BH": height, "num_warps": height // 8}
 
 
 def reference(

@@ -1,4 +1,4 @@
-"""Tile sizes for kernels that read whole rows."""
+"""Tile sizes for kernels over rows, and the order in which programs go through a matrix."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import tilewright as tw
 
 #: elements that one program should move at least, and the widest row
 ELEMENTS, WIDEST = 4096, 16384
+#: elements of a row that a thread holds where it holds several rows, or several values for each element
+FEW_ELEMENTS = 16
+#: programs that share the rows of a gradient: two for each SM of an H100
+GRADIENT_PROGRAMS = 264
 
 
-def row_tiles(rows: int, columns: int) -> dict[str, int]:
-    """``BM`` and ``BN`` for `rmsnorm` and `softmax` of (rows, columns): whole rows, several where they are short."""
+def row_tiles(rows: int, columns: int, elements: int | None = None) -> dict[str, int]:
+    """``BM`` and ``BN`` for kernels that hold whole rows of (rows, columns), several where they are short.
+
+    With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses.
+    """
     if columns > WIDEST:
         raise ValueError(f"rows of {columns} elements: at most {WIDEST} fit into one program")
     width = 1
@@ -18,17 +25,26 @@ def row_tiles(rows: int, columns: int) -> dict[str, int]:
     height = 1
     while height * width < ELEMENTS and tw.cdiv(rows, height) > 2048:
         height *= 2
-    return {"BM": height, "BN": width}
-
-
-#: elements that a thread holds of each row while gradients add up, and programs that share the rows: two for each SM
-GRADIENT_ELEMENTS, GRADIENT_PROGRAMS = 16, 264
+    meta = {"BM": height, "BN": width}
+    if elements is None:
+        return meta
+    return {**meta, "num_warps": max(4, min(32, height * width // (32 * elements)))}
 
 
 def gradient_tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
     """Tile sizes and number of programs of `rmsnorm_backward` and `layernorm_backward`."""
-    meta = row_tiles(rows, columns)
-    size = meta["BM"] * meta["BN"]
-    warps = max(4, min(32, size // (32 * GRADIENT_ELEMENTS)))
-    programs = GRADIENT_PROGRAMS if warps <= 8 else GRADIENT_PROGRAMS // 2
-    return {**meta, "num_warps": warps}, min(programs, tw.cdiv(rows, meta["BM"]))
+    meta = row_tiles(rows, columns, FEW_ELEMENTS)
+    programs = GRADIENT_PROGRAMS if meta["num_warps"] <= 8 else GRADIENT_PROGRAMS // 2
+    return meta, min(programs, tw.cdiv(rows, meta["BM"]))
+
+
+@tw.function
+def row_major(columns, BN):
+    """The tile (m, n) of this program where programs go along rows first: who runs together reads together."""
+    across = tw.cdiv(columns, BN)
+    return tw.program_id(0) // across, tw.program_id(0) % across
+
+
+def row_major_grid(rows: int, columns: int, BM: int, BN: int) -> tuple[int]:
+    """The grid of kernels that call `row_major`: a program for each tile (BM, BN)."""
+    return (tw.cdiv(rows, BM) * tw.cdiv(columns, BN),)

@@ -25,8 +25,9 @@ from tilewright.passes.layouts import default_warps
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.prefetch import address_slice, carry, clone_address
 
-#: 32-bit words that the tiles of one loop may take in each thread while they wait
-MOST_WORDS = 32
+#: 32-bit words that the tiles of one loop may take in each thread while they wait: more cost blocks on the SM, which
+#: hide the latency too
+MOST_WORDS = 16
 
 
 @register_pass("load-ahead")
@@ -47,17 +48,17 @@ class LoadAhead(FunctionPass):
 
 
 def _movable(loop: For, written: set[Value], threads: int) -> list[Load]:
-    """The loads in front of the loop's work that may run ahead, as many as registers are granted for."""
+    """The loads of the loop that may run ahead; none where their registers would be too many."""
     found, words = [], 0.0
     for op in loop.body.block.ops:
         if not isinstance(op, Load) or op.shared is not None or view_root(op.view) in written:
             continue
         address, tile = address_slice(op), op.result.type
         assert isinstance(tile, TileType)
-        words += tile.size * tile.dtype.bits / 32 / threads
-        if address is not None and words <= MOST_WORDS and _follows(op, address, loop.index):
+        if address is not None and _follows(op, address, loop.index):
             found.append(op)
-    return found
+            words += tile.size * tile.dtype.bits / 32 / threads
+    return found if words <= MOST_WORDS else []
 
 
 def _follows(load: Load, address: list[Operation], index: Value) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright.backends.lower.context import Handler, Lowering, ViewRef
+from tilewright.backends.lower.occupancy import waiting_words
 from tilewright.backends.lower.target_ops import TargetOps
 from tilewright.backends.mlir_builder import FunctionBuilder, Module
 from tilewright.backends.mlir_builder import ir as mlir
@@ -15,12 +16,12 @@ from tilewright.ir.async_ops import AsyncDot, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
-from tilewright.ir.types import ScalarType, TileType, Type, ViewType, i1
+from tilewright.ir.types import ScalarType, Type, ViewType, i1
 
 SHARED_SYMBOL = "smem"
 #: kernels without matrix products leave half of an SM's registers to a second block: up to this many threads, where
-#: one tile has that many 32-bit words in a thread (more would spill; with fewer ptxas leaves room by itself)
-PAIRED_THREADS, PAIRED_WORDS = 256, range(48, 65)
+#: each holds that many words of tiles at a reduction (more would spill; with fewer ptxas leaves room by itself)
+PAIRED_THREADS, PAIRED_WORDS = 256, range(48, 105)
 #: with more threads two blocks on an SM leave a thread fewer than 64 registers
 MOST_PAIRED_THREADS = 512
 
@@ -180,10 +181,8 @@ def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
 
 def _fits_twice(function: Function) -> bool:
     """Whether a block should leave room for another: no matrix products, and tiles that spare registers."""
-    ops = list(function.walk())
-    tiles = [v.type for op in ops for v in op.results if isinstance(v.type, TileType) and v.type.layout is not None]
-    words = (t.layout.num_registers * t.dtype.bits // 32 for t in tiles if t.layout is not None)
-    return not any(isinstance(op, Dot | AsyncDot | Role) for op in ops) and max(words, default=0) in PAIRED_WORDS
+    has_products = any(isinstance(op, Dot | AsyncDot | Role) for op in function.walk())
+    return not has_products and waiting_words(function) in PAIRED_WORDS
 
 
 def _amd_attributes(target: Target, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
