@@ -21,7 +21,7 @@ from tilewright.ir.layout import (
 )
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
-from tilewright.ir.types import DType, SlotType, TileType, ViewType, bf16, f8e4m3, f8e5m2, f16, f32, i8, i32
+from tilewright.ir.types import DType, SlotType, TileType, ViewType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i8, i32
 from tilewright.passes.analysis import trace_load
 
 
@@ -187,40 +187,83 @@ class Wgmma(MatrixUnit):
 ROLES, PREFETCH = "roles", "prefetch"
 
 
+#: roles compute by warpgroups
+WARPGROUP = 4
+
+
 def schedule_of(function: Function, target: Target) -> str:
     """How a function's copies and dots are scheduled: ``roles`` or ``prefetch`` (`tilewright.passes.pipelines`).
 
-    The `schedule` pass writes the choice down. Without it, a target with hardware for roles uses them unless a dot
-    does not fit the asynchronous matrix unit; then the whole function computes with operands in registers.
+    The `schedule` pass writes the choice down.
     """
     chosen = function.attributes.get("schedule")
-    if chosen is not None:
-        return str(chosen)
-    return ROLES if role_obstacle(function, target) is None else PREFETCH
+    return default_schedule(function, target) if chosen is None else str(chosen)
+
+
+def default_schedule(function: Function, target: Target) -> str:
+    """Roles where the hardware has them and they pay.
+
+    They do for dots of the asynchronous matrix unit, and for float64: its instructions take so long that two
+    warpgroups that no barrier ties together keep the unit busy while one of them reads operands. Other dots with
+    operands in registers send the whole function through prefetch.
+    """
+    if role_obstacle(function, target) is not None:
+        return PREFETCH
+    return ROLES if all(operand_dtype(dot) != f32 or not _from_registers(dot) for dot in _dots(function)) else PREFETCH
 
 
 def role_obstacle(function: Function, target: Target) -> IRError | None:
     """Why a function cannot be scheduled with roles; None where it can."""
     if not target.has("setmaxnreg"):
         return IRError(f"{target.name} has no hardware for roles", function.loc)
-    for op in function.walk():
-        if isinstance(op, Dot):
-            try:
-                Wgmma(target).check(op)
-            except IRError as error:
-                return error
+    dots = _dots(function)
+    if dots and all(_from_registers(dot) for dot in dots):
+        return _too_few_warps(function, target)
+    for dot in dots:
+        try:
+            Wgmma(target).check(dot)
+        except IRError as error:
+            return error
     return None
 
 
-def matrix_unit(target: Target, function: Function) -> MatrixUnit:
-    """The matrix unit of a function's dots; how it divides tiles may depend on what the function does with them."""
-    if target.has("wgmma") and schedule_of(function, target) == ROLES:
+def _dots(function: Function) -> list[Dot]:
+    return [op for op in function.walk() if isinstance(op, Dot)]
+
+
+def _from_registers(dot: Dot) -> bool:
+    """Whether roles compute a dot with operands in registers: what no asynchronous unit takes at all."""
+    dtype = operand_dtype(dot)
+    return dtype == f64 or (dtype == f32 and dot.precision in ("default", "ieee"))
+
+
+def _too_few_warps(function: Function, target: Target) -> IRError | None:
+    dots, unit = _dots(function), matrix_unit(target, function, by_roles=True)
+    for dot in dots:
+        try:
+            unit.check(dot)
+        except IRError as error:
+            return error
+    if unit.warps(dots) >= WARPGROUP:
+        return None
+    hint = "leave out schedule=, or use a larger tile"
+    return IRError("roles compute by warpgroups, and the dot's tile is too small for one", dots[0].loc, hint)
+
+
+def matrix_unit(target: Target, function: Function, by_roles: bool | None = None) -> MatrixUnit:
+    """The matrix unit of a function's dots; how it divides tiles may depend on what the function does with them.
+
+    ``by_roles``: for the schedule with roles or the other one; None: for the function's own.
+    """
+    if by_roles is None:
+        by_roles = target.has("wgmma") and schedule_of(function, target) == ROLES
+    if by_roles and not any(_from_registers(dot) for dot in _dots(function)):
         return Wgmma(target)
     if target.has("mma_sync"):
         from tilewright.passes.matrix_mma_sync import SynchronousUnits
         from tilewright.passes.warp_grid import rows_stay_together
 
-        return SynchronousUnits(target, rows_stay_together(function))
+        return SynchronousUnits(target, rows_stay_together(function), by_roles)
     if target.has("mfma"):
         from tilewright.passes.matrix_mfma import Mfma
         from tilewright.passes.warp_grid import rows_stay_together

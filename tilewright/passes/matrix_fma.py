@@ -17,6 +17,7 @@ from tilewright.ir.layout import (
     fma_accumulator,
     fma_operand_a,
     fma_operand_b,
+    shared_candidates,
 )
 from tilewright.ir.layout_fragments import fma_tile
 from tilewright.ir.target import Target
@@ -37,9 +38,9 @@ class Fma(MatrixUnit):
     reads_slots = False
     asynchronous = False
 
-    def __init__(self, target: Target, whole_rows: bool = False):
+    def __init__(self, target: Target, whole_rows: bool = False, by_roles: bool = False):
         super().__init__(target)
-        self.whole_rows = whole_rows
+        self.whole_rows, self.by_roles = whole_rows, by_roles
 
     def check(self, dot: Dot) -> None:
         (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
@@ -88,5 +89,8 @@ class Fma(MatrixUnit):
         fastest = 1 - depth if contiguous is None else contiguous
         order = (fastest, 1 - fastest)
         readers = [(self._operand(which, dot, warps, fastest == depth), VECTOR_BYTES)]
-        options = vector_swizzles(shape, bits, order, self.target.banks)
+        if self.by_roles:
+            options = [o for o in shared_candidates(shape, bits, order, self.target.banks) if o.swizzle]
+        else:
+            options = vector_swizzles(shape, bits, order, self.target.banks)
         return choose_shared_layout(shape, bits, order, readers, [], self.target.banks, options)

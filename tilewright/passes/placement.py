@@ -24,7 +24,7 @@ from tilewright.passes.analysis import (
     written_tensors,
 )
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.matrix import matrix_unit
+from tilewright.passes.matrix import ROLES, matrix_unit, schedule_of
 
 #: cuTensorMapEncodeTiled: base address and strides are multiples of 16 bytes, rank at most 5
 TMA_ALIGNMENT, TMA_MAX_RANK = 16, 5
@@ -41,6 +41,7 @@ class Placement(FunctionPass):
         if not dots:
             return
         unit = matrix_unit(context.target, function)
+        by_roles = schedule_of(function, context.target) == ROLES
         for dot in dots:
             unit.check(dot)
         warps = context.options.num_warps or unit.warps(dots)
@@ -62,7 +63,7 @@ class Placement(FunctionPass):
                 if layout is None:
                     continue
                 load.shared = layout if perm is None else layout.transpose(_inverse(perm))
-                choose = copy_engine if unit.asynchronous else thread_engine
+                choose = copy_engine if by_roles else thread_engine
                 load.engine = choose(load, context.target)
 
 

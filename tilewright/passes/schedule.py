@@ -1,8 +1,8 @@
 """schedule: whether roles hand tiles to each other, or every warp copies ahead for itself.
 
 Targets without hardware for roles have no choice. On the others a function whose dots all fit the asynchronous matrix
-unit gets roles; one dot that does not (its dtype, precision or shape) sends the whole function through prefetch.
-The option ``schedule=`` overrules it.
+unit, or are all of float64, gets roles; one dot that does not fit (its dtype, precision or shape) sends the whole
+function through prefetch. The option ``schedule=`` overrules it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from tilewright.ir.core import Function, IRError
 from tilewright.ir.tile_ops import Dot
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.matrix import PREFETCH, ROLES, role_obstacle
+from tilewright.passes.matrix import PREFETCH, ROLES, default_schedule, role_obstacle
 
 
 @register_pass("schedule")
@@ -23,8 +23,8 @@ class Schedule(FunctionPass):
             raise IRError(f"unknown schedule {wanted!r}", function.loc, f"one of {ROLES!r} and {PREFETCH!r}")
         if not any(isinstance(op, Dot) for op in function.walk()):
             return
-        obstacle = role_obstacle(function, context.target)
-        if wanted == ROLES and obstacle is not None:
+        obstacle = role_obstacle(function, context.target) if wanted == ROLES else None
+        if obstacle is not None:
             raise obstacle
         if context.target.has("setmaxnreg"):
-            function.attributes["schedule"] = wanted or (ROLES if obstacle is None else PREFETCH)
+            function.attributes["schedule"] = wanted or default_schedule(function, context.target)
