@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
 
 from tilewright.ir.layout import LinearLayout, SharedLayout, blocked, shared_candidates
+from tilewright.ir.layout_shared import shared_cycles
 from tilewright.ir.layout_linear import log2_exact, power_of_two_part, unit
 
 #: widest access of one thread, and the run that adjacent lanes must read to be served together (a quad of lanes)
@@ -72,6 +75,42 @@ def _turning(
         return LinearLayout.make({"register": registers + rest, "lane": lane, "warp": warp}, core, repeat)
 
     return CopyLayouts(make(vector + column), make(column + vector))
+
+
+@lru_cache(maxsize=64)
+def turning_layouts(source: SharedLayout, target: SharedLayout, warps: int, warp_size: int, banks: str) -> CopyLayouts:
+    """Layouts that take a matrix from one slot to another of the same shape, which may run along the other dim.
+
+    The lanes that shared memory serves together are chosen such that neither access meets a bank twice, where there
+    is such a choice.
+    """
+    layouts = copy_layouts(source.shape, source.element_bits, source.order[0], target.order[0], warps, warp_size)
+    if not layouts.turns:
+        return layouts
+
+    def cycles(option: CopyLayouts) -> int:
+        read = shared_cycles(option.load, source, VECTOR_BYTES, banks, "read")
+        return read + shared_cycles(option.store, target, VECTOR_BYTES, banks, "write")
+
+    def with_lanes(layout: LinearLayout, lanes: Sequence[tuple[int, ...]]) -> LinearLayout:
+        bases = {name: layout.basis(name) for name in ("register", "lane", "warp")}
+        return LinearLayout.make({**bases, "lane": lanes}, layout.shape, layout.repeat, layout.repeat_order)
+
+    orders = lane_orders(layouts.load.basis("lane"))
+    options = [CopyLayouts(with_lanes(layouts.load, o), with_lanes(layouts.store, o)) for o in orders]
+    return min(options, key=cycles)
+
+
+def lane_orders(lanes: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Bases of the same span: two directions, then a third or the diagonal of two others, then what is left."""
+    orders = [list(lanes)]
+    for first, second in combinations(lanes, 2):
+        rest = [lane for lane in lanes if lane not in (first, second)]
+        for third, fourth in combinations(rest, 2):
+            diagonal = tuple(x ^ y for x, y in zip(third, fourth, strict=True))
+            others = [lane for lane in rest if lane not in (third, fourth)]
+            orders += [[first, second, third, fourth, *others], [first, second, diagonal, fourth, *others]]
+    return orders
 
 
 def vector_swizzles(shape: Sequence[int], element_bits: int, order: Sequence[int], banks: str) -> list[SharedLayout]:

@@ -189,6 +189,8 @@ ROLES, PREFETCH = "roles", "prefetch"
 
 #: roles compute by warpgroups
 WARPGROUP = 4
+#: 32-bit accumulators per lane, of all warps of a block together, from which on one block fills a multiprocessor
+ROLE_ACCUMULATORS = 8 * 64
 
 
 def schedule_of(function: Function, target: Target) -> str:
@@ -200,30 +202,37 @@ def schedule_of(function: Function, target: Target) -> str:
     return default_schedule(function, target) if chosen is None else str(chosen)
 
 
-def default_schedule(function: Function, target: Target) -> str:
-    """Roles where the hardware has them and they pay.
+def default_schedule(function: Function, target: Target, warps: int | None = None) -> str:
+    """Roles where the hardware has them and they pay. ``warps``: how many are asked for.
 
-    They do for dots of the asynchronous matrix unit, and for float64: its instructions take so long that two
-    warpgroups that no barrier ties together keep the unit busy while one of them reads operands. Other dots with
-    operands in registers send the whole function through prefetch.
+    They pay for dots of the asynchronous matrix unit, and for others whose operands are in registers anyway if their
+    accumulators fill those of one block: its two warpgroups, which no barrier ties together, take turns at reading
+    operands and computing. Smaller tiles leave room for several blocks, which do the same for each other.
     """
-    if role_obstacle(function, target) is not None:
+    if role_obstacle(function, target, warps) is not None:
         return PREFETCH
-    return ROLES if all(operand_dtype(dot) != f32 or not _from_registers(dot) for dot in _dots(function)) else PREFETCH
+    words = [result_type(dot).size * result_type(dot).dtype.bits // 32 for dot in _dots(function)]
+    small = any(_from_registers(dot) for dot in _dots(function)) and max(words) < ROLE_ACCUMULATORS * target.warp_size
+    return PREFETCH if small else ROLES
 
 
-def role_obstacle(function: Function, target: Target) -> IRError | None:
+def role_obstacle(function: Function, target: Target, warps: int | None = None) -> IRError | None:
     """Why a function cannot be scheduled with roles; None where it can."""
     if not target.has("setmaxnreg"):
         return IRError(f"{target.name} has no hardware for roles", function.loc)
     dots = _dots(function)
-    if dots and all(_from_registers(dot) for dot in dots):
-        return _too_few_warps(function, target)
+    if not dots:
+        return None
+    unit = matrix_unit(target, function, by_roles=True)
     for dot in dots:
         try:
-            Wgmma(target).check(dot)
+            unit.check(dot)
         except IRError as error:
             return error
+    warps = unit.warps(dots) if warps is None else warps
+    if warps % WARPGROUP:
+        hint = "leave out schedule=, or use larger tiles and a multiple of four warps"
+        return IRError(f"roles compute by warpgroups of four warps, not with {warps}", dots[0].loc, hint)
     return None
 
 
@@ -232,22 +241,9 @@ def _dots(function: Function) -> list[Dot]:
 
 
 def _from_registers(dot: Dot) -> bool:
-    """Whether roles compute a dot with operands in registers: what no asynchronous unit takes at all."""
+    """Whether a dot has operands in registers with any schedule: its dtype fits no asynchronous unit."""
     dtype = operand_dtype(dot)
     return dtype == f64 or (dtype == f32 and dot.precision in ("default", "ieee"))
-
-
-def _too_few_warps(function: Function, target: Target) -> IRError | None:
-    dots, unit = _dots(function), matrix_unit(target, function, by_roles=True)
-    for dot in dots:
-        try:
-            unit.check(dot)
-        except IRError as error:
-            return error
-    if unit.warps(dots) >= WARPGROUP:
-        return None
-    hint = "leave out schedule=, or use a larger tile"
-    return IRError("roles compute by warpgroups, and the dot's tile is too small for one", dots[0].loc, hint)
 
 
 def matrix_unit(target: Target, function: Function, by_roles: bool | None = None) -> MatrixUnit:
@@ -257,7 +253,8 @@ def matrix_unit(target: Target, function: Function, by_roles: bool | None = None
     """
     if by_roles is None:
         by_roles = target.has("wgmma") and schedule_of(function, target) == ROLES
-    if by_roles and not any(_from_registers(dot) for dot in _dots(function)):
+    dots = _dots(function)
+    if by_roles and not (dots and all(_from_registers(dot) for dot in dots)):
         return Wgmma(target)
     if target.has("mma_sync"):
         from tilewright.passes.matrix_mma_sync import SynchronousUnits

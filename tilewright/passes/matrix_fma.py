@@ -56,7 +56,7 @@ class Fma(MatrixUnit):
 
     def warps(self, dots: Sequence[Dot]) -> int:
         largest = max(result_type(dot).size for dot in dots)
-        warps = 4
+        warps = MOST_WARPS if self.by_roles else 4
         while warps < MOST_WARPS and largest > warps * self.target.warp_size * MOST_ACCUMULATORS:
             warps *= 2
         return warps

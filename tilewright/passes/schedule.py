@@ -23,8 +23,9 @@ class Schedule(FunctionPass):
             raise IRError(f"unknown schedule {wanted!r}", function.loc, f"one of {ROLES!r} and {PREFETCH!r}")
         if not any(isinstance(op, Dot) for op in function.walk()):
             return
-        obstacle = role_obstacle(function, context.target) if wanted == ROLES else None
+        warps = context.options.num_warps
+        obstacle = role_obstacle(function, context.target, warps) if wanted == ROLES else None
         if obstacle is not None:
             raise obstacle
         if context.target.has("setmaxnreg"):
-            function.attributes["schedule"] = wanted or default_schedule(function, context.target)
+            function.attributes["schedule"] = wanted or default_schedule(function, context.target, warps)

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Role
+from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Release, Role, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Value, replace_uses, uses_of
-from tilewright.ir.layout import LinearLayout
+from tilewright.ir.layout import LinearLayout, SharedLayout
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Yield
-from tilewright.ir.types import BufferType, SlotType, TileType, f32, i32
-from tilewright.passes.copy_layouts import copy_layouts
+from tilewright.ir.types import BufferType, RingType, SlotType, TileType, f32, i32
+from tilewright.passes.copy_layouts import turning_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit, operand_shape, result_type
 from tilewright.passes.prefetch import carry
@@ -98,12 +98,13 @@ class _Split:
         assert block is not None
         b = Builder(block, dot.loc)
         with b.at(block, block.ops.index(dot)):
-            left, zero = self._left(b, dot), b.index(0)
+            zero = b.index(0)
             parts = b.slot(first, zero), b.slot(second, zero)
             b.insert(Barrier(scope="role"))  # the parts of the last time have been read
             self._write_right(b, dot, *parts)
             b.insert(Barrier(scope="role"))
-            (waited,) = b.wait([_issue(b, split(b, left), parts, _zeros(b, dot))])
+            left = split(b, self._left(b, dot))
+            (waited,) = b.wait([_issue(b, left, parts, _zeros(b, dot))])
             result = b.add(dot.acc, waited)
         block.ops.remove(dot)
         replace_uses(self.function.body, {dot.result: result})
@@ -139,6 +140,7 @@ class _Split:
             product = _issue(b, (big, small), parts, product)
         for dot in (even, odd):
             block.ops.remove(dot)
+        _release_early(block)
         terminator = block.terminator
         assert isinstance(terminator, Yield)
         values = list(terminator.values)
@@ -167,8 +169,8 @@ class _Split:
         """Both parts of operand b into shared memory, along K."""
         value, layout = dot.b, None
         if isinstance(value.type, SlotType):
-            contiguous = value.type.layout.order[0]
-            layouts = copy_layouts(value.type.shape, 32, contiguous, 0, self.warps, self.target.warp_size)
+            source, target = value.type.layout, _slot_layout(first)
+            layouts = turning_layouts(source, target, self.warps, self.target.warp_size, self.target.banks)
             value, layout = b.local_load(value, layouts.load), layouts.store
         for part, slot in zip(split(b, value), (first, second), strict=True):
             b.insert(LocalStore(_in_layout(b, part, layout), slot))
@@ -178,6 +180,11 @@ def _dot_of(copy: Copy, dot: Dot) -> Dot:
     found = copy[dot.result].op
     assert isinstance(found, Dot)
     return found
+
+
+def _slot_layout(slot: Value) -> SharedLayout:
+    assert isinstance(slot.type, SlotType)
+    return slot.type.layout
 
 
 def _zeros(b: Builder, dot: Dot) -> Value:
@@ -190,6 +197,23 @@ def _issue(b: Builder, left: tuple[Value, Value], right: tuple[Value, Value], pr
     for a, part in ((small, first), (big, second), (big, first)):
         product, _ = b.async_dot(a, part, product)
     return product
+
+
+def _release_early(block: Block) -> None:
+    """Give stages back once they are in registers: the warps meet there while products still run."""
+    for release in [op for op in block.ops if isinstance(op, Release)]:
+        before = block.ops[: block.ops.index(release)]
+        reads = [n for n, op in enumerate(before) if any(_ring_of(v) is release.ring for v in op.operands)]
+        block.ops.remove(release)
+        block.ops.insert(reads[-1] + 1, release)
+
+
+def _ring_of(value: Value) -> Value | None:
+    """The ring whose stage a slot is; that of an await itself."""
+    if isinstance(value.type, RingType):
+        return value
+    buffer = buffer_of(value) if isinstance(value.type, SlotType) else None
+    return buffer.op.ring if buffer is not None and isinstance(buffer.op, Alloc) else None
 
 
 def _in_layout(b: Builder, value: Value, layout: LinearLayout | None) -> Value:

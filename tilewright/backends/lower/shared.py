@@ -89,12 +89,15 @@ class SharedAccess:
             self._starts[mixed] = shared_pointer(self.lw, math.add(self.slot, offset))
         return self._starts[mixed]
 
-    def pointer(self, register: int) -> mlir.Value:
-        """Address of a register's element, !llvm.ptr<3>."""
+    def place(self, register: int) -> tuple[mlir.Value, int]:
+        """(!llvm.ptr<3>, bytes from there) of a register's element; few registers differ in the pointer."""
         coordinate = self.registers.table("register")[register].tolist()
         inside = self._inside(coordinate)
-        apart = (inside & ~self.mask) + self._beyond(coordinate)
-        start = self._start(inside & self.mask)
+        return self._start(inside & self.mask), (inside & ~self.mask) + self._beyond(coordinate)
+
+    def pointer(self, register: int) -> mlir.Value:
+        """Address of a register's element, !llvm.ptr<3>."""
+        start, apart = self.place(register)
         return self.lw.fb.gep(start, self.lw.fb.i32(apart)) if apart else start
 
     def groups(self) -> range:
