@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 
-from tilewright.ir.layout import LinearLayout, SharedLayout, blocked, shared_candidates
-from tilewright.ir.layout_shared import shared_cycles
+from tilewright.ir.layout import LinearLayout, SharedLayout, blocked, choose_shared_layout, shared_candidates
 from tilewright.ir.layout_linear import log2_exact, power_of_two_part, unit
+from tilewright.ir.layout_shared import Access, shared_cycles, shared_vector_bytes
+from tilewright.ir.layout_swizzle import choose_swizzle
 
 #: widest access of one thread, and the run that adjacent lanes must read to be served together (a quad of lanes)
 VECTOR_BYTES, RUN_BYTES = 16, 64
@@ -111,6 +112,29 @@ def lane_orders(lanes: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]
             others = [lane for lane in rest if lane not in (third, fourth)]
             orders += [[first, second, third, fourth, *others], [first, second, diagonal, fourth, *others]]
     return orders
+
+
+def copied_layout(
+    shape: tuple[int, ...], element_bits: int, order: tuple[int, int], reader: Access, copy: LinearLayout, banks: str
+) -> SharedLayout:
+    """A slot that threads fill with the widest vectors, and read as ``reader`` says, without meeting a bank twice.
+
+    Vectors of the copy stay whole, as ``cp.async`` needs them, even where that costs readers conflicts.
+    """
+    plain = SharedLayout(shape, element_bits, order)
+    chosen = choose_swizzle(shape, element_bits, order, (reader,), ((copy, VECTOR_BYTES),), banks)
+    if shared_vector_bytes(copy, chosen, VECTOR_BYTES) == shared_vector_bytes(copy, plain, VECTOR_BYTES):
+        return chosen
+    options = vector_swizzles(shape, element_bits, order, banks)
+    return choose_shared_layout(shape, element_bits, order, [reader], [(copy, VECTOR_BYTES)], banks, options)
+
+
+def engine_layout(
+    shape: tuple[int, ...], element_bits: int, order: tuple[int, int], reader: Access, banks: str
+) -> SharedLayout | None:
+    """A slot that the copy engine fills and threads read as ``reader`` says; None where no swizzle of its fits."""
+    options = [option for option in shared_candidates(shape, element_bits, order, banks) if option.swizzle]
+    return choose_shared_layout(shape, element_bits, order, [reader], [], banks, options) if options else None
 
 
 def vector_swizzles(shape: Sequence[int], element_bits: int, order: Sequence[int], banks: str) -> list[SharedLayout]:

@@ -13,17 +13,15 @@ from tilewright.ir.core import IRError
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
-    choose_shared_layout,
     fma_accumulator,
     fma_operand_a,
     fma_operand_b,
-    shared_candidates,
 )
 from tilewright.ir.layout_fragments import fma_tile
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import SlotType, f32
-from tilewright.passes.copy_layouts import VECTOR_BYTES, vector_swizzles
+from tilewright.passes.copy_layouts import VECTOR_BYTES, copied_layout, copy_layouts, engine_layout
 from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape, result_type
 from tilewright.passes.warp_grid import warp_grid
 
@@ -88,9 +86,8 @@ class Fma(MatrixUnit):
         depth = 1 if which == "a" else 0
         fastest = 1 - depth if contiguous is None else contiguous
         order = (fastest, 1 - fastest)
-        readers = [(self._operand(which, dot, warps, fastest == depth), VECTOR_BYTES)]
+        reader = (self._operand(which, dot, warps, fastest == depth), VECTOR_BYTES)
         if self.by_roles:
-            options = [o for o in shared_candidates(shape, bits, order, self.target.banks) if o.swizzle]
-        else:
-            options = vector_swizzles(shape, bits, order, self.target.banks)
-        return choose_shared_layout(shape, bits, order, readers, [], self.target.banks, options)
+            return engine_layout(shape, bits, order, reader, self.target.banks)
+        copies = copy_layouts(shape, bits, contiguous, fastest, warps, self.target.warp_size)
+        return copied_layout(shape, bits, order, reader, copies.store, self.target.banks)

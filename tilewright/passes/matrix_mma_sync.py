@@ -15,17 +15,15 @@ from tilewright.ir.core import IRError
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
-    choose_shared_layout,
     mma_sync_accumulator,
     mma_sync_operand_a,
     mma_sync_operand_b,
     shared_candidates,
 )
-from tilewright.ir.layout_swizzle import choose_swizzle
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import DType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i8, i32
-from tilewright.passes.copy_layouts import VECTOR_BYTES, copy_layouts
+from tilewright.passes.copy_layouts import copied_layout, copy_layouts, engine_layout
 from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape, result_type
 from tilewright.passes.matrix_fma import Fma
 from tilewright.passes.warp_grid import warp_grid
@@ -129,14 +127,11 @@ class MmaSync(MatrixUnit):
         order = (fastest, 1 - fastest)
         if bits == 16 or (fastest == depth and bits < 64):
             return shared_candidates(shape, bits, order, self.target.banks)[0]
+        reader = (self.operand(which, dot, warps), bits // 8)
         if self.by_roles:
-            engines = [option for option in shared_candidates(shape, bits, order, self.target.banks) if option.swizzle]
-            reader = (self.operand(which, dot, warps), bits // 8)
-            return choose_shared_layout(shape, bits, order, [reader], [], self.target.banks, engines)
+            return engine_layout(shape, bits, order, reader, self.target.banks)
         copies = copy_layouts(shape, bits, contiguous, fastest, warps, self.target.warp_size)
-        readers = ((self.operand(which, dot, warps), bits // 8),)
-        writers = ((copies.store, VECTOR_BYTES),)
-        return choose_swizzle(shape, bits, order, readers, writers, self.target.banks)
+        return copied_layout(shape, bits, order, reader, copies.store, self.target.banks)
 
 
 _LONG_NAMES = {f32: "float32", f64: "float64", i32: "int32"}

@@ -1,8 +1,9 @@
 """schedule: whether roles hand tiles to each other, or every warp copies ahead for itself.
 
 Targets without hardware for roles have no choice. On the others a function whose dots all fit the asynchronous matrix
-unit, or are all of float64, gets roles; one dot that does not fit (its dtype, precision or shape) sends the whole
-function through prefetch. The option ``schedule=`` overrules it.
+unit gets roles, as one with large tiles of float64 or exact float32 does, whose consumers compute from registers
+(`tilewright.passes.matrix.default_schedule`). One dot that does not fit (its dtype, precision or shape) sends the
+whole function through prefetch. The option ``schedule=`` overrules it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,21 @@
 """split-products: float32 products of float32 accuracy on the asynchronous matrix unit, as three tf32 products.
 
 With a = a1 + a2 and b = b1 + b2, where a1 and b1 are rounded to tf32, ``a b = a2 b1 + a1 b2 + a1 b1`` but for a2 b2,
-which is below float32's precision. The unit reads b from shared memory along K, so the warps write both parts of it there;
-the parts of a stay in registers. The unit truncates its sums: each step's product is summed up from zero and added
-to the accumulator by the vector unit, which rounds. Where a loop only accumulates, the next step's parts of b are
-made while the unit works on this one's::
+which is below float32's precision. The unit reads b from shared memory along K, so the warps write both parts of it
+there; the parts of a stay in registers. The unit truncates its sums: the product of two steps is summed up from zero
+and added to the accumulator by the vector unit, which rounds. Where a loop only accumulates, its steps go in pairs,
+and what the next product needs is made while the unit works on this one::
 
-    %b1, %b2 -> %parts[i]                     // while the products of i - 1 run
-    %t1, %a0 = async.wait [%t, %a]            // they have finished; a is split only now, as they read its registers
-    async.barrier                             // everybody has written, and nobody reads %parts[i - 1] any more
+    async.wait pending = 3                    // the last even product; the last odd one still runs
+    async.barrier                             // everybody's has read %parts[0]
+    %b1, %b2 -> %parts[0]
+    %t1, ... = async.wait [%t, %a1, %a2]      // the last odd product
+    async.barrier                             // everybody has written %parts[0], and nobody reads %parts[1] any more
     %acc1 = tile.add %acc, %t1
-    %t2 = a2 b1 + a1 b2 + a1 b1               // issued
+    %t2 = a2 b1 + a1 b2 + a1 b1               // even: issued
+    %b1', %b2' -> %parts[1]
+    async.barrier                             // everybody has written
+    %t3 = %t2 + a2' b1' + a1' b2' + a1' b1'   // odd: issued behind it
 """
 
 from __future__ import annotations
