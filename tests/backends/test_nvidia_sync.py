@@ -371,7 +371,7 @@ def test_dots_that_no_unit_computes_name_their_line(target, dtype, acc, meta, me
 def test_schedules_can_be_named():
     function = scheduled("sm_90a", product, operands("bf16", "f32"), options={"schedule": "prefetch"}).functions[0]
     assert function.attributes["schedule"] == "prefetch" and "persistent" not in function.attributes
-    with pytest.raises(PassError, match="no asynchronous dot of i8"):
+    with pytest.raises(PassError, match="i8 operands that are contiguous along K"):
         scheduled("sm_90a", product, operands("i8", "i32"), options={"schedule": "roles"})
     with pytest.raises(PassError, match="no hardware for roles"):
         scheduled("sm_80", product, operands("bf16", "f32"), options={"schedule": "roles"})

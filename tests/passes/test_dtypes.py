@@ -142,7 +142,7 @@ REGISTER_DOTS = [("f32", 1e-6), ("f64", 1e-14)]
 @pytest.mark.parametrize(("dtype", "allowed"), REGISTER_DOTS)
 def test_roles_compute_from_registers(dtype, allowed, a, b, align):
     types = [(dtype, a), (dtype, b), (dtype, ROW_MAJOR)]
-    module = scheduled(product, "sm_90a", types, align, {"BM": 256})
+    module = scheduled(product, "sm_90a", types, align, {"BM": 256, "schedule": "roles"})
     function = module.functions[0]
     assert function.attributes["schedule"] == "roles" and function.attributes["num_warps"] == 8
     engines = {op.result.type.kind for op in function.walk() if isinstance(op, Copy)}
@@ -170,6 +170,10 @@ def test_a_block_that_leaves_room_for_others_needs_no_roles():
     assert [chosen("f64", BM=size) for size in (64, 128, 256)] == ["prefetch", "roles", "roles"]
     assert [chosen("f32", BM=size) for size in (64, 128, 256)] == ["prefetch", "prefetch", "roles"]
     assert chosen("f64", BM=128, num_warps=2) == "prefetch"
+    # no swizzle of the copy engine's suits a float32 operand b that runs along K
+    types = [("f32", ROW_MAJOR), ("f32", COLUMN_MAJOR), ("f32", ROW_MAJOR)]
+    turned = scheduled(product, "sm_90a", types, 16, {"BM": 256}).functions[0]
+    assert turned.attributes["schedule"] == "prefetch"
     with pytest.raises(PassError, match="warpgroups of four warps, not with 2"):
         chosen("f64", BM=128, num_warps=2, schedule="roles")
 

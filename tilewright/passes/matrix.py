@@ -14,13 +14,16 @@ from tilewright.ir.core import Function, IRError, Value
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
+    bank_conflicts,
     choose_shared_layout,
     shared_candidates,
+    shared_vector_bytes,
     wgmma_accumulator,
     wgmma_operand_a,
 )
+from tilewright.ir.layout_shared import Access
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot
+from tilewright.ir.tile_ops import Dot, Load
 from tilewright.ir.types import DType, SlotType, TileType, ViewType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i8, i32
 from tilewright.passes.analysis import trace_load
 
@@ -55,6 +58,10 @@ class MatrixUnit(ABC):
     @abstractmethod
     def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
         """Registers of operand ``a`` (M, K) or ``b`` (K, N)."""
+
+    def reader(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> Access:
+        """How an operand is read from the slot of `shared`: the layout, and the bytes of one access."""
+        return self.operand(which, dot, warps), operand_dtype(dot).bytes
 
     @abstractmethod
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
@@ -94,14 +101,17 @@ WGMMA_COLUMNS, WGMMA_FEW_COLUMNS, WGMMA_INTEGER_COLUMNS = 8, 32, 16
 SPLIT_ACCUMULATORS = 64
 
 
+def contiguous_axis(load: Load, perm: tuple[int, ...] | None) -> int | None:
+    """The axis of a dot's operand along which its global memory runs; ``perm``: of transpositions on the way."""
+    assert isinstance(load.view.type, ViewType)
+    axis = load.view.type.contiguous_axis
+    return axis if axis is None or perm is None else perm.index(axis)
+
+
 def _along(value: Value, axis: int) -> bool:
     """Whether an operand's memory runs along ``axis``, or it is made by threads, which may choose."""
     load, perm = trace_load(value)
-    if load is None:
-        return True
-    assert isinstance(load.view.type, ViewType)
-    contiguous = load.view.type.contiguous_axis
-    return contiguous in (None, axis if perm is None else perm[axis])
+    return load is None or contiguous_axis(load, perm) in (None, axis)
 
 
 class Wgmma(MatrixUnit):
@@ -207,13 +217,35 @@ def default_schedule(function: Function, target: Target, warps: int | None = Non
 
     They pay for dots of the asynchronous matrix unit, and for others whose operands are in registers anyway if their
     accumulators fill those of one block: its two warpgroups, which no barrier ties together, take turns at reading
-    operands and computing. Smaller tiles leave room for several blocks, which do the same for each other.
+    operands and computing. Smaller tiles leave room for several blocks, which do the same for each other. The copy
+    engine must have a swizzle that suits those operands; threads have more of them.
     """
     if role_obstacle(function, target, warps) is not None:
         return PREFETCH
-    words = [result_type(dot).size * result_type(dot).dtype.bits // 32 for dot in _dots(function)]
-    small = any(_from_registers(dot) for dot in _dots(function)) and max(words) < ROLE_ACCUMULATORS * target.warp_size
-    return PREFETCH if small else ROLES
+    dots = [dot for dot in _dots(function) if _from_registers(dot)]
+    if not dots:
+        return ROLES
+    words = max(result_type(dot).size * result_type(dot).dtype.bits // 32 for dot in dots)
+    if words < ROLE_ACCUMULATORS * target.warp_size:
+        return PREFETCH
+    unit = matrix_unit(target, function, by_roles=True)
+    return ROLES if all(_reads_freely(unit, dot, warps or unit.warps(dots)) for dot in dots) else PREFETCH
+
+
+def _reads_freely(unit: MatrixUnit, dot: Dot, warps: int) -> bool:
+    """Whether the dot's operands are read from the unit's slots without meeting a bank twice."""
+    for which, value in (("a", dot.a), ("b", dot.b)):
+        load, perm = trace_load(value)
+        if load is None:
+            continue
+        contiguous = contiguous_axis(load, perm)
+        slot, (layout, wanted) = unit.shared(which, dot, contiguous, warps), unit.reader(which, dot, contiguous, warps)
+        if slot is None:
+            return False
+        width, banks = shared_vector_bytes(layout, slot, wanted), unit.target.banks
+        if bank_conflicts(layout, slot, width, banks) > 0:
+            return False
+    return True
 
 
 def role_obstacle(function: Function, target: Target, warps: int | None = None) -> IRError | None:

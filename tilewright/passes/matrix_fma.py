@@ -18,6 +18,7 @@ from tilewright.ir.layout import (
     fma_operand_b,
 )
 from tilewright.ir.layout_fragments import fma_tile
+from tilewright.ir.layout_shared import Access
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import SlotType, f32
@@ -80,13 +81,16 @@ class Fma(MatrixUnit):
             return fma_operand_a(operand_shape(dot, "a"), shape[1], grid, along_k)
         return fma_operand_b(operand_shape(dot, "b"), grid, along_k)
 
+    def reader(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> Access:
+        depth = 1 if which == "a" else 0
+        return self._operand(which, dot, warps, contiguous == depth), VECTOR_BYTES
+
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
         """The direction of global memory, so that nothing is turned; else along M or N, which threads share."""
         shape, bits = operand_shape(dot, which), operand_dtype(dot).bits
-        depth = 1 if which == "a" else 0
-        fastest = 1 - depth if contiguous is None else contiguous
+        fastest = (0 if which == "a" else 1) if contiguous is None else contiguous
         order = (fastest, 1 - fastest)
-        reader = (self._operand(which, dot, warps, fastest == depth), VECTOR_BYTES)
+        reader = self.reader(which, dot, contiguous, warps)
         if self.by_roles:
             return engine_layout(shape, bits, order, reader, self.target.banks)
         copies = copy_layouts(shape, bits, contiguous, fastest, warps, self.target.warp_size)

@@ -20,6 +20,7 @@ from tilewright.ir.layout import (
     mma_sync_operand_b,
     shared_candidates,
 )
+from tilewright.ir.layout_shared import Access
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import DType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i8, i32
@@ -127,7 +128,7 @@ class MmaSync(MatrixUnit):
         order = (fastest, 1 - fastest)
         if bits == 16 or (fastest == depth and bits < 64):
             return shared_candidates(shape, bits, order, self.target.banks)[0]
-        reader = (self.operand(which, dot, warps), bits // 8)
+        reader = self.reader(which, dot, contiguous, warps)
         if self.by_roles:
             return engine_layout(shape, bits, order, reader, self.target.banks)
         copies = copy_layouts(shape, bits, contiguous, fastest, warps, self.target.warp_size)
@@ -178,6 +179,9 @@ class SynchronousUnits(MatrixUnit):
 
     def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
         return self.of(dot).operand(which, dot, warps)
+
+    def reader(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> Access:
+        return self.of(dot).reader(which, dot, contiguous, warps)
 
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
         return self.of(dot).shared(which, dot, contiguous, warps)
