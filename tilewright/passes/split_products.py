@@ -123,26 +123,15 @@ class _Split:
         outer, position = loop.parent, loop.carried.index(even.acc)
         b = Builder(block, even.loc)
         with b.at(outer, outer.ops.index(loop)):
-            zero, nothing = b.index(0), _zeros(b, even)
+            nothing = _zeros(b, even)
             b.insert(Barrier(scope="role"))  # the parts of the last time have been read
         flying = carry(loop, nothing, "product")
         with b.at(block, block.ops.index(even)):
-            left, parts = self._left(b, even), (b.slot(first, zero), b.slot(second, zero))
-            b.wait(pending=PRODUCTS)  # the even product of the last time has read its registers
-            b.insert(Barrier(scope="role"))  # and its parts, everybody's
-            self._write_right(b, even, *parts)
-            big, small = split(b, left)
-            waited, big, small = b.wait([flying, big, small])
-            b.insert(Barrier(scope="role"))
-            total = b.add(even.acc, waited)
-            product = _issue(b, (big, small), parts, nothing)
+            parts = b.slot(first, b.index(0)), b.slot(second, b.index(0))
+            total, product = self._even(b, even, parts, flying)
         with b.at(block, block.ops.index(odd)):
-            one = b.index(1)
-            left, parts = self._left(b, odd), (b.slot(first, one), b.slot(second, one))
-            self._write_right(b, odd, *parts)
-            big, small = b.wait(split(b, left), pending=PRODUCTS)
-            b.insert(Barrier(scope="role"))
-            product = _issue(b, (big, small), parts, product)
+            parts = b.slot(first, b.index(1)), b.slot(second, b.index(1))
+            product = self._odd(b, odd, parts, product)
         for dot in (even, odd):
             block.ops.remove(dot)
         _release_early(block)
@@ -157,6 +146,25 @@ class _Split:
         for op in self.function.walk():
             if op is not result.op:
                 op.replace_operands({loop.results[position]: result})
+
+    def _even(self, b: Builder, dot: Dot, parts: tuple[Value, Value], flying: Value) -> tuple[Value, Value]:
+        """The accumulator with the product of the last pair, which is ``flying``; the product of this step, issued."""
+        left = self._left(b, dot)
+        b.wait(pending=PRODUCTS)  # the last even product has read its registers
+        b.insert(Barrier(scope="role"))  # and its parts, everybody's
+        self._write_right(b, dot, *parts)
+        big, small = split(b, left)
+        waited, big, small = b.wait([flying, big, small])
+        b.insert(Barrier(scope="role"))
+        return b.add(dot.acc, waited), _issue(b, (big, small), parts, _zeros(b, dot))
+
+    def _odd(self, b: Builder, dot: Dot, parts: tuple[Value, Value], product: Value) -> Value:
+        """The product of this step, issued behind that of the even step, which goes on."""
+        left = self._left(b, dot)
+        self._write_right(b, dot, *parts)
+        big, small = b.wait(split(b, left), pending=PRODUCTS)  # pinned: made before they are issued
+        b.insert(Barrier(scope="role"))
+        return _issue(b, (big, small), parts, product)
 
     # --- operands -----------------------------------------------------------------------------------
 
