@@ -469,9 +469,11 @@ def test_release_behind_reads_of_threads_waits_for_the_warpgroup():
     text = mlir(roles(PRODUCE, read))
     load, barrier = text.rindex("llvm.load"), text.index("bar.sync $0, 128;")
     assert load < barrier < text.index("mbarrier.arrive.shared::cta.b64 _")
+    assert load < text.rindex("fence.proxy.async.shared::cta;", 0, barrier)  # the copy engine may write at once
     # the matrix unit's reads are over with its wait: no barrier
     plain = mlir(roles(PRODUCE, "async.await %ring, %n_1\n      async.release %ring, %n_1"))
     assert "bar.sync $0, 128;" not in plain
+    assert plain.count("fence.proxy.async.shared::cta;") == 1  # of the initialisation
 
 
 def test_barriers_of_every_scope_and_fences():

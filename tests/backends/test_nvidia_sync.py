@@ -19,11 +19,13 @@ from tilewright.backends.result import BackendResult
 from tilewright.compiler.driver import schedule
 from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.build import build_module
+from tilewright.ir.async_ops import LocalLoad
 from tilewright.ir.core import Module
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
     bank_conflicts,
+    blocked,
     fma_accumulator,
     fma_operand_a,
     fma_operand_b,
@@ -278,10 +280,10 @@ def test_every_layout_of_the_operands_assembles(a, b, align, dtype, acc, precisi
 @pytest.mark.parametrize("shape", [(16, 8, 32), (16, 128, 64), (48, 24, 32), (128, 128, 32)])
 @pytest.mark.parametrize(("dtype", "acc"), [("bf16", "f32"), ("f32", "f32"), ("f64", "f64"), ("i8", "i32")])
 def test_tiles_of_any_size_assemble(shape, dtype, acc):
-    """What does not fit Hopper's asynchronous unit takes the other path by itself."""
+    """What does not fit Hopper's asynchronous unit, nor fills a block's registers, takes the other path by itself."""
     sizes = dict(zip(("BM", "BN", "BK"), shape, strict=True))
     module = scheduled("sm_90a", product, operands(dtype, acc), **sizes)
-    wanted = "roles" if dtype == "bf16" and shape[0] == 128 else "prefetch"
+    wanted = "roles" if dtype != "i8" and shape[0] == 128 else "prefetch"
     assert module.functions[0].attributes["schedule"] == wanted
     compile_function(module.functions[0], get_target("sm_90a"))
 
@@ -313,7 +315,38 @@ def test_float32_on_the_asynchronous_unit(precision, b):
     asynchronous = precision == "3xtf32" or b == COLUMN_MAJOR
     found = len(re.findall(r"wgmma\.mma_async\S*m64n128k8\.f32\.tf32\.tf32", result.asm["ptx"]))
     assert found % (12 if precision == "3xtf32" else 4) == 0 and (found > 0) == asynchronous
+    assert result.resources.spill_stores <= (128 if precision == "3xtf32" else 0)  # accumulators of 192 registers
+
+
+@needs_ptxas
+@pytest.mark.parametrize(("dtype", "sizes"), [("f64", (128, 128, 32)), ("f64", (128, 64, 16)), ("f32", (256, 128, 16))])
+def test_roles_keep_operands_and_accumulators_in_registers(dtype, sizes):
+    """Registers differ in constants from a few addresses, which are part of the loads."""
+    meta = dict(zip(("BM", "BN", "BK"), sizes, strict=True))
+    result = compiled("sm_90a", product, operands(dtype, dtype), **meta)
     assert result.resources.spill_stores == 0
+    bases = re.findall(r"ld\.shared.*\[(%\w+)", result.asm["ptx"])
+    assert bases and len(set(bases)) <= len(bases) // 4
+
+
+@pytest.mark.parametrize("schedule_", ["roles", "prefetch"])
+@pytest.mark.parametrize("layout", [ROW_MAJOR, COLUMN_MAJOR])
+@pytest.mark.parametrize("sizes", [(128, 128, 16), (128, 64, 32), (64, 64, 8)])
+def test_slots_of_f64_meet_no_bank_twice(sizes, layout, schedule_):
+    """Neither where fragments are read nor where threads copy; roles have a swizzle of the engine's."""
+    meta = dict(zip(("BM", "BN", "BK"), sizes, strict=True))
+    types = operands("f64", "f64", layout, layout)
+    function = scheduled("sm_90a", product, types, options={"schedule": schedule_}, **meta).functions[0]
+    loads = [op for op in function.walk() if isinstance(op, LocalLoad)]
+    assert len(loads) == 2
+    for op in loads:
+        slot, tile = op.slot.type, op.result.type
+        assert bank_conflicts(tile.layout, slot.layout, 8, "nvidia") == 0
+        copied = blocked(slot.shape, 64, tile.layout.num_warps, 32, slot.layout.order)
+        if schedule_ == "roles":
+            assert slot.layout.swizzle == 64
+        else:
+            assert bank_conflicts(copied, slot.layout, 16, "nvidia", "write") == 0
 
 
 @pytest.mark.parametrize(
@@ -338,7 +371,7 @@ def test_dots_that_no_unit_computes_name_their_line(target, dtype, acc, meta, me
 def test_schedules_can_be_named():
     function = scheduled("sm_90a", product, operands("bf16", "f32"), options={"schedule": "prefetch"}).functions[0]
     assert function.attributes["schedule"] == "prefetch" and "persistent" not in function.attributes
-    with pytest.raises(PassError, match="dot of f64"):
-        scheduled("sm_90a", product, operands("f64", "f64"), options={"schedule": "roles"})
+    with pytest.raises(PassError, match="i8 operands that are contiguous along K"):
+        scheduled("sm_90a", product, operands("i8", "i32"), options={"schedule": "roles"})
     with pytest.raises(PassError, match="no hardware for roles"):
         scheduled("sm_80", product, operands("bf16", "f32"), options={"schedule": "roles"})

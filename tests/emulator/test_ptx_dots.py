@@ -73,6 +73,27 @@ def test_products(
     assert np.linalg.norm(c.astype(np.float64) - exact) <= allowed * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("layout", ["NN", "NT", "TN", "TT"])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "meta", "allowed"),
+    [
+        (np.float64, "default", {"BM": 128, "BN": 64, "BK": 16}, 1e-14),
+        (np.float64, "default", {"BM": 64, "BN": 128, "BK": 8}, 1e-14),
+        (np.float32, "default", {"BM": 128, "BN": 64, "BK": 16, "schedule": "roles"}, 1e-6),
+        (np.float32, "3xtf32", {"BM": 128, "BN": 128, "BK": 32}, 1e-6),
+    ],
+)
+def test_roles(dtype: Any, precision: str, meta: dict[str, Any], allowed: float, layout: str) -> None:
+    """Copies by the engine, warpgroups that compute from registers; more than one round of the ring."""
+    m, n, k = 200, 136, 328
+    a, b = matrix(m, k, dtype, 0, layout[0] == "T"), matrix(k, n, dtype, 1, layout[1] == "T")
+    c = np.full((m, n), np.nan, dtype)
+    grid = (tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]))
+    tw.device("emulate:sm_90a").launch(product, grid, a, b, c, precision=precision, **meta)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    assert np.linalg.norm(c - exact) <= allowed * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_transpose(target: str) -> None:
     x = np.random.default_rng(0).standard_normal((130, 65)).astype(BF16)

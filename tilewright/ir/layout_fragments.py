@@ -73,11 +73,16 @@ _MMA_LANES: list[Vector] = [(0, 2), (0, 4), (1, 0), (2, 0), (4, 0)]
 def _operand_a_fragment(element_bits: int) -> tuple[int, list[Vector], list[Vector]]:
     """(instruction K, register bases, lane bases) of a 16-row A fragment: eight registers of K, four lanes a row.
 
-    64-bit elements have the map of 32-bit ones, in pairs of registers (PTX ISA, "Matrix Fragments for mma.m16n8k8").
+    64-bit elements have the map of 32-bit ones, in pairs of registers (PTX ISA, "Matrix Fragments for mma.m16n8k8"),
+    but for the order of K, which A and B are free to choose together: lanes 0 to 3 have k = 0, 1, 4, 5 and then
+    2, 3, 6, 7. So a half warp's reads meet no bank twice in a slot with the copy engine's 64-byte swizzle, whether it
+    runs along K or not.
     """
     if element_bits not in (8, 16, 32, 64):
         raise ValueError(f"no register A fragment for {element_bits}-bit elements (8, 16, 32 or 64)")
-    packed = max(1, 32 // element_bits)  # elements of one 32-bit register, consecutive along K
+    if element_bits == 64:
+        return 8, [(8, 0), (0, 2)], [(0, 1), (0, 4), (1, 0), (2, 0), (4, 0)]
+    packed = 32 // element_bits  # elements of one 32-bit register, consecutive along K
     in_word: list[Vector] = [(0, 1 << bit) for bit in range(log2_exact(packed))]
     registers: list[Vector] = [*in_word, (8, 0), (0, 4 * packed)]
     return 8 * packed, registers, [(0, packed), (0, 2 * packed), (1, 0), (2, 0), (4, 0)]

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
 
-from tilewright.ir.layout import LinearLayout, SharedLayout, blocked, shared_candidates
+from tilewright.ir.layout import LinearLayout, SharedLayout, blocked, choose_shared_layout, shared_candidates
 from tilewright.ir.layout_linear import log2_exact, power_of_two_part, unit
+from tilewright.ir.layout_shared import Access, shared_cycles, shared_vector_bytes
+from tilewright.ir.layout_swizzle import choose_swizzle
 
 #: widest access of one thread, and the run that adjacent lanes must read to be served together (a quad of lanes)
 VECTOR_BYTES, RUN_BYTES = 16, 64
@@ -72,6 +76,65 @@ def _turning(
         return LinearLayout.make({"register": registers + rest, "lane": lane, "warp": warp}, core, repeat)
 
     return CopyLayouts(make(vector + column), make(column + vector))
+
+
+@lru_cache(maxsize=64)
+def turning_layouts(source: SharedLayout, target: SharedLayout, warps: int, warp_size: int, banks: str) -> CopyLayouts:
+    """Layouts that take a matrix from one slot to another of the same shape, which may run along the other dim.
+
+    The lanes that shared memory serves together are chosen such that neither access meets a bank twice, where there
+    is such a choice.
+    """
+    layouts = copy_layouts(source.shape, source.element_bits, source.order[0], target.order[0], warps, warp_size)
+    if not layouts.turns:
+        return layouts
+
+    def cycles(option: CopyLayouts) -> int:
+        read = shared_cycles(option.load, source, VECTOR_BYTES, banks, "read")
+        return read + shared_cycles(option.store, target, VECTOR_BYTES, banks, "write")
+
+    def with_lanes(layout: LinearLayout, lanes: Sequence[tuple[int, ...]]) -> LinearLayout:
+        bases = {name: layout.basis(name) for name in ("register", "lane", "warp")}
+        return LinearLayout.make({**bases, "lane": lanes}, layout.shape, layout.repeat, layout.repeat_order)
+
+    orders = lane_orders(layouts.load.basis("lane"))
+    options = [CopyLayouts(with_lanes(layouts.load, o), with_lanes(layouts.store, o)) for o in orders]
+    return min(options, key=cycles)
+
+
+def lane_orders(lanes: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Bases of the same span: two directions, then a third or the diagonal of two others, then what is left."""
+    orders = [list(lanes)]
+    for first, second in combinations(lanes, 2):
+        rest = [lane for lane in lanes if lane not in (first, second)]
+        for third, fourth in combinations(rest, 2):
+            diagonal = tuple(x ^ y for x, y in zip(third, fourth, strict=True))
+            others = [lane for lane in rest if lane not in (third, fourth)]
+            orders += [[first, second, third, fourth, *others], [first, second, diagonal, fourth, *others]]
+    return orders
+
+
+def copied_layout(
+    shape: tuple[int, ...], element_bits: int, order: tuple[int, int], reader: Access, copy: LinearLayout, banks: str
+) -> SharedLayout:
+    """A slot that threads fill with the widest vectors, and read as ``reader`` says, without meeting a bank twice.
+
+    Vectors of the copy stay whole, as ``cp.async`` needs them, even where that costs readers conflicts.
+    """
+    plain = SharedLayout(shape, element_bits, order)
+    chosen = choose_swizzle(shape, element_bits, order, (reader,), ((copy, VECTOR_BYTES),), banks)
+    if shared_vector_bytes(copy, chosen, VECTOR_BYTES) == shared_vector_bytes(copy, plain, VECTOR_BYTES):
+        return chosen
+    options = vector_swizzles(shape, element_bits, order, banks)
+    return choose_shared_layout(shape, element_bits, order, [reader], [(copy, VECTOR_BYTES)], banks, options)
+
+
+def engine_layout(
+    shape: tuple[int, ...], element_bits: int, order: tuple[int, int], reader: Access, banks: str
+) -> SharedLayout | None:
+    """A slot that the copy engine fills and threads read as ``reader`` says; None where no swizzle of its fits."""
+    options = [option for option in shared_candidates(shape, element_bits, order, banks) if option.swizzle]
+    return choose_shared_layout(shape, element_bits, order, [reader], [], banks, options) if options else None
 
 
 def vector_swizzles(shape: Sequence[int], element_bits: int, order: Sequence[int], banks: str) -> list[SharedLayout]:

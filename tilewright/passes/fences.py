@@ -32,15 +32,23 @@ class Fences(FunctionPass):
 
 
 def _visit(block: Block, buffers: set[Value], pending: bool) -> bool:
-    """``pending``: this thread has writes that no fence has ordered yet. Returns it for the block's end."""
+    """``pending``: this thread has writes that no fence has ordered yet. Returns it for the block's end.
+
+    A fence stands right behind the last of the writes: it takes its time while the thread waits for other things.
+    """
+    last: Operation | None = None  # the write or the control flow with writes inside; None: in front of the block
     for op in list(block.ops):
         if isinstance(op, LocalStore) and buffer_of(op.slot) in buffers:
-            pending = True
+            pending, last = True, op
         for r in op.regions:
-            pending |= _visit(r.block, buffers, pending)
+            if _visit(r.block, buffers, pending):
+                pending, last = True, op
         by_threads = isinstance(op, Publish) and any(_by_threads(t) for t in op.tokens)
-        if by_threads or (pending and isinstance(op, Barrier | Publish)):
-            _insert_fence(block, op)
+        if by_threads:
+            _insert_fence(block, block.ops.index(op), op)
+            pending = False
+        elif pending and isinstance(op, Barrier | Publish):
+            _insert_fence(block, 0 if last is None else block.ops.index(last) + 1, op)
             pending = False
     return pending
 
@@ -49,7 +57,7 @@ def _by_threads(token: Value) -> bool:
     return isinstance(token.type, TokenType) and token.type.kind == "threads"
 
 
-def _insert_fence(block: Block, before: Operation) -> None:
-    b = Builder(block, before.loc)
-    with b.at(block, block.ops.index(before)):
+def _insert_fence(block: Block, position: int, served: Operation) -> None:
+    b = Builder(block, served.loc)
+    with b.at(block, position):
         b.insert(Fence(proxy="async"))

@@ -14,14 +14,17 @@ from tilewright.ir.core import Function, IRError, Value
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
+    bank_conflicts,
     choose_shared_layout,
     shared_candidates,
+    shared_vector_bytes,
     wgmma_accumulator,
     wgmma_operand_a,
 )
+from tilewright.ir.layout_shared import Access
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot
-from tilewright.ir.types import DType, SlotType, TileType, ViewType, bf16, f8e4m3, f8e5m2, f16, f32, i8, i32
+from tilewright.ir.tile_ops import Dot, Load
+from tilewright.ir.types import DType, SlotType, TileType, ViewType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i8, i32
 from tilewright.passes.analysis import trace_load
 
 
@@ -55,6 +58,10 @@ class MatrixUnit(ABC):
     @abstractmethod
     def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
         """Registers of operand ``a`` (M, K) or ``b`` (K, N)."""
+
+    def reader(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> Access:
+        """How an operand is read from the slot of `shared`: the layout, and the bytes of one access."""
+        return self.operand(which, dot, warps), operand_dtype(dot).bytes
 
     @abstractmethod
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
@@ -94,14 +101,17 @@ WGMMA_COLUMNS, WGMMA_FEW_COLUMNS, WGMMA_INTEGER_COLUMNS = 8, 32, 16
 SPLIT_ACCUMULATORS = 64
 
 
+def contiguous_axis(load: Load, perm: tuple[int, ...] | None) -> int | None:
+    """The axis of a dot's operand along which its global memory runs; ``perm``: of transpositions on the way."""
+    assert isinstance(load.view.type, ViewType)
+    axis = load.view.type.contiguous_axis
+    return axis if axis is None or perm is None else perm.index(axis)
+
+
 def _along(value: Value, axis: int) -> bool:
     """Whether an operand's memory runs along ``axis``, or it is made by threads, which may choose."""
     load, perm = trace_load(value)
-    if load is None:
-        return True
-    assert isinstance(load.view.type, ViewType)
-    contiguous = load.view.type.contiguous_axis
-    return contiguous in (None, axis if perm is None else perm[axis])
+    return load is None or contiguous_axis(load, perm) in (None, axis)
 
 
 class Wgmma(MatrixUnit):
@@ -187,40 +197,102 @@ class Wgmma(MatrixUnit):
 ROLES, PREFETCH = "roles", "prefetch"
 
 
+#: roles compute by warpgroups
+WARPGROUP = 4
+#: 32-bit accumulators per lane, of all warps of a block together, from which on one block fills a multiprocessor
+ROLE_ACCUMULATORS = 8 * 64
+
+
 def schedule_of(function: Function, target: Target) -> str:
     """How a function's copies and dots are scheduled: ``roles`` or ``prefetch`` (`tilewright.passes.pipelines`).
 
-    The `schedule` pass writes the choice down. Without it, a target with hardware for roles uses them unless a dot
-    does not fit the asynchronous matrix unit; then the whole function computes with operands in registers.
+    The `schedule` pass writes the choice down.
     """
     chosen = function.attributes.get("schedule")
-    if chosen is not None:
-        return str(chosen)
-    return ROLES if role_obstacle(function, target) is None else PREFETCH
+    return default_schedule(function, target) if chosen is None else str(chosen)
 
 
-def role_obstacle(function: Function, target: Target) -> IRError | None:
+def default_schedule(function: Function, target: Target, warps: int | None = None) -> str:
+    """Roles where the hardware has them and they pay. ``warps``: how many are asked for.
+
+    They pay for dots of the asynchronous matrix unit, and for others whose operands are in registers anyway if their
+    accumulators fill those of one block: its two warpgroups, which no barrier ties together, take turns at reading
+    operands and computing. Smaller tiles leave room for several blocks, which do the same for each other. The copy
+    engine must have a swizzle that suits those operands; threads have more of them.
+    """
+    if role_obstacle(function, target, warps) is not None:
+        return PREFETCH
+    dots = [dot for dot in _dots(function) if from_registers(dot)]
+    if not dots:
+        return ROLES
+    words = max(result_type(dot).size * result_type(dot).dtype.bits // 32 for dot in dots)
+    if words < ROLE_ACCUMULATORS * target.warp_size:
+        return PREFETCH
+    unit = matrix_unit(target, function, by_roles=True)
+    return ROLES if all(_reads_freely(unit, dot, warps or unit.warps(dots)) for dot in dots) else PREFETCH
+
+
+def _reads_freely(unit: MatrixUnit, dot: Dot, warps: int) -> bool:
+    """Whether the dot's operands are read from the unit's slots without meeting a bank twice."""
+    for which, value in (("a", dot.a), ("b", dot.b)):
+        load, perm = trace_load(value)
+        if load is None:
+            continue
+        contiguous = contiguous_axis(load, perm)
+        slot, (layout, wanted) = unit.shared(which, dot, contiguous, warps), unit.reader(which, dot, contiguous, warps)
+        if slot is None:
+            return False
+        width, banks = shared_vector_bytes(layout, slot, wanted), unit.target.banks
+        if bank_conflicts(layout, slot, width, banks) > 0:
+            return False
+    return True
+
+
+def role_obstacle(function: Function, target: Target, warps: int | None = None) -> IRError | None:
     """Why a function cannot be scheduled with roles; None where it can."""
     if not target.has("setmaxnreg"):
         return IRError(f"{target.name} has no hardware for roles", function.loc)
-    for op in function.walk():
-        if isinstance(op, Dot):
-            try:
-                Wgmma(target).check(op)
-            except IRError as error:
-                return error
+    dots = _dots(function)
+    if not dots:
+        return None
+    unit = matrix_unit(target, function, by_roles=True)
+    for dot in dots:
+        try:
+            unit.check(dot)
+        except IRError as error:
+            return error
+    warps = unit.warps(dots) if warps is None else warps
+    if warps % WARPGROUP:
+        hint = "leave out schedule=, or use larger tiles and a multiple of four warps"
+        return IRError(f"roles compute by warpgroups of four warps, not with {warps}", dots[0].loc, hint)
     return None
 
 
-def matrix_unit(target: Target, function: Function) -> MatrixUnit:
-    """The matrix unit of a function's dots; how it divides tiles may depend on what the function does with them."""
-    if target.has("wgmma") and schedule_of(function, target) == ROLES:
+def _dots(function: Function) -> list[Dot]:
+    return [op for op in function.walk() if isinstance(op, Dot)]
+
+
+def from_registers(dot: Dot) -> bool:
+    """Whether a dot has operands in registers with any schedule: its dtype fits no asynchronous unit."""
+    dtype = operand_dtype(dot)
+    return dtype == f64 or (dtype == f32 and dot.precision in ("default", "ieee"))
+
+
+def matrix_unit(target: Target, function: Function, by_roles: bool | None = None) -> MatrixUnit:
+    """The matrix unit of a function's dots; how it divides tiles may depend on what the function does with them.
+
+    ``by_roles``: for the schedule with roles or the other one; None: for the function's own.
+    """
+    if by_roles is None:
+        by_roles = target.has("wgmma") and schedule_of(function, target) == ROLES
+    dots = _dots(function)
+    if by_roles and not (dots and all(from_registers(dot) for dot in dots)):
         return Wgmma(target)
     if target.has("mma_sync"):
         from tilewright.passes.matrix_mma_sync import SynchronousUnits
         from tilewright.passes.warp_grid import rows_stay_together
 
-        return SynchronousUnits(target, rows_stay_together(function))
+        return SynchronousUnits(target, rows_stay_together(function), by_roles)
     if target.has("mfma"):
         from tilewright.passes.matrix_mfma import Mfma
         from tilewright.passes.warp_grid import rows_stay_together

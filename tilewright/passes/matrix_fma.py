@@ -13,16 +13,16 @@ from tilewright.ir.core import IRError
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
-    choose_shared_layout,
     fma_accumulator,
     fma_operand_a,
     fma_operand_b,
 )
 from tilewright.ir.layout_fragments import fma_tile
+from tilewright.ir.layout_shared import Access
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import SlotType, f32
-from tilewright.passes.copy_layouts import VECTOR_BYTES, vector_swizzles
+from tilewright.passes.copy_layouts import VECTOR_BYTES, copied_layout, copy_layouts, engine_layout
 from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape, result_type
 from tilewright.passes.warp_grid import warp_grid
 
@@ -37,9 +37,9 @@ class Fma(MatrixUnit):
     reads_slots = False
     asynchronous = False
 
-    def __init__(self, target: Target, whole_rows: bool = False):
+    def __init__(self, target: Target, whole_rows: bool = False, by_roles: bool = False):
         super().__init__(target)
-        self.whole_rows = whole_rows
+        self.whole_rows, self.by_roles = whole_rows, by_roles
 
     def check(self, dot: Dot) -> None:
         (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
@@ -55,7 +55,7 @@ class Fma(MatrixUnit):
 
     def warps(self, dots: Sequence[Dot]) -> int:
         largest = max(result_type(dot).size for dot in dots)
-        warps = 4
+        warps = MOST_WARPS if self.by_roles else 4
         while warps < MOST_WARPS and largest > warps * self.target.warp_size * MOST_ACCUMULATORS:
             warps *= 2
         return warps
@@ -81,12 +81,17 @@ class Fma(MatrixUnit):
             return fma_operand_a(operand_shape(dot, "a"), shape[1], grid, along_k)
         return fma_operand_b(operand_shape(dot, "b"), grid, along_k)
 
+    def reader(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> Access:
+        depth = 1 if which == "a" else 0
+        return self._operand(which, dot, warps, contiguous == depth), VECTOR_BYTES
+
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
         """The direction of global memory, so that nothing is turned; else along M or N, which threads share."""
         shape, bits = operand_shape(dot, which), operand_dtype(dot).bits
-        depth = 1 if which == "a" else 0
-        fastest = 1 - depth if contiguous is None else contiguous
+        fastest = (0 if which == "a" else 1) if contiguous is None else contiguous
         order = (fastest, 1 - fastest)
-        readers = [(self._operand(which, dot, warps, fastest == depth), VECTOR_BYTES)]
-        options = vector_swizzles(shape, bits, order, self.target.banks)
-        return choose_shared_layout(shape, bits, order, readers, [], self.target.banks, options)
+        reader = self.reader(which, dot, contiguous, warps)
+        if self.by_roles:
+            return engine_layout(shape, bits, order, reader, self.target.banks)
+        copies = copy_layouts(shape, bits, contiguous, fastest, warps, self.target.warp_size)
+        return copied_layout(shape, bits, order, reader, copies.store, self.target.banks)

@@ -15,16 +15,16 @@ from tilewright.ir.core import IRError
 from tilewright.ir.layout import (
     LinearLayout,
     SharedLayout,
-    choose_shared_layout,
     mma_sync_accumulator,
     mma_sync_operand_a,
     mma_sync_operand_b,
     shared_candidates,
 )
+from tilewright.ir.layout_shared import Access
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import DType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i8, i32
-from tilewright.passes.copy_layouts import vector_swizzles
+from tilewright.passes.copy_layouts import copied_layout, copy_layouts, engine_layout
 from tilewright.passes.matrix import MatrixUnit, operand_dtype, operand_shape, result_type
 from tilewright.passes.matrix_fma import Fma
 from tilewright.passes.warp_grid import warp_grid
@@ -64,9 +64,9 @@ class MmaSync(MatrixUnit):
     reads_slots = False
     asynchronous = False
 
-    def __init__(self, target: Target, whole_rows: bool = False):
+    def __init__(self, target: Target, whole_rows: bool = False, by_roles: bool = False):
         super().__init__(target)
-        self.whole_rows = whole_rows
+        self.whole_rows, self.by_roles = whole_rows, by_roles
 
     def check(self, dot: Dot) -> None:
         (m, k), n = operand_shape(dot, "a"), operand_shape(dot, "b")[1]
@@ -92,11 +92,14 @@ class MmaSync(MatrixUnit):
             )
 
     def warps(self, dots: Sequence[Dot]) -> int:
-        """Four; eight where the accumulators of four would fill the registers; fewer where tiles are fewer."""
+        """Four; eight where the accumulators of four would fill the registers; fewer where tiles are fewer.
+
+        Roles get eight, so that two warps take turns on each matrix unit: one reads operands, the other computes.
+        """
         most = MOST_ACCUMULATORS if all(operand_dtype(dot).bits == 16 for dot in dots) else MOST_OTHERS
         words = max(result_type(dot).size * result_type(dot).dtype.bits // 32 for dot in dots)
         tiles = max(result_type(dot).size for dot in dots) // (TILE[0] * TILE[1])
-        warps = 4
+        warps = MOST_WARPS if self.by_roles else 4
         while warps < MOST_WARPS and words > warps * self.target.warp_size * most:
             warps *= 2
         while warps > 1 and tiles < warps:
@@ -125,9 +128,11 @@ class MmaSync(MatrixUnit):
         order = (fastest, 1 - fastest)
         if bits == 16 or (fastest == depth and bits < 64):
             return shared_candidates(shape, bits, order, self.target.banks)[0]
-        options = vector_swizzles(shape, bits, order, self.target.banks)
-        readers = [(self.operand(which, dot, warps), bits // 8)]
-        return choose_shared_layout(shape, bits, order, readers, [], self.target.banks, options)
+        reader = self.reader(which, dot, contiguous, warps)
+        if self.by_roles:
+            return engine_layout(shape, bits, order, reader, self.target.banks)
+        copies = copy_layouts(shape, bits, contiguous, fastest, warps, self.target.warp_size)
+        return copied_layout(shape, bits, order, reader, copies.store, self.target.banks)
 
 
 _LONG_NAMES = {f32: "float32", f64: "float64", i32: "int32"}
@@ -139,9 +144,10 @@ class SynchronousUnits(MatrixUnit):
     reads_slots = False
     asynchronous = False
 
-    def __init__(self, target: Target, whole_rows: bool = False):
+    def __init__(self, target: Target, whole_rows: bool = False, by_roles: bool = False):
         super().__init__(target)
-        self.matrix, self.vector = MmaSync(target, whole_rows), Fma(target, whole_rows)
+        self.matrix = MmaSync(target, whole_rows, by_roles)
+        self.vector = Fma(target, whole_rows, by_roles)
 
     def of(self, dot: Dot | AsyncDot) -> MmaSync | Fma:
         """The unit that computes a dot."""
@@ -173,6 +179,9 @@ class SynchronousUnits(MatrixUnit):
 
     def operand(self, which: str, dot: Dot | AsyncDot, warps: int) -> LinearLayout:
         return self.of(dot).operand(which, dot, warps)
+
+    def reader(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> Access:
+        return self.of(dot).reader(which, dot, contiguous, warps)
 
     def shared(self, which: str, dot: Dot, contiguous: int | None, warps: int) -> SharedLayout | None:
         return self.of(dot).shared(which, dot, contiguous, warps)

@@ -26,7 +26,7 @@ from tilewright.ir.tile_ops import Dot, For, If, Load, Transpose, While, Yield
 from tilewright.ir.types import ScalarType, SlotType, TileType, i32
 from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.matrix import ROLES, schedule_of
+from tilewright.passes.matrix import ROLES, matrix_unit, schedule_of
 
 #: a copy and a use at the same time
 LEAST_STAGES = 2
@@ -65,6 +65,8 @@ class Pipeline(FunctionPass):
             counts = {id(g): top.index(0) for g in groups}
         rewriter.rewrite(function.body.block, counts)
         _use_slots(function, rewriter.slots)
+        if not matrix_unit(context.target, function).reads_slots:
+            _read_slots(function)
 
     def _allocate(self, function: Function, groups: list[Group], stages: int | None) -> None:
         b = Builder(function.body.block, function.loc)
@@ -251,3 +253,15 @@ def _use_slots(function: Function, slots: dict[Value, Value]) -> None:
     for op in doomed:
         assert op.parent is not None
         op.parent.ops.remove(op)
+
+
+def _read_slots(function: Function) -> None:
+    """In front of dots with operands in registers: load the slots."""
+    for dot in [op for op in function.walk() if isinstance(op, Dot)]:
+        assert dot.parent is not None
+        b = Builder(dot.parent, dot.loc)
+        with b.at(dot.parent, dot.parent.ops.index(dot)):
+            if isinstance(dot.a.type, SlotType):
+                dot.a = b.local_load(dot.a)
+            if isinstance(dot.b.type, SlotType):
+                dot.b = b.local_load(dot.b)

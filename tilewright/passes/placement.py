@@ -24,7 +24,7 @@ from tilewright.passes.analysis import (
     written_tensors,
 )
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.matrix import matrix_unit
+from tilewright.passes.matrix import ROLES, contiguous_axis, matrix_unit, schedule_of
 
 #: cuTensorMapEncodeTiled: base address and strides are multiples of 16 bytes, rank at most 5
 TMA_ALIGNMENT, TMA_MAX_RANK = 16, 5
@@ -41,6 +41,7 @@ class Placement(FunctionPass):
         if not dots:
             return
         unit = matrix_unit(context.target, function)
+        by_roles = schedule_of(function, context.target) == ROLES
         for dot in dots:
             unit.check(dot)
         warps = context.options.num_warps or unit.warps(dots)
@@ -54,15 +55,11 @@ class Placement(FunctionPass):
                     continue
                 if not early_address(load, loops, written) or not only_dots(load, uses):
                     continue
-                view = load.view.type
-                assert isinstance(view, ViewType)
-                axis = view.contiguous_axis
-                contiguous = axis if axis is None or perm is None else perm.index(axis)
-                layout = unit.shared(which, dot, contiguous, warps)
+                layout = unit.shared(which, dot, contiguous_axis(load, perm), warps)
                 if layout is None:
                     continue
                 load.shared = layout if perm is None else layout.transpose(_inverse(perm))
-                choose = copy_engine if unit.asynchronous else thread_engine
+                choose = copy_engine if by_roles else thread_engine
                 load.engine = choose(load, context.target)
 
 

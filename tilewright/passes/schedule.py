@@ -1,8 +1,10 @@
 """schedule: whether roles hand tiles to each other, or every warp copies ahead for itself.
 
 Targets without hardware for roles have no choice. On the others a function whose dots all fit the asynchronous matrix
-unit gets roles; one dot that does not (its dtype, precision or shape) sends the whole function through prefetch.
-The option ``schedule=`` overrules it. How many warps were asked for is checked here too, before layouts divide by them.
+unit gets roles, as one with large tiles of float64 or exact float32 does, whose consumers compute from registers
+(`tilewright.passes.matrix.default_schedule`). One dot that does not fit (its dtype, precision or shape) sends the
+whole function through prefetch. The option ``schedule=`` overrules it.
+How many warps were asked for is checked here too, before layouts divide by them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ from collections.abc import Sequence
 from tilewright.ir.core import Function, IRError
 from tilewright.ir.tile_ops import Dot
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.matrix import PREFETCH, ROLES, operand_shape, role_obstacle
+from tilewright.passes.matrix import (
+    PREFETCH,
+    ROLES,
+    default_schedule,
+    from_registers,
+    operand_shape,
+    role_obstacle,
+)
 
 #: warps that issue one wgmma, and the rows of its accumulator
 WARPGROUP, WARPGROUP_ROWS = 4, 64
@@ -27,31 +36,27 @@ class Schedule(FunctionPass):
         if wanted not in (None, ROLES, PREFETCH):
             raise IRError(f"unknown schedule {wanted!r}", function.loc, f"one of {ROLES!r} and {PREFETCH!r}")
         dots = [op for op in function.walk() if isinstance(op, Dot)]
-        if dots:
-            obstacle = role_obstacle(function, context.target)
-            if wanted == ROLES and obstacle is not None:
-                raise obstacle
-            if context.target.has("setmaxnreg"):
-                function.attributes["schedule"] = wanted or (ROLES if obstacle is None else PREFETCH)
-        if context.options.num_warps is not None:
-            check_warps(function, context.options.num_warps, dots)
+        warps = context.options.num_warps
+        if warps is not None and warps & (warps - 1):
+            power = 1 << warps.bit_length() - 1
+            hint = f"use num_warps={power} or num_warps={2 * power}"
+            raise IRError(f"num_warps={warps} is not a power of two", function.loc, hint)
+        if not dots:
+            return
+        obstacle = role_obstacle(function, context.target, warps) if wanted == ROLES else None
+        if obstacle is not None:
+            raise obstacle
+        if context.target.has("setmaxnreg"):
+            function.attributes["schedule"] = wanted or default_schedule(function, context.target, warps)
+        if warps is not None and function.attributes.get("schedule") == ROLES:
+            check_rows(warps, dots)
 
 
-def check_warps(function: Function, warps: int, dots: Sequence[Dot]) -> None:
-    """Raise IRError where tiles cannot be divided among so many warps."""
-    if warps & (warps - 1):
-        power = 1 << warps.bit_length() - 1
-        hint = f"use num_warps={power} or num_warps={2 * power}"
-        raise IRError(f"num_warps={warps} is not a power of two", function.loc, hint)
-    if function.attributes.get("schedule") != ROLES:
-        return
-    if warps % WARPGROUP:
-        message = f"num_warps={warps}: the asynchronous matrix unit works for groups of {WARPGROUP} warps"
-        raise IRError(message, function.loc, f'use num_warps={WARPGROUP} or more, or schedule="{PREFETCH}"')
+def check_rows(warps: int, dots: Sequence[Dot]) -> None:
+    """Raise IRError where the rows of an asynchronous product cannot be divided among the warpgroups."""
+    groups = warps // WARPGROUP
     for dot in dots:
         rows = operand_shape(dot, "a")[0]
-        if rows % (warps // WARPGROUP * WARPGROUP_ROWS):
-            message = (
-                f"num_warps={warps}: {rows} rows do not divide among {warps // WARPGROUP} groups of {WARPGROUP} warps"
-            )
+        if rows % (groups * WARPGROUP_ROWS) and not from_registers(dot):
+            message = f"num_warps={warps}: {rows} rows do not divide among {groups} groups of {WARPGROUP} warps"
             raise IRError(message, dot.loc, f"each group takes a multiple of {WARPGROUP_ROWS} rows")

@@ -1,34 +1,42 @@
 """split-products: float32 products of float32 accuracy on the asynchronous matrix unit, as three tf32 products.
 
-With a = a1 + a2 and b = b1 + b2, each part rounded to tf32, ``a b = a2 b1 + a1 b2 + a1 b1`` but for a2 b2, which is
-below float32's precision. The unit reads b from shared memory along K, so the warps write both parts of it there;
-the parts of a stay in registers. The unit truncates its sums: each step's product is summed up from zero and added
-to the accumulator by the vector unit, which rounds. Where a loop only accumulates, the next step's parts of b are
-made while the unit works on this one's::
+With a = a1 + a2 and b = b1 + b2, where a1 and b1 are rounded to tf32, ``a b = a2 b1 + a1 b2 + a1 b1`` but for a2 b2,
+which is below float32's precision. The unit reads b from shared memory along K, so the warps write both parts of it
+there; the parts of a stay in registers. The unit truncates its sums: the product of two steps is summed up from zero
+and added to the accumulator by the vector unit, which rounds. Where a loop only accumulates, its steps go in pairs,
+and what the next product needs is made while the unit works on this one::
 
-    %b1, %b2 -> %parts[i]                     // while the products of i - 1 run
-    %t1, %a0 = async.wait [%t, %a]            // they have finished; a is split only now, as they read its registers
-    async.barrier                             // everybody has written, and nobody reads %parts[i - 1] any more
+    async.wait pending = 3                    // the last even product; the last odd one still runs
+    async.barrier                             // everybody's has read %parts[0]
+    %b1, %b2 -> %parts[0]
+    %t1, ... = async.wait [%t, %a1, %a2]      // the last odd product
+    async.barrier                             // everybody has written %parts[0], and nobody reads %parts[1] any more
     %acc1 = tile.add %acc, %t1
-    %t2 = a2 b1 + a1 b2 + a1 b1               // issued
+    %t2 = a2 b1 + a1 b2 + a1 b1               // even: issued
+    %b1', %b2' -> %parts[1]
+    async.barrier                             // everybody has written
+    %t3 = %t2 + a2' b1' + a1' b2' + a1' b1'   // odd: issued behind it
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Role
+from tilewright.ir.async_ops import Alloc, Barrier, LocalStore, Release, Role, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Value, replace_uses, uses_of
-from tilewright.ir.layout import LinearLayout
+from tilewright.ir.layout import LinearLayout, SharedLayout
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Yield
-from tilewright.ir.types import BufferType, SlotType, TileType, f32, i32
-from tilewright.passes.copy_layouts import copy_layouts
+from tilewright.ir.types import BufferType, RingType, SlotType, TileType, f32, i32
+from tilewright.passes.copy_layouts import turning_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit, operand_shape, result_type
 from tilewright.passes.prefetch import carry
+from tilewright.passes.unroll import Copy, in_pairs
 
+#: how many products make up one of float32
+PRODUCTS = 3
 #: tf32 has 10 of float32's 23 bits of mantissa: half of the last one, and the bits that stay
 HALF, KEPT = 1 << 12, -(1 << 13)
 
@@ -59,14 +67,13 @@ class _Split:
 
     def run(self) -> None:
         loop = self._accumulating_loop()
-        block = self.dot.parent
-        assert block is not None
-        b = Builder(block, self.dot.loc)
         first, second = (self._buffer(2 if loop is not None else 1) for _ in range(2))
         if loop is None:
-            self._at_once(b, block, first, second)
-        else:
-            self._in_turn(b, loop, first, second)
+            self._at_once(self.dot, first, second)
+            return
+        even, odd, rest = (_dot_of(copy, self.dot) for copy in in_pairs(self.function, loop))
+        self._in_turn(even, odd, first, second)
+        self._at_once(rest, first, second)
 
     def _accumulating_loop(self) -> For | None:
         """The loop around the dot if it carries the accumulator, untouched, to the next iteration."""
@@ -91,42 +98,48 @@ class _Split:
 
     # --- the two forms ------------------------------------------------------------------------------
 
-    def _at_once(self, b: Builder, block: Block, first: Value, second: Value) -> None:
-        dot = self.dot
+    def _at_once(self, dot: Dot, first: Value, second: Value) -> None:
+        block = dot.parent
+        assert block is not None
+        b = Builder(block, dot.loc)
         with b.at(block, block.ops.index(dot)):
-            left, zero = self._left(b), b.index(0)
+            zero = b.index(0)
+            parts = b.slot(first, zero), b.slot(second, zero)
             b.insert(Barrier(scope="role"))  # the parts of the last time have been read
-            self._write_right(b, b.slot(first, zero), b.slot(second, zero))
+            self._write_right(b, dot, *parts)
             b.insert(Barrier(scope="role"))
-            product = self._issue(b, left, b.slot(first, zero), b.slot(second, zero))
-            (waited,) = b.wait([product])
+            left = split(b, self._left(b, dot))
+            (waited,) = b.wait([_issue(b, left, parts, _zeros(b, dot))])
             result = b.add(dot.acc, waited)
         block.ops.remove(dot)
         replace_uses(self.function.body, {dot.result: result})
 
-    def _in_turn(self, b: Builder, loop: For, first: Value, second: Value) -> None:
-        dot, block, outer = self.dot, loop.body.block, loop.parent
-        assert outer is not None
-        position = loop.carried.index(dot.acc)
+    def _in_turn(self, even: Dot, odd: Dot, first: Value, second: Value) -> None:
+        """The two dots of a loop over pairs: ``even`` adds to the accumulator, ``odd`` to the result of ``even``."""
+        block = even.parent
+        assert block is not None and block is odd.parent and odd.acc is even.result and block.parent is not None
+        loop = block.parent.parent
+        assert isinstance(loop, For) and loop.parent is not None
+        outer, position = loop.parent, loop.carried.index(even.acc)
+        b = Builder(block, even.loc)
         with b.at(outer, outer.ops.index(loop)):
-            zero, nothing = b.index(0), b.constant(0.0, result_type(dot))
+            nothing = _zeros(b, even)
             b.insert(Barrier(scope="role"))  # the parts of the last time have been read
-        count, flying = carry(loop, zero, "step"), carry(loop, nothing, "product")
-        with b.at(block, block.ops.index(dot)):
-            left = self._left(b)
-            parts = b.slot(first, count), b.slot(second, count)
-            self._write_right(b, *parts)
-            waited, left = b.wait([flying, left])
-            b.insert(Barrier(scope="role"))
-            total = b.add(dot.acc, waited)
-            product = self._issue(b, left, *parts)
-            following = b.add(count, b.index(1))
-        block.ops.remove(dot)
+        flying = carry(loop, nothing, "product")
+        with b.at(block, block.ops.index(even)):
+            parts = b.slot(first, b.index(0)), b.slot(second, b.index(0))
+            total, product = self._even(b, even, parts, flying)
+        with b.at(block, block.ops.index(odd)):
+            parts = b.slot(first, b.index(1)), b.slot(second, b.index(1))
+            product = self._odd(b, odd, parts, product)
+        for dot in (even, odd):
+            block.ops.remove(dot)
+        _release_early(block)
         terminator = block.terminator
         assert isinstance(terminator, Yield)
         values = list(terminator.values)
         values[position] = total
-        terminator.values = [*values, following, product]
+        terminator.values = [*values, product]
         with b.at(outer, outer.ops.index(loop) + 1):
             (waited,) = b.wait([loop.results[-1]])
             result = b.add(loop.results[position], waited)
@@ -134,35 +147,86 @@ class _Split:
             if op is not result.op:
                 op.replace_operands({loop.results[position]: result})
 
+    def _even(self, b: Builder, dot: Dot, parts: tuple[Value, Value], flying: Value) -> tuple[Value, Value]:
+        """The accumulator with the product of the last pair, which is ``flying``; the product of this step, issued."""
+        left = self._left(b, dot)
+        b.wait(pending=PRODUCTS)  # the last even product has read its registers
+        b.insert(Barrier(scope="role"))  # and its parts, everybody's
+        self._write_right(b, dot, *parts)
+        big, small = split(b, left)
+        waited, big, small = b.wait([flying, big, small])
+        b.insert(Barrier(scope="role"))
+        return b.add(dot.acc, waited), _issue(b, (big, small), parts, _zeros(b, dot))
+
+    def _odd(self, b: Builder, dot: Dot, parts: tuple[Value, Value], product: Value) -> Value:
+        """The product of this step, issued behind that of the even step, which goes on."""
+        left = self._left(b, dot)
+        self._write_right(b, dot, *parts)
+        big, small = b.wait(split(b, left), pending=PRODUCTS)  # pinned: made before they are issued
+        b.insert(Barrier(scope="role"))
+        return _issue(b, (big, small), parts, product)
+
     # --- operands -----------------------------------------------------------------------------------
 
     @property
     def warps(self) -> int:
         return int(self.function.attributes["num_warps"])
 
-    def _left(self, b: Builder) -> Value:
+    def _left(self, b: Builder, dot: Dot) -> Value:
         """Operand a in registers."""
-        if isinstance(self.dot.a.type, TileType):
-            return self.dot.a
-        return b.local_load(self.dot.a, self.unit.operand("a", self.dot, self.warps))
+        if isinstance(dot.a.type, TileType):
+            return dot.a
+        return b.local_load(dot.a, self.unit.operand("a", dot, self.warps))
 
-    def _write_right(self, b: Builder, first: Value, second: Value) -> None:
+    def _write_right(self, b: Builder, dot: Dot, first: Value, second: Value) -> None:
         """Both parts of operand b into shared memory, along K."""
-        value, layout = self.dot.b, None
+        value, layout = dot.b, None
         if isinstance(value.type, SlotType):
-            contiguous = value.type.layout.order[0]
-            layouts = copy_layouts(value.type.shape, 32, contiguous, 0, self.warps, self.target.warp_size)
+            source, target = value.type.layout, _slot_layout(first)
+            layouts = turning_layouts(source, target, self.warps, self.target.warp_size, self.target.banks)
             value, layout = b.local_load(value, layouts.load), layouts.store
         for part, slot in zip(split(b, value), (first, second), strict=True):
             b.insert(LocalStore(_in_layout(b, part, layout), slot))
 
-    def _issue(self, b: Builder, left: Value, first: Value, second: Value) -> Value:
-        """The products of one step, from zero, smallest first."""
-        big, small = split(b, left)
-        product = b.constant(0.0, result_type(self.dot))
-        for a, part in ((small, first), (big, second), (big, first)):
-            product, _ = b.async_dot(a, part, product)
-        return product
+
+def _dot_of(copy: Copy, dot: Dot) -> Dot:
+    found = copy[dot.result].op
+    assert isinstance(found, Dot)
+    return found
+
+
+def _slot_layout(slot: Value) -> SharedLayout:
+    assert isinstance(slot.type, SlotType)
+    return slot.type.layout
+
+
+def _zeros(b: Builder, dot: Dot) -> Value:
+    return b.constant(0.0, result_type(dot))
+
+
+def _issue(b: Builder, left: tuple[Value, Value], right: tuple[Value, Value], product: Value) -> Value:
+    """The products of one step added to ``product``, smallest first."""
+    (big, small), (first, second) = left, right
+    for a, part in ((small, first), (big, second), (big, first)):
+        product, _ = b.async_dot(a, part, product)
+    return product
+
+
+def _release_early(block: Block) -> None:
+    """Give stages back once they are in registers: the warps meet there while products still run."""
+    for release in [op for op in block.ops if isinstance(op, Release)]:
+        before = block.ops[: block.ops.index(release)]
+        reads = [n for n, op in enumerate(before) if any(_ring_of(v) is release.ring for v in op.operands)]
+        block.ops.remove(release)
+        block.ops.insert(reads[-1] + 1, release)
+
+
+def _ring_of(value: Value) -> Value | None:
+    """The ring whose stage a slot is; that of an await itself."""
+    if isinstance(value.type, RingType):
+        return value
+    buffer = buffer_of(value) if isinstance(value.type, SlotType) else None
+    return buffer.op.ring if buffer is not None and isinstance(buffer.op, Alloc) else None
 
 
 def _in_layout(b: Builder, value: Value, layout: LinearLayout | None) -> Value:
@@ -171,9 +235,13 @@ def _in_layout(b: Builder, value: Value, layout: LinearLayout | None) -> Value:
 
 
 def split(b: Builder, value: Value) -> tuple[Value, Value]:
-    """Two values whose low 13 bits are zero and whose sum is the float32 value, but for rounding the second."""
+    """A tf32 value and what is left of the float32 value, exactly.
+
+    The unit ignores the low 13 bits of the rest. Its sign is random, as the first value is rounded to nearest, so
+    this adds no bias; it is below 2^-21 of the value.
+    """
     big = rounded(b, value)
-    return big, rounded(b, b.sub(value, big))
+    return big, b.sub(value, big)
 
 
 def rounded(b: Builder, value: Value) -> Value:

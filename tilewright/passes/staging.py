@@ -4,6 +4,7 @@ A tile in accumulator layout would store a few bytes per thread and row. Instead
 column chunks into a swizzled slot and the engine copies the slot out, clipping ragged edges, while
 the warps go on. Where each warpgroup owns whole rows of the tile, it stages and stores them on its own.
 An atomic update that releases what the program wrote comes after these copies have arrived.
+Layouts whose stores fill sectors of global memory anyway (float64 accumulators) stay direct.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from tilewright.passes.placement import bulk_copyable
 #: bytes of one line of a staging slot (one swizzled block), and how many slots take turns: the warps
 #: fill one while the engine empties the other
 LINE_BYTES, SLOTS = 128, 2
+#: bytes of one store instruction of a thread at most, and of a row's run that is as good stored directly
+VECTOR_BYTES, RUN_BYTES = 16, 64
 WARPGROUP = 4
 
 
@@ -50,7 +53,7 @@ class Staging(FunctionPass):
         """The slot for one chunk of the stored tile; None where the store stays direct."""
         view, tile = store.view.type, store.value.type
         assert isinstance(view, ViewType) and isinstance(tile, TileType) and tile.layout is not None
-        if not may_stage(store, target):
+        if not may_stage(store, target) or run_bytes(tile) >= RUN_BYTES:
             return None
         width = min(tile.shape[1], self.line_bytes // tile.dtype.bytes)
         if tile.shape[1] % width:
@@ -70,6 +73,17 @@ def may_stage(store: Store, target: Target) -> bool:
     view, tile = store.view.type, store.value.type
     assert isinstance(view, ViewType) and isinstance(tile, TileType)
     return tile.rank == 2 and view.contiguous_axis == 1 and bulk_copyable(store.view, target)
+
+
+def run_bytes(tile: TileType) -> int:
+    """Consecutive bytes of a row that one store instruction of a warp writes."""
+    assert tile.layout is not None
+    size, run = tile.dtype.bytes, 1
+    while run * size < VECTOR_BYTES and (0, run) in tile.layout.basis("register"):
+        run *= 2
+    while (0, run) in tile.layout.basis("lane"):
+        run *= 2
+    return run * size
 
 
 @dataclass(frozen=True)

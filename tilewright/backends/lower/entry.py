@@ -174,8 +174,8 @@ def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
         attributes["nvvm.minctasm"] = "1 : i32"
     elif threads <= PAIRED_THREADS and _fits_twice(function):
         attributes["nvvm.minctasm"] = "2 : i32"  # one block's loads run while the other waits at its barriers
-    elif threads > MOST_PAIRED_THREADS:
-        attributes["nvvm.minctasm"] = "1 : i32"  # or ptxas spills to make room for a second block
+    elif threads > MOST_PAIRED_THREADS or any(isinstance(op, Dot) for op in function.walk()):
+        attributes["nvvm.minctasm"] = "1 : i32"  # or ptxas spills, accumulators say, to make room for a second block
     return attributes
 
 

@@ -78,20 +78,27 @@ class SharedAccess:
         return math.mul(copies, self.strides[axis])
 
     def _start(self, mixed: int) -> mlir.Value:
-        """Address of the thread's part with ``mixed`` XORed in (i32)."""
+        """Address of the thread's part with ``mixed`` XORed in, !llvm.ptr<3>.
+
+        A pointer, to which registers add constants: LLVM would compute the sums of constants and what does not change
+        in a loop in front of it, and keep every one in a register.
+        """
         if mixed not in self._starts:
             math = self.lw.index
             offset = math.add(math.xor(self.thread, mixed), self.far)
-            self._starts[mixed] = math.value(math.add(self.slot, offset))
+            self._starts[mixed] = shared_pointer(self.lw, math.add(self.slot, offset))
         return self._starts[mixed]
+
+    def place(self, register: int) -> tuple[mlir.Value, int]:
+        """(!llvm.ptr<3>, bytes from there) of a register's element; few registers differ in the pointer."""
+        coordinate = self.registers.table("register")[register].tolist()
+        inside = self._inside(coordinate)
+        return self._start(inside & self.mask), (inside & ~self.mask) + self._beyond(coordinate)
 
     def pointer(self, register: int) -> mlir.Value:
         """Address of a register's element, !llvm.ptr<3>."""
-        coordinate = self.registers.table("register")[register].tolist()
-        inside = self._inside(coordinate)
-        apart = (inside & ~self.mask) + self._beyond(coordinate)
-        address = self.lw.fb.add(self._start(inside & self.mask), apart)
-        return shared_pointer(self.lw, address)
+        start, apart = self.place(register)
+        return self.lw.fb.gep(start, self.lw.fb.i32(apart)) if apart else start
 
     def groups(self) -> range:
         return range(0, self.registers.num_registers, self.width)

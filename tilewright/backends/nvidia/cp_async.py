@@ -63,9 +63,8 @@ class _Copier:
     def _copy(self, access: TileAccess, target: SharedAccess, masked: bool) -> None:
         fb, size = self.lw.fb, self.width * self.view.dtype.bytes
         for first in access.groups(self.width):
-            address = fb.ptrtoint(target.pointer(first), fb.types.i32)
             count = self._inside(access, first) if masked else None
-            ptx.copy_async(fb, address, access.pointer(first), size, count)
+            ptx.copy_async(fb, target.place(first), access.pointer(first), size, count)
 
     def _inside(self, access: TileAccess, register: int) -> mlir.Value:
         """Bytes of a run that lie inside the view (i32)."""

@@ -110,9 +110,8 @@ class SlotReader:
         """The words of one ``ldmatrix``."""
         assert self.matrix is not None
         if number not in self._words:
-            fb = self.lw.fb
-            address = fb.ptrtoint(self.access.pointer(number), fb.types.i32)
-            self._words[number] = ptx.load_matrices(fb, address, self.matrix.matrices, self.matrix.transposed)
+            place, matrix = self.access.place(number), self.matrix
+            self._words[number] = ptx.load_matrices(self.lw.fb, place, matrix.matrices, matrix.transposed)
         return self._words[number]
 
     def elements(self, register: int) -> Registers:

@@ -140,13 +140,13 @@ class _Product:
         return words
 
     def _parts(self, which: int, origin: tuple[int, int]) -> tuple[Registers, Registers]:
-        """A float32 operand as the sum of two tf32 operands."""
+        """A float32 operand as a tf32 operand and the rest, whose low 13 bits the unit ignores."""
         fb, reader = self.lw.fb, self.readers[which]
         big = self._operands(which, origin)
 
         def rest(register: int, word: mlir.Value) -> mlir.Value:
             value = reader.element(register)
-            return self._tf32(fb.bitcast(fb.fsub(value, fb.bitcast(word, fb.types.f32)), fb.types.i32))
+            return fb.bitcast(fb.fsub(value, fb.bitcast(word, fb.types.f32)), fb.types.i32)
 
         small = [
             self._once(("rest", which, *origin, i), partial(rest, r, w))

@@ -149,14 +149,22 @@ def wait_stores(fb: FunctionBuilder, pending: int, read: bool) -> None:
 # --- copies of single threads: "Data Movement and Conversion Instructions: Asynchronous copy" ---------------------
 
 
+#: a place in shared memory: a pointer and bytes from there, which become part of the instruction
+Place = tuple[mlir.Value, int]
+
+
 def copy_async(
-    fb: FunctionBuilder, address: mlir.Value, pointer: mlir.Value, size: int, count: mlir.Value | None = None
+    fb: FunctionBuilder, place: Place, pointer: mlir.Value, size: int, count: mlir.Value | None = None
 ) -> None:
     """``cp.async`` of 4, 8 or 16 bytes from global to shared memory; zeros from byte ``count`` on."""
     kind = "cg" if size == 16 else "ca"
-    places, arguments = ("", []) if count is None else (", $2", [count])
-    text = f"cp.async.{kind}.shared.global [$0], [$1], {size}{places};"
-    emit(fb, text, "rl" + "r" * len(arguments), [address, pointer, *arguments])
+    sizes, arguments = ("", []) if count is None else (", $2", [count])
+    text = f"cp.async.{kind}.shared.global [$0+{place[1]}], [$1], {size}{sizes};"
+    emit(fb, text, "rl" + "r" * len(arguments), [_address(fb, place), pointer, *arguments])
+
+
+def _address(fb: FunctionBuilder, place: Place) -> mlir.Value:
+    return fb.ptrtoint(place[0], fb.types.i32)
 
 
 def commit_copies(fb: FunctionBuilder) -> None:
@@ -180,10 +188,10 @@ def store_matrices(fb: FunctionBuilder, address: mlir.Value, words: Sequence[mli
     emit(fb, text, "r" * (len(words) + 1), [address, *words])
 
 
-def load_matrices(fb: FunctionBuilder, address: mlir.Value, count: int, transposed: bool) -> list[mlir.Value]:
+def load_matrices(fb: FunctionBuilder, place: Place, count: int, transposed: bool) -> list[mlir.Value]:
     """``ldmatrix``: the words of 1, 2 or 4 matrices of 8 x 16 bytes; lane l addresses row l % 8 of matrix l / 8."""
     places = ", ".join(f"${i}" for i in range(count))
     trans = ".trans" if transposed else ""
-    text = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{places}}}, [${count}];"
+    text = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{places}}}, [${count}+{place[1]}];"
     constraints = ",".join([*["=r"] * count, "r", MEMORY])
-    return list(fb.inline_asm([fb.types.i32] * count, text, constraints, [address]))
+    return list(fb.inline_asm([fb.types.i32] * count, text, constraints, [_address(fb, place)]))

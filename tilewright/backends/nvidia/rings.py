@@ -103,11 +103,21 @@ def lower_await(lw: Lowering, op: Await) -> None:
 
 @lowers(Release, table=RING_LOWERINGS)
 def lower_release(lw: Lowering, op: Release) -> None:
-    """One arrival of each warpgroup. Its threads' own reads must be over first: the matrix unit's are, by its wait."""
+    """One arrival of each warpgroup. Its threads' own reads must be over first: the matrix unit's are, by its wait.
+
+    A barrier alone orders them before other threads' writes, not before those of the copy engine (the async proxy),
+    which may overtake reads that wait for busy banks.
+    """
     ref = ring(lw, op.ring)
+    if ref.read_by_threads and _filled_by_engine(lw, op.ring):
+        ptx.fence_async_proxy(lw.fb)
     if ref.read_by_threads and not lw.scope.single_thread:
         lw.ops.barrier(lw, "warpgroup" if lw.scope.num_warps >= WARPGROUP_WARPS else "role")
     ptx.arrive(lw.fb, empty_barrier(lw, ref, lw.scalar(op.count)), warpgroup_leader(lw))
+
+
+def _filled_by_engine(lw: Lowering, value: Value) -> bool:
+    return any(is_engine(token) for token, op in state(lw).publishes.items() if op.ring is value)
 
 
 def announce(lw: Lowering, op: Publish) -> None:
