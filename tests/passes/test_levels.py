@@ -128,7 +128,7 @@ def execute(module: Module, entry: Case) -> np.ndarray:
     function = module.functions[0]
     name, shape = entry.output
     out = np.full(shape, np.nan, BF16)
-    blocks = {"blocks": 2} if function.attributes.get("persistent") else {}
+    blocks = {"blocks": max(2, function.attributes.get("num_ctas", 1))} if function.attributes.get("persistent") else {}
     run(function, {**arrays(entry), **entry.scalars, name: out}, grid=entry.grid, **blocks)
     return out.view(np.uint16)
 
@@ -161,6 +161,24 @@ CHANGES_SCHEDULE = {
     "tile-order", "pipeline", "roles", "peel", "skew", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences",
     "shared-plan",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("ctas", [2, 4])
+@pytest.mark.parametrize(
+    "name", ["gemm", "gemm-small", "gemm-nt", "gemm-tn", "gemm-empty-k", "mlp", "attention", "residual"]
+)
+def test_clusters_give_the_same_bits(name: str, ctas: int) -> None:
+    """Grids that are no multiple of the cluster, too: blocks without a program of their own take part."""
+    entry = CASES[name]
+    module = build(entry, 16)
+    expected = execute(module, entry)
+    for level in levels(module, "sm_90a", PassOptions(num_ctas=ctas)):
+        verify(module)
+        text = print_module(module, locations=True)
+        assert print_module(parse_module(text), locations=True) == text, level
+        if level.split("{")[0] in CHANGES_SCHEDULE:
+            np.testing.assert_array_equal(execute(module, entry), expected, err_msg=f"after {level}")
+    assert f"ctas = {ctas}" in text and "multicast" in text
 
 
 @pytest.mark.parametrize("stages", [1, 2, 5])

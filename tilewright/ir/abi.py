@@ -14,6 +14,7 @@ Kernel arguments are passed in this order, nothing else is implied:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 
@@ -65,6 +66,18 @@ class KernelABI:
     persistent: bool = False
     #: blocks of this kernel that fit on one SM or CU at once (for persistent launches)
     blocks_per_unit: int = 1
+    #: programs of the grid, along each axis, that run in one cluster of as many blocks (persistent launches)
+    cluster: tuple[int, int, int] = (1, 1, 1)
+
+    @property
+    def cluster_blocks(self) -> int:
+        """Blocks of a cluster."""
+        return prod(self.cluster)
+
+    def persistent_blocks(self, counts: tuple[int, int, int], resident_clusters: int) -> int:
+        """The blocks of a persistent launch over a grid: whole clusters, at most as many as run at once."""
+        groups = prod(-(-count // size) for count, size in zip(counts, self.cluster, strict=True))
+        return min(groups, resident_clusters) * self.cluster_blocks
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form; `from_json` is its inverse."""
@@ -83,5 +96,6 @@ class KernelABI:
         maps = tuple(
             TensorMapParam(m["param"], tuple(m["box"]), tuple(m["order"]), m["swizzle"]) for m in data["tensor_maps"]
         )
-        rest = {k: v for k, v in data.items() if k not in ("params", "tensor_maps")}
-        return KernelABI(params=tuple(param(p) for p in data["params"]), tensor_maps=maps, **rest)
+        rest = {k: v for k, v in data.items() if k not in ("params", "tensor_maps", "cluster")}
+        x, y, z = data.get("cluster", (1, 1, 1))
+        return KernelABI(params=tuple(param(p) for p in data["params"]), tensor_maps=maps, cluster=(x, y, z), **rest)

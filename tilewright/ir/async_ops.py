@@ -4,6 +4,9 @@ A buffer is a group of slots in shared memory. A ring passes its stages from pro
 consumers: the producer ``acquire``s a free stage, starts copies into it and ``publish``es their
 tokens; the consumer ``await``s the stage, reads it and ``release``s it. Ring operations take the
 running count of uses; stage = count mod stages, parity = (count div stages) mod 2.
+
+Blocks of a cluster (function attribute ``num_ctas``) run side by side and reach each other's shared memory. Copies of
+a tile that all of them want are shared: see ``multicast`` of `Copy` and ``ctas`` of `MakeRing`.
 """
 
 from __future__ import annotations
@@ -42,12 +45,16 @@ class MakeRing(Operation):
 
     An ``elastic`` ring gets as many stages as shared memory allows, up to ``most``. The shared-memory plan sets
     ``offset`` (bytes) of the barriers, 8 bytes each: full[stages], then empty[stages].
+
+    With ``ctas`` > 1 that many blocks of a cluster use their rings in step, because copies of one write stages of all:
+    a release arrives at the empty barrier of every block, and ``consumers`` counts the arrivals from all of them.
     """
 
     producers: int = attribute(default=1)
     consumers: int = attribute(default=1)
     elastic: bool = attribute(default=False)
     most: int | None = attribute(default=None)
+    ctas: int = attribute(default=1)
     offset: int | None = attribute(default=None)
 
 
@@ -86,12 +93,16 @@ class Copy(Operation):
 
     The token's kind says who copies: ``tma`` (bulk copy engine, pad must be 0), ``cp_async`` (asynchronous copies of
     the threads, pad must be 0) or ``threads``.
+
+    With ``multicast``, a dim of the tile, the blocks of the cluster copy the same tile at the same use of a ring: each
+    fetches its part along that dim and the copy engine writes the part into the slots of all blocks.
     """
 
     view: Value = operand()
     index: list[Value] = operands()
     slot: Value = operand()
     pad: float = attribute(default=0)
+    multicast: int | None = attribute(default=None)
 
     def verify(self) -> None:
         view: Any = self.view.type
@@ -99,6 +110,9 @@ class Copy(Operation):
         self.require(isinstance(view, ViewType) and isinstance(slot, SlotType), "copies from a view to a slot")
         self.require(view.rank == len(self.index) == slot.rank, "index, view and slot have one rank")
         self.require(view.dtype == slot.dtype, "view and slot have one dtype")
+        if self.multicast is not None:
+            self.require(0 <= self.multicast < slot.rank, "multicast names a dim of the tile")
+            self.require(self.result.type == TokenType("tma"), "the copy engine alone multicasts")
 
 
 @operation("async.publish", effect=Effect.SYNC)
@@ -204,7 +218,7 @@ class Fence(Operation):
 
 @operation("async.barrier", effect=Effect.SYNC)
 class Barrier(Operation):
-    """All threads of ``scope`` meet: ``block``, ``role``, or ``warpgroup`` (each warpgroup on its own)."""
+    """All threads of ``scope`` meet: ``cluster``, ``block``, ``role``, or ``warpgroup`` (each warpgroup on its own)."""
 
     scope: str = attribute(default="block")
 

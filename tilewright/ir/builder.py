@@ -279,8 +279,17 @@ class Builder:
         result = SlotType(shape, type_.dtype, type_.layout.transpose(tuple(perm)))
         return self.insert(async_ops.TransposeSlot(slot, types=[result], perm=tuple(perm))).result
 
-    def copy(self, view: Value, index: Sequence[Value], slot: Value, engine: str, pad: float = 0) -> Value:
-        return self.insert(async_ops.Copy(view, index, slot, types=[TokenType(engine)], pad=pad)).result
+    def copy(
+        self,
+        view: Value,
+        index: Sequence[Value],
+        slot: Value,
+        engine: str,
+        pad: float = 0,
+        multicast: int | None = None,
+    ) -> Value:
+        copy = async_ops.Copy(view, index, slot, types=[TokenType(engine)], pad=pad, multicast=multicast)
+        return self.insert(copy).result
 
     def async_dot(self, a: Value, b: Value, acc: Value) -> tuple[Value, Value]:
         """(accumulator in flight, token)."""

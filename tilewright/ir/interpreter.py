@@ -50,7 +50,8 @@ def run(
     """Execute a kernel on NumPy arrays and scalars, in place.
 
     ``arguments``: by position, or by parameter name. The programs of the grid run one after the other, x fastest.
-    A persistent kernel (function attribute ``persistent``) runs as ``blocks`` blocks instead. Array dtypes are
+    A persistent kernel (function attribute ``persistent``) runs as ``blocks`` blocks instead, those of a cluster
+    (``num_ctas``) side by side. Array dtypes are
     those of NumPy and ml_dtypes and must match the parameters; nothing is converted. Raises `IRError`.
     """
     values = _bind(function, arguments)
@@ -60,21 +61,29 @@ def run(
     users = interpreter_async.ring_users(function)
     with np.errstate(all="ignore"):
         if function.attributes.get("persistent") or blocks is not None:
-            count = min(total, DEFAULT_BLOCKS) if blocks is None else blocks
-            for block in range(count):
-                _run_program(Program(function, full, None, block, count, ring_users=users), values)
+            ctas = int(function.attributes.get("num_ctas", 1))
+            count = max(ctas, min(total, DEFAULT_BLOCKS) // ctas * ctas) if blocks is None else blocks
+            if count % ctas:
+                raise IRError(f"{count} blocks do not make clusters of {ctas}", function.loc)
+            for first in range(0, count, ctas):
+                ranks = range(first, first + ctas)
+                _run_blocks([Program(function, full, None, n, count, ring_users=users) for n in ranks], values)
             return
         for number in range(total):
             ids = (number % full[0], number // full[0] % full[1], number // (full[0] * full[1]))
-            _run_program(Program(function, full, ids, number, total, ring_users=users), values)
+            _run_blocks([Program(function, full, ids, number, total, ring_users=users)], values)
 
 
-def _run_program(program: Program, arguments: dict[Value, Any]) -> None:
-    thread = Thread("the kernel")
-    frame = Frame(program, thread, dict(arguments))
-    program.threads = [thread]
-    interpreter_async.drive([(thread, _function_body(frame))])
-    interpreter_async.finish_program(program)
+def _run_blocks(programs: list[Program], arguments: dict[Value, Any]) -> None:
+    """Run one program, or the blocks of a cluster."""
+    steps = []
+    for rank, program in enumerate(programs):
+        thread = Thread("the kernel" if len(programs) == 1 else f"block {rank}")
+        program.threads, program.peers = [thread], programs
+        steps.append((thread, _function_body(Frame(program, thread, dict(arguments)))))
+    interpreter_async.drive(steps)
+    for program in programs:
+        interpreter_async.finish_program(program)
 
 
 def _function_body(frame: Frame) -> Steps:
@@ -85,6 +94,7 @@ def _function_body(frame: Frame) -> Steps:
         yield from execute(frame, op)
     yield from interpreter_async.run_roles(frame)
     interpreter_async.finish_thread(frame.thread, None)
+    frame.program.ended = True
 
 
 # --- arguments --------------------------------------------------------------------------------

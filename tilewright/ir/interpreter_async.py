@@ -13,6 +13,7 @@
   role, see `_weight`.
 
 Roles run one at a time, each until it blocks, in the order of the text; when all are blocked, that is a deadlock.
+The blocks of a cluster run in turns in the same way. What several of them copy is there when all have made their part.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tilewright.ir.interpreter_machine import (
     Steps,
     Thread,
     Trap,
+    View,
     fault,
     rule,
     run_region,
@@ -45,7 +47,9 @@ from tilewright.ir.interpreter_shared import (
     BulkStore,
     CopyInFlight,
     DotGroup,
+    Phase,
     Ring,
+    SharedCopy,
     SlotRef,
     SlotState,
     join,
@@ -72,7 +76,7 @@ def ring_users(function: Function) -> dict[Value, Users]:
     return users
 
 
-def _weights(roles: Sequence[Operation | None], arrivals: int) -> dict[Operation | None, Fraction]:
+def _weights(roles: Sequence[Operation | None], arrivals: int | Fraction) -> dict[Operation | None, Fraction]:
     """How many of a phase's arrivals one operation of each role stands for.
 
     The IR counts arrivals but does not say who makes them: one thread, warp or warpgroup of a role. The unit is
@@ -86,7 +90,7 @@ def _weights(roles: Sequence[Operation | None], arrivals: int) -> dict[Operation
     for weights in choices:
         if all(weight == arrivals for weight in weights.values()):
             return weights
-    return {role: Fraction(arrivals, len(roles)) for role in roles}
+    return {role: Fraction(arrivals) / len(roles) for role in roles}
 
 
 def _warps(role: Operation | None) -> int:
@@ -104,9 +108,12 @@ _UNITS: tuple[Callable[[Operation | None], int], ...] = (
 
 # --- buffers and rings ------------------------------------------------------------------------
 
+#: what buffers and rings wait for in clusters, where other blocks reach them
+_OTHERS = "the other blocks of the cluster to make theirs"
+
 
 @rule(a.Alloc)
-def _alloc(frame: Frame, op: a.Alloc) -> Buffer:
+def _alloc(frame: Frame, op: a.Alloc) -> Steps:
     type_ = op.result.type
     assert isinstance(type_, BufferType)
     shape = (type_.stages, *type_.slot.shape)
@@ -116,18 +123,25 @@ def _alloc(frame: Frame, op: a.Alloc) -> Buffer:
     frame.program.slots += buffer.slots
     if op.ring is not None:
         frame.read(op.ring).buffers.append(buffer)
+    frame.program.buffers[op.result] = buffer
+    yield from _until(lambda: all(op.result in peer.buffers for peer in frame.program.peers), op, _OTHERS)
     return buffer
 
 
 @rule(a.MakeRing)
-def _ring(frame: Frame, op: a.MakeRing) -> Ring:
-    type_ = op.result.type
+def _ring(frame: Frame, op: a.MakeRing) -> Steps:
+    type_, peers = op.result.type, frame.program.peers
     assert isinstance(type_, RingType)
+    if op.ctas not in (1, len(peers)):
+        raise Trap(f"{op.ctas} blocks use the ring in step, but the cluster has {max(1, len(peers))}")
     publishers, releasers = frame.program.ring_users.get(op.result, ([], []))
-    return Ring(
+    ring = Ring(
         f"%{op.result.hint}" if op.result.hint else "the ring", type_.stages, op.producers, op.consumers,
-        _weights(publishers, op.producers), _weights(releasers, op.consumers),
+        _weights(publishers, op.producers), _weights(releasers, Fraction(op.consumers, op.ctas)),
     )  # fmt: skip
+    frame.program.rings[op.result] = ring
+    yield from _until(lambda: all(op.result in peer.rings for peer in peers), op, _OTHERS)
+    return ring
 
 
 @rule(a.Slot)
@@ -198,10 +212,28 @@ def _release(frame: Frame, op: a.Release) -> None:
     for slot in phase.slots:
         _require_unread(slot, "is released", frame.thread)
         slot.visible.discard(frame.thread)
-    phase.released += ring.releasers.get(frame.thread.role, Fraction(1))
-    if phase.released > ring.consumers:
-        raise Trap(f"use {count} of {ring.label} is released more often than its {ring.consumers} arrivals")
     signal(frame.thread, phase.release_clock)
+    for other in _in_step(frame.program, op):
+        phase = other.phase(count)
+        phase.released += ring.releasers.get(frame.thread.role, Fraction(1))
+        if phase.released > ring.consumers:
+            raise Trap(f"use {count} of {ring.label} is released more often than its {ring.consumers} arrivals")
+        join(phase.release_clock, frame.thread.clock)
+
+
+def _in_step(program: Program, op: a.Release) -> list[Ring]:
+    """The rings at whose barriers a release arrives."""
+    if not isinstance(op.ring.op, a.MakeRing) or op.ring.op.ctas == 1:
+        return [program.rings[op.ring]]
+    return [peer.rings[op.ring] for peer in _alive(program)]
+
+
+def _alive(program: Program) -> list[Program]:
+    """The blocks of the cluster. Trap where one has ended and with it its shared memory."""
+    for rank, peer in enumerate(program.peers):
+        if peer.ended:
+            raise Trap(f"reaches the shared memory of block {rank} of the cluster, which has ended")
+    return program.peers
 
 
 def _use(frame: Frame, op: Any) -> tuple[Ring, int]:
@@ -245,11 +277,16 @@ def _overwrite(slot: SlotState, thread: Thread) -> None:
     if slot.copy is not None:
         raise Trap(f"{slot.label} is overwritten while a copy into it is in flight")
     _require_unread(slot, "is overwritten")
-    if slot.phase is not None and not slot.phase.is_released:
-        raise Trap(f"{slot.label} is overwritten, but its stage is not released")
-    if slot.phase is not None and not knows(thread, slot.phase.release_clock):
-        raise Trap(f"{slot.label} is overwritten by {thread.name}, which did not wait for its release (acquire)")
+    _require_released(slot, slot.phase, thread)
     slot.visible.clear()
+
+
+def _require_released(slot: SlotState, last: Phase | None, thread: Thread) -> None:
+    """``last``: the use of the ring that the slot's contents were published with."""
+    if last is not None and not last.is_released:
+        raise Trap(f"{slot.label} is overwritten, but its stage is not released")
+    if last is not None and not knows(thread, last.release_clock):
+        raise Trap(f"{slot.label} is overwritten by {thread.name}, which did not wait for its release (acquire)")
 
 
 @rule(a.LocalLoad)
@@ -271,12 +308,37 @@ def _local_store(frame: Frame, op: a.LocalStore) -> None:
 def _copy(frame: Frame, op: a.Copy) -> CopyInFlight:
     ref, view = frame.read(op.slot), frame.read(op.view)
     assert isinstance(op.slot.type, SlotType)
+    if op.multicast is not None:
+        return _shared_copy(frame, op, ref, view)
     _overwrite(ref.state, frame.thread)
     ref.state.array[...] = numerics.poison(op.slot.type.dtype)
     copy = CopyInFlight(op, ref, view, frame.ints(op.index))
     ref.state.copy = copy
     frame.thread.copies.setdefault(str(op.result.type), []).append(copy)
     return copy
+
+
+def _shared_copy(frame: Frame, op: a.Copy, ref: SlotRef, view: View) -> CopyInFlight:
+    """This block's part of a copy, into the slots of all blocks of the cluster; the copy into its own."""
+    program, index, buffer = frame.program, frame.ints(op.index), a.buffer_of(op.slot)
+    assert isinstance(op.slot.type, SlotType)
+    stage = program.buffers[buffer].slots.index(ref.state)
+    for peer in _alive(program):
+        slot = peer.buffers[buffer].slots[stage]
+        copy = slot.copy
+        if copy is None:
+            _overwrite(slot, frame.thread)
+            slot.array[...] = numerics.poison(op.slot.type.dtype)
+            whole = SlotRef(slot, slot.array)
+            copy = slot.copy = SharedCopy(op, whole, view, index, blocks=len(program.peers), last=slot.phase)
+        elif not isinstance(copy, SharedCopy) or program.rank in copy.parts or copy.op is not op or copy.index != index:
+            raise Trap(f"{slot.label} is overwritten while another copy into it is in flight")
+        else:
+            _require_released(slot, copy.last, frame.thread)
+        copy.parts[program.rank] = view, index
+    own = ref.state.copy
+    assert own is not None
+    return own
 
 
 # --- matrix unit ------------------------------------------------------------------------------
@@ -360,23 +422,32 @@ def _fence(frame: Frame, op: a.Fence) -> None:
 
 @rule(a.Barrier)
 def _barrier(frame: Frame, op: a.Barrier) -> Steps:
-    """A block barrier waits for all roles. The threads of one role run as one, and meet at once."""
-    if op.scope != "block":
-        return
+    """A block's barrier waits for all roles, a cluster's for all blocks. The threads of one role meet at once."""
     program = frame.program
-    state = program.barrier = program.barrier or BarrierState()
+    if op.scope == "cluster":
+        first = program.peers[0]
+        state = first.cluster_barrier = first.cluster_barrier or BarrierState()
+        yield from _meet(frame, op, state, program.peers, "the other blocks at the cluster's barrier")
+    elif op.scope == "block":
+        state = program.barrier = program.barrier or BarrierState()
+        yield from _meet(frame, op, state, [program], "the other roles at the block's barrier")
+
+
+def _meet(frame: Frame, op: a.Barrier, state: BarrierState, programs: Sequence[Program], text: str) -> Steps:
+    """Wait for all threads of ``programs``."""
     state.arrived += 1
     signal(frame.thread, state.clock)
-    if state.arrived == len(program.threads):
+    if state.arrived == sum(len(program.threads) for program in programs):
         state.arrived, state.generation = 0, state.generation + 1
-        for slot in program.slots:
-            if slot.visible:
-                slot.visible.update(program.threads)
-        for thread in program.threads:
-            join(thread.clock, state.clock)
+        for program in programs:
+            for slot in program.slots:
+                if slot.visible:
+                    slot.visible.update(program.threads)
+            for thread in program.threads:
+                join(thread.clock, state.clock)
         return
     generation = state.generation
-    yield from _until(lambda: state.generation > generation, op, "the other roles at the block's barrier")
+    yield from _until(lambda: state.generation > generation, op, text)
 
 
 # --- roles ------------------------------------------------------------------------------------
@@ -397,14 +468,16 @@ def run_roles(frame: Frame) -> Steps:
     roles, frame.pending_roles = frame.pending_roles, []
     if not roles:
         return
-    yield from ()  # a generator like the other steps, though roles block each other and not what is around them
     program = frame.program
-    threads = [Thread(f"role @{role.attributes['kind']}", role=role, clock=dict(frame.thread.clock)) for role in roles]
+    where = f"block {program.rank}, " if len(program.peers) > 1 else ""
+    threads = [
+        Thread(f"{where}role @{role.attributes['kind']}", role=role, clock=dict(frame.thread.clock)) for role in roles
+    ]
     for slot in program.slots:
         if frame.thread in slot.visible:
             slot.visible.update(threads)
     program.threads = threads
-    drive([(thread, _role_body(frame, thread)) for thread in threads])
+    yield from interleave([(thread, _role_body(frame, thread)) for thread in threads])
     program.threads = [frame.thread]
     for thread in threads:
         join(frame.thread.clock, thread.clock)
@@ -419,7 +492,13 @@ def _role_body(outer: Frame, thread: Thread) -> Steps:
 
 
 def drive(threads: Sequence[tuple[Thread, Steps]]) -> None:
-    """Run threads round robin, each until it blocks; IRError when all that are left are blocked."""
+    """Run threads to their ends; IRError when all that are left are blocked."""
+    for blocked in interleave(threads):
+        raise _deadlock(blocked.inner)
+
+
+def interleave(threads: Sequence[tuple[Thread, Steps]]) -> Iterator[Blocked]:
+    """Run threads round robin, each until it blocks; yields when all that are left are."""
     waiting: dict[Thread, Blocked | None] = {thread: None for thread, _ in threads}
     steps = dict(threads)
     while waiting:
@@ -434,16 +513,27 @@ def drive(threads: Sequence[tuple[Thread, Steps]]) -> None:
             except StopIteration:
                 del waiting[thread]
         if not moved:
-            raise _deadlock({thread: blocked for thread, blocked in waiting.items() if blocked is not None})
+            stuck = {thread: blocked for thread, blocked in waiting.items() if blocked is not None}
+            first = next(iter(stuck.values()))
+            yield Blocked(lambda stuck=stuck: any(b.ready() for b in stuck.values()), first.op, first.text, stuck)  # type: ignore[misc]
 
 
 def _deadlock(waiting: dict[Thread, Blocked]) -> IRError:
+    stuck = list(_innermost(waiting))
     lines = []
-    for thread, blocked in waiting.items():
+    for thread, blocked in stuck:
         place = "" if blocked.op.loc == UNKNOWN else f" at {blocked.op.loc}"
         lines.append(f"{thread.name}: '{blocked.op.name}'{place} waits for {blocked.text}")
-    loc = next((b.op.loc for b in waiting.values() if b.op.loc != UNKNOWN), UNKNOWN)
+    loc = next((b.op.loc for _, b in stuck if b.op.loc != UNKNOWN), UNKNOWN)
     return IRError("deadlock: nothing can go on\n  " + "\n  ".join(lines), loc)
+
+
+def _innermost(waiting: dict[Thread, Blocked]) -> Iterator[tuple[Thread, Blocked]]:
+    for thread, blocked in waiting.items():
+        if blocked.inner:
+            yield from _innermost(blocked.inner)
+        else:
+            yield thread, blocked
 
 
 def _until(ready: Callable[[], bool], op: Operation, text: str) -> Iterator[Blocked]:

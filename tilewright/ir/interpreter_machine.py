@@ -40,6 +40,8 @@ class Blocked:
     ready: Callable[[], bool]
     op: Operation
     text: str
+    #: threads that started inside the operation, and what each of them waits for
+    inner: dict[Thread, Blocked] = field(default_factory=dict)
 
 
 Steps = Generator[Blocked, None, Any]
@@ -78,6 +80,17 @@ class Program:
     #: what `tilewright.ir.interpreter_async` found in the function: for each ring, who publishes and releases it
     ring_users: dict[Value, Any] = field(default_factory=dict)
     cache: dict[Value, Any] = field(default_factory=dict)
+    #: the programs of the cluster by rank, this one included, and what others reach of it
+    peers: list[Program] = field(default_factory=list)
+    rings: dict[Value, Any] = field(default_factory=dict)
+    buffers: dict[Value, Any] = field(default_factory=dict)
+    cluster_barrier: Any = None
+    ended: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The block's number in its cluster."""
+        return self.peers.index(self) if self.peers else 0
 
 
 class Frame:

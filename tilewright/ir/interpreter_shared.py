@@ -73,13 +73,43 @@ class CopyInFlight:
     index: list[int]
     landed: bool = False
 
+    @property
+    def issued(self) -> bool:
+        """Nobody has to start a part of it any more."""
+        return True
+
     def land(self) -> None:
         if self.landed:
             return
         self.landed = True
-        shape, state = self.ref.array.shape, self.ref.state
-        self.ref.array[...] = load_tile(self.view, self.index, shape, self.op.pad)
-        state.copy, state.written = None, True
+        self.fill()
+        self.ref.state.copy, self.ref.state.written = None, True
+
+    def fill(self) -> None:
+        self.ref.array[...] = load_tile(self.view, self.index, self.ref.array.shape, self.op.pad)
+
+
+@dataclass(eq=False)
+class SharedCopy(CopyInFlight):
+    """A copy into one block's slot of which each block of a cluster makes a part along ``op.multicast``."""
+
+    blocks: int = 1
+    #: the use of the ring that the slot's contents before it were published with
+    last: Phase | None = None
+    #: by rank: the view and index that the block copies from
+    parts: dict[int, tuple[View, list[int]]] = field(default_factory=dict)
+
+    @property
+    def issued(self) -> bool:
+        return len(self.parts) == self.blocks
+
+    def fill(self) -> None:
+        array, axis = self.ref.array, self.op.multicast
+        assert axis is not None
+        size = array.shape[axis] // self.blocks
+        for rank, (view, index) in self.parts.items():
+            part = tuple(slice(rank * size, (rank + 1) * size) if n == axis else slice(None) for n in range(array.ndim))
+            array[part] = load_tile(view, index, array.shape, self.op.pad)[part]
 
 
 @dataclass(eq=False)
@@ -152,7 +182,8 @@ class Ring:
         return self.phases.setdefault(count, Phase(self.consumers))
 
     def is_full(self, count: int) -> bool:
-        return self.phase(count).published >= self.producers
+        phase = self.phase(count)
+        return phase.published >= self.producers and all(copy.issued for copy in phase.copies)
 
     def is_free(self, count: int) -> bool:
         return count < self.stages or self.phase(count - self.stages).is_released

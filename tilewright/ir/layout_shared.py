@@ -147,6 +147,17 @@ class SharedLayout:
         swizzled: IntArray = (bit_address ^ rows << 7) // self.element_bits
         return swizzled
 
+    def part_bytes(self, axis: int, parts: int) -> int | None:
+        """Bytes from one to the next of ``parts`` equal parts along a dim, which lie alike; None where they do not."""
+        size, rest = divmod(self.shape[axis], parts)
+        unit = self.block_size if axis == self.order[0] else 1
+        if rest or size % unit or self.max_phase > 1 or self.phases:
+            return None
+        start = [0] * len(self.shape)
+        start[axis] = size if parts > 1 else 0
+        step = int(self.offset_of(*start)) * self.element_bits // 8
+        return None if step % self.alignment else step
+
     def _core(self) -> Vector:
         """Largest power-of-two corner whose elements lie contiguously and whose offsets are linear over F2."""
         core = [1] * len(self.shape)

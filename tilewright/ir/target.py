@@ -41,9 +41,9 @@ class Target:
     def has(self, feature: str) -> bool:
         """Whether the hardware has a feature, and tilewright uses it there.
 
-        tma, wgmma, mbarrier, setmaxnreg; cp_async, mma_sync, mma_fp8 (fp8 operands of mma.sync), mma_f64 (its larger
-        f64 shapes), stmatrix; mfma, mfma_long (twice the K), mfma_xf32, fp8_ocp (the 8-bit formats are OCP's),
-        permlane_swap.
+        tma, wgmma, mbarrier, setmaxnreg, clusters (blocks that reach each other's shared memory, multicast copies);
+        cp_async, mma_sync, mma_fp8 (fp8 operands of mma.sync), mma_f64 (its larger f64 shapes), stmatrix; mfma,
+        mfma_long (twice the K), mfma_xf32, fp8_ocp (the 8-bit formats are OCP's), permlane_swap.
         """
         return feature in self.features
 
@@ -72,7 +72,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "sm_90a", shared_bytes=232448, units=132, cpu="sm_90a", llvm_features="+ptx84",
-            features=_HOPPER | {"tma", "wgmma", "mbarrier", "setmaxnreg"}, **_NVIDIA,
+            features=_HOPPER | {"tma", "wgmma", "mbarrier", "setmaxnreg", "clusters"}, **_NVIDIA,
         ),
         Target(
             "sm_100a", shared_bytes=232448, units=148, cpu="sm_100a", llvm_features="+ptx86",
