@@ -102,6 +102,9 @@ def _changes(op: Operation, weaker: dict[str, str]) -> Iterator[Change]:
             count = getattr(op, name)
             yield f"{name} {count} -> {count + 1}", _add(name, 1)
             yield f"{name} {count} -> {count - 1}", _add(name, -1)
+        if op.ctas > 1:
+            yield f"ctas {op.ctas} -> 1", _set("ctas", 1)
+            yield f"ctas {op.ctas} -> 1, and consumers so", _alone
         if _stages(op.result) > 1:
             yield f"stages {_stages(op.result)} -> {_stages(op.result) - 1}, of its buffers too", _shallower
             yield f"stages {_stages(op.result)} -> 1, of its buffers too", _one_stage
@@ -133,6 +136,12 @@ def _set(name: str, value: object) -> Callable[[Function, Operation], None]:
         setattr(op, name, value)
 
     return apply
+
+
+def _alone(function: Function, op: Operation) -> None:
+    """Releases reach the own block only, whose producer waits for no more."""
+    assert isinstance(op, MakeRing)
+    op.consumers, op.ctas = op.consumers // op.ctas, 1
 
 
 def _later(function: Function, op: Operation) -> None:

@@ -14,8 +14,9 @@ from tilewright.ir.core import Function, Operation
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.machine import Machine
 from tilewright.passes.checker.model import Model
-from tilewright.passes.checker.program import Infeasible, RoleProgram, Run
+from tilewright.passes.checker.program import RoleProgram
 from tilewright.passes.checker.scenarios import Inputs, find_leaves, larger, more_scenarios, scenarios, with_more_tiles
+from tilewright.passes.checker.trace import Infeasible, Run
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: events of one role that a scenario follows, and steps of all threads and scenarios after which no other is begun
@@ -58,18 +59,24 @@ def check(function: Function, context: PassContext) -> Result:
     if result.missed:
         for inputs in more_scenarios(model, leaves, MOST_TRIES):
             missed = set(result.missed)
-            if missed and result.steps <= MOST_STEPS and _reaches(programs, inputs, missed):
+            if missed and result.steps <= MOST_STEPS and _reaches(model, programs, inputs, missed):
                 _check_on(model, programs, with_more_tiles(model, inputs), result)
                 for more in larger(model, leaves, inputs):
-                    if _reaches(programs, more, missed):
+                    if _reaches(model, programs, more, missed):
                         _check_on(model, programs, more, result)
     return result
 
 
-def _reaches(programs: list[RoleProgram], inputs: Inputs, missed: set[tuple[Operation, int]]) -> bool:
+def _trace(model: Model, programs: list[RoleProgram], inputs: Inputs, most_events: int) -> list[list[Run]]:
+    """For each block of the cluster the runs of its roles."""
+    return [[program.trace(inputs.of_block(rank), most_events) for program in programs] for rank in range(model.ctas)]
+
+
+def _reaches(model: Model, programs: list[RoleProgram], inputs: Inputs, missed: set[tuple[Operation, int]]) -> bool:
     """Whether something runs that has not run before, or goes wrong before the roles even meet."""
     try:
-        return any(program.trace(inputs, MOST_EVENTS).covered & missed for program in programs)
+        runs = [run for block in _trace(model, programs, inputs, MOST_EVENTS) for run in block]
+        return any(run.covered & missed for run in runs)
     except Fault:
         return True
     except Infeasible:
@@ -77,19 +84,19 @@ def _reaches(programs: list[RoleProgram], inputs: Inputs, missed: set[tuple[Oper
 
 
 def _check_on(model: Model, programs: list[RoleProgram], inputs: Inputs, result: Result) -> None:
-    runs: list[Run] = []
+    runs: list[list[Run]] = []
     try:
-        for program in programs:
-            runs.append(program.trace(inputs, MOST_EVENTS))
+        runs = _trace(model, programs, inputs, MOST_EVENTS)
         result.steps += Machine(model, runs).run()
     except Infeasible:
         return
     except Fault as fault:
-        if inputs.most_trips is None or not any(_shortens(p, inputs) for p in programs):
+        ranks = range(model.ctas)
+        if inputs.most_trips is None or not any(_shortens(p, inputs.of_block(r)) for p in programs for r in ranks):
             raise fault.error(str(inputs)) from None
         result.steps += _confirm(model, programs, inputs)
     result.inputs.append(inputs)
-    for run in runs:
+    for run in (run for block in runs for run in block):
         result.missed -= run.covered
 
 
@@ -105,7 +112,7 @@ def _confirm(model: Model, programs: list[RoleProgram], inputs: Inputs) -> int:
     """Loops were shortened, which may be what went wrong: look again with the loops as they are."""
     inputs.most_trips = None
     try:
-        return Machine(model, [program.trace(inputs, MOST_CONFIRMED) for program in programs]).run()
+        return Machine(model, _trace(model, programs, inputs, MOST_CONFIRMED)).run()
     except Fault as fault:
         raise fault.error(str(inputs)) from None
 

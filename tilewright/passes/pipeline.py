@@ -12,19 +12,21 @@ loops::
     ...
     async.release %ring, %n              // after the last use
 
-The result is still one program; `roles` splits it.
+The result is still one program; `roles` splits it. In clusters, copies of what all blocks want are shared
+(`tilewright.passes.clusters`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tilewright.ir.async_ops import Acquire, Await, Publish, Release
+from tilewright.ir.async_ops import Acquire, Await, Barrier, Publish, Release
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, Operation, Region, Value, replace_uses, uses_of
+from tilewright.ir.core import Block, Function, IRError, Operation, Region, Value, replace_uses, uses_of
 from tilewright.ir.tile_ops import Dot, For, If, Load, Transpose, While, Yield
 from tilewright.ir.types import ScalarType, SlotType, TileType, i32
 from tilewright.passes.analysis import ancestor_in, enclosing_operations
+from tilewright.passes.clusters import cluster_size, shared_axis
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import ROLES, matrix_unit, schedule_of
 
@@ -43,6 +45,8 @@ class Group:
     in_loop: bool
     ring: Value | None = None
     buffers: list[Value] = field(default_factory=list)
+    #: copies that the blocks of a cluster share -> the dim along which they divide them
+    shared: dict[Load, int] = field(default_factory=dict)
 
 
 @register_pass("pipeline")
@@ -57,6 +61,14 @@ class Pipeline(FunctionPass):
         groups = find_groups(function)
         if not groups:
             return
+        shared, ctas = any(group.shared for group in groups), cluster_size(function)
+        if ctas > 1 and not shared:
+            raise IRError(
+                f"num_ctas={ctas}: the tiles that the programs of '{function.name}' have in common do not divide among "
+                f"{ctas} blocks",
+                function.loc,
+                "use larger tiles, or leave out num_ctas",
+            )
         stages = self.num_stages or context.options.num_stages
         self._allocate(function, groups, stages)
         rewriter = _Rewriter(groups)
@@ -67,17 +79,21 @@ class Pipeline(FunctionPass):
         _use_slots(function, rewriter.slots)
         if not matrix_unit(context.target, function).reads_slots:
             _read_slots(function)
+        if shared:  # other blocks may copy to this one, and arrive, until they end too
+            with top.at(function.body.block):
+                top.insert(Barrier(scope="cluster"))
 
     def _allocate(self, function: Function, groups: list[Group], stages: int | None) -> None:
         b = Builder(function.body.block, function.loc)
         with b.at(function.body.block, position=0):
             for group in groups:
+                ctas = cluster_size(function) if group.shared else 1
                 if group.in_loop:
-                    group.ring = b.ring(stages or LEAST_STAGES, hint="ring", elastic=stages is None)
+                    group.ring = b.ring(stages or LEAST_STAGES, hint="ring", elastic=stages is None, ctas=ctas)
                 else:
                     # once per program: a second stage lets a persistent block fetch the next program's tile
                     ahead = bool(function.attributes.get("persistent"))
-                    group.ring = b.ring(1, hint="ring", elastic=ahead, **({"most": 2} if ahead else {}))
+                    group.ring = b.ring(1, hint="ring", elastic=ahead, ctas=ctas, **({"most": 2} if ahead else {}))
                 for load in group.loads:
                     group.buffers.append(b.alloc(_slot_type(load), group.ring, hint=load.result.hint))
 
@@ -98,6 +114,9 @@ def find_groups(function: Function) -> list[Group]:
         in_loop = _in_inner_loop(block, loops, function)
         group = groups.setdefault((id(block), id(first), id(last)), Group(block, [], first, last, in_loop))
         group.loads.append(load)
+        axis = shared_axis(load, _slot_type(load), function)
+        if axis is not None:
+            group.shared[load] = axis
     return _merge_neighbours(list(groups.values()))
 
 
@@ -111,6 +130,7 @@ def _merge_neighbours(groups: list[Group]) -> list[Group]:
             continue
         order = {id(op): n for n, op in enumerate(group.block.ops)}
         partner.loads = sorted(partner.loads + group.loads, key=lambda op: order[id(op)])
+        partner.shared |= group.shared
         partner.first_use = min(partner.first_use, group.first_use, key=lambda op: order[id(op)])
         partner.last_use = max(partner.last_use, group.last_use, key=lambda op: order[id(op)])
     return merged
@@ -193,7 +213,7 @@ class _Rewriter:
             b.loc = load.loc
             slot = b.slot(buffer, count)
             slot.hint = load.result.hint
-            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad))
+            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad, group.shared.get(load)))
             self.slots[load.result] = slot
         b.insert(Publish(group.ring, count, tokens))
 

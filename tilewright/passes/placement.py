@@ -9,6 +9,7 @@ could not compute it), or when the program also writes its tensor (order must be
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import gcd
 
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
@@ -46,14 +47,11 @@ class Placement(FunctionPass):
             unit.check(dot)
         warps = context.options.num_warps or unit.warps(dots)
         function.attributes["num_warps"] = warps
-        loops, uses = enclosing_operations(function), uses_of(function.body)
-        written = written_tensors(function)
+        travelling = set(dot_loads(function))
         for dot in dots:
             for which, value in (("a", dot.a), ("b", dot.b)):
                 load, perm = trace_load(value)
-                if load is None or load.shared is not None or view_root(load.view) in written:
-                    continue
-                if not early_address(load, loops, written) or not only_dots(load, uses):
+                if load is None or load not in travelling or load.shared is not None:
                     continue
                 layout = unit.shared(which, dot, contiguous_axis(load, perm), warps)
                 if layout is None:
@@ -61,6 +59,18 @@ class Placement(FunctionPass):
                 load.shared = layout if perm is None else layout.transpose(_inverse(perm))
                 choose = copy_engine if by_roles else thread_engine
                 load.engine = choose(load, context.target)
+
+
+def dot_loads(function: Function) -> Iterator[Load]:
+    """Loads of dot operands that can travel through shared memory, each once."""
+    loops, uses = enclosing_operations(function), uses_of(function.body)
+    written = written_tensors(function)
+    operands = [v for op in function.walk() if isinstance(op, Dot) for v in (op.a, op.b)]
+    for load in dict.fromkeys(trace_load(value)[0] for value in operands):
+        if load is None or view_root(load.view) in written:
+            continue
+        if early_address(load, loops, written) and only_dots(load, uses):
+            yield load
 
 
 def only_dots(load: Load, uses: dict[Value, list[Operation]]) -> bool:

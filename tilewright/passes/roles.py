@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilewright.ir.async_ops import Acquire, Alloc, Copy, MakeRing, Publish, Role
+from tilewright.ir.async_ops import Acquire, Alloc, Barrier, Copy, MakeRing, Publish, Role
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Effect, Function, Operation, Region, Value
 from tilewright.ir.target import Target
@@ -34,8 +34,9 @@ class Roles(FunctionPass):
             return
         body = function.body.block
         shared = [op for op in body.ops if isinstance(op, Alloc | MakeRing)]
+        ends = [op for op in body.ops if isinstance(op, Barrier) and op.scope == "cluster"]
         program = Region(Block())
-        program.block.set_ops([op for op in body.ops if op not in shared])
+        program.block.set_ops([op for op in body.ops if op not in shared and op not in ends])
         engines = {op.result.type.kind for op in copies if isinstance(op.result.type, TokenType)}
         consumers = int(function.attributes["num_warps"])
         registers = distribute_registers(context.target, consumers, "tma" if engines == {"tma"} else "threads")
@@ -46,6 +47,8 @@ class Roles(FunctionPass):
         alone = engines == {"tma"}
         b.insert(Role(regions=[produce], kind="producer", warps=WARPGROUP, registers=registers[0], single_thread=alone))
         b.insert(Role(regions=[consume], kind="consumer", warps=consumers, registers=registers[1]))
+        for op in ends:
+            b.insert(op)
         function.attributes["threads"] = (WARPGROUP + consumers) * context.target.warp_size
         _count_arrivals(function, consumers, context.target)
         eliminate_dead_code(function)
@@ -90,7 +93,7 @@ def _count_arrivals(function: Function, consumers: int, target: Target) -> None:
     """How many arrivals fill and free a stage.
 
     Full: one (the elected thread announces the bytes) where the engine copies everything, else every
-    producing thread. Free: one of each consumer warpgroup.
+    producing thread. Free: one of each consumer warpgroup, of all blocks that share copies.
     """
     engines: dict[Value, set[str]] = {}
     for op in function.walk():
@@ -101,4 +104,4 @@ def _count_arrivals(function: Function, consumers: int, target: Target) -> None:
         if isinstance(op, MakeRing):
             by_engine = engines.get(op.result, set()) == {"tma"}
             op.producers = 1 if by_engine else WARPGROUP * target.warp_size
-            op.consumers = consumers // WARPGROUP
+            op.consumers = consumers // WARPGROUP * op.ctas

@@ -10,12 +10,19 @@ the other axes, so that the blocks end together and what programs of a place sha
 Some GPUs consist of chiplets, each with an L2 of its own, and deal blocks to them in turn (AMD Instinct: eight XCDs).
 There neighbouring tiles would all fetch the same operands into every L2. So blocks are renumbered such that one chiplet
 gets ``chunk`` neighbours in a row; the end of the grid that fills no whole round stays as it is.
+
+With clusters of blocks (`tilewright.passes.clusters`) the loop walks groups of neighbours along one axis, and each
+block runs its member of the group. Where the axis ends within a group, blocks without a member run the last one's
+beside it, without its effects.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation, Value, replace_uses
+from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import (
     Binary,
     BlockId,
@@ -30,6 +37,7 @@ from tilewright.ir.tile_ops import (
 )
 from tilewright.ir.types import ScalarType, i32
 from tilewright.passes.analysis import enclosing_operations, program_axes
+from tilewright.passes.clusters import choose_axis, guard_effects
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import ROLES, schedule_of
 
@@ -38,25 +46,29 @@ from tilewright.passes.matrix import ROLES, schedule_of
 class TileOrder(FunctionPass):
     """``persistent`` none: decide by the program. ``group``: rows of tiles in one L2 window.
 
-    ``chunk``: neighbouring tiles of one chiplet. None for both: what suits the target.
+    ``chunk``: neighbouring tiles of one chiplet. None for both: what suits the target. ``num_ctas``: blocks of a
+    cluster; None leaves it to the option of that name.
     """
 
     group: int | None = None
     chunk: int | None = None
     persistent: bool | None = None
+    num_ctas: int | None = None
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
         ids = [op for op in function.walk() if isinstance(op, ProgramId)]
+        cluster = _join_clusters(function, context.target, self.num_ctas or context.options.num_ctas or 1)
         persistent = self.persistent
         if persistent is None:
             has_dots = any(isinstance(op, Dot) for op in function.walk())
             persistent = has_dots and schedule_of(function, context.target) == ROLES
+        persistent |= cluster is not None
         axes = reuse_axes(function)
         longest = growing_axis(function) if persistent and axes is None else None
         chiplets = 1 if persistent or not shares_neighbours(function) else context.target.chiplets
         if not ids or not (persistent or axes or chiplets > 1):
             return
-        group = self.group or context.target.tile_group
+        order = _Order(axes, longest, self.group or context.target.tile_group)
         body = function.body.block
         original = list(body.ops)
         body.set_ops([])
@@ -64,44 +76,109 @@ class TileOrder(FunctionPass):
         sizes = [b.num_programs(axis) for axis in range(3)]
         block = b.insert(BlockId(types=[ScalarType(i32)])).result
         if persistent:
+            _walk(b, function, ids, block, sizes, order, original, cluster)
+            return
+        tile = block
+        if chiplets > 1:
             total = b.mul(b.mul(sizes[0], sizes[1]), sizes[2])
-            blocks = b.insert(NumBlocks(types=[ScalarType(i32)])).result
-            loop = b.for_loop(block, total, blocks, [], ["tile"])
-            function.attributes["persistent"] = True
-            with b.at(loop.body.block):
-                self._number_tiles(b, function, ids, loop.index, sizes, axes, longest, group, original)
-                b.yield_()
-        else:
-            tile = block
-            if chiplets > 1:
-                total = b.mul(b.mul(sizes[0], sizes[1]), sizes[2])
-                tile = by_chiplet(b, block, total, chiplets, self.chunk or context.target.chiplet_chunk)
-            self._number_tiles(b, function, ids, tile, sizes, axes, longest, group, original)
+            tile = by_chiplet(b, block, total, chiplets, self.chunk or context.target.chiplet_chunk)
+        _place_programs(b, function, ids, order.decode(b, tile, sizes), original)
 
-    def _number_tiles(
-        self,
-        b: Builder,
-        function: Function,
-        ids: list[ProgramId],
-        tile: Value,
-        sizes: list[Value],
-        axes: tuple[int, int] | None,
-        longest: int | None,
-        group: int,
-        original: list[Operation],
-    ) -> None:
-        """Decode ``tile`` into program ids, then place the original body behind."""
-        if longest is not None:
-            programs = decode_longest_first(b, tile, sizes, longest, group)
-        else:
-            programs = decode(b, tile, sizes, axes, group)
-        for axis, value in enumerate(programs):
-            value.hint = value.hint or f"program_{axis}"
-        for op in original:
-            if not isinstance(op, ProgramId):
-                b.insert(op)
-        _erase_nested(b.block, ids)
-        replace_uses(function.body, {op.result: programs[op.axis] for op in ids})
+
+@dataclass(frozen=True)
+class _Order:
+    """``axes``: two along which rows of ``group`` tiles run at the same time; ``longest``: one that falls."""
+
+    axes: tuple[int, int] | None
+    longest: int | None
+    group: int
+
+    def decode(self, b: Builder, tile: Value, sizes: list[Value]) -> list[Value]:
+        """Program ids of a linear tile number."""
+        if self.longest is not None:
+            return decode_longest_first(b, tile, sizes, self.longest, self.group)
+        return decode(b, tile, sizes, self.axes, self.group)
+
+    def of_groups(self, cluster: _Cluster) -> _Order:
+        """The same window where tiles are groups of a cluster's programs."""
+        if self.axes is None or self.axes[0] != cluster.axis:
+            return self
+        return replace(self, group=max(1, self.group // cluster.ctas))
+
+
+def _walk(
+    b: Builder,
+    function: Function,
+    ids: list[ProgramId],
+    block: Value,
+    sizes: list[Value],
+    order: _Order,
+    original: list[Operation],
+    cluster: _Cluster | None,
+) -> None:
+    """The persistent loop of a block, or of the blocks of a cluster together."""
+    function.attributes["persistent"] = True
+    if cluster is not None:
+        sizes, order = cluster.group(b, block, sizes), order.of_groups(cluster)
+    total = b.mul(b.mul(sizes[0], sizes[1]), sizes[2])
+    blocks = b.insert(NumBlocks(types=[ScalarType(i32)])).result
+    if cluster is not None:
+        block, blocks = (b.binary("floordiv", n, b.index(cluster.ctas)) for n in (block, blocks))
+    loop = b.for_loop(block, total, blocks, [], ["tile"])
+    with b.at(loop.body.block):
+        programs = order.decode(b, loop.index, sizes)
+        valid = None if cluster is None else cluster.pick(b, programs)
+        _place_programs(b, function, ids, programs, original)
+        if valid is not None:
+            guard_effects(loop.body.block, valid)
+        b.yield_()
+
+
+def _place_programs(
+    b: Builder, function: Function, ids: list[ProgramId], programs: list[Value], original: list[Operation]
+) -> None:
+    """Place the original body where ``programs`` are its ids."""
+    for axis, value in enumerate(programs):
+        value.hint = value.hint or f"program_{axis}"
+    for op in original:
+        if not isinstance(op, ProgramId):
+            b.insert(op)
+    _erase_nested(b.block, ids)
+    replace_uses(function.body, {op.result: programs[op.axis] for op in ids})
+
+
+@dataclass
+class _Cluster:
+    """Groups of ``ctas`` neighbours along ``axis``, of which each block runs a member."""
+
+    ctas: int
+    axis: int
+    #: the block's member, and the size of the grid along the axis
+    member: Value | None = None
+    size: Value | None = None
+
+    def group(self, b: Builder, block: Value, sizes: list[Value]) -> list[Value]:
+        """The sizes of the grid of groups."""
+        ctas, groups = b.index(self.ctas), list(sizes)
+        self.member, self.size = b.binary("mod", block, ctas), sizes[self.axis]
+        groups[self.axis] = b.binary("floordiv", b.add(self.size, b.index(self.ctas - 1)), ctas)
+        return groups
+
+    def pick(self, b: Builder, programs: list[Value]) -> Value:
+        """Replace the group's number by the member's; gives whether the grid has it."""
+        assert self.member is not None and self.size is not None
+        place = b.add(b.mul(programs[self.axis], b.index(self.ctas)), self.member)
+        programs[self.axis] = b.binary("min", place, b.sub(self.size, b.index(1)))
+        return b.compare("lt", place, self.size)
+
+
+def _join_clusters(function: Function, target: Target, ctas: int) -> _Cluster | None:
+    """The clusters of a function, if there are to be any; writes them down as attributes."""
+    axis = choose_axis(function, target, ctas) if ctas > 1 else None
+    if axis is None:
+        return None
+    function.attributes["num_ctas"], function.attributes["cluster_axis"] = ctas, axis
+    return _Cluster(ctas, axis)
 
 
 def _erase_nested(block: Block, ids: list[ProgramId]) -> None:

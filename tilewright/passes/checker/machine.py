@@ -9,13 +9,13 @@ and only waits move other clocks along it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.memory import Access, Memory, RaceFault
 from tilewright.passes.checker.model import Agent, Model, RingModel
-from tilewright.passes.checker.program import Event, Run
+from tilewright.passes.checker.trace import Event, Run
 
 Clock = list[int]
 
@@ -28,6 +28,8 @@ class Phases:
     expected: int
     done: int = 0
     arrived: int = 0
+    #: bytes announced and not brought yet
+    bytes: int = 0
     #: of the open phase
     clock: Clock = field(default_factory=list)
     proxy: Clock = field(default_factory=list)
@@ -63,50 +65,54 @@ class Thread:
     stores: list[Event] = field(default_factory=list)
     #: asynchronous copies that it has started, by kind of token
     copies: dict[str, list[Event]] = field(default_factory=dict)
+    #: arrivals at other blocks' barriers, by block
+    remote: dict[int, int] = field(default_factory=dict)
     #: clocks when it issued its groups of the matrix unit
     groups: list[tuple[Clock, Clock]] = field(default_factory=list)
 
 
 class Machine:
-    """One block on given inputs."""
+    """One block, or the blocks of a cluster, on given inputs. ``runs``: for each block those of its roles."""
 
-    def __init__(self, model: Model, runs: list[Run]):
+    def __init__(self, model: Model, runs: Sequence[Sequence[Run]]):
         self.model = model
         agents, count = model.agents, len(model.agents)
         self.units: dict[object, int] = {}
-        for role in model.roles:
-            events = runs[role.number].events
+        for agent in agents:
+            events = runs[agent.cta][agent.role.number].events
             kinds = {(event.kind, event.other if event.kind == "start_copy" else "") for event in events}
-            for agent in agents:
-                if agent.role is role:
-                    self._add_units(agent, kinds, count)
-        for ring in model.rings.values():
-            for stage in range(ring.stages):
-                self.units["ring", ring.number, stage] = count + len(self.units)
+            self._add_units(agent, kinds, count)
+        blocks, rings = range(model.ctas), model.rings.values()
+        for key in [("ring", cta, ring.number, n) for cta in blocks for ring in rings for n in range(ring.stages)]:
+            self.units[key] = count + len(self.units)
         size = count + len(self.units)
-        self.threads = [
-            Thread(x, runs[x.role.number].events, runs[x.role.number].cut, [0] * size, [0] * size) for x in agents
-        ]
+        self.threads = []
+        for agent in agents:
+            run = runs[agent.cta][agent.role.number]
+            self.threads.append(Thread(agent, run.events, run.cut, [0] * size, [0] * size))
         self.everything = (1 << model.groups) - 1
-        self.memory = Memory(model.regions, self.everything)
-        self.full = {ring.number: self._barriers(ring, "full", ring.producers) for ring in model.rings.values()}
-        self.empty = {ring.number: self._barriers(ring, "empty", ring.consumers) for ring in model.rings.values()}
-        self.meetings: dict[object, Meeting] = {}
+        self.memory = [Memory(model.regions, self.everything) for _ in blocks]
+        self.full = {(cta, r.number): self._barriers(r, cta, "full", r.producers) for cta in blocks for r in rings}
+        self.empty = {(cta, r.number): self._barriers(r, cta, "empty", r.consumers) for cta in blocks for r in rings}
+        self.meetings: dict[tuple[object, ...], Meeting] = {}
         self.log: list[tuple[int, int, Event]] = []
         self.size = size
 
     def _add_units(self, agent: Agent, kinds: set[tuple[str, str]], count: int) -> None:
         wanted: list[object] = []
         if ("dot", "") in kinds:
-            wanted.append(("dots", agent.role.number, agent.group))
+            wanted.append(("dots", agent.cta, agent.role.number, agent.group))
         if ("bulk_store", "") in kinds and agent.first:
             wanted.append(("stores", agent.number))
         wanted += [("copies", agent.number, token) for kind, token in sorted(kinds) if kind == "start_copy"]
+        if ("release", "") in kinds and agent.first:
+            wanted += [("arrivals", agent.number, cta) for cta in range(self.model.ctas) if cta != agent.cta]
         for key in wanted:
             self.units.setdefault(key, count + len(self.units))
 
-    def _barriers(self, ring: RingModel, which: str, expected: int) -> list[Phases]:
-        return [Phases(f"the {which} barrier of {ring.label} stage {n}", expected) for n in range(ring.stages)]
+    def _barriers(self, ring: RingModel, cta: int, which: str, expected: int) -> list[Phases]:
+        where = f" of block {cta}" if self.model.ctas > 1 else ""
+        return [Phases(f"the {which} barrier of {ring.label} stage {n}{where}", expected) for n in range(ring.stages)]
 
     # --- running ------------------------------------------------------------------------------------
 
@@ -133,6 +139,8 @@ class Machine:
             raise self._deadlock(stuck)
         for thread in self.threads:
             self._finish(thread)
+        for cta in range(self.model.ctas if self.model.ctas > 1 else 0):
+            self._finish_block(cta)
         return len(self.log)
 
     def _step(self, thread: Thread) -> bool:
@@ -153,16 +161,16 @@ class Machine:
 
     def _acquire(self, thread: Thread, event: Event) -> bool:
         ring = event.ring
-        return self._await(
-            thread, event, self.empty[ring.number][event.count % ring.stages], event.count // ring.stages
-        )
+        barrier = self.empty[thread.agent.cta, ring.number][event.count % ring.stages]
+        return self._await(thread, event, barrier, event.count // ring.stages)
 
     def _await_full(self, thread: Thread, event: Event) -> bool:
         ring = event.ring
         stage, phase = event.count % ring.stages, event.count // ring.stages + 1
-        if not self._await(thread, event, self.full[ring.number][stage], phase):
+        cta = thread.agent.cta
+        if not self._await(thread, event, self.full[cta, ring.number][stage], phase):
             return False
-        unit = self.units["ring", ring.number, stage]
+        unit = self.units["ring", cta, ring.number, stage]
         thread.clock[unit] = max(thread.clock[unit], phase)
         return True
 
@@ -198,36 +206,51 @@ class Machine:
         return all(thread.clock[agent] >= when for agent, when in arrivals[phase])
 
     def _bulk_copy(self, thread: Thread, event: Event) -> bool:
+        """Bytes count for the barrier of each block that they go to; only there and then they are known to be there."""
         if not thread.agent.leads_role:
             return True
-        ring, number = event.ring, event.access[0]
+        ring, copy, own = event.ring, event.other, thread.agent.cta
         stage, phase = event.count % ring.stages, event.count // ring.stages + 1
-        barrier = self.full[ring.number][stage]
-        if event.other:
+        if copy.announced:
+            self.full[own, ring.number][stage].bytes += copy.announced
+        targets = range(self.model.ctas) if copy.multicast else [own]
+        for cta in targets:
+            barrier = self.full[cta, ring.number][stage]
             self._check_phase(thread, event, barrier, phase)
-        unit = self.units["ring", ring.number, stage]
-        self._touch(thread, event, number, (False, None), write=True, unit=unit, when=phase)
-        if event.other:  # announces the bytes of all copies, and arrives
-            self._arrive(thread, event, barrier, phase, 1)
+            unit = self.units["ring", cta, ring.number, stage]
+            part = ("part", own) if copy.multicast else None
+            self._touch(thread, event, event.access[0], (False, part), write=True, unit=unit, when=phase, cta=cta)
+            barrier.bytes -= copy.brings
+            if cta != own:  # it has been issued when they are there
+                barrier.clock = list(map(max, barrier.clock or thread.clock, thread.clock))
+                barrier.proxy = barrier.proxy or [0] * self.size
+        if copy.arrives:
+            self._arrive(thread, event, self.full[own, ring.number][stage], phase, 1)
+        for cta in targets:
+            self._complete(thread, event, self.full[cta, ring.number][stage], phase)
         return True
 
     def _publish(self, thread: Thread, event: Event) -> bool:
         ring, agent = event.ring, thread.agent
         if ring.producers > 1 or agent.leads_role:
             stage, phase = event.count % ring.stages, event.count // ring.stages + 1
-            barrier = self.full[ring.number][stage]
+            barrier = self.full[agent.cta, ring.number][stage]
             self._check_phase(thread, event, barrier, phase)
             self._arrive(thread, event, barrier, phase, agent.weight if ring.producers > 1 else 1)
+            self._complete(thread, event, barrier, phase)
         return True
 
     def _release(self, thread: Thread, event: Event) -> bool:
-        """One arrival of each warpgroup (backends/nvidia/rings.py)."""
-        ring = event.ring
-        if thread.agent.first:
-            barrier = self.empty[ring.number][event.count % ring.stages]
-            phase = event.count // ring.stages + 1
+        """One arrival of each warpgroup, at the barriers of all blocks that share copies (backends/nvidia/rings.py)."""
+        ring, own = event.ring, thread.agent.cta
+        if not thread.agent.first:
+            return True
+        phase = event.count // ring.stages + 1
+        for cta in range(ring.ctas) if ring.ctas > 1 else [own]:
+            barrier = self.empty[cta, ring.number][event.count % ring.stages]
             self._check_phase(thread, event, barrier, phase)
-            self._arrive(thread, event, barrier, phase, 1)
+            self._arrive(thread, event, barrier, phase, 1, None if cta == own else cta)
+            self._complete(thread, event, barrier, phase)
         return True
 
     def _check_phase(self, thread: Thread, event: Event, barrier: Phases, phase: int) -> None:
@@ -249,7 +272,10 @@ class Machine:
                 kind="ring order",
             )
 
-    def _arrive(self, thread: Thread, event: Event, barrier: Phases, phase: int, weight: int) -> None:
+    def _arrive(
+        self, thread: Thread, event: Event, barrier: Phases, phase: int, weight: int, remote: int | None = None
+    ) -> None:
+        """``remote``: the other block whose barrier it is. The arrival is on its way there until a wait shows it."""
         barrier.arrived += weight
         if barrier.arrived > barrier.expected:
             raise Fault(
@@ -263,8 +289,17 @@ class Machine:
         clock, proxy = thread.clock, thread.proxy
         barrier.clock = list(map(max, barrier.clock, clock)) if barrier.clock else clock.copy()
         barrier.proxy = list(map(max, barrier.proxy, proxy)) if barrier.proxy else proxy.copy()
-        barrier.arrivals[phase].append((thread.agent.number, clock[thread.agent.number]))
-        if barrier.arrived < barrier.expected:
+        number = thread.agent.number
+        place = (number, clock[number])
+        if remote is not None:
+            thread.remote[remote] = thread.remote.get(remote, 0) + 1
+            place = (self.units["arrivals", number, remote], thread.remote[remote])
+            barrier.clock[place[0]] = place[1]
+        barrier.arrivals[phase].append(place)
+
+    def _complete(self, thread: Thread, event: Event, barrier: Phases, phase: int) -> None:
+        """Complete the open phase if nothing is missing any more."""
+        if barrier.arrived < barrier.expected or barrier.bytes:
             return
         for agent, when, waited in barrier.waits:
             if barrier.clock[agent.number] < when:
@@ -293,6 +328,7 @@ class Machine:
         unit: int | None = None,
         when: int = 0,
         generic: bool = False,
+        cta: int | None = None,
     ) -> None:
         agent = thread.agent
         own, how = spread
@@ -300,7 +336,7 @@ class Machine:
         now = thread.clock[agent.number]
         place = (agent.number, now) if unit is None else (unit, when)
         access = Access(*place, rows, write, how, generic, agent, now, event, thread.clock.copy())
-        self.memory.touch(number, access, thread.proxy)
+        self.memory[agent.cta if cta is None else cta].touch(number, access, thread.proxy)
 
     def _load(self, thread: Thread, event: Event) -> bool:
         number, own, spread = event.access
@@ -354,7 +390,7 @@ class Machine:
 
     def _dot(self, thread: Thread, event: Event) -> bool:
         agent = thread.agent
-        unit = self.units["dots", agent.role.number, agent.group]
+        unit = self.units["dots", agent.cta, agent.role.number, agent.group]
         thread.groups.append((thread.clock.copy(), thread.proxy.copy()))
         for number, own, _ in event.access:
             self._touch(thread, event, number, (own, None), unit=unit, when=len(thread.groups))
@@ -365,12 +401,11 @@ class Machine:
         last, agent = event.count, thread.agent
         if last <= 0:
             return True
-        unit = self.units["dots", agent.role.number, agent.group]
+        unit = self.units["dots", agent.cta, agent.role.number, agent.group]
         if thread.clock[unit] >= last:
             return True
-        others = [
-            t for t in self.threads if t is not thread and t.agent.role is agent.role and t.agent.group == agent.group
-        ]
+        key = (agent.cta, agent.role, agent.group)
+        others = [t for t in self.threads if t is not thread and (t.agent.cta, t.agent.role, t.agent.group) == key]
         if any(len(t.groups) < last for t in others):
             return False
         for other in others:
@@ -382,6 +417,9 @@ class Machine:
 
     def _barrier(self, thread: Thread, event: Event) -> bool:
         if thread.waiting is None:
+            if event.other == "cluster":  # releases: what the thread sent to other blocks has arrived there
+                for cta, count in thread.remote.items():
+                    thread.clock[self.units["arrivals", thread.agent.number, cta]] = count
             meeting = self._meeting(thread.agent, event.other)
             thread.waiting = meeting, len(meeting.complete)
             meeting.arrived.append(thread.agent.number)
@@ -402,18 +440,16 @@ class Machine:
 
     def _meeting(self, agent: Agent, scope: str) -> Meeting:
         role = agent.role
-        key: object = ("role", role.number)
-        if scope == "block" or role.op is None:
-            key = "block"
-        if scope == "warpgroup" and role.groups > 1:
-            key = ("warpgroup", role.number, agent.group)
+        key: tuple[object, ...] = ("role", agent.cta, role.number)
+        if scope == "cluster":
+            key = ("cluster",)
+        elif scope == "warpgroup" and role.groups > 1:
+            key = ("warpgroup", agent.cta, role.number, agent.group)
+        elif scope == "block" or role.op is None:
+            key = ("block", agent.cta)
         found = self.meetings.get(key)
         if found is None:
-            members = [
-                x.number
-                for x in self.model.agents
-                if key == "block" or (x.role is role and (key[0] == "role" or x.group == agent.group))  # type: ignore[index]
-            ]
+            members = [x.number for x in self.model.agents if _identity(x, len(key)) == key[1:]]
             found = self.meetings[key] = Meeting(members)
         return found
 
@@ -443,11 +479,27 @@ class Machine:
                     events=self._past([(thread.agent, thread.clock)]),
                 )
 
+    def _finish_block(self, cta: int) -> None:
+        """Nothing of other blocks may still be on its way to a block that ends with its last thread."""
+        mine = [t for t in self.threads if t.agent.cta == cta]
+        known = [max(places) for places in zip(*(t.clock for t in mine), strict=True)]
+        for thread in self.threads:
+            sent = thread.remote.get(cta, 0)
+            if sent and known[self.units["arrivals", thread.agent.number, cta]] < sent:
+                releases = [event for event in thread.events if event.kind == "release"]
+                raise Fault(
+                    f"block {cta} may end while {thread.agent.name} arrives at its barriers",
+                    releases[-1].op,
+                    hint="async.barrier of the cluster behind the roles",
+                    kind="unfinished cluster",
+                    events=self._past([(thread.agent, thread.clock)]),
+                )
+
     def _deadlock(self, stuck: list[Thread]) -> Fault:
         lines, seen = [], set()
         for thread in stuck:
             event = thread.events[thread.at]
-            key = (thread.agent.role, event.op)
+            key = (thread.agent.cta, thread.agent.role, event.op)
             if key in seen:
                 continue
             seen.add(key)
@@ -470,9 +522,10 @@ class Machine:
         if event.kind in ("acquire", "await"):
             ring, use = event.ring, event.count
             barriers = self.full if event.kind == "await" else self.empty
-            barrier = barriers[ring.number][use % ring.stages]
+            barrier = barriers[thread.agent.cta, ring.number][use % ring.stages]
             verb, use = ("published", use) if event.kind == "await" else ("released", use - ring.stages)
             arrived = f"{barrier.arrived} of {barrier.expected} arrivals"
+            arrived += f", {barrier.bytes} bytes missing" if barrier.bytes else ""
             return f"use {use} of {ring.label} to be {verb} ({arrived})"
         if event.kind == "barrier":
             meeting, _ = thread.waiting or (None, 0)
@@ -497,6 +550,11 @@ class Machine:
             for number, when, event in self.log
             if when <= reach[number] and (self.threads[number].agent.first or number in shown)
         ]
+
+
+def _identity(agent: Agent, length: int) -> tuple[object, ...]:
+    """An agent's place in the cluster, as exact as a meeting's key is: its block, role, warpgroup."""
+    return (agent.cta, agent.role.number, agent.group)[: length - 1]
 
 
 _RULES: dict[str, Callable[[Machine, Thread, Event], bool]] = {

@@ -15,7 +15,7 @@ from tilewright.ir import async_ops as a
 from tilewright.ir.core import Operation
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Agent, Region
-from tilewright.passes.checker.program import Event
+from tilewright.passes.checker.trace import Event
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +64,7 @@ class Memory:
                 self.written[other.number] = 0
                 self.taken[other.number] = new.event
         accesses = self.accesses[number]
-        if new.write and new.rows == self.everything and not new.generic:
+        if new.write and new.rows == self.everything and not new.generic and new.spread is None:
             accesses.clear()  # ordered behind all of them: what is ordered behind it is behind them too
         accesses[new.unit, new.write, new.rows, new.spread] = new
 
@@ -73,6 +73,8 @@ class Memory:
         for old in self.accesses[region.number].values():
             if not (write or old.write) or (region is own and not rows & old.rows):
                 continue
+            if write and old.write and new.event.op is old.event.op and new.spread != old.spread and not generic:
+                continue  # parts of one tile, from different blocks of a cluster
             if old.generic:
                 if generic:
                     if old.unit == new.unit == new.agent.number:

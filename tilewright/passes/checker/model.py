@@ -3,7 +3,7 @@
 A role's threads run the same code on the same scalars, so a few stand for all. Of each warpgroup (of the whole role
 where warpgroups make no difference) the checker follows two: the *first*, which acts for the warpgroup where one
 thread is enough, and one *other*, in another warp. Barriers treat all others alike, so what orders these two orders
-any two; what does not order them is a race.
+any two; what does not order them is a race. Where blocks of a cluster share copies, each block has its own of all this.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from tilewright.ir.async_ops import (
     Alloc,
     AsyncDot,
+    Barrier,
     BulkStore,
     Copy,
     LocalLoad,
@@ -60,6 +61,8 @@ class RingModel:
     stages: int
     producers: int
     consumers: int
+    #: blocks of the cluster at whose barriers a release arrives
+    ctas: int = 1
     #: threads read slots of it with their own loads: its release begins with a barrier of the warpgroup
     read_by_threads: bool = False
 
@@ -79,17 +82,20 @@ class RoleModel:
 
 @dataclass(eq=False)
 class Agent:
-    """A thread that the checker follows. ``weight``: how many threads it stands for."""
+    """A thread that the checker follows. ``weight``: how many threads it stands for; ``cta``: its block's rank."""
 
     number: int
     role: RoleModel
     group: int
     first: bool
     weight: int
+    cta: int = 0
+    #: more than one block is followed
+    in_cluster: bool = False
 
     @property
     def name(self) -> str:
-        name = self.role.name
+        name = f"block {self.cta}, {self.role.name}" if self.in_cluster else self.role.name
         if self.role.groups > 1:
             name += f" warpgroup {self.group}"
         return name if self.role.single_thread else name + (" first thread" if self.first else " other threads")
@@ -104,6 +110,8 @@ class Model:
 
     def __init__(self, function: Function, target: Target):
         self.function, self.target = function, target
+        #: blocks of the cluster, which the checker follows all
+        self.ctas = int(function.attributes.get("num_ctas", 1))
         self.ops = list(function.walk())
         self.rings: dict[Value, RingModel] = {}
         self.buffers: dict[Value, list[Region]] = {}
@@ -137,7 +145,7 @@ class Model:
                 type_: Any = op.result.type
                 assert isinstance(type_, RingType)
                 label = f"%{op.result.hint}" if op.result.hint else "the ring"
-                ring = RingModel(len(self.rings), label, op, type_.stages, op.producers, op.consumers)
+                ring = RingModel(len(self.rings), label, op, type_.stages, op.producers, op.consumers, op.ctas)
                 self.rings[op.result] = ring
             elif isinstance(op, Alloc):
                 self._add_buffer(op)
@@ -225,7 +233,7 @@ class Model:
             threads = 1 if op.single_thread else op.warps * lanes
             groups = 1 if op.single_thread else self._groups(op.warps, list(op.walk()))
             yield RoleModel(number, f"role @{op.kind}", op, op.warps, threads, groups, op.single_thread)
-        beside = [op for op in self.function.body.block.ops if top and op.base_name in BESIDE_ROLES]
+        beside = [op for op in self.function.body.block.ops if top and _stands_beside(op)]
         for found in beside:
             raise IRError(f"'{found.name}' stands beside roles; the checker knows it inside them only", found.loc)
 
@@ -238,13 +246,15 @@ class Model:
 
     def _find_agents(self) -> Iterator[Agent]:
         number = 0
-        for role in self.roles:
-            for group in range(role.groups):
-                yield Agent(number, role, group, True, 1)
-                number += 1
-                if role.threads > 1:
-                    yield Agent(number, role, group, False, role.threads // role.groups - 1)
+        for cta in range(self.ctas):
+            for role in self.roles:
+                for group in range(role.groups):
+                    yield Agent(number, role, group, True, 1, cta, self.ctas > 1)
                     number += 1
+                    if role.threads > 1:
+                        others = role.threads // role.groups - 1
+                        yield Agent(number, role, group, False, others, cta, self.ctas > 1)
+                        number += 1
 
     # --- checks of the text -------------------------------------------------------------------------
 
@@ -259,6 +269,9 @@ class Model:
                     "async.publish the token to a ring, or async.wait for it",
                 )
         for ring in self.rings.values():
+            if ring.ctas not in (1, self.ctas):
+                text = f"{ring.label} is used in step by {ring.ctas} blocks, the cluster has {self.ctas}"
+                raise IRError(text, ring.op.loc)
             if ring.producers < 1 or ring.consumers < 1:
                 raise IRError(f"{ring.label} has no producers or no consumers", ring.op.loc)
 
@@ -271,6 +284,11 @@ BESIDE_ROLES = frozenset(
         "bulk_wait", "barrier",
     )
 )  # fmt: skip
+
+
+def _stands_beside(op: Operation) -> bool:
+    """Where the blocks of a cluster meet, all roles of each have come to their ends or not begun."""
+    return op.base_name in BESIDE_ROLES and not (isinstance(op, Barrier) and op.scope == "cluster")
 
 
 def ring_of(slot: Value) -> Value | None:

@@ -7,7 +7,6 @@ matrix unit's group that an accumulator in flight belongs to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright.ir import async_ops as a
@@ -19,49 +18,12 @@ from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model, RoleModel, by_engine, engine_alone, kind_of, splits_rows
 from tilewright.passes.checker.scalars import evaluator, parameter_key
 from tilewright.passes.checker.scenarios import Inputs
+from tilewright.passes.checker.trace import BulkCopy, Event, Full, Infeasible, Run
 
 #: iterations of a `while` whose condition depends on data
 MOST_UNKNOWN = 24
 
 Step = Callable[["Run"], None]
-
-
-class Infeasible(Exception):
-    """No execution has these inputs, or none that ends."""
-
-
-@dataclass(slots=True)
-class Event:
-    """One step of a role: ``kind`` names the rule of the machine, the rest are its arguments."""
-
-    kind: str
-    op: Operation
-    ring: Any = None
-    count: int = 0
-    #: (region, rows that each warpgroup keeps to itself, how elements are spread over threads)
-    access: Any = None
-    other: Any = None
-
-
-@dataclass(eq=False)
-class Run:
-    """One execution of a role."""
-
-    inputs: Inputs
-    env: dict[Any, Any]
-    most_events: int
-    events: list[Event] = field(default_factory=list)
-    #: groups of the matrix unit that were issued, and that are known to be finished
-    issued: int = 0
-    retired: int = 0
-    cut: bool = False
-    shortened: bool = False
-    #: (loop, ran once: 1, more than once: 2) and (branch, which)
-    covered: set[tuple[Operation, int]] = field(default_factory=set)
-
-
-class _Full(Exception):
-    """The trace is as long as it may be."""
 
 
 class RoleProgram:
@@ -70,9 +32,12 @@ class RoleProgram:
     def __init__(self, model: Model, role: RoleModel):
         self.model, self.role = model, role
         self.compiler = _Compiler(model, role)
-        block = model.function.body.block
-        before = [op for op in block.ops if not isinstance(op, a.Role)]
-        ops = before if role.op is None else [*before, *role.op.body.block.ops]
+        ops: list[Operation] = []
+        for op in model.function.body.block.ops:
+            if not isinstance(op, a.Role):
+                ops.append(op)
+            elif op is role.op:
+                ops += op.body.block.ops
         self.steps = self.compiler.block(ops)
         #: what a set of executions should cover of this role; see `Run.covered`
         self.goals = {
@@ -90,7 +55,7 @@ class RoleProgram:
         try:
             for step in self.steps:
                 step(run)
-        except _Full:
+        except Full:
             run.cut = True
         if run.issued > run.retired and not run.cut:
             dots = [event.op for event in run.events if event.kind == "dot"]
@@ -109,10 +74,11 @@ class _Compiler:
     def __init__(self, model: Model, role: RoleModel):
         self.model, self.role = model, role
         body = model.function.body if role.op is None else role.op.body
+        beside = [op for op in model.function.body.block.ops if role.op is not None and isinstance(op, a.Barrier)]
         self.constants: dict[Value, Any] = {}
         self.owners = {r.block: op for op in model.ops for r in op.regions}
         self.flying = _flying(body)
-        self.busy = _busy(body, self.flying)
+        self.busy = _busy(body, self.flying) | set(beside)
         self.needed = self._needed(body)
         self.counting = self._counting(body)
 
@@ -437,7 +403,7 @@ def _result(compiler: _Compiler, op: Operation) -> list[Step]:
 def _emit(kind: str, op: Operation, access: Callable[[Run], Any] | None = None, other: Any = None) -> Step:
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
-            raise _Full
+            raise Full
         run.events.append(Event(kind, op, None, 0, None if access is None else access(run), other))
 
     return step
@@ -449,7 +415,7 @@ def _ring_event(kind: str) -> Callable[[_Compiler, Any], list[Step]]:
 
         def step(run: Run) -> None:
             if len(run.events) >= run.most_events:
-                raise _Full
+                raise Full
             number = run.env[count]
             if number < 0:
                 raise compiler.fault(run, f"the use count of {ring.label} is {number}", op)
@@ -478,15 +444,23 @@ def _copy(compiler: _Compiler, op: a.Copy) -> list[Step]:
         return [_emit("start_copy", op, lambda run: (run.env[slot], False, spread), kind_of(op.result))]
     if not by_engine(op.result):
         return [_emit("store", op, lambda run: (run.env[slot], False, spread))]
-    first = engine_alone(publish) and publish.tokens[0] is op.result
+    engines = [token for token in publish.tokens if by_engine(token)]
+    announced = sum(_bytes(token) for token in engines) if engines[0] is op.result else 0
+    parts = compiler.model.ctas if op.multicast is not None else 1
+    other = BulkCopy(announced, bool(announced) and engine_alone(publish), _bytes(op.result) // parts, parts > 1)
     ring, count = compiler.model.rings[publish.ring], publish.count
 
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
-            raise _Full
-        run.events.append(Event("bulk_copy", op, ring, run.env[count], (run.env[slot], False, None), first))
+            raise Full
+        run.events.append(Event("bulk_copy", op, ring, run.env[count], (run.env[slot], False, None), other))
 
     return [step]
+
+
+def _bytes(token: Value) -> int:
+    assert isinstance(token.op, a.Copy) and isinstance(token.op.slot.type, SlotType)
+    return token.op.slot.type.bytes
 
 
 def _dot(compiler: _Compiler, op: a.AsyncDot) -> list[Step]:
@@ -496,7 +470,7 @@ def _dot(compiler: _Compiler, op: a.AsyncDot) -> list[Step]:
 
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
-            raise _Full
+            raise Full
         run.issued += 1
         run.env[result] = run.env[token] = run.issued
         run.events.append(Event("dot", op, access=[(run.env[v], own, None) for v, own in slots]))
@@ -511,7 +485,7 @@ def _wait(compiler: _Compiler, op: a.Wait) -> list[Step]:
 
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
-            raise _Full
+            raise Full
         run.retired = max(run.retired, run.issued - pending)
         run.events.append(Event("wait", op, None, run.issued - pending))
         for value in [*op.values, *([token] if token is not None else [])]:

@@ -34,6 +34,10 @@ class Inputs:
     most_trips: int | None = None
     period: int = 1
 
+    def of_block(self, rank: int) -> Inputs:
+        """The same for another block of the cluster whose first one this is."""
+        return self if rank == 0 else replace(self, block=self.block + rank)
+
     def __str__(self) -> str:
         parts = [f"{param.hint}.shape[{axis}] = {size}" for (param, axis), size in self.dims.items()]
         parts += [f"{param.hint} = {value}" for param, value in self.scalars.items()]
@@ -123,11 +127,22 @@ def _inputs(
             inputs.scalars[leaf] = size
     if persistent:
         inputs.grid = (tiles, 1, 1) if number % 2 else (1, tiles, 1)
+        if model.ctas > 1:
+            inputs.grid, inputs.blocks = _cluster_grid(model, tiles, number), model.ctas
     else:
         inputs.grid, inputs.blocks = (2, 2, 1), 4
         inputs.ids = (number % 2, number // 2 % 2, 0)
         inputs.block = inputs.ids[0] + 2 * inputs.ids[1]
     return inputs
+
+
+def _cluster_grid(model: Model, tiles: int, number: int) -> tuple[int, int, int]:
+    """A grid of ``tiles`` groups of programs for one cluster, across its axis or along it, where the last is short."""
+    axis = int(model.function.attributes.get("cluster_axis", 0))
+    along, across = (tiles * model.ctas, 1) if number % 2 else (1 + number % model.ctas, tiles)
+    sizes = [1, 1, 1]
+    sizes[axis], sizes[(axis + 1) % 3] = max(1, along - number % 3 // 2), across
+    return (sizes[0], sizes[1], sizes[2])
 
 
 def more_scenarios(model: Model, leaves: Leaves, count: int) -> Iterator[Inputs]:
@@ -151,6 +166,8 @@ def with_more_tiles(model: Model, inputs: Inputs) -> Inputs:
     """The same sizes for a persistent block that runs so many tiles that its rings wrap around."""
     if not model.function.attributes.get("persistent"):
         return inputs
+    if model.ctas > 1:
+        return replace(inputs, grid=_cluster_grid(model, model.most_stages + 2, inputs.seed))
     x, _, _ = inputs.grid
     return replace(inputs, grid=(x, -(-(model.most_stages + 2) // x), 1))
 
