@@ -66,6 +66,36 @@ def test_gemm_configurations(meta: dict[str, int]) -> None:
     assert multiply((200, 264, 264), **meta) < 2e-3
 
 
+@pytest.mark.parametrize("ctas", [2, 4])
+@pytest.mark.parametrize("layout", ["NN", "NT", "TN", "TT"])
+@pytest.mark.parametrize(
+    ("shape", "meta"),
+    [
+        ((192, 136, 200), {"BM": 64, "BN": 64}),  # an odd number of rows of tiles
+        ((64, 200, 136), {"BM": 64, "BN": 64}),  # one row: a block without a program of its own
+        ((300, 264, 72), {"BM": 256, "BN": 128}),
+        ((190, 101, 99), {"BM": 64, "BN": 64}),  # the entry without clusters
+    ],
+)
+def test_gemm_in_clusters(shape: tuple[int, int, int], meta: dict[str, int], layout: str, ctas: int) -> None:
+    assert multiply(shape, layout, BK=64, num_ctas=ctas, **meta) < 3e-3
+
+
+def test_a_cluster_writes_its_part_of_the_grid_only() -> None:
+    """Three of five rows of tiles: the second cluster's last block copies, but stores nothing."""
+    a, b, c = normal(320, 64), normal(64, 64, seed=1), np.full((320, 64), np.nan, BF16)
+    tw.device("emulate:sm_90a").launch(gemm, (3, 1), a, b, c, BM=64, BN=64, BK=64, num_ctas=2)
+    assert np.isnan(c[192:].astype(np.float32)).all()
+    assert relative(c[:192], a[:192].astype(np.float64) @ b.astype(np.float64)) < 3e-3
+
+
+def test_other_programs_in_clusters() -> None:
+    m, k, h, n = 200, 136, 128, 264
+    x, w1, w2, y = normal(m, k), normal(k, h, seed=1), normal(h, n, seed=2), np.full((m, n), np.nan, BF16)
+    tw.device("emulate:sm_90a").launch(mlp, (tw.cdiv(m, 128),), x, w1, w2, y, num_ctas=2)
+    assert relative(y, mlp_module.reference(x, w1, w2)) < 3e-3
+
+
 def test_a_large_product() -> None:
     assert multiply((512, 512, 512)) < 2e-3
 
@@ -110,17 +140,20 @@ SHAPE, META = (128, 128, 320), {"BM": 64, "BN": 64, "BK": 64, "num_stages": 2}
 
 
 @cache
-def compiled(aligned: bool) -> Artifact:
+def compiled(aligned: bool, ctas: int = 1) -> Artifact:
     align = 16 if aligned else 2
     spec = tw.spec("bf16", ("M", "N"), align=align)
     blocks = {name: META[name] for name in ("BM", "BN", "BK")}
-    return tw.compile(gemm, "sm_90a", {"a": spec, "b": spec, "c": spec, **blocks}, num_stages=META["num_stages"])
+    options = {"num_stages": META["num_stages"], "num_ctas": ctas}
+    return tw.compile(gemm, "sm_90a", {"a": spec, "b": spec, "c": spec, **blocks}, **options)
 
 
 def run_text(artifact: Artifact, ptx: str, seed: int | None, aligned: bool = True) -> float:
-    """The error of a product computed by ``ptx`` on a GPU of one unit."""
-    device = EmulatedDevice("sm_90a", units=1, seed=seed)
+    """The error of a product computed by ``ptx`` on a GPU with units for one block, or one cluster."""
+    blocks = artifact.entries[0].abi.cluster_blocks
+    device = EmulatedDevice("sm_90a", units=blocks, seed=seed)
     m, n, k = SHAPE
+    m *= blocks
     if not aligned:
         m, n, k = m - 3, n - 1, k - 1
     a, b, c = normal(m, k), normal(k, n, seed=1), np.full((m, n), np.nan, BF16)
@@ -131,16 +164,16 @@ def run_text(artifact: Artifact, ptx: str, seed: int | None, aligned: bool = Tru
     return 1.0 if wrong else relative(c, a.astype(np.float64) @ b.astype(np.float64))
 
 
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("aligned", "ctas"), [(True, 1), (False, 1), (True, 2)])
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
-def test_random_interleavings(aligned: bool, seed: int | None) -> None:
-    artifact = compiled(aligned)
+def test_random_interleavings(aligned: bool, ctas: int, seed: int | None) -> None:
+    artifact = compiled(aligned, ctas)
     assert run_text(artifact, artifact.asm["ptx"], seed, aligned) < 2e-3
 
 
 #: instructions whose removal must show, by what is emitted; those of `REDUNDANT` another one covers
 SYNCHRONISATION = re.compile(
-    r"^(@%p\d+ )?(mbarrier\.(init|arrive|try_wait)|fence\.|bar\.sync|wgmma\.(fence|commit|wait)|"
+    r"^(@%p\d+ )?(mbarrier\.(init|arrive|try_wait)|fence\.|bar\.sync|barrier\.cluster|wgmma\.(fence|commit|wait)|"
     r"cp\.async\.bulk\.(commit|wait))"
 )
 
@@ -159,7 +192,7 @@ def mutants(ptx: str) -> list[tuple[int, str]]:
     return found
 
 
-def verdict(artifact: Artifact, ptx: str, aligned: bool, seeds: Sequence[int | None] = (None, 1, 2, 3)) -> str:
+def verdict(artifact: Artifact, ptx: str, aligned: bool, seeds: Sequence[int | None] = (None, 1, 2, 3, 4, 5, 6)) -> str:
     for seed in seeds:
         try:
             if run_text(artifact, ptx, seed, aligned) > 2e-3:
@@ -174,9 +207,9 @@ def verdict(artifact: Artifact, ptx: str, aligned: bool, seeds: Sequence[int | N
 REDUNDANT = re.compile(r"^(fence\.(mbarrier_init|proxy)|wgmma\.fence|wgmma\.wait_group\S* 1)")
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_removing_synchronisation_shows(aligned: bool) -> None:
-    artifact = compiled(aligned)
+@pytest.mark.parametrize(("aligned", "ctas"), [(True, 1), (False, 1), (True, 2)])
+def test_removing_synchronisation_shows(aligned: bool, ctas: int) -> None:
+    artifact = compiled(aligned, ctas)
     entry = artifact.entries[0 if aligned else -1].abi.name
     ptx = artifact.asm["ptx"]
     start = ptx.index(f".entry {entry}(")

@@ -235,6 +235,32 @@ def test_blocks_of_a_grid(
     assert driver.arguments([4, 4, 4]) == ints(*counts)
 
 
+@pytest.mark.parametrize(
+    ("grid", "cluster", "blocks"),
+    [
+        ((3, 4), (2, 1, 1), 16),  # two groups of rows, the second short, times four columns
+        ((3, 4), (1, 2, 1), 12),
+        ((3, 5), (1, 4, 1), 24),
+        ((100, 100), (2, 1, 1), 132),  # as many clusters as the driver counts
+    ],
+)
+def test_grids_of_clusters(
+    device: CudaDevice, driver: FakeDriver, function: cuda.CudaFunction, grid: Any, cluster: Any, blocks: int
+) -> None:
+    device.launch(function, kernel(persistent=True, cluster=cluster, shared_bytes=1000), grid, [])
+    (launch,) = driver.named("cuLaunchKernel")
+    assert launch[1:8] == (blocks, 1, 1, 128, 1, 1, 1000)
+    ((handle, config),) = driver.named("cuOccupancyMaxActiveClusters")
+    assert handle == function.handle and (config.blockDimX, config.sharedMemBytes) == (128, 1000)
+    assert config.gridDimX % (cluster[0] * cluster[1]) == 0
+
+
+def test_clusters_that_fit_nowhere(device: CudaDevice, driver: FakeDriver, function: cuda.CudaFunction) -> None:
+    driver._values["cuOccupancyMaxActiveClusters"] = 0
+    with pytest.raises(DeviceError, match="cluster of 4 blocks of 'kernel' does not fit"):
+        device.launch(function, kernel(persistent=True, cluster=(4, 1, 1)), 9, [])
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_an_empty_grid_starts_nothing(
     device: CudaDevice, driver: FakeDriver, function: cuda.CudaFunction, persistent: bool

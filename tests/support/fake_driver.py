@@ -30,6 +30,7 @@ class FakeDriver:
     """Two GPUs of compute capability 9.0; ``failures`` maps a function's name to the error it returns."""
 
     CUresult = CUresult
+    CUlaunchConfig = SimpleNamespace
     cuuint32_t = cuuint64_t = int
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class FakeDriver:
             "cuModuleLoadData": 0x100,
             "cuModuleGetFunction": 0x200,
             "cuOccupancyMaxActiveBlocksPerMultiprocessor": 2,
+            "cuOccupancyMaxActiveClusters": 66,
             "cuMemAlloc": 0xEE00,
         }
 

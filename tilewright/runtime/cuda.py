@@ -300,6 +300,21 @@ class CudaLauncher(Launcher):
     def units(self) -> int:
         return self.device.multiprocessors
 
+    def resident_clusters(self) -> int:
+        """The driver knows how many clusters find multiprocessors that lie together."""
+        if self.abi.cluster_blocks == 1:
+            return super().resident_clusters()
+        config = self.device._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self.abi.cluster_blocks * self.units(), 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.abi.threads, 1, 1
+        config.sharedMemBytes = self.abi.shared_bytes
+        with self.device.current():
+            doing = f"Counting the clusters of '{self.abi.name}' on {self.device.name}"
+            clusters = self.device.call("cuOccupancyMaxActiveClusters", self.function.handle, config, doing=doing)
+        if clusters < 1:
+            raise DeviceError(f"A cluster of {self.abi.cluster_blocks} blocks of '{self.abi.name}' does not fit.")
+        return int(clusters)
+
     def check_grid(self, counts: tuple[int, int, int]) -> None:
         if max(counts[1:]) > _MAX_GRID_YZ:
             raise ArgumentError(

@@ -11,7 +11,6 @@ import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,7 +111,8 @@ class EmulatedDevice(Device):
         placed = [view._replace(address=_translate(regions, view)) for view in views]
         maps = function.tensor_maps(abi, placed, memory)
         arguments = layout.pack(placed, packed_scalars, counts, maps).image(layout.size)
-        blocks = (min(prod(counts), self.units * abi.blocks_per_unit), 1, 1) if abi.persistent else counts
+        resident = max(1, self.units * abi.blocks_per_unit // abi.cluster_blocks)
+        blocks = (abi.persistent_blocks(counts, resident), 1, 1) if abi.persistent else counts
         try:
             self.statistics = function.launch(memory, blocks, abi, arguments)
         except EmulatorError as error:

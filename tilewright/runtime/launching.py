@@ -149,7 +149,7 @@ class Launcher(ABC):
                 raise ArgumentError(
                     f"The grid of {self.abi.name}, {counts}, has {total} programs; at most {INT32_MAX} can be counted."
                 )
-            return (min(total, self.units() * self.abi.blocks_per_unit), 1, 1)
+            return (self.abi.persistent_blocks(counts, self.resident_clusters()), 1, 1)
         self.check_grid(counts)
         return counts
 
@@ -162,6 +162,10 @@ class Launcher(ABC):
     @abstractmethod
     def units(self) -> int:
         """How many SMs or CUs the device has."""
+
+    def resident_clusters(self) -> int:
+        """How many clusters of the kernel's blocks run at once; a block without a cluster counts as one."""
+        return self.units() * self.abi.blocks_per_unit
 
     @abstractmethod
     def check_grid(self, counts: tuple[int, int, int]) -> None:

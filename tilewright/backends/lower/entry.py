@@ -80,6 +80,7 @@ def declare_kernel(
         tensor_maps=tuple(tensor_maps),
         persistent=bool(function.attributes.get("persistent", False)),
         blocks_per_unit=int(function.attributes.get("blocks_per_unit", 1)),
+        cluster=_cluster(function),
     )
     module = Module(target.triple, function.loc.file, function.loc.line)
     types, attributes = _signature(module, function, len(tensor_maps))
@@ -99,6 +100,13 @@ def start_lowering(
     for param, lowered in entry.params.items():
         lowering.define(param, lowered)
     return lowering
+
+
+def _cluster(function: Function) -> tuple[int, int, int]:
+    """How many programs along each axis of the grid run in one cluster."""
+    shape = [1, 1, 1]
+    shape[int(function.attributes.get("cluster_axis", 0))] = int(function.attributes.get("num_ctas", 1))
+    return (shape[0], shape[1], shape[2])
 
 
 # --- parameters -----------------------------------------------------------------------------------
@@ -169,6 +177,9 @@ def _kernel_attributes(function: Function, target: Target, threads: int, extra: 
 
 def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
     attributes = {"nvvm.kernel": "unit", "nvvm.maxntid": f"array<i32: {threads}, 1, 1>"}
+    ctas = int(function.attributes.get("num_ctas", 1))
+    if ctas > 1:
+        attributes["nvvm.cluster_dim"] = f"array<i32: {ctas}, 1, 1>"
     if any(isinstance(op, Role) and op.registers for op in function.walk()):
         # setmaxnreg needs a launch bound, from which ptxas takes the registers at entry
         attributes["nvvm.minctasm"] = "1 : i32"

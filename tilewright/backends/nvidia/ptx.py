@@ -42,25 +42,44 @@ def init_barrier(fb: FunctionBuilder, address: mlir.Value, arrivals: int) -> Non
     emit(fb, f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", "r", [address])
 
 
-def wait_parity(fb: FunctionBuilder, address: mlir.Value, parity: mlir.Value) -> None:
+def wait_parity(fb: FunctionBuilder, address: mlir.Value, parity: mlir.Value, scope: str = "cta") -> None:
     """Wait until the phase of ``parity`` has completed (``mbarrier.try_wait.parity`` in a loop).
 
-    ``${:uid}`` is a number that LLVM makes different for every copy of the statement.
+    ``scope``: of the arrivals that it acquires. ``${:uid}`` is a number that LLVM makes different for every copy of
+    the statement.
     """
-    text = """{
+    semantics = "" if scope == "cta" else f".acquire.{scope}"
+    text = f"""{{
 .reg .pred done;
-wait_${:uid}:
-mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;
-@done bra done_${:uid};
-bra wait_${:uid};
-done_${:uid}:
-}"""
+wait_${{:uid}}:
+mbarrier.try_wait.parity{semantics}.shared::cta.b64 done, [$0], $1;
+@done bra done_${{:uid}};
+bra wait_${{:uid}};
+done_${{:uid}}:
+}}"""
     emit(fb, text, "rr", [address, parity])
 
 
 def arrive(fb: FunctionBuilder, address: mlir.Value, condition: mlir.Value | None = None) -> None:
     """``mbarrier.arrive``: releases what this thread did before, at CTA scope."""
     _emit_if(fb, condition, "mbarrier.arrive.shared::cta.b64 _, [$0];", "r", [address])
+
+
+def arrive_in_block(
+    fb: FunctionBuilder, address: mlir.Value, block: mlir.Value, condition: mlir.Value | None = None, scope: str = "cta"
+) -> None:
+    """Arrive at the same place of a block of the cluster; ``scope``: where it releases what this thread did before.
+
+    At cluster scope ptxas puts a fence of the whole GPU before the arrival, which costs hundreds of cycles.
+    """
+    guard = guarded(condition, 2)
+    semantics = "" if scope == "cta" else f".release.{scope}"
+    text = f"""{{
+.reg .b32 there;
+mapa.shared::cluster.u32 there, $0, $1;
+{guard}mbarrier.arrive{semantics}.shared::cluster.b64 _, [there];
+}}"""
+    emit(fb, text, "rr" + "b" * (condition is not None), [address, block, *([] if condition is None else [condition])])
 
 
 def arrive_expect_tx(fb: FunctionBuilder, address: mlir.Value, bytes_: int) -> None:
@@ -91,6 +110,21 @@ def block_barrier(fb: FunctionBuilder) -> None:
     emit(fb, "bar.sync 0;")
 
 
+def cluster_barrier(fb: FunctionBuilder, release: bool = True) -> None:
+    """``barrier.cluster``: all threads of the cluster that have not ended meet.
+
+    Without ``release`` nothing but initialised barriers (`fence_barrier_init`) need be known to the others.
+    """
+    semantics = "release" if release else "relaxed"
+    emit(fb, f"barrier.cluster.arrive.{semantics};\nbarrier.cluster.wait.acquire;")
+
+
+def cluster_rank(fb: FunctionBuilder) -> mlir.Value:
+    """``%cluster_ctarank``: the block's number in its cluster (i32)."""
+    rank: mlir.Value = fb.inline_asm(fb.types.i32, "mov.u32 $0, %cluster_ctarank;", "=r", [], side_effects=False)
+    return rank
+
+
 # --- warps ----------------------------------------------------------------------------------------------------
 
 
@@ -113,14 +147,22 @@ def load_box(
     coordinates: Sequence[mlir.Value],
     destination: mlir.Value,
     barrier_address: mlir.Value,
+    blocks: int = 1,
 ) -> None:
-    """Start copying a box to shared memory; its bytes count against the barrier. Coordinates: contiguous dim first."""
+    """Start copying a box to shared memory; its bytes count against the barrier. Coordinates: contiguous dim first.
+
+    With ``blocks`` > 1 it goes to the same place of all blocks of the cluster, and counts against the barrier of each.
+    """
     rank = len(coordinates)
+    multicast, mask = (".multicast::cluster", f", ${3 + rank}") if blocks > 1 else ("", "")
     text = (
-        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        f"[$0], [$1, {_place(3, rank)}], [$2];"
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes{multicast} "
+        f"[$0], [$1, {_place(3, rank)}], [$2]{mask};"
     )
-    emit(fb, text, "rlr" + "r" * rank, [destination, tensor_map, barrier_address, *coordinates])
+    arguments = [destination, tensor_map, barrier_address, *coordinates]
+    if blocks > 1:
+        arguments.append(fb.const((1 << blocks) - 1, fb.types.i16))
+    emit(fb, text, "rlr" + "r" * rank + "h" * (blocks > 1), arguments)
 
 
 def store_boxes(

@@ -3,6 +3,9 @@
 Every ring has ``full[stages]`` and ``empty[stages]``. Use number ``count`` takes stage ``count % stages`` in round
 ``count // stages``. A fresh barrier is in phase 0, and the phase "before" it counts as complete: waiting for parity
 1 passes. So consumers wait on full with parity ``round & 1`` and producers on empty with its opposite.
+
+Blocks of a cluster that use a ring in step have it at the same place of their shared memory. A block's copies write
+stages of all, so its empty barrier waits for the consumers of all; a full barrier waits for the bytes from all.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from tilewright.backends.lower.context import Lowering, Table, lowers
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
-from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_leader
+from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_leader, warpgroup_thread
 from tilewright.ir.async_ops import Acquire, Await, Copy, MakeRing, Publish, Release
 from tilewright.ir.core import Value
 from tilewright.ir.types import RingType, SlotType, TokenType
@@ -30,7 +33,13 @@ class RingRef:
     stages: int
     producers: int
     consumers: int
+    ctas: int
     read_by_threads: bool
+
+    @property
+    def scope(self) -> str:
+        """Of the memory that releases and acquires order: none but the matrix unit's, done by its wait, or threads'."""
+        return "cluster" if self.ctas > 1 and self.read_by_threads else "cta"
 
 
 @lowers(MakeRing, table=RING_LOWERINGS)
@@ -40,7 +49,8 @@ def lower_ring(lw: Lowering, op: MakeRing) -> None:
     assert isinstance(op.result.type, RingType)
     base = lw.fb.add(lw.ops.shared_base(lw), op.offset)
     read_by_threads = op.result in state(lw).read_by_threads
-    lw.define(op.result, RingRef(base, op.result.type.stages, op.producers, op.consumers, read_by_threads))
+    stages = op.result.type.stages
+    lw.define(op.result, RingRef(base, stages, op.producers, op.consumers, op.ctas, read_by_threads))
     rings = [o for o in lw.function.walk() if isinstance(o, MakeRing)]
     if op is rings[-1]:
         _initialise(lw, [lw.lowered(r.result) for r in rings])
@@ -56,7 +66,10 @@ def _initialise(lw: Lowering, rings: list[RingRef]) -> None:
                 ptx.init_barrier(fb, fb.add(ring.base, place * BARRIER_BYTES), arrivals)
         ptx.fence_barrier_init(fb)
         ptx.fence_async_proxy(fb)
-    ptx.block_barrier(fb)
+    if any(ring.ctas > 1 for ring in rings):
+        ptx.cluster_barrier(fb, release=False)
+    else:
+        ptx.block_barrier(fb)
 
 
 # --- where a count leads --------------------------------------------------------------------------
@@ -92,7 +105,7 @@ def _round_parity(lw: Lowering, ref: RingRef, count: mlir.Value) -> mlir.Value:
 def lower_acquire(lw: Lowering, op: Acquire) -> None:
     ref, count = ring(lw, op.ring), lw.scalar(op.count)
     parity = lw.fb.xor(_round_parity(lw, ref, count), 1)
-    ptx.wait_parity(lw.fb, empty_barrier(lw, ref, count), parity)
+    ptx.wait_parity(lw.fb, empty_barrier(lw, ref, count), parity, ref.scope)
 
 
 @lowers(Await, table=RING_LOWERINGS)
@@ -106,14 +119,23 @@ def lower_release(lw: Lowering, op: Release) -> None:
     """One arrival of each warpgroup. Its threads' own reads must be over first: the matrix unit's are, by its wait.
 
     A barrier alone orders them before other threads' writes, not before those of the copy engine (the async proxy),
-    which may overtake reads that wait for busy banks.
+    which may overtake reads that wait for busy banks. In blocks that use the ring in step, the first threads of the
+    warpgroup arrive at one block's barrier each.
     """
     ref = ring(lw, op.ring)
     if ref.read_by_threads and _filled_by_engine(lw, op.ring):
         ptx.fence_async_proxy(lw.fb)
     if ref.read_by_threads and not lw.scope.single_thread:
         lw.ops.barrier(lw, "warpgroup" if lw.scope.num_warps >= WARPGROUP_WARPS else "role")
-    ptx.arrive(lw.fb, empty_barrier(lw, ref, lw.scalar(op.count)), warpgroup_leader(lw))
+    barrier = empty_barrier(lw, ref, lw.scalar(op.count))
+    if ref.ctas == 1:
+        ptx.arrive(lw.fb, barrier, warpgroup_leader(lw))
+    elif lw.scope.single_thread:
+        for block in range(ref.ctas):
+            ptx.arrive_in_block(lw.fb, barrier, lw.fb.i32(block), scope=ref.scope)
+    else:
+        thread = warpgroup_thread(lw)
+        ptx.arrive_in_block(lw.fb, barrier, thread, lw.fb.icmp("ult", thread, lw.fb.i32(ref.ctas)), ref.scope)
 
 
 def _filled_by_engine(lw: Lowering, value: Value) -> bool:

@@ -77,7 +77,12 @@ def warpgroup_leader(lw: Lowering) -> mlir.Value | None:
     """i1: the thread that acts for its warpgroup; None where one thread runs the code anyway."""
     if lw.scope.single_thread:
         return None
-    return lw.fb.icmp("eq", lw.fb.and_(lw.scope.thread, WARPGROUP_THREADS - 1), lw.fb.i32(0))
+    return lw.fb.icmp("eq", warpgroup_thread(lw), lw.fb.i32(0))
+
+
+def warpgroup_thread(lw: Lowering) -> mlir.Value:
+    """The thread's index in its warpgroup (i32)."""
+    return lw.fb.and_(lw.scope.thread, WARPGROUP_THREADS - 1)
 
 
 def warpgroup_count(lw: Lowering) -> int:

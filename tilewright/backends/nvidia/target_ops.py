@@ -9,7 +9,7 @@ from tilewright.backends.lower.elements import element
 from tilewright.backends.lower.math_f32 import SOFTWARE
 from tilewright.backends.lower.target_ops import Store, TargetOps
 from tilewright.backends.mlir_builder import ir as mlir
-from tilewright.backends.nvidia import debug
+from tilewright.backends.nvidia import debug, ptx
 from tilewright.ir.types import DType
 
 _AXES = "xyz"
@@ -86,6 +86,9 @@ class NvidiaOps(TargetOps):
     def barrier(self, lw: Lowering, scope: str) -> None:
         """bar.sync; a role of one warp needs only the warp's own. Barriers 8 to 15 are the warpgroups'."""
         fb, here = lw.fb, lw.scope
+        if scope == "cluster":
+            ptx.cluster_barrier(fb)
+            return
         if scope == "block":
             fb.inline_asm(None, "bar.sync 0;", "~{memory}")
             return

@@ -8,7 +8,7 @@ that the engine numbers lines as the layout does; dims that a subview fixed have
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,10 +19,10 @@ from tilewright.backends.lower.views import index_operand
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import cp_async, ptx
 from tilewright.backends.nvidia.rings import announce, engine_alone, full_barrier, is_engine, ring
-from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_index, warpgroup_leader
+from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, ring_of, state, warpgroup_index, warpgroup_leader
 from tilewright.backends.nvidia.thread_copies import copy_by_threads
 from tilewright.ir.abi import TensorMapParam
-from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, Publish, Role
+from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, MakeRing, Publish, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.layout import SharedLayout
 from tilewright.ir.tile_ops import OffsetView, PermuteView, Subview
@@ -102,16 +102,26 @@ def map_of(op: Copy | BulkStore, warps: int) -> TensorMapParam:
 
 
 def boxes_of(op: Copy | BulkStore, warps: int) -> Boxes:
-    """The boxes of a copy: of the whole slot, or of the rows of one warpgroup."""
+    """The boxes of a copy: of the whole slot, or of its part of one warpgroup or block."""
     slot = op.slot.type
     assert isinstance(slot, SlotType)
-    rows, *others = slot.shape
-    return cut(slot.layout, (rows // shares(op, warps), *others))
+    axis, parts = shares(op, warps)
+    sizes = list(slot.shape)
+    sizes[axis] //= parts
+    return cut(slot.layout, sizes)
 
 
-def shares(op: Copy | BulkStore, warps: int) -> int:
-    """Into how many parts, by rows, warpgroups cut what an operation moves."""
-    return max(1, warps // WARPGROUP_WARPS) if isinstance(op, BulkStore) and op.scope == "warpgroup" else 1
+def shares(op: Copy | BulkStore, warps: int) -> tuple[int, int]:
+    """Along which dim, and into how many parts, warpgroups or the blocks of a cluster cut what an operation moves."""
+    if isinstance(op, BulkStore):
+        return 0, max(1, warps // WARPGROUP_WARPS) if op.scope == "warpgroup" else 1
+    return (0, 1) if op.multicast is None else (op.multicast, blocks_of(op))
+
+
+def blocks_of(op: Copy) -> int:
+    """The blocks that use the ring of a copy in step."""
+    ring_ = ring_of(op.slot)
+    return ring_.op.ctas if ring_ is not None and isinstance(ring_.op, MakeRing) else 1
 
 
 def provenance(view: Value) -> tuple[Value, tuple[int, ...]]:
@@ -178,8 +188,10 @@ def _issue(lw: Lowering, op: Copy, publish: Publish) -> None:
     if op.result is next(t for t in publish.tokens if is_engine(t)):
         announce(lw, publish)
     barrier = full_barrier(lw, ring(lw, publish.ring), lw.scalar(publish.count))
-    for pointer, place, address in _transfers(lw, op, [0] * len(op.index), 0):
-        ptx.load_box(lw.fb, pointer, place, address, barrier)
+    blocks = 1 if op.multicast is None else blocks_of(op)
+    shift, skip = _own_part(lw, lw.slot(op.slot), shares(op, 1), lambda: ptx.cluster_rank(lw.fb))
+    for pointer, place, address in _transfers(lw, op, shift, skip):
+        ptx.load_box(lw.fb, pointer, place, address, barrier, blocks)
 
 
 def _publish(lw: Lowering, token: Value) -> Publish:
@@ -193,27 +205,26 @@ def _publish(lw: Lowering, token: Value) -> Publish:
 
 @lowers(BulkStore, table=TMA_LOWERINGS)
 def lower_bulk_store(lw: Lowering, op: BulkStore) -> None:
-    slot, parts = lw.slot(op.slot), shares(op, lw.scope.num_warps)
-    shift: list[IntLike] = [0] * slot.type.rank
-    skip: IntLike = 0
-    if parts > 1:
-        shift[0], skip = _own_rows(lw, slot, parts)
+    shift, skip = _own_part(lw, lw.slot(op.slot), shares(op, lw.scope.num_warps), lambda: warpgroup_index(lw))
     who = warpgroup_leader(lw) if op.scope == "warpgroup" else leader(lw)
     transfers = list(_transfers(lw, op, shift, skip))
     ptx.store_boxes(lw.fb, transfers[0][0], [(where, address) for _, where, address in transfers], who)
 
 
-def _own_rows(lw: Lowering, slot: SlotRef, parts: int) -> tuple[IntLike, IntLike]:
-    """(first row, its byte offset in the slot) of the warpgroup's share of the rows."""
-    rows, rest = divmod(slot.type.shape[0], parts)
-    if rest:
-        raise lw.error(f"{slot.type.shape[0]} rows do not split over {parts} warpgroups")
-    others = [0] * (len(slot.type.shape) - 1)
-    starts = [int(slot.layout.offset_of(rows * part, *others)) * slot.dtype.bytes for part in range(parts)]
-    if starts != [part * starts[1] for part in range(parts)] or starts[1] % slot.layout.alignment:
-        raise lw.error(f"the warpgroups' rows of {slot.type} do not start where the swizzle's pattern does")
-    group = warpgroup_index(lw)
-    return lw.index.mul(group, rows), lw.index.mul(group, starts[1])
+def _own_part(
+    lw: Lowering, slot: SlotRef, shared: tuple[int, int], which: Callable[[], mlir.Value]
+) -> tuple[list[IntLike], IntLike]:
+    """Where in the tile, and how many bytes into the slot, the part of one warpgroup or block begins."""
+    axis, parts = shared
+    shift: list[IntLike] = [0] * slot.type.rank
+    if parts == 1:
+        return shift, 0
+    step = slot.layout.part_bytes(axis, parts)
+    if step is None:
+        raise lw.error(f"{slot.type} has no {parts} parts along dim {axis} that start where the swizzle's pattern does")
+    number = which()
+    shift[axis] = lw.index.mul(number, slot.type.shape[axis] // parts)
+    return shift, lw.index.mul(number, step)
 
 
 @lowers(BulkWait, table=TMA_LOWERINGS)

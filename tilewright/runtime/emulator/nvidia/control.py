@@ -14,6 +14,7 @@ import numpy as np
 
 from tilewright.runtime.emulator.memory import BASE
 from tilewright.runtime.emulator.nvidia import syntax
+from tilewright.runtime.emulator.nvidia.clusters import complete
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.launch import NamedBarrier
 from tilewright.runtime.emulator.nvidia.mbarrier import publish
@@ -66,6 +67,7 @@ def _warp_ended(state: State, warp: int) -> None:
     if any(launch.products.get(leader, [])):
         state.fault("the warp ends while a wgmma is in flight", warp=warp)
     block = int(state.block[warp])
+    complete(state, block // launch.cluster)
     of_block = slice(block * state.warps_per_block, (block + 1) * state.warps_per_block)
     if not state.exited[of_block].all():
         return
@@ -221,31 +223,6 @@ def _reduction(inst: Instruction, destination: syntax.Operand) -> Callable[[Stat
         write(state, np.full((1, 1), value))
 
     return deliver
-
-
-@instruction("barrier.cluster.arrive", "barrier.cluster.wait", ends_run=True, gathers="warp")
-def _cluster_barrier(inst: Instruction) -> Execute:
-    """A cluster of one block: the wait releases once all its warps have arrived."""
-    inst.modifiers.clear()
-    arrives = inst.name.endswith("arrive")
-
-    def execute(state: State) -> None:
-        for row, warp in enumerate(state.selected().tolist()):
-            key = (int(state.block[warp]), -1)
-            barrier = state.launch.named.setdefault(key, NamedBarrier())
-            if arrives:
-                barrier.arrived += 1
-                if barrier.arrived % state.warps_per_block == 0:
-                    publish(state, key[0])
-                    for waiter, lanes in barrier.waiting:
-                        state.wake(waiter, lanes)
-                    barrier.waiting.clear()
-            elif barrier.arrived % state.warps_per_block:
-                barrier.waiting.append((warp, state.lanes[row]))
-                state.blocked[warp] |= state.lanes[row]
-                state.launch.waits[warp] = "the cluster's barrier"
-
-    return execute
 
 
 # --- registers -------------------------------------------------------------------------------------

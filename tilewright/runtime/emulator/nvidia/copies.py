@@ -21,7 +21,7 @@ from tilewright.runtime.emulator.nvidia.mbarrier import change, find_barrier
 from tilewright.runtime.emulator.nvidia.operands import Reader, integer, location, source
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.shared_memory import GRAIN
-from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW, global_offsets
+from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW, global_offsets, peer
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.tensor_map import TensorMap, decode_tensor_map
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
@@ -86,8 +86,8 @@ def _trailing(inst: Instruction) -> bool:
     return inst.flag("multicast::cluster")
 
 
-def _publish_check(state: State, warp: int, place: int) -> None:
-    if not find_barrier(state, warp, place).published:
+def _publish_check(state: State, warp: int, place: int, block: int) -> None:
+    if not find_barrier(state, warp, place, block).published:
         state.fault(
             "the mbarrier has been initialised, but no fence (mbarrier_init or proxy.async) has made it visible to "
             "the async proxy",
@@ -96,11 +96,18 @@ def _publish_check(state: State, warp: int, place: int) -> None:
 
 
 def _start_load(
-    state: State, warp: int, start: int, size: int, barrier_place: int, fetch: Callable[[], Array], swizzle: int
+    state: State,
+    warp: int,
+    start: int,
+    size: int,
+    barrier_place: int,
+    fetch: Callable[[], Array],
+    swizzle: int,
+    block: int | None = None,
 ) -> None:
-    """Queue a copy of ``size`` bytes, which ``fetch`` reads when it lands, to ``start`` of the warp's block."""
-    launch, block = state.launch, int(state.block[warp])
-    _publish_check(state, warp, barrier_place)
+    """Queue a copy of ``size`` bytes, which ``fetch`` reads when it lands, to ``start`` of a block (the warp's)."""
+    launch, block = state.launch, int(state.block[warp]) if block is None else block
+    _publish_check(state, warp, barrier_place, block)
     launch.shared.expect(state, block, start, size)
 
     def complete(state: State) -> None:
@@ -109,7 +116,7 @@ def _start_load(
         where = swizzled_grains(start // GRAIN, size // GRAIN, swizzle) + block * shared.grains_per_block
         shared.grains[where] = data.view(np.uint8).reshape(-1, GRAIN)
         shared.arrived(block, start, size)
-        change(state, block, find_barrier(state, warp, barrier_place), 0, -size, warp)
+        change(state, block, find_barrier(state, warp, barrier_place, block), 0, -size, warp)
 
     assert state.instruction is not None
     launch.copies.append(Work(block, warp, state.instruction, complete))
@@ -239,17 +246,20 @@ def _tensor_copy(inst: Instruction) -> Execute:
     def execute(state: State) -> None:
         for warp, _, values in operands.rows(state):
             map_, start = _checked_map(state, warp, rank, values)
-            if multicast and values["mask"] != 1:
-                state.fault("multicast beyond the only block of the cluster", warp=warp)
-            _start_load(
-                state,
-                warp,
-                _shared_place(values["shared"]),
-                map_.box_bytes,
-                _shared_place(values["barrier"]),
-                lambda map_=map_, start=start, warp=warp: _fetch_box(state, map_, start, warp),  # type: ignore[misc]
-                map_.swizzle,
-            )
+            blocks: list[int | None] = [None]
+            if multicast:
+                blocks = [peer(state, warp, place) for place in range(16) if values["mask"] >> place & 1]
+            for block in blocks:
+                _start_load(
+                    state,
+                    warp,
+                    _shared_place(values["shared"]),
+                    map_.box_bytes,
+                    _shared_place(values["barrier"]),
+                    lambda map_=map_, start=start, warp=warp: _fetch_box(state, map_, start, warp),  # type: ignore[misc]
+                    map_.swizzle,
+                    block,
+                )
 
     return execute
 

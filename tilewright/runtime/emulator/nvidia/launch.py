@@ -15,6 +15,7 @@ from tilewright.runtime.emulator.nvidia.shared_memory import SharedMemory
 from tilewright.runtime.emulator.nvidia.types import LANES, Array
 
 if TYPE_CHECKING:
+    from tilewright.runtime.emulator.nvidia.clusters import ClusterBarrier
     from tilewright.runtime.emulator.nvidia.decode import Instruction
     from tilewright.runtime.emulator.nvidia.mbarrier import Barrier
     from tilewright.runtime.emulator.nvidia.state import State
@@ -85,8 +86,10 @@ class Launch:
         seed: int | None,
         printed: list[str],
         registers: int,
+        cluster: int = 1,
     ) -> None:
-        self.kernel, self.memory, self.grid, self.block = kernel, memory, grid, block
+        self.kernel: Kernel = kernel
+        self.memory, self.grid, self.block = memory, grid, block
         self.dynamic_shared: int = dynamic_shared
         self.shared_bytes: int = kernel.dynamic_offset + dynamic_shared
         self.param_address, self.symbols = param_address, symbols
@@ -97,6 +100,9 @@ class Launch:
         #: mbarriers by (block, address)
         self.barriers: dict[tuple[int, int], Barrier] = {}
         self.named: dict[tuple[int, int], NamedBarrier] = {}
+        #: blocks of a cluster, and barrier.cluster by the cluster's number
+        self.cluster: int = cluster
+        self.cluster_barriers: dict[int, ClusterBarrier] = {}
         #: copies into shared memory that have not landed, oldest first
         self.copies: list[Work] = []
         #: bulk stores of a thread (warp, lane): groups, the last of which is open

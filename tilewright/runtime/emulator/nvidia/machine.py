@@ -19,6 +19,7 @@ from tilewright.runtime.emulator.errors import EmulatorError, EmulatorFault
 from tilewright.runtime.emulator.memory import GlobalMemory
 from tilewright.runtime.emulator.nvidia import (  # noqa: F401
     access,
+    clusters,
     compare,
     control,
     convert,
@@ -30,6 +31,7 @@ from tilewright.runtime.emulator.nvidia import (  # noqa: F401
     warp,
     wgmma,
 )
+from tilewright.runtime.emulator.nvidia.clusters import cluster_blocks
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Kernel, decode_kernel
 from tilewright.runtime.emulator.nvidia.launch import REGISTER_FILE, Launch
 from tilewright.runtime.emulator.nvidia.state import FAR, State
@@ -99,7 +101,8 @@ class PtxEmulator:
         warps_per_block = -(-threads // LANES)
         if registers is None:
             registers = min(256, REGISTER_FILE // (warps_per_block * LANES) // 8 * 8)
-        blocks_per_batch = max(1, batch_warps // warps_per_block)
+        cluster = cluster_blocks(kernel, grid3)
+        blocks_per_batch = max(1, batch_warps // warps_per_block // cluster) * cluster
         statistics = LaunchStatistics()
         placed = _place_variables(kernel, memory)
         address = memory.allocate(np.frombuffer(parameters.ljust(1, b"\0"), np.uint8), "the parameters")
@@ -109,7 +112,7 @@ class PtxEmulator:
                     count = min(blocks_per_batch, prod(grid3) - first)
                     launch = Launch(
                         kernel, memory, grid3, block3, shared_bytes, address, placed, count, warps_per_block,
-                        None if seed is None else seed + first, statistics.printed, registers,
+                        None if seed is None else seed + first, statistics.printed, registers, cluster,
                     )  # fmt: skip
                     _Batch(launch, first, count, warps_per_block, threads).run(max_steps, statistics)
         finally:

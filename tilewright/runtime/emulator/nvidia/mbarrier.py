@@ -15,7 +15,7 @@ import numpy as np
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.operands import address, dest, source
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
-from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW
+from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW, locate
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.types import LANES, Array
 
@@ -33,16 +33,27 @@ class Barrier:
     #: the warp that initialised it, and whether a barrier has told the others since
     owner: int = -1
     shared: bool = False
+    #: a barrier of the cluster has told the other blocks
+    known_to_cluster: bool = False
     #: visible to the async proxy
     published: bool = False
     waiting: list[tuple[int, Array]] = field(default_factory=list)
 
 
-def find_barrier(state: State, warp: int, place: int) -> Barrier:
-    """The barrier at a shared address of a warp's block. Faults where there is none."""
-    barrier = state.launch.barriers.get((int(state.block[warp]), place))
+def find_barrier(state: State, warp: int, place: int, block: int | None = None) -> Barrier:
+    """The barrier at a shared address of a warp's block, or of another of its cluster. Faults where there is none."""
+    own = int(state.block[warp])
+    block = own if block is None else block
+    barrier = state.launch.barriers.get((block, place))
     if barrier is None:
         state.fault(f"no mbarrier has been initialised at {place}", warp=warp)
+    if block != own:
+        if not barrier.known_to_cluster:
+            state.fault(
+                f"the mbarrier at {place} of another block was initialised with no barrier of the cluster between",
+                warp=warp,
+            )
+        return barrier
     if not barrier.shared and barrier.owner != warp:
         state.fault(
             f"the mbarrier at {place} was initialised by {state.name(barrier.owner)}, with no barrier between",
@@ -173,7 +184,10 @@ def _transactions(inst: Instruction) -> Execute:
 
 @instruction("mbarrier.arrive", "mbarrier.arrive_drop", ends_run=True)
 def _arrive(inst: Instruction) -> Execute:
-    """{state|_,} [address]{, count}; .expect_tx first adds to the transaction count (9.7.12.15.13)."""
+    """{state|_,} [address]{, count}; .expect_tx first adds to the transaction count (9.7.12.15.13).
+
+    At a shared::cluster address the barrier may be another block's.
+    """
     expects, drops = inst.flag("expect_tx"), inst.name.endswith("drop")
     inst.flag("noComplete")
     if not isinstance(inst.operands[0], type(inst.operands[-1])) or len(inst.operands) == 1:
@@ -190,10 +204,10 @@ def _arrive(inst: Instruction) -> Execute:
         state.require_defined("an mbarrier's count")
         token = np.zeros(state.lanes.shape, np.uint64)
         for row, warp, lane in _each(state):
-            barrier = find_barrier(state, warp, int(at[row, lane]))
+            block, place = locate(state, warp, int(at[row, lane]))
+            barrier = find_barrier(state, warp, place, block)
             number = 1 if counts is None else int(counts[row, lane])
             token[row, lane] = barrier.phase << 20 | barrier.pending
-            block = int(state.block[warp])
             arrivals = 1 if expects else number
             if expects:
                 barrier.tx += number

@@ -2,6 +2,9 @@
 
 The generic address space has windows of shared and local memory; parameters and module variables
 live in global memory. Shared memory is in `shared_memory`.
+
+In the shared::cluster window a block finds its own shared memory at its shared::cta addresses, and that of the block
+of rank r from ``(r + 1) << 24`` on.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
     from tilewright.runtime.emulator.nvidia.state import State
 
 SHARED_WINDOW, LOCAL_WINDOW = 0x7E00_0000_0000, 0x7D00_0000_0000
-_WINDOW = 1 << 24
+_WINDOW_BITS = 24
+_WINDOW = 1 << _WINDOW_BITS
 _I64 = np.int64
 
 
@@ -90,4 +94,41 @@ def local_offsets(state: State, address: Array, size: int) -> Array:
     return offsets
 
 
-__all__ = ["BASE", "LOCAL_WINDOW", "SHARED_WINDOW", "global_offsets", "local_offsets", "split_generic"]
+# --- blocks of a cluster ---------------------------------------------------------------------------
+
+
+def cluster_address(ranks: Array, address: Array) -> Array:
+    """The shared::cluster addresses of places in the blocks of these ranks."""
+    mapped: Array = (ranks + 1 << _WINDOW_BITS) | (address & (_WINDOW - 1))
+    return mapped
+
+
+def peer(state: State, warp: int, rank: int) -> int:
+    """The block (within the batch) of a rank in the warp's cluster. Faults where it has none, or has ended."""
+    size, block = state.launch.cluster, int(state.block[warp])
+    if not 0 <= rank < size:
+        state.fault(f"block {rank} of a cluster of {size}", warp=warp)
+    found = block - block % size + rank
+    if state.exited[found * state.warps_per_block : (found + 1) * state.warps_per_block].all():
+        state.fault(f"uses the shared memory of block {rank} of the cluster, which has ended", warp=warp)
+    return found
+
+
+def locate(state: State, warp: int, address: int) -> tuple[int, int]:
+    """(block within the batch, place in its shared memory) of a shared::cluster address."""
+    if address < _WINDOW:
+        return int(state.block[warp]), address
+    return peer(state, warp, (address >> _WINDOW_BITS) - 1), address & (_WINDOW - 1)
+
+
+__all__ = [
+    "BASE",
+    "LOCAL_WINDOW",
+    "SHARED_WINDOW",
+    "cluster_address",
+    "global_offsets",
+    "local_offsets",
+    "locate",
+    "peer",
+    "split_generic",
+]

@@ -49,6 +49,10 @@ def _globaltimer(state: State) -> Array:
     return _same(1_000_000_000 + _TICK_NS * state.tick)
 
 
+def _rank(state: State) -> Array:
+    return (state.selected_blocks()[:, None] % state.launch.cluster).astype(np.uint64)
+
+
 _READERS: dict[str, Callable[[State], Array]] = {
     "%laneid": lambda state: _LANE[None].astype(np.uint64),
     "%warpid": lambda state: state.rank[state.w][:, None].astype(np.uint64),
@@ -71,10 +75,15 @@ _READERS: dict[str, Callable[[State], Array]] = {
     "%total_smem_size": lambda state: _same(state.launch.shared_bytes),
     "WARP_SZ": lambda state: _same(LANES),
     # a kernel without clusters runs in clusters of one block
-    "%is_explicit_cluster": lambda state: _same(0),
-    "%cluster_ctarank": lambda state: _same(0),
-    "%cluster_nctarank": lambda state: _same(1),
+    "%is_explicit_cluster": lambda state: _same("reqnctapercluster" in state.launch.kernel.directives),
+    "%cluster_ctarank": _rank,
+    "%cluster_nctarank": lambda state: _same(state.launch.cluster),
 }
+
+
+def _clusters(of: Callable[[State], Array]) -> Callable[[State], Array]:
+    """Blocks along x, counted in clusters."""
+    return lambda state: of(state) // np.uint64(state.launch.cluster)
 
 
 def _extent(of_block: bool, axis: int) -> Callable[[State], Array]:
@@ -89,6 +98,9 @@ for _axis, _letter in enumerate("xyz"):
     _READERS[f"%nclusterid.{_letter}"] = _READERS[f"%nctaid.{_letter}"]
     _READERS[f"%cluster_ctaid.{_letter}"] = lambda state: _same(0)
     _READERS[f"%cluster_nctaid.{_letter}"] = lambda state: _same(1)
+_READERS["%clusterid.x"] = _clusters(_block(0))
+_READERS["%nclusterid.x"] = _clusters(_extent(False, 0))
+_READERS["%cluster_ctaid.x"], _READERS["%cluster_nctaid.x"] = _rank, _READERS["%cluster_nctarank"]
 
 
 def special_reader(name: str) -> Callable[[State], Array] | None:

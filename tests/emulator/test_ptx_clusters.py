@@ -1,0 +1,106 @@
+"""Clusters of blocks on the PTX emulator: their barrier, arrivals at other blocks' mbarriers, multicast copies."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from ptx_snippets import launch, legal, wrap
+
+from tilewright.runtime.emulator.nvidia import EmulatorError, EmulatorFault
+
+U32 = np.uint32
+
+
+def run_cluster(
+    body: str, words: int = 8, blocks: int = 4, size: int = 2, threads: int = 32, **options: object
+) -> list[int]:
+    """The words of the only array after ``blocks`` blocks, ``size`` in a cluster, have run ``body``."""
+    ptx = legal(re.sub(r"(\.entry k\([^)]*\))", rf"\1 .explicitcluster .reqnctapercluster {size}, 1, 1", wrap(body)))
+    arrays, _ = launch(ptx, [np.zeros(words, U32)], threads, (blocks,), shared_bytes=64, **options)
+    return arrays[0].view(U32).tolist()
+
+
+FIRST = ".reg .pred %one; setp.eq.u32 %one, %thread, 0;"
+MEET = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+STORE = """
+.reg .b32 %x; .reg .b64 %at;
+mov.u32 %x, %ctaid.x; mul.wide.u32 %at, %x, 4; add.u64 %at, %at, %ptr0; @%one st.global.u32 [%at], %value;
+"""
+
+
+@pytest.mark.parametrize(
+    ("register", "values"),
+    [
+        ("%cluster_ctarank", [0, 1, 0, 1]),
+        ("%cluster_nctarank", [2] * 4),
+        ("%clusterid.x", [0, 0, 1, 1]),
+        ("%nclusterid.x", [2] * 4),
+        ("%cluster_ctaid.x", [0, 1, 0, 1]),
+        ("%cluster_nctaid.x", [2] * 4),
+    ],
+)
+def test_special_registers(register: str, values: list[int]) -> None:
+    body = f"{FIRST} .reg .b32 %value; mov.u32 %value, {register};" + STORE
+    assert run_cluster(body, 4) == values
+
+
+def test_grids_are_whole_clusters() -> None:
+    with pytest.raises(EmulatorError, match="no multiple of the cluster's 2"):
+        run_cluster(FIRST, blocks=3)
+
+
+ARRIVE = """
+.reg .b32 %value, %there, %peer; .reg .pred %done;
+mov.u32 %peer, %cluster_ctarank; xor.b32 %peer, %peer, 1;
+mapa.shared::cluster.u32 %there, %sm, %peer;
+INIT
+@%one mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%there];
+@%one mbarrier.arrive.shared::cta.b64 _, [%sm];
+wait: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %done, [%sm], 0; @!%done bra wait;
+mov.u32 %value, 7;
+"""
+INIT = "@%one mbarrier.init.shared::cta.b64 [%sm], 2; fence.mbarrier_init.release.cluster;"
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_blocks_arrive_at_each_other(seed: int | None) -> None:
+    body = FIRST + ARRIVE.replace("INIT", INIT + MEET) + STORE + MEET
+    assert run_cluster(body, 4, seed=seed) == [7] * 4
+
+
+def test_a_remote_arrival_needs_the_cluster_to_know_the_barrier() -> None:
+    with pytest.raises(EmulatorFault, match="no barrier of the cluster between|no mbarrier has been initialised"):
+        run_cluster(FIRST + ARRIVE.replace("INIT", INIT + "bar.sync 0;") + STORE + MEET)
+
+
+def test_a_block_that_has_ended_cannot_be_reached() -> None:
+    """Rank 0 ends at once, rank 1 arrives there later."""
+    body = FIRST + ARRIVE.replace(
+        "INIT", INIT + MEET + ".reg .pred %p; setp.eq.u32 %p, %peer, 1; @%p ret; nanosleep.u32 9;"
+    )
+    with pytest.raises(EmulatorFault, match="block 0 of the cluster, which has ended"):
+        run_cluster(body + STORE)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("barrier.cluster.wait;", "without having arrived"),
+        ("barrier.cluster.arrive; barrier.cluster.arrive;", "arrives twice"),
+        ("mbarrier.init.shared::cta.b64 [%sm], 32; mov.u32 %t, %cluster_ctarank; setp.eq.u32 %p, %t, 0; @%p bra meet; "
+         "wait: mbarrier.try_wait.parity.shared::cta.b64 %p, [%sm], 0; @!%p bra wait; meet: " + MEET,
+         "deadlock(?s:.*)the cluster's barrier"),
+        ("mapa.shared::cluster.u32 %t, %sm, 2; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%t];",
+         "block 2 of a cluster of 2"),
+    ],
+)  # fmt: skip
+def test_misuse(body: str, message: str) -> None:
+    with pytest.raises(EmulatorFault, match=message):
+        run_cluster(".reg .b32 %t; .reg .pred %p;" + body, threads=1)
+
+
+def test_warps_that_have_ended_are_not_waited_for() -> None:
+    body = f"{FIRST} .reg .b32 %value; .reg .pred %p; setp.ge.u32 %p, %thread, 32; @%p ret; {MEET} mov.u32 %value, 5;"
+    assert run_cluster(body + STORE, 4, threads=64) == [5] * 4
