@@ -85,7 +85,7 @@ def entry_files(folder: Path) -> list[Path]:
 
 def made_up(binary: bytes = b"\x7fELF" + bytes(100)) -> Artifact:
     params = (TensorParam("x", "f32", (None, 8), (None, 1), 16), ScalarParam("s", "i32"))
-    abi = KernelABI("k", params, 128, 1024, (TensorMapParam("x", (64, 8), (1, 0), 128),), True, 2)
+    abi = KernelABI("k", params, 128, 1024, (TensorMapParam("x", (64, 8), (1, 0), 128),), True, 2, (1, 2, 1))
     resources = Resources(32, 1024, barriers=1)
     return Artifact("k", "sm_90a", binary, (Entry(abi, resources),), {"ptx": ".version"}, {"k": {"input": "µ"}})
 
@@ -236,6 +236,7 @@ def test_keys_change_with_everything_else(kernels: Any, monkeypatch: pytest.Monk
         key_of(kernel, name="other"),
         key_of(kernel, num_warps=8),
         key_of(kernel, num_stages=8),
+        key_of(kernel, num_ctas=2),
         key_of(kernel, args=bf16),
         key_of(kernel, args={**SPEC, "x": tw.spec("f32", (128,))}),
         key_of(kernel, args={**SPEC, "x": tw.spec("f32", ("N",), align=4)}),

@@ -126,6 +126,15 @@ def test_opt_reads_what_dump_prints():
     assert ok("opt", input=text) == scheduled
 
 
+def test_options_of_passes():
+    matrices = [part for name in "abc" for part in ("--arg", f"{name}=bf16[M,N]")]
+    text = ok("dump", GEMM, *matrices, "--num-ctas", 2, "--num-stages", 3, "--after", "pipeline")
+    assert "ctas = 2} : ring<3>" in text and "{multicast = 1}" in text
+    source = ok("dump", GEMM, *matrices, "--after", "input")
+    assert "num_ctas = 4" in ok("opt", "--num-ctas", 4, "-p", "tile-order", input=source)
+    assert "'3' is not one of" in misused("dump", SCALE, *NAMED, "--num-ctas", 3)
+
+
 def test_opt_errors_point_into_the_text(tmp_path):
     file = tmp_path / "bad.tw"
     file.write_text("func @f(%x: i32) {\n  %y = tile.add %x, %z : i32\n}\n")

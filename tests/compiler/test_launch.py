@@ -203,7 +203,7 @@ def test_options_are_accepted_and_checked():
         ({"num_stages": "3"}, "num_stages must be a positive integer"),
         ({"num_warp": 4}, "no parameter 'num_warp'(.|\n)*did you mean 'num_warps'"),
         ({"schedule": "fast"}, "unknown schedule 'fast'"),
-        ({"num_ctas": 2}, "not supported yet"),
+        ({"num_ctas": 3}, "num_ctas=3: a cluster has 1, 2 or 4 blocks"),
     ]:
         with pytest.raises(tw.ArgumentError, match=message):
             scale[1](x, y, 2.0, **options)

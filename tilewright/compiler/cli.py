@@ -25,16 +25,8 @@ from tilewright.compiler.cli_arguments import (
     summarize,
 )
 from tilewright.compiler.cli_check import bench, check
-from tilewright.compiler.cli_options import (
-    ARGUMENTS,
-    DEFAULT_TARGET,
-    JSON,
-    SCHEDULE,
-    STAGES,
-    TARGET,
-    WARPS,
-    reports_errors,
-)
+from tilewright.compiler.cli_options import ARGUMENTS, DEFAULT_TARGET, JSON, TARGET, compile_options, reports_errors
+from tilewright.compiler.options import CompileOptions
 
 if TYPE_CHECKING:
     from tilewright.compiler.artifact import Artifact
@@ -50,9 +42,7 @@ def main() -> None:
 @click.argument("kernel", metavar="FILE.py:NAME | FILE.tw")
 @TARGET
 @ARGUMENTS
-@WARPS
-@STAGES
-@SCHEDULE
+@compile_options
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="binary  [default: NAME.cubin or .hsaco]"
 )
@@ -62,14 +52,12 @@ def compile(
     kernel: str,
     target: str | None,
     arguments: tuple[str, ...],
-    num_warps: int | None,
-    num_stages: int | None,
-    schedule: str | None,
+    options: CompileOptions,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """Compile a kernel, or scheduled IR text, to a binary."""
-    artifact = _artifact(kernel, target, arguments, num_warps, num_stages, schedule)
+    artifact = _artifact(kernel, target, arguments, options)
     suffix = ".cubin" if "ptx" in artifact.asm else ".hsaco"
     path = artifact.save(output or Path(artifact.name + suffix))
     report = {
@@ -101,9 +89,7 @@ def _artifact(
     kernel: str,
     target: str | None,
     arguments: tuple[str, ...],
-    num_warps: int | None,
-    num_stages: int | None,
-    schedule: str | None,
+    options: CompileOptions,
 ) -> Artifact:
     from tilewright.compiler.api import compile as compile_kernel
 
@@ -111,14 +97,12 @@ def _artifact(
     if kernel.endswith(".tw"):
         from tilewright.compiler.driver import compile_text
 
-        if arguments or num_warps or num_stages or schedule:
+        if arguments or options != CompileOptions():
             raise click.UsageError("a .tw file is scheduled already: it takes no arguments and no options of passes")
         return compile_text(_read(Path(kernel)), target, kernel)
     loaded = load_kernel(kernel)
     types = parse_arguments(loaded.definition, arguments).types(loaded.definition)
-    return compile_kernel(
-        loaded, target or DEFAULT_TARGET, types, num_warps=num_warps, num_stages=num_stages, schedule=schedule
-    )
+    return compile_kernel(loaded, target or DEFAULT_TARGET, types, **asdict(options))
 
 
 def _known_target(name: str) -> str:
@@ -143,9 +127,7 @@ def _read(path: Path) -> str:
 @click.option("--grid", required=True, help="programs along each axis: 8 or 8,5")
 @click.option("--device", "device_name", default="cpu", show_default=True, help="a name that `devices` lists")
 @click.option("--seed", default=0, show_default=True, help="of the normally distributed inputs")
-@WARPS
-@STAGES
-@SCHEDULE
+@compile_options
 @JSON
 @reports_errors
 def run(
@@ -154,9 +136,7 @@ def run(
     grid: str,
     device_name: str,
     seed: int,
-    num_warps: int | None,
-    num_stages: int | None,
-    schedule: str | None,
+    options: CompileOptions,
     as_json: bool,
 ) -> None:
     """Run a kernel once on random tensors and summarise every tensor that it wrote."""
@@ -169,8 +149,7 @@ def run(
     arrays = random_arrays(given, seed, device_name)
     before = {name: snapshot(value) for name, value in arrays.items()}
     start = perf_counter()
-    options = {"num_warps": num_warps, "num_stages": num_stages, "schedule": schedule}
-    where.launch(loaded, sizes, **options, **arrays, **given.values)
+    where.launch(loaded, sizes, **asdict(options), **arrays, **given.values)
     where.synchronize()
     seconds = perf_counter() - start
     written = {name: summarize(value) for name, value in arrays.items() if snapshot(value) != before[name]}
@@ -191,18 +170,14 @@ def run(
     "-p", "--pipeline", default=None, help="passes, as in canonicalize,pipeline{num-stages=4}  [default: the target's]"
 )
 @TARGET
-@WARPS
-@STAGES
-@SCHEDULE
+@compile_options
 @click.option("--locations", is_flag=True, help="print source locations")
 @reports_errors
 def opt(
     file: Any,
     pipeline: str | None,
     target: str | None,
-    num_warps: int | None,
-    num_stages: int | None,
-    schedule: str | None,
+    options: CompileOptions,
     locations: bool,
 ) -> None:
     """Run passes on IR text and print the result."""
@@ -210,7 +185,7 @@ def opt(
     from tilewright.ir.printer import print_module
     from tilewright.ir.target import get_target
     from tilewright.ir.verifier import verify
-    from tilewright.passes.manager import PassContext, PassManager, PassOptions, PipelineError, parse_pipeline
+    from tilewright.passes.manager import PassContext, PassManager, PipelineError, parse_pipeline
     from tilewright.passes.pipelines import default_pipeline
 
     try:
@@ -224,7 +199,7 @@ def opt(
     module = parse_module(text, file.name, text_locations=not locations)
     machine = get_target(_known_target(target or module.attributes.get("target") or DEFAULT_TARGET))
     verify(module)
-    context = PassContext(machine, PassOptions(num_warps, num_stages, schedule=schedule))
+    context = PassContext(machine, options.pass_options())
     manager = PassManager(default_pipeline(machine) if passes is None else passes, context)
     click.echo(print_module(manager.run(module), locations), nl=False)
 
@@ -233,9 +208,7 @@ def opt(
 @click.argument("kernel", metavar="FILE.py:NAME")
 @TARGET
 @ARGUMENTS
-@WARPS
-@STAGES
-@SCHEDULE
+@compile_options
 @click.option("--after", default=None, help="IR after this pass (input: before all)  [default: the last]")
 @click.option("--asm", default=None, help="assembly instead of IR: llvm, ptx or amdgcn")
 @click.option("--list", "list_only", is_flag=True, help="list the passes and kinds of assembly that there are")
@@ -245,9 +218,7 @@ def dump(
     kernel: str,
     target: str | None,
     arguments: tuple[str, ...],
-    num_warps: int | None,
-    num_stages: int | None,
-    schedule: str | None,
+    options: CompileOptions,
     after: str | None,
     asm: str | None,
     list_only: bool,
@@ -257,11 +228,7 @@ def dump(
     if asm and after:
         raise click.UsageError("--after and --asm exclude each other")
     target = _known_target(target or DEFAULT_TARGET)
-    texts: Mapping[str, str]
-    if asm:
-        texts = _artifact(kernel, target, arguments, num_warps, num_stages, schedule).asm
-    else:
-        texts = _passes(kernel, target, arguments, num_warps, num_stages, schedule)
+    texts = _artifact(kernel, target, arguments, options).asm if asm else _passes(kernel, target, arguments, options)
     if list_only:
         kinds = _assembly_kinds(target)
         listing = "\n".join([*texts, *(f"--asm {kind}" for kind in kinds)])
@@ -283,17 +250,14 @@ def _passes(
     kernel: str,
     target: str,
     arguments: tuple[str, ...],
-    num_warps: int | None,
-    num_stages: int | None,
-    schedule: str | None,
+    options: CompileOptions,
 ) -> Mapping[str, str]:
     """The IR after each pass, for which no backend needs to run."""
     from tilewright.compiler.driver import run_passes
-    from tilewright.compiler.options import CompileOptions
 
     definition = load_kernel(kernel).definition
     types = parse_arguments(definition, arguments).types(definition)
-    return run_passes(definition, target, types, CompileOptions(num_warps, num_stages, schedule=schedule))
+    return run_passes(definition, target, types, options)
 
 
 @main.command()

@@ -6,13 +6,15 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tilewright.compiler.cli_arguments import load_kernel, parse_arguments
-from tilewright.compiler.cli_options import ARGUMENTS, GRID, JSON, SCHEDULE, STAGES, WARPS, reports_errors
+from tilewright.compiler.cli_options import ARGUMENTS, GRID, JSON, compile_options, reports_errors
+from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.user_program import load_program
 
 if TYPE_CHECKING:
@@ -41,9 +43,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0),
     help="largest error relative to the largest exact value  [default: by dtype, bf16 2e-2, f16 4e-3, f32 1e-3]",
 )
-@WARPS
-@STAGES
-@SCHEDULE
+@compile_options
 @JSON
 @reports_errors
 def check(
@@ -57,9 +57,7 @@ def check(
     trials: int,
     seed: int,
     tolerance: float | None,
-    num_warps: int | None,
-    num_stages: int | None,
-    schedule: str | None,
+    options: CompileOptions,
     as_json: bool,
 ) -> None:
     """Compare a kernel with a reference on random sizes and values. Exit code 1 where they differ."""
@@ -73,8 +71,7 @@ def check(
     if function is None and device_name == "cpu":
         raise click.UsageError("nothing to compare with: define `reference` beside the kernel, or name a --device")
     device(device_name)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "schedule": schedule}
-    checker = Checker(loaded, given, grid, device_name, function, options, tolerance)
+    checker = Checker(loaded, given, grid, device_name, function, asdict(options), tolerance)
     rows, failed = [], False
     for number in range(seed, seed + trials):
         case = make_case(loaded, given, number, limit, _fixed(sizes))
@@ -144,9 +141,7 @@ def load_function(text: str, option: str) -> Callable[..., Any]:
 )
 @click.option("--size", "sizes", multiple=True, metavar="NAME=N", help="the size of a named dimension")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
-@WARPS
-@STAGES
-@SCHEDULE
+@compile_options
 @JSON
 @reports_errors
 def bench(
@@ -161,9 +156,7 @@ def bench(
     flops: str | None,
     sizes: tuple[str, ...],
     seed: int,
-    num_warps: int | None,
-    num_stages: int | None,
-    schedule: str | None,
+    options: CompileOptions,
     as_json: bool,
 ) -> None:
     """Time a kernel, in turns with rivals: medians, and bytes per second if each tensor moves once."""
@@ -174,9 +167,7 @@ def bench(
     benchmark = Benchmark(loaded, given, grid, device_name, _fixed(sizes), seed)
     operations = None if flops is None else benchmark.number(flops)
     functions = {text.rpartition(":")[2]: load_function(text, "--rival") for text in rivals}
-    result = benchmark.run(
-        functions, repeats, warmup, flush, {"num_warps": num_warps, "num_stages": num_stages, "schedule": schedule}
-    )
+    result = benchmark.run(functions, repeats, warmup, flush, asdict(options))
     rows = _rows(result, loaded.__name__, benchmark.bytes_moved, operations)
     if as_json:
         report = {"kernel": loaded.__name__, "device": device_name, "bytes": benchmark.bytes_moved, "flops": operations}

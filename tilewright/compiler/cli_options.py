@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tilewright.compiler.options import SCHEDULES
+from tilewright.compiler.options import CLUSTERS, SCHEDULES, CompileOptions
 from tilewright.compiler.user_program import UserProgramError
 from tilewright.ir.target import TARGETS
 
@@ -34,8 +34,25 @@ GRID = click.option(
 )
 WARPS = click.option("--num-warps", type=click.IntRange(min=1), default=None, help="warps that compute")
 STAGES = click.option("--num-stages", type=click.IntRange(min=1), default=None, help="depth of the rings")
+CTAS = click.option(
+    "--num-ctas", type=click.Choice([str(n) for n in CLUSTERS]), default=None, help="blocks of a cluster"
+)
 SCHEDULE = click.option("--schedule", type=click.Choice(SCHEDULES), default=None, help="how copies are arranged")
 JSON = click.option("--json", "as_json", is_flag=True, help="machine-readable output")
+
+
+def compile_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take the compile options, as one argument ``options`` (`CompileOptions`)."""
+
+    @wraps(command)
+    def wrapped(
+        num_warps: int | None, num_stages: int | None, num_ctas: str | None, schedule: str | None, **kwargs: Any
+    ) -> None:
+        ctas = None if num_ctas is None else int(num_ctas)
+        command(**kwargs, options=CompileOptions(num_warps, num_stages, ctas, schedule))
+
+    with_options: Callable[..., None] = WARPS(STAGES(CTAS(SCHEDULE(wrapped))))
+    return with_options
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
@@ -171,8 +171,8 @@ def _schedule(module: Module, target: Target, options: CompileOptions, instrumen
             raise PassFailure(message, loc, error.hint, **common) from error
         path = write_reproducer(error.reproducer, function.name)
         pipeline = error.reproducer.partition("\n")[0].removeprefix("// RUN: opt -p ")
-        fixed = [f"--num-{n}={v}" for n, v in (("warps", options.num_warps), ("stages", options.num_stages)) if v]
-        fixed += [f"--schedule={options.schedule}"] if options.schedule else []
+        given = {name: value for name, value in asdict(options).items() if value is not None}
+        fixed = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         rerun = shlex.join(["tilewright", "opt", str(path), "--target", target.name, *fixed, "-p", pipeline])
         hint = error.hint or "a fault of the compiler: please report it"
         raise PassFailure(error.message, loc, hint, reproducer=path, rerun=rerun, **common) from error

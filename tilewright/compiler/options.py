@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: how copies and matrix products can be arranged (`tilewright.passes.schedule`)
 SCHEDULES = ("roles", "prefetch")
+#: blocks of a cluster; all GPUs with clusters run 8, but few multiprocessors lie together in eights
+CLUSTERS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class CompileOptions:
 
     ``num_warps``: warps that compute (producer warps come on top). ``num_stages``: depth of the rings.
     ``schedule``: "roles" (copying and computing warps side by side) or "prefetch" (each warp copies ahead for itself).
-    ``num_ctas``: reserved for clusters.
+    ``num_ctas``: blocks of a cluster, whose copies of common tiles are shared; for tensors that the copy engine cannot
+    read, blocks stay alone.
     """
 
     num_warps: int | None = None
@@ -40,8 +43,8 @@ class CompileOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ArgumentError(f"{name} must be a positive integer, got {value!r}")
-        if self.num_ctas not in (None, 1):
-            raise ArgumentError("num_ctas: clusters of several blocks are not supported yet", hint="leave it out")
+        if self.num_ctas not in (None, *CLUSTERS):
+            raise ArgumentError(f"num_ctas={self.num_ctas}: a cluster has 1, 2 or 4 blocks")
         if self.schedule not in (None, *SCHEDULES):
             known = " and ".join(map(repr, SCHEDULES))
             raise ArgumentError(f"unknown schedule {self.schedule!r}", hint=f"schedules are {known}")
