@@ -47,6 +47,18 @@ def test_gemm(shape, layout, dtype):
     assert relative(c, exact) <= 1.01 * relative(library, exact) + 1e-4
 
 
+@pytest.mark.parametrize("ctas", [2, 4])
+@pytest.mark.parametrize("layout", ["NN", "NT", "TN", "TT"])
+@pytest.mark.parametrize("shape", [(128, 256, 64), (1000, 776, 200), (2056, 4104, 1032), (1001, 777, 201)])
+def test_gemm_in_clusters(shape, layout, ctas):
+    m, n, k = shape
+    a, b = randn(m, k, transposed=layout[0] == "T"), randn(k, n, transposed=layout[1] == "T")
+    for meta in ({"BM": 128, "BN": 256}, {"BM": 256, "BN": 128}, {"BM": 64, "BN": 128}):
+        c = poisoned(m, n)
+        gemm[(tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]))](a, b, c, **meta, num_ctas=ctas)
+        assert relative(c, a.double() @ b.double()) < 3e-3
+
+
 @pytest.mark.parametrize(
     "meta",
     [
