@@ -1,16 +1,20 @@
 """Memories: the global address space, LDS, scratch; and the one place all accesses go through.
 
-`MemorySystem` is where late landing of loads, race detection or other devices would hook in: every
-vector or scalar access of a kernel is a call of one of its four methods (``load``, ``store``,
-``atomic``, ``load_scalar``) with a space, addresses, a lane mask and a size.
+Every vector or scalar access of a kernel is a call of one method of `MemorySystem` (``load``,
+``store``, ``atomic``, ``load_scalar``, ``send_to_lds``) with addresses, a lane mask and a size.
+
+Loads to LDS are asynchronous: what they read is on its way until the wave waits for it (VM_CNT), and
+until then LDS keeps what it held. LDS that nobody wrote is undefined, like a register nobody wrote.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
+from tilewright.runtime.emulator.amd.counters import Counter
 from tilewright.runtime.emulator.amd.operands import Array
 from tilewright.runtime.emulator.amd.state import WaveState
 from tilewright.runtime.emulator.memory import BASE, GlobalMemory, load_words, ranks, store_words
@@ -19,6 +23,33 @@ _U32, _U64, _I64 = np.uint32, np.uint64, np.int64
 
 #: (old, operand words) -> new; words are uint32 arrays
 AtomicFunction = Callable[[list[Array], list[Array]], list[Array]]
+
+
+@dataclass
+class _Parcel:
+    """Data on its way to LDS. Per wave: its index, the number of the load, byte offsets and words of its lanes."""
+
+    waves: Array
+    number: Array
+    offsets: Array
+    mask: Array
+    words: list[Array]
+    size: int
+
+    def split(self, now: Array) -> tuple[_Parcel, _Parcel]:
+        """The part of the waves in ``now`` (bool), and the rest."""
+        first, rest = (
+            _Parcel(
+                self.waves[part],
+                self.number[part],
+                self.offsets[part],
+                self.mask[part],
+                [word[part] for word in self.words],
+                self.size,
+            )
+            for part in (now, ~now)
+        )
+        return first, rest
 
 
 class MemorySystem:
@@ -33,6 +64,9 @@ class MemorySystem:
         self.lds_bytes = lds_bytes
         self._lds_pitch = -(-lds_bytes // 16) * 16 + 16
         self.lds = np.zeros(groups * self._lds_pitch, np.uint8)
+        #: 255 for each byte of LDS that was written
+        self._written = np.zeros_like(self.lds)
+        self._parcels: list[_Parcel] = []
         self.scratch_bytes = scratch_bytes
         self._scratch_pitch = -(-scratch_bytes // 16) * 16 + 16
         self.scratch = np.zeros(lanes * self._scratch_pitch if scratch_bytes else 16, np.uint8)
@@ -45,6 +79,8 @@ class MemorySystem:
     def load(self, state: WaveState, space: str, address: Array, mask: Array, size: int) -> list[Array]:
         """Words [selected waves, 64] read in the lanes of ``mask``; zero elsewhere."""
         data, offsets, full = self._locate(state, space, address, mask, size)
+        if space == "lds" and offsets.size:
+            self._note_unwritten(state, offsets, mask, size)
         if full:
             return [word.reshape(mask.shape) for word in load_words(data, offsets, size)]
         words = [np.zeros(mask.shape, _U32) for _ in range(max(1, size // 4))]
@@ -58,6 +94,8 @@ class MemorySystem:
         data, offsets, _ = self._locate(state, space, address, mask, size)
         if offsets.size:
             store_words(data, offsets, [np.broadcast_to(word, mask.shape)[mask] for word in words], size)
+            if space == "lds":
+                self._mark_written(offsets, size)
 
     def atomic(
         self,
@@ -73,6 +111,9 @@ class MemorySystem:
         data, offsets, _ = self._locate(state, space, address, mask, size)
         if (offsets & (size - 1)).any():
             state.fault(f"misaligned {size}-byte atomic")
+        if space == "lds" and offsets.size:
+            self._note_unwritten(state, offsets, mask, size)
+            state.require_defined("an atomic in LDS")
         operands = [np.broadcast_to(word, mask.shape)[mask] for word in words]
         old = [np.zeros(mask.shape, _U32) for _ in range(size // 4)]
         rank = ranks(offsets)
@@ -97,6 +138,51 @@ class MemorySystem:
             wrong = int(address[bad.argmax()])
             state.fault(f"scalar load outside any allocation: address {wrong:#x}", bad)
         return load_words(self.memory.data, offsets, 4 * words)
+
+    def send_to_lds(self, state: WaveState, address: Array, mask: Array, words: list[Array], size: int) -> None:
+        """Words on their way to LDS, by the vector memory operation that the selected waves just issued."""
+        _, offsets, _ = self._locate(state, "lds", address, mask, size)
+        placed = np.zeros(mask.shape, _I64)
+        placed[mask] = offsets
+        waves = np.arange(state.waves)[state.w]
+        number = state.counters.issued[Counter.VECTOR, state.w].copy()
+        spread = [np.broadcast_to(word, mask.shape).copy() for word in words]
+        self._parcels.append(_Parcel(waves, number, placed, mask.copy(), spread, size))
+
+    def land(self, finished: Array) -> None:
+        """Put into LDS what the vector memory operations up to number ``finished`` [waves] have loaded."""
+        remaining = []
+        for parcel in self._parcels:
+            now = parcel.number <= finished[parcel.waves]
+            if now.any():
+                landing, parcel = parcel.split(now)
+                mask = landing.mask
+                offsets = landing.offsets[mask]
+                store_words(self.lds, offsets, [word[mask] for word in landing.words], landing.size)
+                self._mark_written(offsets, landing.size)
+            if parcel.waves.size:
+                remaining.append(parcel)
+        self._parcels = remaining
+
+    @property
+    def underway(self) -> bool:
+        """Whether anything is on its way to LDS."""
+        return bool(self._parcels)
+
+    def _mark_written(self, offsets: Array, size: int) -> None:
+        ones = np.full(offsets.shape, 0xFFFFFFFF, _U32)
+        store_words(self._written, offsets, [ones] * max(1, size // 4), size)
+
+    def _note_unwritten(self, state: WaveState, offsets: Array, mask: Array, size: int) -> None:
+        """Note that waves read LDS that nobody wrote; their results are undefined."""
+        everything = _U32(0xFFFFFFFF >> max(0, 32 - 8 * size))
+        missing = np.zeros(offsets.shape, np.bool_)
+        for word in load_words(self._written, offsets, size):
+            missing |= word != everything
+        if missing.any():
+            guilty = np.zeros(mask.shape, np.bool_)
+            guilty[mask] = missing
+            state.read_undefined(guilty.any(axis=1))
 
     # ---- addresses -----------------------------------------------------------------------------
 

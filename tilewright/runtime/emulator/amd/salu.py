@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.runtime.emulator.amd.counters import Counter
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.operands import EXEC, KINDS, Array, Operand, Where
 from tilewright.runtime.emulator.amd.registry import define, instruction
@@ -376,11 +377,11 @@ def _getreg(state: WaveState, inst: Instruction) -> None:
 def _time(state: WaveState, inst: Instruction) -> None:
     """A clock that counts executed instructions: deterministic, and it advances."""
     assert inst.operands[0].where is Where.SCALAR
+    state.issue(Counter.SCALAR)
     state.write_scalar(inst.operands[0], KINDS["u64"], np.array([state.memory.clock], _U64))
 
 
 @instruction(
-    "s_waitcnt",
     "s_waitcnt_depctr",
     "s_nop",
     "s_sleep",
@@ -402,7 +403,7 @@ def _time(state: WaveState, inst: Instruction) -> None:
     "buffer_wbinvl1_vol",
 )
 def _no_effect(state: WaveState, inst: Instruction) -> None:
-    """No effect on values: waits (every operation here lands at once), priorities, caches.
+    """No effect on values: priorities, hints, caches that hold nothing stale here.
 
     s_setreg changes MODE (rounding, denormals), which the emulator does not model.
     """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilewright.runtime.emulator.amd.atomics import ATOMICS, Atomic
+from tilewright.runtime.emulator.amd.counters import Counter
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.operands import (
     KINDS,
@@ -65,13 +66,15 @@ _STORES: dict[str, Transfer] = {
 class Access:
     """Where an instruction accesses: a space, addresses [waves, 64], and the lanes that take part.
 
-    ``inside`` are the lanes of ``mask`` that the buffer's range check lets through.
+    ``inside`` are the lanes of ``mask`` that the buffer's range check lets through, ``counters`` those
+    that count it.
     """
 
     space: str
     address: Array
     mask: Array
     inside: Array
+    counters: tuple[Counter, ...] = (Counter.VECTOR,)
 
 
 def write_loaded(state: WaveState, operand: Operand, words: list[Array], transfer: Transfer) -> None:
@@ -200,6 +203,7 @@ def _load(transfer: Transfer, access_of: AccessFunction) -> Handler:
     def execute(state: WaveState, inst: Instruction) -> None:
         access = access_of(state, inst, inst.operands[1:], transfer.size)
         words = state.memory.load(state, access.space, access.address, access.inside, transfer.size)
+        state.issue(*access.counters)
         write_loaded(state, inst.operands[0], words, transfer)
 
     return execute
@@ -213,6 +217,7 @@ def _store(transfer: Transfer, access_of: AccessFunction, data_position: int) ->
         access = access_of(state, inst, rest, transfer.size)
         words = stored_words(state, inst.operands[data_position], transfer)
         state.memory.store(state, access.space, access.address, access.inside, words, transfer.size)
+        state.issue(*access.counters)
 
     return execute
 
@@ -221,13 +226,14 @@ def _load_to_lds(state: WaveState, access: Access, size: int, offset: int) -> No
     """LDS address = M0[15:0] + instruction offset + lane * size (ISA chapter 9, "Buffer load to LDS").
 
     Lanes outside the buffer write zero; lanes that EXEC disables write nothing. Sub-dword loads
-    still take a dword of LDS each.
+    still take a dword of LDS each. The data lands when VM_CNT says so.
     """
     words = state.memory.load(state, access.space, access.address, access.inside, size)
     base = state.read_sgpr(M0).astype(_I64)[:, None] + offset
     step = max(size, 4)
     target = base + np.arange(64, dtype=_I64)[None] * step
-    state.memory.store(state, "lds", target, access.mask, words, step)
+    state.issue(Counter.VECTOR)
+    state.memory.send_to_lds(state, target, access.mask, words, step)
 
 
 def _buffer_load(transfer: Transfer) -> Handler:
@@ -268,6 +274,7 @@ def _atomic(atomic: Atomic, access_of: AccessFunction, data_first: bool) -> Hand
         old = state.memory.atomic(
             state, access.space, access.address, access.inside, words, atomic.size, atomic.function
         )
+        state.issue(*access.counters)
         if returns:
             for part, word in enumerate(old):
                 state.write_vgpr(destination.index + part, word)
@@ -309,7 +316,9 @@ def _scalar_load(words: int) -> Handler:
         if "offset" in inst.modifiers:
             address = address + _U64(_offset(inst) & 0xFFFFFFFFFFFFFFFF)
         state.require_defined_scalar("the address of a scalar load")
-        for part, word in enumerate(state.memory.load_scalar(state, np.asarray(address), words)):
+        loaded = state.memory.load_scalar(state, np.asarray(address), words)
+        state.issue(Counter.SCALAR)
+        for part, word in enumerate(loaded):
             state.write_sgpr(destination.index + part, word)
 
     return execute
@@ -324,12 +333,14 @@ def _scalar_buffer_load(words: int) -> Handler:
         displacement = state.scalar(offset, KINDS["u32"]).astype(_U64) + _U64(_offset(inst))
         base = join64(low, high & _U32(0xFFFF))
         state.require_defined_scalar("the address of a scalar load")
-        for part in range(words):
+        loaded = [np.zeros(base.shape, _U32) for _ in range(words)]
+        for part, word in enumerate(loaded):
             inside = np.broadcast_to(displacement + _U64(4 * part + 4) <= records, base.shape)
-            word = np.zeros(base.shape, _U32)
             if inside.any():
                 address = np.broadcast_to(base + displacement + _U64(4 * part), base.shape)
                 word[inside] = state.memory.load_scalar(state, address[inside], 1)[0]
+        state.issue(Counter.SCALAR)
+        for part, word in enumerate(loaded):
             state.write_sgpr(destination.index + part, word)
 
     return execute
