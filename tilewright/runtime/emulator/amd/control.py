@@ -61,6 +61,8 @@ def _wait(state: WaveState, inst: Instruction) -> None:
     state.counters.wait(state.w, vector, lgkm)
     if vector is not None and state.memory.underway:
         state.memory.land(state.counters.finished[Counter.VECTOR])
+    if state.memory.order is not None:
+        state.memory.order.waited(state.selected)
 
 
 @instruction("s_trap", ends_run=True)

@@ -397,8 +397,6 @@ def _time(state: WaveState, inst: Instruction) -> None:
     "s_icache_inv",
     "s_ttracedata",
     "s_set_gpr_idx_off",
-    "buffer_inv",
-    "buffer_wbl2",
     "buffer_wbinvl1",
     "buffer_wbinvl1_vol",
 )

@@ -111,6 +111,12 @@ class WaveState:
         self.count = self.waves if waves is None else len(waves)
         self._refresh_lanes()
 
+    @property
+    def selected(self) -> Array:
+        """The indices of the selected waves."""
+        indices: Array = np.arange(self.waves)[self.w]
+        return indices
+
     def _refresh_lanes(self) -> None:
         self.lanes = self.exec_mask[self.w]
         self.full = bool(self.lanes.all())
@@ -138,7 +144,7 @@ class WaveState:
 
     def fault(self, message: str, selected: Array | None = None) -> NoReturn:
         """Raise a fault of the current instruction; ``selected`` is a bool array of guilty selected waves."""
-        indices = np.arange(self.waves)[self.w]
+        indices = self.selected
         wave = int(indices[selected.argmax()] if selected is not None else indices[0])
         inst = self.instruction
         raise EmulatorFault(
@@ -146,6 +152,7 @@ class WaveState:
             instruction=inst.text if inst else "",
             line=inst.line if inst else 0,
             wave=(self.first_group + wave // self.waves_per_group, wave % self.waves_per_group),
+            source=inst.source if inst else "",
         )
 
     # ---- poison --------------------------------------------------------------------------------
