@@ -46,6 +46,8 @@ class Instruction:
     source: str = ""
     #: of a backward branch: whether its loop polls memory; None until somebody asks
     polls: bool | None = None
+    #: of a load: whether it only guesses what a compare-and-swap will find
+    guess: bool = False
 
     def flag(self, name: str) -> bool:
         """Whether a modifier without a value is there, such as ``offen``."""
@@ -110,9 +112,30 @@ def decode_kernel(text: str, name: str, arch: str) -> Kernel:
         problems += _resolve(inst, kernel)
     if not kernel.instructions and not problems:
         problems.append(f"kernel {name} has no instructions")
+    _mark_guesses(kernel.instructions)
     if problems:
         raise DecodeError(f"cannot execute kernel {name} on {arch}:\n  " + "\n  ".join(problems))
     return kernel
+
+
+def _mark_guesses(code: list[Instruction]) -> None:
+    """Find the loads whose value nothing trusts, as a compare-and-swap at the same place follows.
+
+    LLVM starts the loop of an atomic operation that the hardware lacks with a plain load.
+    """
+    loads: dict[tuple[str, ...], Instruction] = {}
+    for inst in code:
+        scope = [inst.modifiers.get("offset", "")]
+        kind = inst.name.partition("_")[0]
+        texts = [operand.text for operand in inst.operands]
+        if re.match(r"^(global|flat|buffer)_load_dword(x2)?$", inst.name):
+            loads[kind, *texts[1:], *scope] = inst
+        elif "_atomic_cmpswap" in inst.name:
+            place = texts[1:] if kind == "buffer" or "sc0" in inst.modifiers else texts
+            if kind != "buffer":
+                place = [place[0], *place[2:]]
+            if load := loads.get((kind, *place, *scope)):
+                load.guess = True
 
 
 def _files(text: str) -> dict[int, str]:

@@ -26,6 +26,7 @@ from tilewright.runtime.emulator.amd import (  # noqa: F401
 from tilewright.runtime.emulator.amd.batch import KERNARG_SLACK, Batch, Job
 from tilewright.runtime.emulator.amd.decode import Kernel, decode_kernel
 from tilewright.runtime.emulator.amd.errors import DecodeError, EmulatorError, EmulatorFault
+from tilewright.runtime.emulator.amd.hazards import check_hazards
 from tilewright.runtime.emulator.amd.operands import Array
 from tilewright.runtime.emulator.amd.ordering import new_races, new_shadow
 from tilewright.runtime.emulator.amd.registry import ARCHITECTURES
@@ -149,7 +150,8 @@ class Launch:
 class AmdEmulator:
     """One kernel of an assembly text, decoded for ``arch`` ("gfx942" or "gfx950").
 
-    Raises DecodeError naming every instruction that is not implemented.
+    Raises DecodeError naming every instruction that is not implemented, and EmulatorFault where too
+    few wait states lie behind a matrix instruction (`hazards`).
     """
 
     def __init__(self, asm_text: str, kernel_name: str, arch: str) -> None:
@@ -157,6 +159,8 @@ class AmdEmulator:
             raise DecodeError(f"unknown architecture {arch}: {', '.join(ARCHITECTURES)} are emulated")
         self.arch = arch
         self.kernel: Kernel = decode_kernel(asm_text, kernel_name, arch)
+        for inst, problem in check_hazards(self.kernel):
+            raise EmulatorFault(problem, instruction=inst.text, line=inst.line, source=inst.source)
 
     def start(
         self,

@@ -43,7 +43,12 @@ def new_shadow(size: int, waves_per_group: int, describe: Callable[[int], str]) 
 
 
 def scope_of(inst: Instruction) -> int:
-    """The scope that the bits sc0 and sc1 of a load, store or cache instruction name."""
+    """The scope that the bits sc0 and sc1 of a load, store or cache instruction name.
+
+    The guess before a compare-and-swap counts as atomic: a stale one only costs a turn.
+    """
+    if inst.guess:
+        return DEVICE
     if inst.flag("sc1"):
         return SYSTEM if inst.flag("sc0") else DEVICE
     return BLOCK if inst.flag("sc0") else WEAK
