@@ -172,10 +172,10 @@ class Batch:
         rows = random.random(state.waves_per_group) < random.choice([0.3, 1.0])
         groups = random.random(self.groups) < random.choice([0.3, 1.0, 1.0])
         chosen = standing & (groups[:, None] & rows[None]).reshape(-1) if prod(shape) > 1 else standing
-        if self.memory.underway and random.random() < 0.25:
+        if self.memory.underway and random.random() < 0.5:
             finished, issued = state.counters.finished[Counter.VECTOR], state.counters.issued[Counter.VECTOR]
             self.memory.land(random.integers(finished, issued, endpoint=True))
-        return pc, chosen if chosen.any() else standing, int(random.geometric(0.05))
+        return pc, chosen if chosen.any() else standing, int(random.geometric(0.15))
 
     def _run_group(self, runnable: Array) -> int:
         """Run waves that stand at one program counter until they branch or reach other waves."""
