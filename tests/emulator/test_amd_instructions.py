@@ -252,7 +252,8 @@ def test_guard_gaps_and_freed_allocations() -> None:
     memory.write(second, np.full(2, 9))
     np.testing.assert_array_equal(memory.read_back(second), [9, 9, 2, 3])
     memory.free(first)
-    body = "s_load_dwordx2 s[4:5], s[0:1], 0x0\nv_mov_b32_e32 v1, 0\ns_waitcnt lgkmcnt(0)\nglobal_load_ubyte v2, v1, s[4:5]"
+    body = "s_load_dwordx2 s[4:5], s[0:1], 0x0\nv_mov_b32_e32 v1, 0\ns_waitcnt lgkmcnt(0)\n"
+    body += "global_load_ubyte v2, v1, s[4:5]"
     with pytest.raises(EmulatorFault, match="outside any allocation"):
         AmdEmulator(wrap(body), "k", "gfx942").launch(memory, (1,), (64,), first.to_bytes(8, "little") + bytes(8))
 

@@ -282,7 +282,12 @@ def test_scaled_mfma(code: int, m: int) -> None:
     name = f"v_mfma_scale_f32_{m}x{m}x{k}_f8f6f4"
     last = bits - 1
     operands = f"a[0:{count - 1}], v[8:{8 + last}], v[16:{16 + last}], 0, v24, v25"
-    lines += ["s_waitcnt vmcnt(0)", f"{name} {operands} op_sel:[0,0,0] op_sel_hi:[1,1,0] cbsz:{code} blgp:{code}", "s_nop 15", "s_nop 3"]
+    lines += [
+        "s_waitcnt vmcnt(0)",
+        f"{name} {operands} op_sel:[0,0,0] op_sel_hi:[1,1,0] cbsz:{code} blgp:{code}",
+        "s_nop 15",
+        "s_nop 3",
+    ]
     for i in range(count):
         lines += [f"v_accvgpr_read_b32 v26, a{i}", f"global_store_dword v31, v26, s[6:7] offset:{256 * i}"]
     out = run(wrap("\n".join(lines)), "gfx950", [data, np.zeros((count, 64), np.float32)], threads=64)[1]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
+import amd_programs as amd
 import numpy as np
 import pytest
 from amd_assembly import ARCHS, LANE, compile_ir, ints, run, snippet, wrap
 
+from tilewright.kernels.gemm import gemm
 from tilewright.runtime.emulator.amd import AmdEmulator, EmulatorFault, GlobalMemory
-from tilewright.runtime.emulator.amd.machine import Progress
+from tilewright.runtime.emulator.amd.ordering import new_races
+from tilewright.runtime.emulator.errors import EmulatorFault as AnyFault
+from tilewright.runtime.emulator.together import Setting, run_together
 
 X = ints(5, 17, -3, 90)
 HEAD = """
@@ -28,8 +33,10 @@ TOO_EARLY = {
         r"v1 is read before `global_load_dword v1, v31, s\[4:5\]` \(line 7\) has arrived",
     ),
     "stores count too": (  # vmcnt(1)
-        "global_load_dword v1, v31, s[4:5]\nglobal_store_dword v31, v0, s[6:7]\ns_waitcnt vmcnt(2)\n"
-        "v_add_u32_e32 v2, v1, v1",
+        (
+            "global_load_dword v1, v31, s[4:5]\nglobal_store_dword v31, v0, s[6:7]\ns_waitcnt vmcnt(2)\n"
+            "v_add_u32_e32 v2, v1, v1"
+        ),
         "v1 is read before",
     ),
     "LDS read": ("ds_write_b32 v31, v0\nds_read_b32 v1, v31\ns_waitcnt lgkmcnt(1)\nv_mov_b32_e32 v2, v1", "v1 is read"),
@@ -39,8 +46,10 @@ TOO_EARLY = {
         "s8 is read before `s_load_dword s8",
     ),
     "LDS read next to a scalar load": (  # lgkmcnt(0): the scalar load may be what has finished
-        "ds_write_b32 v31, v0\ns_waitcnt lgkmcnt(0)\nds_read_b32 v1, v31\ns_load_dword s8, s[4:5], 0x0\n"
-        "s_waitcnt lgkmcnt(1)\nv_mov_b32_e32 v2, v1",
+        (
+            "ds_write_b32 v31, v0\ns_waitcnt lgkmcnt(0)\nds_read_b32 v1, v31\ns_load_dword s8, s[4:5], 0x0\n"
+            "s_waitcnt lgkmcnt(1)\nv_mov_b32_e32 v2, v1"
+        ),
         "v1 is read before `ds_read_b32",
     ),
     "stored data": ("global_load_dword v1, v31, s[4:5]\nglobal_store_dword v31, v1, s[6:7]", "v1 is read before"),
@@ -59,8 +68,10 @@ TOO_EARLY = {
     ),
     "time": ("s_memtime s[8:9]\ns_add_u32 s8, s8, 1", "s8 is read before `s_memtime"),
     "flat": (
-        "v_mov_b32_e32 v2, s4\nv_mov_b32_e32 v3, s5\nflat_load_dword v1, v[2:3]\ns_waitcnt vmcnt(0)\n"
-        "v_mov_b32_e32 v4, v1",
+        (
+            "v_mov_b32_e32 v2, s4\nv_mov_b32_e32 v3, s5\nflat_load_dword v1, v[2:3]\ns_waitcnt vmcnt(0)\n"
+            "v_mov_b32_e32 v4, v1"
+        ),
         "v1 is read before `flat_load",
     ),
     "number of a wait": ("global_load_dword v1, v31, s[4:5]\ns_waitcnt 0xc07f\nv_mov_b32_e32 v2, v1", "v1 is read"),
@@ -141,7 +152,9 @@ def test_loads_of_four_words_to_lds() -> None:
 
 @pytest.mark.parametrize("kind", ["b32", "u16", "u8"])
 def test_lds_that_nobody_wrote(kind: str) -> None:
-    body = HEAD + f"ds_write_b8 v31, v0\nds_read_{kind} v1, v31\ns_waitcnt lgkmcnt(0)\nglobal_store_dword v31, v1, s[6:7]"
+    body = (
+        HEAD + f"ds_write_b8 v31, v0\nds_read_{kind} v1, v31\ns_waitcnt lgkmcnt(0)\nglobal_store_dword v31, v1, s[6:7]"
+    )
     if kind == "u8":
         run(wrap(body, lds=256), "gfx942", [X, X], threads=64)
         return
@@ -172,12 +185,11 @@ def test_waves_that_exchange_data(arch: str, seed: int | None) -> None:
     np.testing.assert_array_equal(out, (item + 64) % 256)
 
 
-@pytest.mark.parametrize(
-    "between", ["s_waitcnt lgkmcnt(0)", "s_barrier", "s_barrier\ns_waitcnt lgkmcnt(0)"], ids=["wait", "barrier", "order"]
-)
+@pytest.mark.parametrize("between", ["s_waitcnt lgkmcnt(0)", "s_barrier", "s_barrier\ns_waitcnt lgkmcnt(0)"])
 def test_waves_that_exchange_data_without_a_wait_and_a_barrier(between: str) -> None:
-    with pytest.raises(EmulatorFault, match=r"race: reads byte \d+ of LDS, which wave \d of workgroup 0 wrote") as caught:
-        item = np.arange(256, dtype=np.uint32)
+    item = np.arange(256, dtype=np.uint32)
+    message = r"race: reads byte \d+ of LDS, which wave \d of workgroup 0 wrote"
+    with pytest.raises(EmulatorFault, match=message) as caught:
         run(wrap(HEAD + EXCHANGE.format(between=between), lds=1024), "gfx942", [item, item.copy()])
     assert "ds_write_b32 v31, v0" in caught.value.message
 
@@ -193,7 +205,7 @@ def test_overwriting_what_others_may_still_read() -> None:
 
 def test_workgroups_that_write_the_same_place() -> None:
     body = HEAD + "global_store_dword v31, v0, s[6:7]"
-    with pytest.raises(EmulatorFault, match="race: writes .*allocation.*which wave 0 of workgroup 1 writes with"):
+    with pytest.raises(EmulatorFault, match="race: writes .*allocation.*which wave 0 of workgroup . wrote"):
         run(wrap(body), "gfx942", [X, X], grid=2, threads=64)
     with pytest.raises(EmulatorFault, match="wave 0 of workgroup 0 wrote"):  # also where they run one after the other
         run(wrap(body), "gfx942", [X, X], grid=2, threads=64, batch_waves=1)
@@ -286,8 +298,8 @@ def test_a_signal_of_a_counter() -> None:
         arrays = [np.zeros(64 * 5, np.uint32), np.zeros(64, np.uint32)]
         out = run(wrap(HEAD + body), "gfx942", arrays, grid=4, threads=64, seed=seed)[1]
         np.testing.assert_array_equal(out, 4 * LANE)
+    arrays = [np.zeros(64 * 5, np.uint32), np.zeros(64, np.uint32)]
     with pytest.raises(EmulatorFault, match="race"):
-        arrays = [np.zeros(64 * 5, np.uint32), np.zeros(64, np.uint32)]
         run(wrap(HEAD + body.replace("buffer_wbl2 sc1", "")), "gfx942", arrays, grid=4, threads=64)
 
 
@@ -295,9 +307,11 @@ def test_a_signal_of_a_counter() -> None:
 
 
 def test_waiting_for_a_flag_that_nobody_raises_is_a_deadlock() -> None:
-    with pytest.raises(EmulatorFault, match=r"(?s)deadlock.*wave 0 of workgroup 1 waits for memory to change") as caught:
-        _signal(AGENT | {"bits": "sc1", "release": "s_endpgm"})
-    assert caught.value.wave == (1, 0)
+    with pytest.raises(
+        EmulatorFault, match=r"(?s)deadlock.*wave 0 of workgroup 1 waits for memory to change"
+    ) as caught:
+        _signal(AGENT | {"release": "s_endpgm"})
+    assert caught.value.line > 0
 
 
 def test_a_wave_at_a_barrier_and_one_in_a_loop_are_a_deadlock() -> None:
@@ -322,8 +336,7 @@ def test_a_wave_at_a_barrier_and_one_in_a_loop_are_a_deadlock() -> None:
 
 def test_only_resident_workgroups_can_raise_a_flag() -> None:
     """The one that waits comes first: the GPU must have room for both."""
-    swapped = {key: value for key, value in AGENT.items()}
-    body = HEAD + PRODUCER_CONSUMER.replace("s_cmp_eq_u32 s2, 0", "s_cmp_eq_u32 s2, 1").format(**swapped)
+    body = HEAD + PRODUCER_CONSUMER.replace("s_cmp_eq_u32 s2, 0", "s_cmp_eq_u32 s2, 1").format(**AGENT)
     arrays = [np.zeros(65, np.uint32), np.zeros(64, np.uint32)]
     out = run(wrap(body), "gfx942", [a.copy() for a in arrays], grid=2, threads=64, batch_waves=1)[1]
     np.testing.assert_array_equal(out, LANE + 100)
@@ -331,21 +344,34 @@ def test_only_resident_workgroups_can_raise_a_flag() -> None:
         run(wrap(body), "gfx942", [a.copy() for a in arrays], grid=2, threads=64, resident=1)
 
 
-def test_launches_that_wait_for_each_other() -> None:
-    """Two GPUs in one address space: each is stepped until it is blocked or done."""
+def _on_two_gpus(parts: dict[str, str], races: bool = True) -> np.ndarray:
+    """One GPU raises a flag for the other, in one address space."""
     memory = GlobalMemory()
     data, out = memory.allocate(np.zeros(65, np.uint32)), memory.allocate(np.zeros(64, np.uint32))
-    body = HEAD + PRODUCER_CONSUMER.format(**SYSTEM)
+    body = HEAD + PRODUCER_CONSUMER.format(**parts)
     kernarg = np.array([data, out], np.uint64).tobytes()
-    consumer, producer = (
-        AmdEmulator(wrap(text), "k", "gfx942").start(memory, (1,), (64,), kernarg, races=False)
-        for text in (body.replace("s_cmp_eq_u32 s2, 0", "s_cmp_eq_u32 s2, 1"), body)
-    )
-    assert consumer.advance(10_000) is Progress.BLOCKED
-    assert consumer.advance(10_000) is Progress.BLOCKED
-    assert producer.advance(10_000) is Progress.DONE
-    assert consumer.advance(10_000) is Progress.DONE
-    np.testing.assert_array_equal(memory.read_back(out), LANE + 100)
+    detector = new_races() if races else None
+    launches = [
+        AmdEmulator(wrap(text), "k", "gfx942").start(memory, (1,), (64,), kernarg, Setting(None, detector, rank, 2))
+        for rank, text in enumerate((body.replace("s_cmp_eq_u32 s2, 0", "s_cmp_eq_u32 s2, 1"), body))
+    ]
+    run_together(launches)
+    return memory.read_back(out)
+
+
+def test_two_gpus_that_share_memory() -> None:
+    np.testing.assert_array_equal(_on_two_gpus(SYSTEM), LANE + 100)
+
+
+@pytest.mark.parametrize("part", AGENT)
+def test_the_scope_of_one_gpu_is_not_enough_for_two(part: str) -> None:
+    with pytest.raises(EmulatorFault, match="race: .*wave 0 of workgroup 0 on GPU"):
+        _on_two_gpus(SYSTEM | {part: AGENT[part]})
+
+
+def test_two_gpus_that_wait_for_ever() -> None:
+    with pytest.raises(AnyFault, match="(?s)deadlock.*wave 0 of workgroup 0 on GPU 0 waits for memory to change"):
+        _on_two_gpus(SYSTEM | {"release": "s_endpgm"})
 
 
 # ---- wait states around matrix instructions ----------------------------------------------------------
@@ -409,3 +435,35 @@ def test_llvm_inserts_exactly_the_wait_states_that_are_needed(arch: str) -> None
     assert shorter != asm
     with pytest.raises(EmulatorFault, match="wait states"):
         AmdEmulator(shorter, "k", arch)
+
+
+# ---- mutants -----------------------------------------------------------------------------------------
+
+
+def _without(lines: list[str], index: int, instead: list[str]) -> str:
+    return "\n".join([*lines[:index], *instead, *lines[index + 1 :]])
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_every_wait_and_barrier_of_a_product_is_needed(target: str) -> None:
+    """Each is deleted in turn: the emulator must notice, unless the kernel never comes by there."""
+    module = amd.module_of(gemm, a=amd.matrix(), b=amd.matrix(), c=amd.matrix(), BM=32, BN=32, BK=16)
+    result = amd.compiled(amd.scheduled(module, target), target)
+    a, b, c = amd.normal(32, 64), amd.normal(64, 32, seed=1), amd.normal(32, 32)
+    lines = result.asm["amdgcn"].splitlines()
+
+    def run_with(text: str) -> None:
+        amd.emulate(replace(result, asm={"amdgcn": text}), target, [a, b, c], (1, 1))
+
+    run_with("\n".join(lines))
+    noticed, skipped = 0, 0
+    for index, line in enumerate(lines):
+        if re.match(r"\s+s_(waitcnt|barrier)\b", line):
+            try:
+                run_with(_without(lines, index, []))
+            except EmulatorFault:
+                noticed += 1
+            else:
+                run_with(_without(lines, index, ["s_trap 2"]))
+                skipped += 1
+    assert noticed >= 10 and skipped < 20

@@ -24,7 +24,7 @@ from tilewright.runtime.emulator.amd.operands import Array
 from tilewright.runtime.emulator.amd.ordering import WaveOrder
 from tilewright.runtime.emulator.amd.state import LANES, WaveState, pack_lanes
 from tilewright.runtime.emulator.memory import GlobalMemory
-from tilewright.runtime.emulator.races import Races, Shadow
+from tilewright.runtime.emulator.races import Races
 
 _U32 = np.uint32
 #: bytes after the kernel arguments that a widened scalar load may touch
@@ -51,8 +51,8 @@ class Job:
     poison: bool
     strict_barriers: bool
     races: Races | None
-    shadow: Shadow | None
     rank: int
+    ranks: int
     random: np.random.Generator | None
     #: how many waves executed each instruction
     executed: Array
@@ -75,9 +75,9 @@ class Batch:
         self.memory = MemorySystem(job.memory, groups, lds_bytes, scratch, waves * LANES, kernel.arch)
         self.state = WaveState(waves, job.waves_per_group, kernel.vector_registers, self.memory, job.poison)
         self.state.first_group = first_group
-        if job.races is not None and job.shadow is not None:
+        if job.races is not None:
             order = WaveOrder(job.races, self.state.counters, groups, job.waves_per_group, self.name, job.rank)
-            self.memory.detect_races(order, job.shadow)
+            self.memory.detect_races(order, job.races.of_memory(job.memory))
         self._turn = 0
         #: what a wave looked like at its last backward branch, and the version of memory then
         self._before: dict[int, tuple[int, int]] = {}
@@ -88,7 +88,7 @@ class Batch:
     def name(self, wave: int) -> str:
         """A wave in messages."""
         per = self.job.waves_per_group
-        where = f" on GPU {self.job.rank}" if self.job.rank else ""
+        where = f" on GPU {self.job.rank}" if self.job.ranks > 1 else ""
         return f"wave {wave % per} of workgroup {self.first_group + wave // per}{where}"
 
     def _initialise(self) -> None:
@@ -250,17 +250,18 @@ class Batch:
         place = (self.first_group + wave // state.waves_per_group, wave % state.waves_per_group)
         return EmulatorFault(message, instruction=inst.text, line=inst.line, wave=place, source=inst.source)
 
-    def stuck(self) -> tuple[str, Instruction, int]:
-        """Why nobody can run: a description of all waves that have not ended, an instruction and its wave."""
-        state = self.state
-        lines, first = [], -1
-        for wave in np.nonzero(~state.done)[0].tolist():
-            first = wave if first < 0 else first
-            inst = self.kernel.instructions[int(state.pc[wave]) - (1 if state.waiting[wave] else 0)]
+    def stuck(self) -> tuple[list[str], Instruction]:
+        """Why nobody can run: a line for each wave that has not ended, and the instruction of the first."""
+        state, code = self.state, self.kernel.instructions
+        reasons = []
+        waves = np.nonzero(~state.done)[0].tolist()
+        stands = [code[int(state.pc[wave]) - int(state.waiting[wave])] for wave in waves]
+        for wave, inst in zip(waves[:16], stands, strict=False):
             doing = "waits at a barrier" if state.waiting[wave] else "waits for memory to change in the loop"
-            lines.append(f"{self.name(wave)} {doing} at line {inst.line}: {inst.text}")
-        inst = self.kernel.instructions[int(state.pc[first]) - (1 if state.waiting[first] else 0)]
-        return "\n  ".join(lines[:16] + ([f"and {len(lines) - 16} more"] if len(lines) > 16 else [])), inst, first
+            reasons.append(f"{self.name(wave)} {doing} at line {inst.line}: {inst.text}")
+        if len(waves) > 16:
+            reasons.append(f"and {len(waves) - 16} more")
+        return reasons, stands[0]
 
     def _release_barriers(self) -> None:
         """Release every workgroup whose live waves all wait (ISA chapter 4, "S_BARRIER")."""

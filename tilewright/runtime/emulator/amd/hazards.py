@@ -162,10 +162,7 @@ def _before_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, st
 def _registers(operands: tuple[Operand, ...]) -> frozenset[int]:
     """The vector registers that operands name."""
     return frozenset(
-        operand.index + part
-        for operand in operands
-        if operand.where is Where.VECTOR
-        for part in range(operand.count)
+        operand.index + part for operand in operands if operand.where is Where.VECTOR for part in range(operand.count)
     )
 
 

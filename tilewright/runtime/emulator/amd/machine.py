@@ -1,8 +1,7 @@
-"""Launching a kernel: dispatch of its workgroups in batches, to the end or a slice at a time."""
+"""Launching a kernel: dispatch of its workgroups in batches, in turns with other launches or alone."""
 
 from __future__ import annotations
 
-import enum
 from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
@@ -28,15 +27,14 @@ from tilewright.runtime.emulator.amd.decode import Kernel, decode_kernel
 from tilewright.runtime.emulator.amd.errors import DecodeError, EmulatorError, EmulatorFault
 from tilewright.runtime.emulator.amd.hazards import check_hazards
 from tilewright.runtime.emulator.amd.operands import Array
-from tilewright.runtime.emulator.amd.ordering import new_races, new_shadow
+from tilewright.runtime.emulator.amd.ordering import new_races
 from tilewright.runtime.emulator.amd.registry import ARCHITECTURES
-from tilewright.runtime.emulator.amd.state import LANES
-from tilewright.runtime.emulator.memory import BASE, GlobalMemory
-from tilewright.runtime.emulator.races import Races, Shadow
+from tilewright.runtime.emulator.memory import GlobalMemory
+from tilewright.runtime.emulator.together import Machine, Setting, Stuck
 
 _U32 = np.uint32
-#: steps between two looks at whether the launch may go on
-_SLICE = 100_000
+#: steps of one turn
+_TURN = 10_000
 
 
 @dataclass
@@ -51,67 +49,60 @@ class LaunchStatistics:
     by_mnemonic: Counter[str] = field(default_factory=Counter)
 
 
-class Progress(enum.Enum):
-    """Where a launch stands. Of a blocked one all waves wait for memory to change, or for such a wave."""
+class Launch(Machine):
+    """A kernel that runs in turns, next to others in the same memory (see `run_together`).
 
-    RUNNING = "running"
-    BLOCKED = "blocked"
-    DONE = "done"
-
-
-class Launch:
-    """A kernel that runs a slice at a time, next to others in the same memory.
-
-    Whoever holds several calls `advance` of each in turn. If all that are not done are blocked, and
-    the memory's ``version`` has not changed since the first of them was, they are in a deadlock,
-    which `deadlock` describes as a fault.
+    It cannot go on where all its waves wait for memory to change, or for such a wave.
     """
 
-    def __init__(self, job: Job, batch_waves: int, resident: int | None) -> None:
+    def __init__(self, job: Job, name: str, batch_waves: int, resident: int | None) -> None:
         self._job = job
-        self._groups = prod(job.grid)
+        self.name, self.rank = name, job.rank
+        self.blocks = prod(job.grid)
         self._per_batch = max(1, batch_waves // job.waves_per_group)
-        self._resident = resident or self._groups
+        self._resident = resident or self.blocks
         self._started = 0
         self._live: list[Batch] = []
         self._open = True
         self.statistics = LaunchStatistics()
 
-    def advance(self, limit: int) -> Progress:
-        """Go on for about ``limit`` steps. EmulatorFault if the kernel does something wrong."""
-        if not self._open:
-            return Progress.DONE
+    @property
+    def ended(self) -> bool:
+        """Whether all workgroups have run to their ends."""
+        return self._started == self.blocks and not self._live
+
+    @property
+    def instructions(self) -> int:
+        """Instructions executed, counted for every wave."""
+        return int(self._job.executed.sum())
+
+    def turn(self, limit: int = _TURN) -> bool:
+        """Make about ``limit`` steps. False if no wave can run. EmulatorFault for faults."""
+        version, steps = self._job.memory.version, 0
         try:
             with np.errstate(all="ignore"):
-                progress = self._advance(limit)
-        except BaseException:
+                while steps < limit:
+                    made = sum(batch.advance(limit - steps) for batch in self._live)
+                    steps += made
+                    self._retire()
+                    if (not self._live or not made) and not self._start_batch():
+                        break
+        finally:
+            self.statistics.steps += steps
+        self.quiet = self.quiet + 1 if self._job.memory.version == version else 0
+        if self.ended:
             self.close()
-            raise
-        if progress is Progress.DONE:
-            self.close()
-        return progress
+        return steps > 0
 
-    def _advance(self, limit: int) -> Progress:
-        steps = 0
-        while steps < limit:
-            made = 0
-            for batch in self._live:
-                made += batch.advance(limit - steps - made)
-            steps += made
-            self.statistics.steps += made
-            self._live = [batch for batch in self._live if not batch.finished]
-            if not self._live or not made:
-                started = self._start_batch()
-                if not self._live:
-                    return Progress.DONE
-                if not started and not made:
-                    return Progress.BLOCKED
-        return Progress.RUNNING
+    def _retire(self) -> None:
+        for batch in self._live:
+            self.blocks_ended += batch.groups if batch.finished else 0
+        self._live = [batch for batch in self._live if not batch.finished]
 
     def _start_batch(self) -> bool:
         """Give the next workgroups to the GPU, if there are any and it has room."""
         room = self._resident - sum(batch.groups for batch in self._live)
-        count = min(self._per_batch, self._groups - self._started, room)
+        count = min(self._per_batch, self.blocks - self._started, room)
         if count <= 0:
             return False
         self._live.append(Batch(self._job, self._started, count))
@@ -119,17 +110,20 @@ class Launch:
         self.statistics.waves += count * self._job.waves_per_group
         return True
 
-    def deadlock(self) -> EmulatorFault:
-        """The fault of a launch that is blocked for good."""
-        waiting, inst, wave = self._live[0].stuck()
-        per = self._job.waves_per_group
-        return EmulatorFault(
-            f"deadlock: no wave can run\n  {waiting}",
-            instruction=inst.text,
-            line=inst.line,
-            wave=(self._live[0].first_group + wave // per, wave % per),
-            source=inst.source,
-        )
+    def state(self) -> int:
+        """A hash of the registers and program counters of all waves that run."""
+        return hash(tuple(batch.state.look() for batch in self._live))
+
+    def longest_wait(self) -> int:
+        """Every wave that can run has run when a turn ends, or waits only for its equals."""
+        return 0
+
+    def stuck(self) -> Stuck:
+        """Where the waves wait."""
+        if not self._live:
+            return Stuck("")
+        reasons, inst = self._live[0].stuck()
+        return Stuck("".join(f"\n  {reason}" for reason in reasons), inst.text, inst.line, inst.source)
 
     def hang(self) -> EmulatorFault:
         """The fault of a launch that makes steps but no end."""
@@ -168,27 +162,19 @@ class AmdEmulator:
         grid: tuple[int, ...],
         block: tuple[int, ...],
         kernarg: bytes,
+        setting: Setting,
         *,
         dynamic_lds: int = 0,
         poison: bool = True,
         strict_barriers: bool = True,
         batch_waves: int = 256,
-        resident: int | None = None,
-        seed: int | None = None,
-        races: Races | bool = True,
-        shadow: Shadow | None = None,
-        rank: int = 0,
     ) -> Launch:
         """Begin to run ``grid`` workgroups of ``block`` work-items (each up to three numbers); memory changes in place.
 
         ``dynamic_lds``: bytes beyond the kernel's static LDS. ``poison``: fault where a never-written
         register takes effect. ``strict_barriers``: fault where a wave ends while another of its
         workgroup waits at a barrier (the hardware lets the survivors pass; in a kernel of ours it is
-        a bug). ``batch_waves``: about how many waves run in step. ``resident``: how many workgroups
-        the GPU holds at a time (default: all). ``seed`` picks a random legal interleaving of waves and
-        times at which data lands in LDS; without it they are deterministic, and data lands at its wait.
-        ``races``: detect them; launches that run together share a detector, made by
-        `ordering.new_races`, and the ``shadow`` of their memory, and each is another ``rank``.
+        a bug). ``batch_waves``: about how many waves run in step.
         """
         grid3, block3 = _three(grid), _three(block)
         threads = prod(block3)
@@ -197,31 +183,24 @@ class AmdEmulator:
         limit = self.kernel.get("kernarg_size")
         if len(kernarg) < limit:
             raise EmulatorError(f"the kernel reads {limit} bytes of arguments, {len(kernarg)} were given")
-        kernarg_address = memory.allocate(np.frombuffer(kernarg + bytes(KERNARG_SLACK), np.uint8), "kernarg")
-        packet_address = memory.allocate(_dispatch_packet(grid3, block3), "dispatch packet")
-        detector = new_races() if races is True else races or None
-        if detector is not None and shadow is None:
-            shadow = global_shadow(memory, -(-threads // LANES))
-        if shadow is not None:
-            shadow.grow(memory.data.size)
         job = Job(
             kernel=self.kernel,
             memory=memory,
             grid=grid3,
             block=block3,
             kernarg=kernarg,
-            kernarg_address=kernarg_address,
-            packet_address=packet_address,
+            kernarg_address=memory.allocate(np.frombuffer(kernarg + bytes(KERNARG_SLACK), np.uint8), "kernarg"),
+            packet_address=memory.allocate(_dispatch_packet(grid3, block3), "dispatch packet"),
             dynamic_lds=dynamic_lds,
             poison=poison,
             strict_barriers=strict_barriers,
-            races=detector,
-            shadow=shadow,
-            rank=rank,
-            random=None if seed is None else np.random.default_rng(seed),
+            races=setting.races,
+            rank=setting.rank,
+            ranks=setting.ranks,
+            random=None if setting.seed is None else np.random.default_rng((setting.seed, setting.rank)),
             executed=np.zeros(len(self.kernel.instructions), np.int64),
         )
-        return Launch(job, batch_waves, resident)
+        return Launch(job, self.kernel.name, batch_waves, setting.resident)
 
     def launch(
         self,
@@ -230,25 +209,33 @@ class AmdEmulator:
         block: tuple[int, ...],
         kernarg: bytes,
         *,
+        seed: int | None = None,
+        races: bool = True,
+        resident: int | None = None,
         max_steps: int = 50_000_000,
         **options: Any,
     ) -> LaunchStatistics:
-        """Run to the end; the parameters are those of `start`. After ``max_steps`` steps a kernel counts as hung."""
-        launch = self.start(memory, grid, block, kernarg, **options)
+        """Run to the end, alone; the other parameters are those of `start` and of its setting.
+
+        After ``max_steps`` steps a kernel counts as hung.
+        """
+        setting = Setting(seed, new_races() if races else None, resident=resident)
+        launch = self.start(memory, grid, block, kernarg, setting, **options)
         try:
-            while (progress := launch.advance(min(_SLICE, max_steps))) is not Progress.DONE:
-                if progress is Progress.BLOCKED:
-                    raise launch.deadlock()
-                if launch.statistics.steps >= max_steps:
+            while not launch.ended:
+                if not launch.turn(min(_TURN, max_steps)):
+                    stuck = launch.stuck()
+                    raise EmulatorFault(
+                        f"deadlock: no wave can run{stuck.reasons}",
+                        instruction=stuck.instruction,
+                        line=stuck.line,
+                        source=stuck.source,
+                    )
+                if launch.statistics.steps >= max_steps and not launch.ended:
                     raise launch.hang()
         finally:
             launch.close()
         return launch.statistics
-
-
-def global_shadow(memory: GlobalMemory, waves_per_group: int) -> Shadow:
-    """The race detector's shadow of an address space."""
-    return new_shadow(memory.data.size, waves_per_group, lambda offset: f"byte {memory.describe(BASE + offset)}")
 
 
 def _three(size: tuple[int, ...]) -> tuple[int, int, int]:
@@ -264,4 +251,4 @@ def _dispatch_packet(grid: tuple[int, int, int], block: tuple[int, int, int]) ->
     return packet
 
 
-__all__ = ["AmdEmulator", "Launch", "LaunchStatistics", "Progress", "global_shadow"]
+__all__ = ["AmdEmulator", "Launch", "LaunchStatistics"]

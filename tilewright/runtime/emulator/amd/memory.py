@@ -232,7 +232,10 @@ class MemorySystem:
         atomic: bool = False,
         counter: Counter | None = None,
     ) -> None:
-        """Note reads of LDS that nobody wrote, and look for races. ``counter``: of the operation (default: the space's)."""
+        """Note reads of LDS that nobody wrote, and look for races.
+
+        ``counter``: of the operation, by default that of the space.
+        """
         if space == "lds" and not writes and offsets.size:
             self._note_unwritten(state, offsets, mask, size)
         if self.order is None or space == "scratch" or not offsets.size:
@@ -268,7 +271,7 @@ class MemorySystem:
         if missing.any():
             guilty = np.zeros(mask.shape, np.bool_)
             guilty[mask] = missing
-            state.read_undefined(guilty.any(axis=1))
+            state.read_undefined(np.asarray(guilty.any(axis=1)))
 
     # ---- addresses -----------------------------------------------------------------------------
 

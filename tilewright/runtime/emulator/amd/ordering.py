@@ -28,6 +28,7 @@ from tilewright.runtime.emulator.amd.operands import Array
 from tilewright.runtime.emulator.races import BLOCK, DEVICE, SYSTEM, WEAK, Conflict, Races, Shadow, Token
 
 _KINDS = len(Counter)
+#: the time up to which an agent knows itself, as in `races`
 _OWN = np.iinfo(np.int32).max - 1
 
 
@@ -160,35 +161,8 @@ class WaveOrder:
         agents = waves * _KINDS + counter
         self.team.now[agents] = self.counters.issued[counter, waves] + 1
         site = self.races.site(inst, inst.text, inst.line, inst.source)
-        if not writes:
-            return self.team.read(shadow, agents, lanes, offsets, size, site, strength)
-        first = self.races.records.count
-        conflict = self.team.write(shadow, agents, lanes, offsets, size, site, strength)
-        return conflict or self._same_step(shadow, waves, offsets, size, first, strength)
-
-    def _same_step(
-        self, shadow: Shadow, waves: Array, offsets: Array, size: int, first: int, strength: int
-    ) -> Conflict | None:
-        """A race between waves that execute one instruction in step; ``first`` is the record of the first of them.
-
-        Of two accesses that overlap, one has lost its first or its last byte to the other.
-        """
-        if not len(waves) or waves[0] == waves[-1] or strength >= DEVICE:
-            return None
-        mine = first - 1 + np.cumsum(np.append(True, waves[1:] != waves[:-1]))
-        for byte in (0, size - 1):
-            found = shadow.writes[offsets + byte] >> self.races.lane_bits
-            lost = found != mine
-            if strength:  # atomics of one workgroup do not race
-                home = self.races.records.home
-                lost &= home[found] != home[mine]
-            if lost.any():
-                index = int(lost.argmax())
-                at = int(offsets[index]) + byte
-                other = self.team.name(int(self.races.records.warp[found[index]]))
-                text = f"race: writes {shadow.describe(at)}, which {other} writes with the same instruction"
-                return Conflict(index, at, f"{text} and nothing orders the two")
-        return None
+        access = self.team.write if writes else self.team.read
+        return access(shadow, agents, lanes, offsets, size, site, strength)
 
     def stored(self, waves: Array, offsets: Array, scope: int, *, atomic: bool) -> None:
         """Global stores, or atomics, of the operation that the waves are about to issue."""

@@ -142,6 +142,11 @@ class WaveState:
         finally:
             self.lanes, self.full = lanes, full
 
+    def look(self) -> int:
+        """A hash of all that the waves do next: registers, program counters, who waits or has ended."""
+        parts = (self.sgprs, self.vgprs, self.exec_bits, self.scc, self.pc, self.done, self.waiting)
+        return hash(tuple(part.tobytes() for part in parts))
+
     def fault(self, message: str, selected: Array | None = None) -> NoReturn:
         """Raise a fault of the current instruction; ``selected`` is a bool array of guilty selected waves."""
         indices = self.selected

@@ -128,7 +128,10 @@ def _scratch_access(state: WaveState, inst: Instruction, vaddr: Operand, saddr: 
 
 
 def _flat_access(state: WaveState, inst: Instruction, vaddr: Operand) -> Access:
-    """Apertures choose LDS or scratch; the lanes of one instruction must agree (ISA chapter 10). Both counters count."""
+    """Apertures choose LDS or scratch; the lanes of one instruction must agree (ISA chapter 10).
+
+    Whatever they choose, both counters count.
+    """
     address = state.vector(vaddr, KINDS["u64"]) + _U64(_offset(inst) & 0xFFFFFFFFFFFFFFFF)
     address = np.broadcast_to(address, state.lanes.shape)
     active = (address >> _U64(32))[state.lanes]
