@@ -171,30 +171,33 @@ def _nop(state: WaveState, inst: Instruction) -> None:
 
 
 def _read_transposed(element_bits: int) -> Handler:
-    """CDNA4 ds_read_b64_tr_b{16,8}: each group of 16 lanes loads a matrix and receives it transposed.
+    """CDNA4 ds_read_b64_tr_b{16,8,4}, b96_tr_b6: each group of 16 lanes loads a matrix and receives it transposed.
 
-    Of 64 / bits elements a lane, ``lanes_a_row`` lanes hold one row of 16; afterwards lane i of the
+    Of the elements that a lane loads, ``lanes_a_row`` lanes hold one row of 16; afterwards lane i of the
     group holds column i (CDNA4 ISA chapter 11, "LDS transpose loads").
     """
-    items = 64 // element_bits
+    size = 12 if element_bits == 6 else 8
+    items = size * 8 // element_bits
     lanes_a_row = 16 // items
     lane, item = np.arange(LANES)[:, None], np.arange(items)[None]
     group, column = lane // 16 * 16, lane % 16
     source_lane = group + item * lanes_a_row + column // items
     source_item = np.broadcast_to(column % items, source_lane.shape)
-    dtype = np.dtype(f"u{element_bits // 8}")
 
     def execute(state: WaveState, inst: Instruction) -> None:
         address = _address(state, inst, 1, inst.number("offset"))
-        words = state.memory.load(state, "lds", address, state.lanes, 8)
-        elements = np.ascontiguousarray(np.stack(words, axis=-1)).view(dtype)
-        turned = np.ascontiguousarray(elements[:, source_lane, source_item]).view(_U32)
+        words = state.memory.load(state, "lds", address, state.lanes, size)
+        octets = np.ascontiguousarray(np.stack(words, axis=-1)).view(np.uint8)
+        bits = np.unpackbits(octets, axis=-1, bitorder="little").reshape(*octets.shape[:2], items, element_bits)
+        turned = bits[:, source_lane, source_item].reshape(*octets.shape[:2], size * 8)
+        packed = np.ascontiguousarray(np.packbits(turned, axis=-1, bitorder="little")).view(_U32)
         state.issue(Counter.LDS)
-        for part in range(2):
-            state.write_vgpr(inst.operands[0].index + part, turned[..., part])
+        for part in range(size // 4):
+            state.write_vgpr(inst.operands[0].index + part, packed[..., part])
 
     return execute
 
 
-define("ds_read_b64_tr_b16", _read_transposed(16), archs=_GFX950)
-define("ds_read_b64_tr_b8", _read_transposed(8), archs=_GFX950)
+for _bits in (16, 8, 4):
+    define(f"ds_read_b64_tr_b{_bits}", _read_transposed(_bits), archs=_GFX950)
+define("ds_read_b96_tr_b6", _read_transposed(6), archs=_GFX950)

@@ -20,6 +20,7 @@ from tilewright.runtime.emulator.amd import (  # noqa: F401
     valu_convert,
     valu_float,
     valu_integer,
+    valu_scaled,
     vmem,
 )
 from tilewright.runtime.emulator.amd.batch import KERNARG_SLACK, Batch, Job

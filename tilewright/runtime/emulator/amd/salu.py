@@ -253,6 +253,14 @@ def _quad_mask(a: Array) -> Array:
     return (quads.astype(_U64) << np.arange(16, dtype=_U64)).sum(axis=1, dtype=_U64)
 
 
+def _replicate_bits(a: Array) -> Array:
+    """Each bit twice."""
+    shifts = np.arange(32, dtype=_U64)
+    bits = (a.astype(_U64)[:, None] >> shifts) & _U64(1)
+    return (bits * _U64(3) << shifts * _U64(2)).sum(axis=1, dtype=_U64)
+
+
+_salu("s_bitreplicate_b64_b32", "b32 -> b64", _replicate_bits)
 _salu("s_quadmask_b64", "b64 -> b64", _quad_mask, "nonzero")
 
 
