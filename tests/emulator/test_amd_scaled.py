@@ -46,7 +46,8 @@ def test_narrowing_with_a_scale(name: str, wide: str) -> None:
         inputs, sources = [pair[0] | (pair[1] << np.uint32(16))], "v1"
     upper = "op_sel:[0,0,0,1]" if wide == "f32" or name == "fp4" else "op_sel:[0,0,1]"
     select = "op_sel:[0,0,0,1]" if name == "fp4" else upper
-    body = f"v_mov_b32_e32 v10, 0x{OLD:x}\nv_mov_b32_e32 v9, 4.0\nv_cvt_scalef32_pk_{name}_{wide} v10, {sources}, v9 {select}"
+    body = f"v_mov_b32_e32 v10, 0x{OLD:x}\nv_mov_b32_e32 v9, 4.0\n"
+    body += f"v_cvt_scalef32_pk_{name}_{wide} v10, {sources}, v9 {select}"
     low, high = codes(x / 4, name), codes(y / 4, name)
     if name == "fp4":
         expected = (OLD & 0xFF00FFFF) | ((low | (high << np.uint32(4))) << np.uint32(16))
@@ -61,7 +62,8 @@ def test_widening_with_a_scale(name: str, wide: str) -> None:
     """D = source * 1/2, from the upper half, or octet 3."""
     words = np.random.default_rng(3).integers(0, 1 << 32, 64, dtype=np.uint32) & np.uint32(0x37373737)
     select = "op_sel:[1,1,0,0]" if name == "fp4" else "op_sel:[1,0,0]"
-    body = f"v_mov_b32_e32 v9, 0.5\nv_cvt_scalef32_pk_{wide}_{name} v{'[10:11]' if wide == 'f32' else '10'}, v1, v9 {select}"
+    destination = "v[10:11]" if wide == "f32" else "v10"
+    body = f"v_mov_b32_e32 v9, 0.5\nv_cvt_scalef32_pk_{wide}_{name} {destination}, v1, v9 {select}"
     octets = words.view(np.uint8).reshape(64, 4)
     if name == "fp4":
         parts = [(octets[:, 3] >> shift & 15).view(FORMATS[name]) for shift in (0, 4)]

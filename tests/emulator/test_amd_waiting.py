@@ -204,11 +204,12 @@ def test_overwriting_what_others_may_still_read() -> None:
 
 
 def test_workgroups_that_write_the_same_place() -> None:
-    body = HEAD + "global_store_dword v31, v0, s[6:7]"
+    body = HEAD + "v_add_u32_e32 v1, s2, v0\nglobal_store_dword v31, v1, s[6:7]"
     with pytest.raises(EmulatorFault, match="race: writes .*allocation.*which wave 0 of workgroup . wrote"):
         run(wrap(body), "gfx942", [X, X], grid=2, threads=64)
     with pytest.raises(EmulatorFault, match="wave 0 of workgroup 0 wrote"):  # also where they run one after the other
         run(wrap(body), "gfx942", [X, X], grid=2, threads=64, batch_waves=1)
+    run(wrap(body.replace("s2, v0", "7, v0")), "gfx942", [X, X], grid=2, threads=64)  # of equal values: no race
     atomic = HEAD + "global_atomic_add v31, v0, s[6:7]"
     out = run(wrap(atomic), "gfx942", [X, np.zeros(64, np.uint32)], grid=2, threads=64)[1]
     np.testing.assert_array_equal(out, 2 * LANE)

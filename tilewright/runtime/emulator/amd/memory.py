@@ -117,9 +117,13 @@ class MemorySystem:
     ) -> None:
         """Write the words in the lanes of ``mask``. ``scope``: of an atomic store."""
         data, offsets, _ = self._locate(state, space, address, mask, size)
-        self._check(state, space, offsets, mask, size, writes=True, strength=scope)
         if offsets.size:
-            store_words(data, offsets, [np.broadcast_to(word, mask.shape)[mask] for word in words], size)
+            values = [np.broadcast_to(word, mask.shape)[mask] for word in words]
+            before = _holds(data, offsets, values, size) if self.order is not None else None
+            store_words(data, offsets, values, size)
+            if before is not None:
+                same = before, _holds(data, offsets, values, size)
+                self._check(state, space, offsets, mask, size, writes=True, strength=scope, same=same)
             self._changed(space)
             if space == "lds":
                 self._mark_written(offsets, size)
@@ -231,10 +235,11 @@ class MemorySystem:
         strength: int = WEAK,
         atomic: bool = False,
         counter: Counter | None = None,
+        same: tuple[Array, Array] | None = None,
     ) -> None:
         """Note reads of LDS that nobody wrote, and look for races.
 
-        ``counter``: of the operation, by default that of the space.
+        ``counter``: of the operation, by default that of the space. ``same``: see `Team.write`.
         """
         if space == "lds" and not writes and offsets.size:
             self._note_unwritten(state, offsets, mask, size)
@@ -247,7 +252,16 @@ class MemorySystem:
             strength = BLOCK
         kind = counter if counter is not None else Counter.LDS if space == "lds" else Counter.VECTOR
         conflict = self.order.touch(
-            self._shadows[space], kind, waves, lanes, offsets, size, state.instruction, writes=writes, strength=strength
+            self._shadows[space],
+            kind,
+            waves,
+            lanes,
+            offsets,
+            size,
+            state.instruction,
+            writes=writes,
+            strength=strength,
+            same=same,
         )
         if conflict is not None:
             guilty = np.zeros(state.count, np.bool_)
@@ -317,3 +331,12 @@ class MemorySystem:
             limit = self.lds_bytes if space == "lds" else self.scratch_bytes
             detail = f"{space} access out of range: offset {address} of {limit} bytes"
         state.fault(f"{detail} ({size} bytes at {address:#x}, lane {lane}, {int(bad.sum())} lanes in all)", guilty)
+
+
+def _holds(data: Array, offsets: Array, words: list[Array], size: int) -> Array:
+    """At which of the offsets ``size`` bytes are those of the words."""
+    mask = _U32(0xFFFFFFFF >> max(0, 32 - 8 * size))
+    equal: Array = np.ones(offsets.shape, np.bool_)
+    for found, word in zip(load_words(data, offsets, size), words, strict=True):
+        equal = equal & (found == word & mask)
+    return equal

@@ -156,13 +156,18 @@ class WaveOrder:
         *,
         writes: bool,
         strength: int = WEAK,
+        same: tuple[Array, Array] | None = None,
     ) -> Conflict | None:
-        """Accesses of the operation that the waves are about to issue: flat arrays, waves ascending."""
+        """Accesses of the operation that the waves are about to issue: flat arrays, waves ascending.
+
+        ``same``: of stores, see `Team.write`.
+        """
         agents = waves * _KINDS + counter
         self.team.now[agents] = self.counters.issued[counter, waves] + 1
         site = self.races.site(inst, inst.text, inst.line, inst.source)
-        access = self.team.write if writes else self.team.read
-        return access(shadow, agents, lanes, offsets, size, site, strength)
+        if writes:
+            return self.team.write(shadow, agents, lanes, offsets, size, site, strength, same)
+        return self.team.read(shadow, agents, lanes, offsets, size, site, strength)
 
     def stored(self, waves: Array, offsets: Array, scope: int, *, atomic: bool) -> None:
         """Global stores, or atomics, of the operation that the waves are about to issue."""
