@@ -83,11 +83,18 @@ def test_kernels_of_rows(dtype: Any, device: str) -> None:
     assert relative(y, softmax_module.reference(x)) < 4e-3
     run.launch(rmsnorm, (3,), x, weight, y, 1e-3, BM=4, BN=256)
     assert relative(y, rmsnorm_module.reference(x, weight, 1e-3)) < 4e-3
-    turned, sums = poisoned(200, 9, dtype=dtype), poisoned(1, 200, dtype=np.float32)
+    turned = poisoned(200, 9, dtype=dtype)
     run.launch(transpose, (1, 4), x, turned, BM=64, BN=64)
     np.testing.assert_array_equal(turned, transpose_module.reference(x))
-    run.launch(column_sum, (1, 4), x, sums, ROWS=64, BN=64)
+
+
+def test_workgroups_that_add_up_what_others_stored(device: str) -> None:
+    """The last workgroup to arrive at a counter reads what the others released with it."""
+    x, sums = normal(200, 100, dtype=np.float32), poisoned(1, 100, dtype=np.float32)
+    partial, arrived = poisoned(3, 100, dtype=np.float32), np.zeros(2, np.int32)
+    tw.device(device).launch(column_sum, (2, 3), x, partial, arrived, sums, BM=32, BN=64)
     assert relative(sums, columns_module.reference(x)) < 1e-5
+    assert not arrived.any()
 
 
 @pytest.mark.parametrize("case", CASES[::19], ids=lambda case: case.name)
