@@ -16,6 +16,7 @@ from language_programs import CASES, Case
 import tilewright as tw
 from tilewright.kernels import attention as attention_module
 from tilewright.kernels import column_sum as columns_module
+from tilewright.kernels import gemm_batched, gemm_epilogue, gemm_grouped, gemm_scaled
 from tilewright.kernels import mlp as mlp_module
 from tilewright.kernels import rmsnorm as rmsnorm_module
 from tilewright.kernels import softmax as softmax_module
@@ -56,6 +57,31 @@ def test_gemm(shape: tuple[int, int, int], layout: str, device: str) -> None:
     c = poisoned(m, n)
     tw.device(device).launch(gemm, (tw.cdiv(m, 64), tw.cdiv(n, 64)), a, b, c, BM=64, BN=64, BK=32)
     assert relative(c, a.astype(np.float64) @ b.astype(np.float64)) < 4e-3
+
+
+def test_products_of_the_library(device: str) -> None:
+    """Batched, grouped, with an epilogue, gated, with scales."""
+    run, tiles = tw.device(device), {"BM": 32, "BN": 64, "BK": 32}
+    a, b = normal(2, 40, 72), normal(2, 72, 70, seed=1)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    c = poisoned(2, 40, 70)
+    run.launch(gemm_batched.gemm_batched, (2, 2, 2), a, b, c, **tiles)
+    assert relative(c, exact) < 4e-3
+    offsets, c = np.array([0, 10, 40], np.int32), poisoned(40, 70)
+    grid = (gemm_grouped.slots(40, 2, 32) * 2,)
+    run.launch(gemm_grouped.gemm_grouped, grid, a[0], b, offsets, c, **tiles)
+    assert relative(c, gemm_grouped.reference(a[0], b, offsets)) < 4e-3
+    bias = normal(70, seed=2)
+    steps = {"STEPS": (gemm_epilogue.add_bias, gemm_epilogue.relu), **tiles}
+    run.launch(gemm_epilogue.gemm_epilogue, (2, 2), a[0], b[0], c, bias, None, 1.0, **steps)
+    assert relative(c, np.maximum(exact[0] + bias.astype(np.float64), 0)) < 4e-3
+    run.launch(gemm_epilogue.gate_up, (2, 2), a[0], b[0], b[1], c, **tiles)
+    left, right = exact[0], a[0].astype(np.float64) @ b[1].astype(np.float64)
+    assert relative(c, left / (1 + np.exp(-left)) * right) < 4e-3
+    small = [x.astype(ml_dtypes.float8_e4m3fn) for x in (a[0], b[0])]
+    scales, c = [np.full(1, x, np.float32) for x in (0.5, 3.0)], poisoned(40, 70, dtype=np.float32)
+    run.launch(gemm_scaled.gemm_scaled, (2, 2), *small, *scales, c, None, **tiles)
+    assert relative(c, 1.5 * (small[0].astype(np.float64) @ small[1].astype(np.float64))) < 1e-3
 
 
 def test_chained_products(device: str) -> None:

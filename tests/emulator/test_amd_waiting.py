@@ -74,6 +74,10 @@ TOO_EARLY = {
         ),
         "v1 is read before `flat_load",
     ),
+    "accumulation register": (
+        "global_load_dword a3, v31, s[4:5]\nv_accvgpr_read_b32 v2, a3",
+        "a3 is read before `global_load_dword a3",
+    ),
     "number of a wait": ("global_load_dword v1, v31, s[4:5]\ns_waitcnt 0xc07f\nv_mov_b32_e32 v2, v1", "v1 is read"),
 }
 

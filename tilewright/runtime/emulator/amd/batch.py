@@ -75,6 +75,7 @@ class Batch:
         self.memory = MemorySystem(job.memory, groups, lds_bytes, scratch, waves * LANES, kernel.arch)
         self.state = WaveState(waves, job.waves_per_group, kernel.vector_registers, self.memory, job.poison)
         self.state.first_group = first_group
+        self.state.accumulators = kernel.get("accum_offset", 256)
         if job.races is not None:
             order = WaveOrder(job.races, self.state.counters, groups, job.waves_per_group, self.name, job.rank)
             self.memory.detect_races(order, job.races.of_memory(job.memory))

@@ -76,6 +76,8 @@ class WaveState:
     ) -> None:
         self.waves, self.waves_per_group, self.memory = waves, waves_per_group, memory
         self.first_group = 0
+        #: number of the first accumulation register among the vector registers
+        self.accumulators = vector_registers
         self.sgprs = np.zeros((SCALAR_REGISTERS, waves), np.uint32)
         self.vgprs = np.zeros((vector_registers, waves, LANES), np.uint32)
         self.exec_bits = np.full(waves, 0xFFFFFFFFFFFFFFFF, np.uint64)
@@ -167,11 +169,19 @@ class WaveState:
         pending = status.in_flight(register, self.w)
         if pending is not None:
             load = status.load_of(register)
-            self.fault(f"{letter}{register} is read before {load} has arrived: no s_waitcnt covers it", pending)
+            self.fault(
+                f"{self._name(letter, register)} is read before {load} has arrived: no s_waitcnt covers it", pending
+            )
         guilty = status.undefined[register][self.w]
         if guilty.any():
             self.read_undefined(guilty)
         status.refresh(register)
+
+    def _name(self, letter: str, register: int) -> str:
+        """A register as the assembly calls it: accumulation registers follow the others in one file."""
+        if letter == "v" and register >= self.accumulators:
+            return f"a{register - self.accumulators}"
+        return f"{letter}{register}"
 
     def read_undefined(self, guilty: Array) -> None:
         """The current instruction has read something undefined in these selected waves."""
@@ -225,7 +235,8 @@ class WaveState:
         ordered = [counter for counter in self._arriving if counter is not Counter.SCALAR]
         pending = status.in_flight(register, self.w, ordered)
         if pending is not None:
-            self.fault(f"{letter}{register} is written while {status.load_of(register)} is in flight to it", pending)
+            name, load = self._name(letter, register), status.load_of(register)
+            self.fault(f"{name} is written while {load} is in flight to it", pending)
         selected = status.undefined[register][self.w]
         fresh: Array = self.taint if self.taint is not None else np.zeros_like(selected)
         if lanes is not None:
