@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tilewright.ir.abi import KernelABI, TensorParam
 from tilewright.ir.target import get_target
 from tilewright.runtime.arguments import TensorView, canonical_dtype
-from tilewright.runtime.emulator.together import Machine, Stuck
+from tilewright.runtime.emulator.together import Machine
 from tilewright.runtime.tensor_maps import ELEMENT_TYPES, tensor_map_geometry
 
 if TYPE_CHECKING:
@@ -55,47 +55,15 @@ class AmdFunction(EmulatedFunction):
         self, memory: GlobalMemory, blocks: tuple[int, int, int], abi: KernelABI, arguments: bytes, setting: Setting
     ) -> Machine:
         arguments = arguments.ljust(self.emulator.kernel.get("kernarg_size"), b"\0")
-        return WholeRun(abi.name, lambda: self.emulator.launch(memory, blocks, (abi.threads,), arguments))
+        return self.emulator.start(memory, blocks, (abi.threads,), arguments, setting)
 
     def races(self) -> Races:
-        from tilewright.runtime.emulator.races import Races
+        from tilewright.runtime.emulator.amd.ordering import new_races
 
-        return Races(64, lane_agents=False)
+        return new_races()
 
     def blocks_per_unit(self, abi: KernelABI) -> int:
         return max(1, min(2048 // abi.threads, self.shared_limit // max(abi.shared_bytes, 1)))
-
-
-class WholeRun(Machine):
-    """A launch that runs to its end in one turn."""
-
-    def __init__(self, name: str, run: Callable[[], Any]) -> None:
-        self.name, self._run, self._ended = name, run, False
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
-
-    @property
-    def instructions(self) -> int:
-        return self.statistics.instructions if self._ended else 0
-
-    def turn(self) -> bool:
-        self.statistics = self._run()
-        self._ended = True
-        return True
-
-    def state(self) -> int:
-        return 0
-
-    def longest_wait(self) -> int:
-        return 0
-
-    def stuck(self) -> Stuck:
-        return Stuck("")
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class PtxFunction(EmulatedFunction):
