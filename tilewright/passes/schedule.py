@@ -10,7 +10,7 @@ from __future__ import annotations
 from tilewright.ir.core import Function, IRError
 from tilewright.ir.tile_ops import Dot
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.matrix import PREFETCH, ROLES, role_obstacle
+from tilewright.passes.matrix import PREFETCH, ROLES, SCHEDULES, role_obstacle
 
 
 @register_pass("schedule")
@@ -19,8 +19,10 @@ class Schedule(FunctionPass):
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
         wanted = context.options.schedule
-        if wanted not in (None, ROLES, PREFETCH):
-            raise IRError(f"unknown schedule {wanted!r}", function.loc, f"one of {ROLES!r} and {PREFETCH!r}")
+        if wanted not in (None, *SCHEDULES):
+            raise IRError(f"unknown schedule {wanted!r}", function.loc, f"one of {', '.join(map(repr, SCHEDULES))}")
+        if wanted is not None and wanted != PREFETCH:
+            wanted = ROLES  # how the roles share the work is for `turns` and `alternate` to say
         if not any(isinstance(op, Dot) for op in function.walk()):
             return
         obstacle = role_obstacle(function, context.target)
