@@ -59,7 +59,7 @@ def test_lanes_of_a_wave_are_one_agent_where_told_so() -> None:
     assert bench.read(1, 3, 16) is not None
 
 
-@pytest.mark.parametrize("first, second", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True), (False, False)])
 def test_what_conflicts(first: bool, second: bool) -> None:
     bench = Bench()
     assert bench.touch(first, 0, 0, 8) is None
@@ -114,7 +114,8 @@ def test_barriers_are_transitive_across_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "scope, ranks, racing", [(BLOCK, 1, True), (DEVICE, 1, False), (DEVICE, 2, True), (SYSTEM, 2, False)]
+    ("scope", "ranks", "racing"),
+    [(BLOCK, 1, True), (DEVICE, 1, False), (DEVICE, 2, True), (SYSTEM, 2, False)],
 )
 def test_strong_accesses_and_their_scope(scope: int, ranks: int, racing: bool) -> None:
     bench = Bench(ranks=ranks)

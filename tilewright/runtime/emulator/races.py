@@ -49,7 +49,7 @@ _I32 = np.int32
 
 @dataclass
 class Token:
-    """What somebody knows: for each block (its number in `Races`) the times of its columns, int32 [proxies, columns]."""
+    """What somebody knows: for each block (by its number in `Races`) the times of its columns [proxies, columns]."""
 
     known: dict[int, Array] = field(default_factory=dict)
 
@@ -289,7 +289,7 @@ class Team:
         self.acquire(warp, self.release(warp, lanes), lanes)
 
     def proxy_fence(self, warp: int, proxies: Sequence[int], lanes: Array | int | None = None) -> None:
-        """What these lanes know, the asynchronous ``proxies`` may see when these lanes issue work, or who follows them."""
+        """What these lanes know, the asynchronous ``proxies`` see in work of these lanes and of who follows them."""
         block, agents = self._agents(warp, lanes)
         plain = self.know[block, agents, 0]
         plain[np.arange(len(agents)), agents] = self.now[warp]
@@ -354,7 +354,7 @@ class Team:
     def read(
         self, shadow: Shadow, warps: Array, lanes: Array, offsets: Array, size: int, site: int, strength: int = WEAK
     ) -> Conflict | None:
-        """Lanes read ``size`` bytes at each offset: flat arrays, warps ascending; warps and lanes say whose access it is."""
+        """Lanes read ``size`` bytes at each offset: flat arrays over the accesses, warps ascending."""
         return self._touch(shadow, warps, lanes, offsets, size, site, strength, False)
 
     def write(
@@ -403,14 +403,14 @@ class Team:
         writes: bool,
         proxy: int = 0,
     ) -> tuple[int, Conflict | None]:
-        """Asynchronous work that lane ``lane`` of a warp (or several warps together: -1) starts: its record, in flight."""
+        """Asynchronous work that a lane of one warp (several warps together: -1) starts: its record, in flight."""
         races, leader = self.races, int(warps[0])
         block, row = divmod(leader, self.warps)
         record = races.records.add(
             1, 1 << 31 - races.lane_bits, column=row * races.per_warp, spread=int(races.lane_agents), time=_PENDING,
             home=self.first + block, warp=leader, lane=lane, site=site, strength=WEAK, proxy=proxy,
         )  # fmt: skip
-        code = _I32(record << races.lane_bits | max(lane, 0))
+        code = record << races.lane_bits | max(lane, 0)
         if lane >= 0:
             view = _View(self, np.array([block]), self._agents(leader, lane)[1][:1])
         else:
@@ -471,7 +471,7 @@ def _apply(
     view: _View,
     offsets: Array,
     size: int,
-    codes: Array | np.int32,
+    codes: Array | int,
     slots: Array | int,
     writes: bool,
     proxy: int,
