@@ -18,8 +18,8 @@ How a machine uses it
   `Team.acquire` takes one over. A barrier joins the tokens of those that arrive and gives the sum
   to those that leave. Atomics: `Team.publish` after a strong write, `Team.observe` after a strong
   read, `Team.fence` for fences. Nothing survives a kernel: make a new `Races` for each.
-- Asynchronous work: `Team.issue` checks and marks it when it starts: from then on it races with
-  everybody. `Team.settle` at the wait of the thread that issued it makes it that
+- Asynchronous work: `Team.issue` (one lane's) and `Team.start` (of many lanes) check and mark it when
+  it starts: from then on it races with everybody. `Team.settle` at the wait of the thread that issued it makes it that
   thread's access of now; with ``column`` it belongs to that clock column instead, at ``time``:
   whoever knows the column up to then is behind it (a barrier that counts bytes, a group of
   products that several warps wait for; see `Team.column` and `Team.learn`).
@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.runtime.emulator.errors import EmulatorError
+from tilewright.runtime.emulator.memory import BASE, GlobalMemory
 
 Array = NDArray[Any]
 
@@ -45,6 +46,8 @@ WEAK, BLOCK, CLUSTER, DEVICE, SYSTEM = 0, 1, 2, 3, 4
 #: the time of work in flight, which nobody knows; and what a thread knows of itself
 _PENDING, _OWN = 2**31 - 1, 2**31 - 2
 _I32 = np.int32
+#: readers of a byte of global memory that are remembered
+GLOBAL_SLOTS = 4
 
 
 @dataclass
@@ -164,6 +167,7 @@ class Races:
         self.rank_of: list[int] = []
         self.cluster_of: list[int] = []
         self.team_of: list[Team] = []
+        self._memories: dict[int, tuple[GlobalMemory, Shadow]] = {}
         #: what the last strong write of a location released: token, scope, block
         self.locations: dict[tuple[int, int], tuple[Token, int, int]] = {}
 
@@ -174,6 +178,15 @@ class Races:
             number = self._site_numbers[id(owner)] = len(self.sites)
             self.sites.append(Site(text, line, source))
         return number
+
+    def of_memory(self, memory: GlobalMemory) -> Shadow:
+        """The shadow of global memory, by offset; it grows with the memory."""
+        if id(memory) not in self._memories:
+            shadow = Shadow(memory.data.size, GLOBAL_SLOTS, lambda offset: memory.describe(BASE + offset))
+            self._memories[id(memory)] = memory, shadow
+        shadow = self._memories[id(memory)][1]
+        shadow.grow(memory.data.size)
+        return shadow
 
     def team(
         self, blocks: int, warps: int, name: Callable[[int], str], rank: int = 0, clusters: Sequence[int] | None = None
@@ -228,6 +241,12 @@ class Team:
         if column >= self.know.shape[3]:
             self.know = np.concatenate([self.know, np.zeros((*self.know.shape[:3], 16), _I32)], axis=3)
         return column
+
+    def column_token(self, block: int, column: int, time: int) -> Token:
+        """What somebody knows who knows a column of a block up to ``time``."""
+        rows = np.zeros((self.races.proxies, column + 1), _I32)
+        rows[0, column] = time
+        return Token({self.first + block: rows})
 
     def learn(self, warp: int, column: int, time: int) -> None:
         """All lanes of a warp know a column of their block up to ``time``."""
@@ -355,13 +374,19 @@ class Team:
         self, shadow: Shadow, warps: Array, lanes: Array, offsets: Array, size: int, site: int, strength: int = WEAK
     ) -> Conflict | None:
         """Lanes read ``size`` bytes at each offset: flat arrays over the accesses, warps ascending."""
-        return self._touch(shadow, warps, lanes, offsets, size, site, strength, False)
+        return self._touch(shadow, warps, lanes, offsets, size, site, strength, False)[1]
 
     def write(
         self, shadow: Shadow, warps: Array, lanes: Array, offsets: Array, size: int, site: int, strength: int = WEAK
     ) -> Conflict | None:
         """Like `read`. Lanes that write the same bytes in one instruction do not race."""
-        return self._touch(shadow, warps, lanes, offsets, size, site, strength, True)
+        return self._touch(shadow, warps, lanes, offsets, size, site, strength, True)[1]
+
+    def start(
+        self, shadow: Shadow, warps: Array, lanes: Array, offsets: Array, size: int, site: int, *, writes: bool
+    ) -> tuple[list[int], Conflict | None]:
+        """Like `read` and `write`, of copies in flight that lanes start: a record for each warp, for `settle`."""
+        return self._touch(shadow, warps, lanes, offsets, size, site, WEAK, writes, in_flight=True)
 
     def _touch(
         self,
@@ -373,23 +398,26 @@ class Team:
         site: int,
         strength: int,
         writes: bool,
-    ) -> Conflict | None:
+        in_flight: bool = False,
+    ) -> tuple[list[int], Conflict | None]:
         if not len(offsets):
-            return None
+            return [], None
         races, per = self.races, self.races.per_warp
         fresh = np.ones(len(warps), np.bool_)
         fresh[1:] = warps[1:] != warps[:-1]
         who = warps[fresh]
         row = who % self.warps
         first = races.records.add(
-            len(who), 1 << 31 - races.lane_bits, column=row * per, spread=int(races.lane_agents), time=self.now[who],
-            home=self.first + who // self.warps, warp=who, lane=-1, site=site, strength=strength, proxy=0,
+            len(who), 1 << 31 - races.lane_bits, column=row * per, spread=int(races.lane_agents), warp=who, lane=-1,
+            time=_PENDING if in_flight else self.now[who], home=self.first + who // self.warps, site=site,
+            strength=strength, proxy=0,
         )  # fmt: skip
         codes = (first - 1 + np.cumsum(fresh)) << races.lane_bits | lanes
         agents = (warps % self.warps) * per + (lanes if races.lane_agents else 0)
         view = _View(self, warps // self.warps, agents)
         slots = (self.first * self.warps + warps) % len(shadow.reads)
-        return _apply(shadow, view, offsets, size, codes.astype(_I32), slots, writes, 0, strength)
+        conflict = _apply(shadow, view, offsets, size, codes.astype(_I32), slots, writes, 0, strength)
+        return list(range(first, first + len(who))), conflict
 
     def issue(
         self,
@@ -402,13 +430,14 @@ class Team:
         *,
         writes: bool,
         proxy: int = 0,
+        strength: int = WEAK,
     ) -> tuple[int, Conflict | None]:
         """Asynchronous work that a lane of one warp (several warps together: -1) starts: its record, in flight."""
         races, leader = self.races, int(warps[0])
         block, row = divmod(leader, self.warps)
         record = races.records.add(
             1, 1 << 31 - races.lane_bits, column=row * races.per_warp, spread=int(races.lane_agents), time=_PENDING,
-            home=self.first + block, warp=leader, lane=lane, site=site, strength=WEAK, proxy=proxy,
+            home=self.first + block, warp=leader, lane=lane, site=site, strength=strength, proxy=proxy,
         )  # fmt: skip
         code = record << races.lane_bits | max(lane, 0)
         if lane >= 0:
@@ -418,7 +447,7 @@ class Team:
             known = [self.know[block, w % self.warps * per : w % self.warps * per + per].max(axis=0) for w in warps]
             view = _View(self, np.array([block]), np.array([row * per]), np.minimum.reduce(known))
         slot = (self.first * self.warps + leader + self.warps) % len(shadow.reads)
-        return record, _apply(shadow, view, offsets, size, code, slot, writes, proxy, WEAK)
+        return record, _apply(shadow, view, offsets, size, code, slot, writes, proxy, strength)
 
     def settle(self, records: Sequence[int], *, column: int | None = None, time: int = 0) -> None:
         """Work in flight has ended: it is an access of its issuer now, or of a column of its block at ``time``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from tilewright.runtime.emulator.memory import ranks
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, f32_to_bf16
 from tilewright.runtime.emulator.nvidia.operands import address, dest, parts, source
+from tilewright.runtime.emulator.nvidia.ordering import SCOPES
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import beyond, global_offsets, local_offsets, split_generic
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type, unsigned_of
+from tilewright.runtime.emulator.races import WEAK
 
 _SPACES = (
     "global", "shared", "shared::cta", "shared::cluster", "local", "param", "param::entry", "param::func", "const",
@@ -24,16 +27,43 @@ _SCOPES = ("cta", "cluster", "gpu", "sys")
 _CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "unified")
 
 
-def _qualifiers(inst: Instruction) -> str:
-    """Take what does not change the result here: order, scope, cache hints. Gives the state space, "" for generic."""
-    for names in (_ORDER, _SCOPES, _CACHE):
-        inst.one_of(*names, default="")
+@dataclass(frozen=True)
+class _Qualifiers:
+    """State space ("" for generic) and memory order of an access; ``strength`` is its scope if it is strong, else 0."""
+
+    space: str
+    order: str
+    strength: int
+
+    @property
+    def ordered(self) -> bool:
+        """Parameters and constants never change."""
+        return self.space not in ("param", "const")
+
+
+def _qualifiers(inst: Instruction, strong: bool = False) -> _Qualifiers:
+    """Take order, scope, hints and the state space. Atomics are ``strong``: .relaxed.gpu unless they say more."""
+    order = inst.one_of(*_ORDER, default="relaxed" if strong else "weak")
+    scope = SCOPES[inst.one_of(*_SCOPES, default="gpu" if strong else "sys")]  # .volatile and .mmio name none
+    inst.one_of(*_CACHE, default="")
     hints = [m for m in inst.modifiers if m.startswith(("L1::", "L2::", "level::"))]
     for hint in hints:
         inst.modifiers.remove(hint)
     if "L2::cache_hint" in hints:
         inst.operands = inst.operands[:-1]
-    return inst.one_of(*_SPACES, default="").partition("::")[0]
+    space = inst.one_of(*_SPACES, default="").partition("::")[0]
+    return _Qualifiers(space, order, WEAK if order == "weak" else scope)
+
+
+def _note(state: State, part: str, offsets: Array, size: int, how: _Qualifiers, *, reads: bool, writes: bool) -> None:
+    """Tell the race detector of an access to global memory, and of strong ones to any memory."""
+    ordering = state.launch.ordering
+    if ordering is None or part == "local" or not how.ordered:
+        return
+    if part == "global":
+        ordering.touch(state, part, offsets, size, writes=writes, strength=how.strength)
+    if how.strength:
+        ordering.strong(state, part, offsets, how.strength, how.order, reads=reads, writes=writes)
 
 
 def _as_global(state: State, space: str, where: Array) -> Array:
@@ -74,7 +104,8 @@ def gather(data: Array, offsets: Array, type_: Type, count: int) -> Array:
 
 @instruction("ld", "ldu")
 def _load(inst: Instruction) -> Execute:
-    space = _qualifiers(inst)
+    how = _qualifiers(inst)
+    space = how.space
     vector = inst.one_of("v2", "v4", "v8", default="")
     type_ = inst.type()
     inst.need(2)
@@ -110,10 +141,12 @@ def _load(inst: Instruction) -> Execute:
                         behind = np.zeros(values.shape, np.bool_)
                         behind[lanes] = missing
                 if part == "shared":
-                    bad = state.launch.shared.check_read(state, offsets, size)
+                    bad = state.launch.shared.check_read(state, offsets, size, how.strength)
                     if bad is not None:
                         undefined = np.zeros(lanes.shape, np.bool_) if undefined is None else undefined
                         undefined[lanes] = bad
+                present = size if behind is None else type_.bytes
+                _note(state, part, offsets, present, how, reads=True, writes=False)
         if undefined is not None:
             state.add_taint(undefined)
         taint = state.taint
@@ -130,7 +163,8 @@ def _load(inst: Instruction) -> Execute:
 def _store(inst: Instruction) -> Execute:
     if inst.flag("async"):
         raise Problem("st.async is not implemented")
-    space = _qualifiers(inst)
+    how = _qualifiers(inst)
+    space = how.space
     vector = inst.one_of("v2", "v4", "v8", default="")
     type_ = inst.type()
     inst.need(2)
@@ -161,7 +195,9 @@ def _store(inst: Instruction) -> Execute:
                     if part == "global" and not np.all(defined):
                         state.fault("the value stored depends on one that was never written", undefined)
                 if part == "shared":
-                    state.launch.shared.check_write(state, offsets, size, defined)
+                    state.launch.shared.check_write(state, offsets, size, defined, how.strength)
+                _note(state, part, offsets, size, how, reads=False, writes=True)
+                state.launch.effects += part != "local"
                 view = data[: data.size - data.size % type_.bytes].view(type_.unsigned)
                 index = offsets // type_.bytes
                 for i, value in enumerate(values):
@@ -228,7 +264,8 @@ def _atomic(inst: Instruction) -> Execute:
     if inst.flag("async"):
         raise Problem("red.async is not implemented")
     inst.flag("noftz")
-    space = _qualifiers(inst)
+    how = _qualifiers(inst, strong=True)
+    space = how.space
     operation = inst.one_of(*_ATOMICS)
     vector = inst.one_of("v2", "v4", "v8", default="")
     type_ = inst.type()
@@ -251,14 +288,16 @@ def _atomic(inst: Instruction) -> Execute:
                 if not offsets.size:
                     continue
                 if part == "shared":
-                    bad = state.launch.shared.check_read(state, offsets, type_.bytes * count)
+                    bad = state.launch.shared.check_read(state, offsets, type_.bytes * count, how.strength)
                     if bad is not None:
                         state.fault("an atomic operation on shared memory that was never written")
-                    state.launch.shared.check_write(state, offsets, type_.bytes * count)
+                    state.launch.shared.check_write(state, offsets, type_.bytes * count, strength=how.strength)
+                _note(state, part, offsets, type_.bytes * count, how, reads=True, writes=True)
                 view = data[: data.size - data.size % type_.bytes].view(type_.dtype)
-                old[lanes] = _take_turns(
-                    view, offsets // type_.bytes, [[v[lanes] for v in vs] for vs in values], function
-                )
+                index = offsets // type_.bytes
+                old[lanes] = _take_turns(view, index, [[v[lanes] for v in vs] for vs in values], function)
+                changed = old[lanes] != view[index[:, None] + np.arange(count)]
+                state.launch.effects += bool(changed.any())  # one that changes nothing may be a poll
         for i, write in enumerate(writes):
             write(state, np.ascontiguousarray(old[..., i]))
 
