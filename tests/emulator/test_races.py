@@ -66,6 +66,17 @@ def test_what_conflicts(first: bool, second: bool) -> None:
     assert (bench.touch(second, 1, 0, 8) is None) == (not first and not second)
 
 
+@pytest.mark.parametrize("strength", [WEAK, DEVICE])
+def test_warps_in_step_that_write_the_same_bytes(strength: int) -> None:
+    bench = Bench()
+    warps, zeros = np.array([0, 0, 1]), np.zeros(3, int)
+    lanes = np.array([0, 1, 0])
+    alone = bench.team.write(bench.shadow, warps[:2], lanes[:2], zeros[:2], 4, bench.sites[0], strength)
+    assert alone is None, "lanes of one instruction"
+    both = bench.team.write(bench.shadow, warps, lanes, zeros + 64, 4, bench.sites[0], strength)
+    assert (both is not None) == (strength == WEAK)
+
+
 def test_a_release_and_an_acquire_order_what_came_before() -> None:
     bench = Bench()
     bench.write(0, 0, 0)

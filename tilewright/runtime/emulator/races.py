@@ -525,6 +525,11 @@ def _apply(
             conflict = conflict or _find(shadow, view, slot, offsets, 0, strength, "read", True)
         _set_cells(shadow.reads, offsets, size, 0)
     _set_cells(shadow.writes, offsets, size, column)
+    if isinstance(codes, np.ndarray):  # warps in step may write the same bytes at once
+        present = _cells(shadow.writes, offsets, size)
+        bits = view.team.races.lane_bits
+        others = np.where(present >> bits != column >> bits, present, 0)
+        conflict = conflict or _find(shadow, view, others, offsets, 0, strength, "wrote", writes)
     return conflict
 
 
