@@ -76,6 +76,14 @@ def test_both_lines_of_the_tile_program_are_named() -> None:
         PtxEmulator(ptx, "k").launch(memory, (1,), (64,), parameters, shared_bytes=512, races=True)
 
 
+def test_warps_may_store_the_same_value() -> None:
+    store = "st.shared.u32 [%sm], VALUE; stmatrix.sync.aligned.m8n8.x1.shared.b16 [%sm+128], {%r}; MEET"
+    body = ".reg .b32 %v, %r; mov.u32 %r, 7;" + store + "ld.shared.u32 %v, [%sm]; ld.shared.u32 %v, [%sm+128];"
+    check(body.replace("VALUE", "7"), {"MEET": BARRIER})
+    racy(body.replace("VALUE", "%thread").replace("MEET", BARRIER))
+    racy(body.replace("VALUE", "7").replace("mov.u32 %r, 7", "mov.u32 %r, %thread").replace("MEET", BARRIER))
+
+
 @pytest.mark.parametrize("seed", [None, 1, 2, 3, 4])
 def test_the_interleaving_does_not_matter(seed: int | None) -> None:
     racy(EXCHANGE.replace("FIRST", "").replace("SECOND", BARRIER), seed=seed)
@@ -345,8 +353,25 @@ def test_atomics_race_with_plain_accesses_alone() -> None:
     racy("st.global.u32 [%ptr0], %thread;", blocks=2)
 
 
+def test_a_load_that_is_discarded_does_not_race() -> None:
+    """Lanes beyond the end read the first element, and throw it away."""
+    body = """
+    .reg .b32 %v, %w; .reg .pred %p; .reg .b64 %at, %harmless;
+    setp.lt.u32 %p, %thread, 40;
+    mul.wide.u32 %at, %thread, 4; add.u64 %at, %at, %ptr0;
+    selp.b64 %harmless, %at, %ptr0, %p;
+    ld.global.u32 %v, [%harmless];
+    selp.b32 %w, %v, 7, KEPT;
+    @%p st.global.u32 [%at], %w;
+    """
+    clean(body.replace("KEPT", "%p"))
+    racy(body.replace("KEPT", "%p").replace("%w, %v, 7", "%w, 7, %v"))
+    racy(body.replace("KEPT", "%p") + "st.global.u32 [%at+128], %v;", "race: |outside")
+
+
 def test_blocks_that_run_one_after_the_other_race_all_the_same() -> None:
-    racy("st.global.u32 [%ptr0], 1;", threads=32, blocks=200)
+    body = ".reg .b32 %block; mov.u32 %block, %ctaid.x; st.global.u32 [%ptr0], %block;"
+    racy(body, threads=32, blocks=200)
 
 
 def test_a_kernel_boundary_orders() -> None:

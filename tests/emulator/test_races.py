@@ -77,6 +77,17 @@ def test_warps_in_step_that_write_the_same_bytes(strength: int) -> None:
     assert (both is not None) == (strength == WEAK)
 
 
+def test_writes_of_what_is_there_do_not_race_with_each_other() -> None:
+    bench = Bench()
+    where = np.array([0, 1]), np.array([0, 0]), np.array([0, 0])
+    found, kept = np.array([False, False]), np.array([True, True])
+    assert bench.team.write(bench.shadow, *where, 4, bench.sites[0], same=(found, kept)) is None
+    conflict = bench.team.write(bench.shadow, *where, 4, bench.sites[0], same=(found, kept))
+    assert conflict is not None, "another value than that which is there"
+    assert bench.team.write(bench.shadow, *where, 4, bench.sites[0], same=(kept, kept)) is None
+    assert bench.read(0, 0, 0) is not None, "but reads race with them"
+
+
 def test_a_release_and_an_acquire_order_what_came_before() -> None:
     bench = Bench()
     bench.write(0, 0, 0)

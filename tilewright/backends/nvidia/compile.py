@@ -39,7 +39,7 @@ def compile_functions(functions: Sequence[Function], target: Target) -> BackendR
     """Compile to one cubin. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
     entries = [lower_function(function, target) for function in functions]
     spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
-    merged = merge([optimize(entry.module.finish(), spec) for entry in entries])
+    merged = merge([optimize(entry.module.finish(debug_info=True), spec) for entry in entries])
     asm = {"llvm": merged.text(), "ptx": emit_assembly(merged)}
     assembled = assemble(asm["ptx"], target.cpu)
     for function, entry in zip(functions, entries, strict=True):

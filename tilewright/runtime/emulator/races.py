@@ -377,10 +377,22 @@ class Team:
         return self._touch(shadow, warps, lanes, offsets, size, site, strength, False)[1]
 
     def write(
-        self, shadow: Shadow, warps: Array, lanes: Array, offsets: Array, size: int, site: int, strength: int = WEAK
+        self,
+        shadow: Shadow,
+        warps: Array,
+        lanes: Array,
+        offsets: Array,
+        size: int,
+        site: int,
+        strength: int = WEAK,
+        same: tuple[Array, Array] | None = None,
     ) -> Conflict | None:
-        """Like `read`. Lanes that write the same bytes in one instruction do not race."""
-        return self._touch(shadow, warps, lanes, offsets, size, site, strength, True)[1]
+        """Like `read`. Lanes that write the same bytes in one instruction do not race.
+
+        ``same`` (bool over the accesses): which found there what they write, and which found it there
+        afterwards. Writes of equal values do not race with each other.
+        """
+        return self._touch(shadow, warps, lanes, offsets, size, site, strength, True, same=same)[1]
 
     def start(
         self, shadow: Shadow, warps: Array, lanes: Array, offsets: Array, size: int, site: int, *, writes: bool
@@ -399,6 +411,7 @@ class Team:
         strength: int,
         writes: bool,
         in_flight: bool = False,
+        same: tuple[Array, Array] | None = None,
     ) -> tuple[list[int], Conflict | None]:
         if not len(offsets):
             return [], None
@@ -416,7 +429,7 @@ class Team:
         agents = (warps % self.warps) * per + (lanes if races.lane_agents else 0)
         view = _View(self, warps // self.warps, agents)
         slots = (self.first * self.warps + warps) % len(shadow.reads)
-        conflict = _apply(shadow, view, offsets, size, codes.astype(_I32), slots, writes, 0, strength)
+        conflict = _apply(shadow, view, offsets, size, codes.astype(_I32), slots, writes, 0, strength, same)
         return list(range(first, first + len(who))), conflict
 
     def issue(
@@ -505,9 +518,12 @@ def _apply(
     writes: bool,
     proxy: int,
     strength: int,
+    same: tuple[Array, Array] | None = None,
 ) -> Conflict | None:
     """Check accesses against those before and note them."""
     before = _cells(shadow.writes, offsets, size)
+    if same is not None and same[0].any():
+        before = np.where(same[0][:, None], 0, before)
     conflict = _find(shadow, view, before, offsets, proxy, strength, "wrote", writes)
     column = codes[:, None] if isinstance(codes, np.ndarray) else codes
     if not writes:
@@ -529,6 +545,8 @@ def _apply(
         present = _cells(shadow.writes, offsets, size)
         bits = view.team.races.lane_bits
         others = np.where(present >> bits != column >> bits, present, 0)
+        if same is not None:
+            others[same[1]] = 0
         conflict = conflict or _find(shadow, view, others, offsets, 0, strength, "wrote", writes)
     return conflict
 

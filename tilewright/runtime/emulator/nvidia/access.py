@@ -10,6 +10,7 @@ import numpy as np
 
 from tilewright.runtime.emulator.memory import ranks
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
+from tilewright.runtime.emulator.nvidia.discarded import used_lanes
 from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, f32_to_bf16
 from tilewright.runtime.emulator.nvidia.operands import address, dest, parts, source
 from tilewright.runtime.emulator.nvidia.ordering import SCOPES
@@ -55,15 +56,44 @@ def _qualifiers(inst: Instruction, strong: bool = False) -> _Qualifiers:
     return _Qualifiers(space, order, WEAK if order == "weak" else scope)
 
 
-def _note(state: State, part: str, offsets: Array, size: int, how: _Qualifiers, *, reads: bool, writes: bool) -> None:
-    """Tell the race detector of an access to global memory, and of strong ones to any memory."""
+def _note_load(
+    state: State, offsets: Array, size: int, how: _Qualifiers, used_lanes: Callable[[State], Array | None]
+) -> None:
+    """Tell the race detector of a load from global memory, of the lanes that use its value."""
     ordering = state.launch.ordering
-    if ordering is None or part == "local" or not how.ordered:
+    if ordering is None or not how.ordered:
         return
-    if part == "global":
-        ordering.touch(state, part, offsets, size, writes=writes, strength=how.strength)
-    if how.strength:
-        ordering.strong(state, part, offsets, how.strength, how.order, reads=reads, writes=writes)
+    used = used_lanes(state)
+    if used is None:
+        ordering.touch(state, "global", offsets, size, writes=False, strength=how.strength)
+    else:
+        taken = used[state.lanes]
+        with state.restricted(state.lanes & used):
+            ordering.touch(state, "global", offsets[taken], size, writes=False, strength=how.strength)
+
+
+def _note_order(state: State, part: str, offsets: Array, how: _Qualifiers, *, reads: bool, writes: bool) -> None:
+    """Tell the race detector what a strong access orders."""
+    if state.launch.ordering is not None and how.strength and part != "local":
+        state.launch.ordering.strong(state, part, offsets, how.strength, how.order, reads=reads, writes=writes)
+
+
+def _put(state: State, part: str, data: Array, offsets: Array, type_: Type, values: list[Array], strength: int) -> None:
+    """Store vectors: a value for each access in each of ``values``. The race detector hears of it."""
+    view = data[: data.size - data.size % type_.bytes].view(type_.unsigned)
+    index = offsets // type_.bytes
+
+    def store() -> None:
+        for i, value in enumerate(values):
+            view[index + i if i else index] = value
+
+    ordering = state.launch.ordering
+    if ordering is None or part == "local":
+        store()
+        return
+    octets = np.ascontiguousarray(np.stack(values, axis=-1)).view(np.uint8)
+    with ordering.storing(state, part, data, offsets, octets, strength):
+        store()
 
 
 def _as_global(state: State, space: str, where: Array) -> Array:
@@ -117,6 +147,7 @@ def _load(inst: Instruction) -> Execute:
     if len(writes) != count:
         raise Problem(f"loads {count} elements into {len(writes)} registers")
     where, size = address(inst, inst.operands[1]), type_.bytes * count
+    used = used_lanes(inst)
 
     def execute(state: State) -> None:
         at = where(state)
@@ -145,8 +176,9 @@ def _load(inst: Instruction) -> Execute:
                     if bad is not None:
                         undefined = np.zeros(lanes.shape, np.bool_) if undefined is None else undefined
                         undefined[lanes] = bad
-                present = size if behind is None else type_.bytes
-                _note(state, part, offsets, present, how, reads=True, writes=False)
+                if part == "global":
+                    _note_load(state, offsets, size if behind is None else type_.bytes, how, used)
+                _note_order(state, part, offsets, how, reads=True, writes=False)
         if undefined is not None:
             state.add_taint(undefined)
         taint = state.taint
@@ -195,13 +227,11 @@ def _store(inst: Instruction) -> Execute:
                     if part == "global" and not np.all(defined):
                         state.fault("the value stored depends on one that was never written", undefined)
                 if part == "shared":
-                    state.launch.shared.check_write(state, offsets, size, defined, how.strength)
-                _note(state, part, offsets, size, how, reads=False, writes=True)
+                    state.launch.shared.check_write(state, offsets, size, defined)
+                taken = [value.reshape(-1) if lanes.all() else value[lanes] for value in values]
+                _put(state, part, data, offsets, type_, taken, how.strength)
+                _note_order(state, part, offsets, how, reads=False, writes=True)
                 state.launch.effects += part != "local"
-                view = data[: data.size - data.size % type_.bytes].view(type_.unsigned)
-                index = offsets // type_.bytes
-                for i, value in enumerate(values):
-                    view[index + i if i else index] = value.reshape(-1) if lanes.all() else value[lanes]
 
     return execute
 
@@ -291,8 +321,12 @@ def _atomic(inst: Instruction) -> Execute:
                     bad = state.launch.shared.check_read(state, offsets, type_.bytes * count, how.strength)
                     if bad is not None:
                         state.fault("an atomic operation on shared memory that was never written")
-                    state.launch.shared.check_write(state, offsets, type_.bytes * count, strength=how.strength)
-                _note(state, part, offsets, type_.bytes * count, how, reads=True, writes=True)
+                    state.launch.shared.check_write(state, offsets, type_.bytes * count)
+                if state.launch.ordering is not None and part != "local":
+                    state.launch.ordering.touch(
+                        state, part, offsets, type_.bytes * count, writes=True, strength=how.strength
+                    )
+                _note_order(state, part, offsets, how, reads=True, writes=True)
                 view = data[: data.size - data.size % type_.bytes].view(type_.dtype)
                 index = offsets // type_.bytes
                 old[lanes] = _take_turns(view, index, [[v[lanes] for v in vs] for vs in values], function)

@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -77,15 +78,40 @@ class Ordering:
         rows, lanes = np.nonzero(state.lanes)
         return selected[rows], lanes
 
-    def touch(self, state: State, space: str, offsets: Array, size: int, *, writes: bool, strength: int = WEAK) -> None:
-        """The active lanes access ``size`` bytes at their offsets. Faults on a race."""
+    def touch(
+        self,
+        state: State,
+        space: str,
+        offsets: Array,
+        size: int,
+        *,
+        writes: bool,
+        strength: int = WEAK,
+        same: tuple[Array, Array] | None = None,
+    ) -> None:
+        """The active lanes access ``size`` bytes at their offsets. Faults on a race. ``same``: see `Team.write`."""
         warps, lanes = self._who(state)
-        access = self.team.write if writes else self.team.read
-        conflict = access(self.shadow(space), warps, lanes, offsets, size, self._site(state.instruction), strength)
+        shadow, site = self.shadow(space), self._site(state.instruction)
+        if writes:
+            conflict = self.team.write(shadow, warps, lanes, offsets, size, site, strength, same)
+        else:
+            conflict = self.team.read(shadow, warps, lanes, offsets, size, site, strength)
         if conflict is not None:
             guilty = np.zeros(state.lanes.shape, np.bool_)
             guilty[tuple(place[conflict.index] for place in np.nonzero(state.lanes))] = True
             state.fault(conflict.message, guilty)
+
+    @contextmanager
+    def storing(
+        self, state: State, space: str, data: Array, offsets: Array, octets: Array, strength: int = WEAK
+    ) -> Iterator[None]:
+        """Around a store by the active lanes of bytes [lanes, size] into ``data``: a write to memory, see `touch`."""
+        places = offsets[:, None] + np.arange(octets.shape[1])
+        before = (data[places] == octets).all(axis=1)
+        yield
+        after = (data[places] == octets).all(axis=1)
+        same = before, after
+        self.touch(state, space, offsets, octets.shape[1], writes=True, strength=strength, same=same)
 
     def start(self, state: State, space: str, offsets: Array, size: int, *, writes: bool) -> dict[int, int]:
         """Like `touch`, of copies in flight: a record by warp."""

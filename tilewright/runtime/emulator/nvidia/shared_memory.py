@@ -78,13 +78,9 @@ class SharedMemory:
             defined = defined & flat[offsets + byte]
         return None if defined.all() else ~defined
 
-    def check_write(
-        self, state: State, offsets: Array, size: int, defined: Array | bool = True, strength: int = 0
-    ) -> None:
+    def check_write(self, state: State, offsets: Array, size: int, defined: Array | bool = True) -> None:
         """Faults on racing with an asynchronous access; marks the bytes as written by these warps."""
         self.check_target(state, offsets, size)
-        if state.launch.ordering is not None:
-            state.launch.ordering.touch(state, "shared", offsets, size, writes=True, strength=strength)
         self.mark_written(state, offsets, size, defined)
 
     def check_target(self, state: State, offsets: Array, size: int) -> None:
