@@ -120,6 +120,14 @@ def _bytes(state: State, space: str, where: Array, size: int, what: str, needed:
     return shared.data.reshape(-1), shared.offsets(state, where, size, what)
 
 
+def _unwritten(state: State, part: str, offsets: Array, size: int, strength: int) -> Array | None:
+    """Which accesses read a byte of shared or local memory that was never written; None if none does."""
+    if part == "shared":
+        return state.launch.shared.check_read(state, offsets, size, strength)
+    written = np.all(state.launch.local_written[offsets[:, None] + np.arange(size)], axis=1)
+    return None if written.all() else np.logical_not(written)
+
+
 def gather(data: Array, offsets: Array, type_: Type, count: int) -> Array:
     """``count`` elements of a type at each (aligned) offset: [offsets, count]."""
     item = type_.bytes
@@ -171,8 +179,8 @@ def _load(inst: Instruction) -> Execute:
                     if missing is not None:
                         behind = np.zeros(values.shape, np.bool_)
                         behind[lanes] = missing
-                if part == "shared":
-                    bad = state.launch.shared.check_read(state, offsets, size, how.strength)
+                if part in ("shared", "local"):
+                    bad = _unwritten(state, part, offsets, size, how.strength)
                     if bad is not None:
                         undefined = np.zeros(lanes.shape, np.bool_) if undefined is None else undefined
                         undefined[lanes] = bad
@@ -228,6 +236,9 @@ def _store(inst: Instruction) -> Execute:
                         state.fault("the value stored depends on one that was never written", undefined)
                 if part == "shared":
                     state.launch.shared.check_write(state, offsets, size, defined)
+                elif part == "local":
+                    for byte in range(size):
+                        state.launch.local_written[offsets + byte] = defined
                 taken = [value.reshape(-1) if lanes.all() else value[lanes] for value in values]
                 _put(state, part, data, offsets, type_, taken, how.strength)
                 _note_order(state, part, offsets, how, reads=False, writes=True)

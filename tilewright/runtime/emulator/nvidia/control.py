@@ -399,6 +399,7 @@ def _print(state: State, format_place: int, arguments_place: int, result: int | 
             if result is not None:
                 start = thread * state.launch.kernel.local_bytes + result
                 state.launch.local[start : start + 4] = 0
+                state.launch.local_written[start : start + 4] = True
 
 
 def _formatted(state: State, thread: int, text: str, buffer: int) -> str:

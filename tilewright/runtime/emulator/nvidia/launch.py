@@ -157,6 +157,7 @@ class Launch:
         self.param_address, self.symbols = param_address, symbols
         self.shared = SharedMemory(blocks, self.shared_bytes, min(1024, self.shared_bytes))
         self.local = np.zeros(blocks * warps_per_block * LANES * kernel.local_bytes + 16, np.uint8)
+        self.local_written = np.zeros(self.local.size, np.bool_)
         self.random = None if setting.seed is None else random.Random(f"{setting.seed} {setting.rank} {first_block}")
         #: the GPU, where there are several
         self.gpu = setting.rank if setting.ranks > 1 else None
