@@ -9,7 +9,7 @@ import pytest
 from ptx_snippets import legal, run, wrap
 
 from tilewright.runtime.emulator.nvidia import EmulatorFault, GlobalMemory, PtxEmulator
-from tilewright.runtime.emulator.nvidia.machine import new_races
+from tilewright.runtime.emulator.races import Races
 from tilewright.runtime.emulator.together import Setting, run_together
 
 U32 = np.uint32
@@ -387,7 +387,7 @@ def test_a_kernel_boundary_orders() -> None:
 
 def on_two_gpus(bodies: Iterator[str] | list[str], seed: int | None = None) -> list[np.ndarray]:
     """Each body on a GPU of its own; both get the same two arrays."""
-    memory, races = GlobalMemory(), new_races()
+    memory, races = GlobalMemory(), Races()
     places = [memory.allocate(np.zeros(64, U32), f"array {i}") for i in range(2)]
     parameters = np.array(places, np.uint64).tobytes()
     machines = [

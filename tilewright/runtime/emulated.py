@@ -221,7 +221,7 @@ def run_launches(launches: Sequence[PreparedLaunch], options: EmulationOptions) 
     several = len(launches) > 1
     names = [f"rank {one.device.rank}: {name}" if several else name for one in launches for name in _names(one.abi)]
     regions = map_regions([view for one in launches for view in one.views], names, memory)
-    races = launches[0].function.races() if options.races else None
+    races = max((one.function.races() for one in launches), key=lambda r: r.proxies) if options.races else None
     machines: list[Machine] = []
     kernels = " and ".join(dict.fromkeys(f"'{one.abi.name}' on {one.device.name}" for one in launches))
     try:

@@ -31,7 +31,7 @@ class EmulatedFunction(ABC):
 
     @abstractmethod
     def races(self) -> Races:
-        """A new race detector for kernels of this kind."""
+        """A new race detector, good for this kernel and for those of its kind that need no more views of memory."""
 
     @abstractmethod
     def blocks_per_unit(self, abi: KernelABI) -> int:
@@ -112,9 +112,7 @@ class PtxFunction(EmulatedFunction):
         return self.emulator.start(memory, blocks, (abi.threads,), arguments, setting, shared_bytes=abi.shared_bytes)
 
     def races(self) -> Races:
-        from tilewright.runtime.emulator.nvidia.machine import new_races
-
-        return new_races()
+        return self.emulator.races()
 
     def blocks_per_unit(self, abi: KernelABI) -> int:
         limit = get_target(self.emulator.kernel.target.split(",")[0]).shared_bytes

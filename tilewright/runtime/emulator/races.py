@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.runtime.emulator.errors import EmulatorError
 from tilewright.runtime.emulator.memory import BASE, GlobalMemory
+from tilewright.runtime.emulator.shadow import AccessTable, Conflict, Shadow, Site, cells, coarse, set_cells
 
 Array = NDArray[Any]
 
@@ -73,86 +73,6 @@ def _maximum(a: Array, b: Array) -> Array:
     return result
 
 
-@dataclass(frozen=True)
-class Site:
-    """An instruction, for messages: its text, its line in the assembly, the line of the tile program."""
-
-    text: str
-    line: int
-    source: str
-
-    def __str__(self) -> str:
-        origin = f"\n  from {self.source}" if self.source else ""
-        return f"\n  line {self.line}: {self.text}{origin}"
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """A race: of the accesses given, number ``index`` races at byte ``offset``."""
-
-    index: int
-    offset: int
-    message: str
-
-
-class Shadow:
-    """Who touched each of ``size`` bytes last: codes ``record << lane bits | lane``, 0 for nobody.
-
-    ``slots``: how many readers since the last write are remembered (by warp, modulo); ``describe``
-    names a byte in messages.
-    """
-
-    def __init__(self, size: int, slots: int, describe: Callable[[int], str]) -> None:
-        size = -(-size // 64) * 64
-        self.size, self.describe = size, describe
-        self.writes = np.zeros(size, _I32)
-        self.reads = np.zeros((slots, size), _I32)
-
-    def grow(self, size: int) -> None:
-        """Room for ``size`` bytes."""
-        if size > self.size:
-            more = -(-size // 64) * 64 - self.size
-            self.writes = np.concatenate([self.writes, np.zeros(more, _I32)])
-            self.reads = np.concatenate([self.reads, np.zeros((len(self.reads), more), _I32)], axis=1)
-            self.size += more
-
-
-class _Records:
-    """Accesses, one for each warp that an instruction executes for: columns of a table that grows."""
-
-    FIELDS = ("column", "spread", "time", "home", "warp", "lane", "site", "strength", "proxy")
-
-    def __init__(self) -> None:
-        self.count = 1
-        self.capacity = 1 << 12
-        for name in self.FIELDS:
-            setattr(self, name, np.zeros(self.capacity, _I32))
-
-    column: Array
-    spread: Array
-    time: Array
-    home: Array
-    warp: Array
-    lane: Array
-    site: Array
-    strength: Array
-    proxy: Array
-
-    def add(self, count: int, limit: int, **values: Any) -> int:
-        """Append ``count`` records; the number of the first."""
-        first = self.count
-        self.count += count
-        if self.count >= limit:
-            raise EmulatorError("more accesses than the race detector can number: switch it off for this launch")
-        while self.count > self.capacity:
-            for name in self.FIELDS:
-                setattr(self, name, np.concatenate([getattr(self, name), np.zeros(self.capacity, _I32)]))
-            self.capacity *= 2
-        for name, value in values.items():
-            getattr(self, name)[first : self.count] = value
-        return first
-
-
 class Races:
     """What the detector knows of everything that runs together."""
 
@@ -160,7 +80,7 @@ class Races:
         self.lane_bits = max(1, (lanes - 1).bit_length())
         self.per_warp = lanes if lane_agents else 1
         self.lanes, self.lane_agents, self.proxies = lanes, lane_agents, proxies
-        self.records = _Records()
+        self.records = AccessTable()
         self.sites: list[Site] = []
         self._site_numbers: dict[int, int] = {}
         #: by block number: GPU, cluster, the team
@@ -494,20 +414,6 @@ class _View:
         return int(self.blocks[index % len(self.blocks)]), int(self.agents[index % len(self.agents)])
 
 
-def _cells(memory: Array, offsets: Array, size: int) -> Array:
-    """The codes of each access [..., n, size]; the accesses are aligned where that is the same for all."""
-    if size & (size - 1) == 0 and size <= 64 and not (offsets & (size - 1)).any():
-        return memory.reshape(*memory.shape[:-1], -1, size)[..., offsets // size, :]
-    return memory[..., offsets[:, None] + np.arange(size)]
-
-
-def _set_cells(memory: Array, offsets: Array, size: int, codes: Array | int) -> None:
-    if size & (size - 1) == 0 and size <= 64 and not (offsets & (size - 1)).any():
-        memory.reshape(*memory.shape[:-1], -1, size)[..., offsets // size, :] = codes
-    else:
-        memory[..., offsets[:, None] + np.arange(size)] = codes
-
-
 def _apply(
     shadow: Shadow,
     view: _View,
@@ -521,7 +427,7 @@ def _apply(
     same: tuple[Array, Array] | None = None,
 ) -> Conflict | None:
     """Check accesses against those before and note them."""
-    before = _cells(shadow.writes, offsets, size)
+    before = cells(shadow.writes, offsets, size)
     if same is not None and same[0].any():
         before = np.where(same[0][:, None], 0, before)
     conflict = _find(shadow, view, before, offsets, proxy, strength, "wrote", writes)
@@ -533,16 +439,16 @@ def _apply(
             else:
                 shadow.reads[slots[:, None], offsets[:, None] + np.arange(size)] = column
         else:
-            _set_cells(shadow.reads[slots], offsets, size, column)
+            set_cells(shadow.reads[slots], offsets, size, column)
         return conflict
-    readers = _cells(shadow.reads, offsets, size)
+    readers = cells(shadow.reads, offsets, size)
     if readers.any():
-        for slot in readers:
+        for slot in readers[readers.any(axis=(1, 2))]:
             conflict = conflict or _find(shadow, view, slot, offsets, 0, strength, "read", True)
-        _set_cells(shadow.reads, offsets, size, 0)
-    _set_cells(shadow.writes, offsets, size, column)
+        set_cells(shadow.reads, offsets, size, 0)
+    set_cells(shadow.writes, offsets, size, column)
     if isinstance(codes, np.ndarray):  # warps in step may write the same bytes at once
-        present = _cells(shadow.writes, offsets, size)
+        present = cells(shadow.writes, offsets, size)
         bits = view.team.races.lane_bits
         others = np.where(present >> bits != column >> bits, present, 0)
         if same is not None:
@@ -555,10 +461,9 @@ def _find(
     shadow: Shadow, view: _View, codes: Array, offsets: Array, proxy: int, strength: int, did: str, writes: bool
 ) -> Conflict | None:
     """The first of the earlier accesses ``codes`` [n, size] that the viewer does not know of."""
-    if codes.shape[1] > 1 and (codes == codes[:, :1]).all():
-        codes = codes[:, :1]
     if not codes.any():
         return None
+    codes, step = coarse(codes)
     races = view.team.races
     table, own = races.records, view.team.first + view.blocks
     index = np.nonzero(codes)
@@ -571,7 +476,7 @@ def _find(
     known = view.known(index, layer, np.where(here, column, 0))
     late = ~here | (known < table.time[record])
     for place in np.nonzero(late)[0].tolist():
-        access, byte, number = int(index[0][place]), int(index[1][place]), int(record[place])
+        access, byte, number = int(index[0][place]), step * int(index[1][place]), int(record[place])
         block, agent = view.at(access)
         mine, other = view.team.first + block, int(home[place])
         if not here[place] and _knows_remote(view, block, agent, other, int(layer[place]), int(column[place]), number):

@@ -32,7 +32,7 @@ from tilewright.runtime.emulator.nvidia import (  # noqa: F401
 from tilewright.runtime.emulator.nvidia.batch import Batch, Outcome
 from tilewright.runtime.emulator.nvidia.decode import Kernel, decode_kernel
 from tilewright.runtime.emulator.nvidia.launch import REGISTER_FILE, Launch, LaunchStatistics
-from tilewright.runtime.emulator.nvidia.ordering import PROXIES
+from tilewright.runtime.emulator.nvidia.ordering import ASYNC_PROXY, PROXIES
 from tilewright.runtime.emulator.nvidia.syntax import Variable, type_bytes
 from tilewright.runtime.emulator.nvidia.types import LANES, TYPES, Array
 from tilewright.runtime.emulator.races import Races
@@ -55,6 +55,11 @@ class PtxEmulator:
     def __init__(self, ptx: str, entry: str) -> None:
         self.kernel: Kernel = decode_kernel(ptx, entry)
 
+    def races(self) -> Races:
+        """A new race detector, with the views of the async proxy if the kernel uses it."""
+        uses = any(inst.name.startswith(ASYNC_PROXY) for inst in self.kernel.instructions)
+        return Races(LANES, lane_agents=True, proxies=PROXIES if uses else 1)
+
     def launch(
         self,
         memory: GlobalMemory,
@@ -70,7 +75,7 @@ class PtxEmulator:
 
         ``seed`` picks a random legal interleaving, ``races`` switches the race detector on.
         """
-        setting = Setting(seed, new_races() if races else None)
+        setting = Setting(seed, self.races() if races else None)
         run = self.start(memory, grid, block, parameters, setting, **options)
         run_together([run], seed, progress=False)
         return run.statistics
@@ -117,11 +122,6 @@ class PtxEmulator:
             kernel, memory, grid3, block3, parameters, setting, shared_bytes, registers, per_batch,
             _MAX_STEPS if max_steps is None else max_steps,
         )  # fmt: skip
-
-
-def new_races() -> Races:
-    """The race detector as PTX needs it."""
-    return Races(LANES, lane_agents=True, proxies=PROXIES)
 
 
 class PtxRun(Machine):

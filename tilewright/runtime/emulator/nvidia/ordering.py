@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 #: views of memory: the generic one, the async proxy's of shared memory, and its of global memory
 GENERIC, ASYNC_SHARED, ASYNC_GLOBAL = range(3)
 PROXIES = 3
+#: beginnings of the instructions whose work the async proxy does
+ASYNC_PROXY = ("cp.async.bulk", "cp.reduce.async.bulk", "wgmma.mma_async")
 SCOPES = {"cta": BLOCK, "cluster": CLUSTER, "gpu": DEVICE, "gl": DEVICE, "sys": SYSTEM}
 #: what `Shadow` remembers of the readers of a byte of shared memory, at most
 _SLOTS = 32
@@ -181,6 +183,8 @@ class Ordering:
 
     def proxy_fence(self, state: State, proxies: Sequence[int]) -> None:
         """fence.proxy.async by the active lanes."""
+        if self.races.proxies < PROXIES:
+            return
         for row, warp in enumerate(state.selected().tolist()):
             if state.lanes[row].any():
                 self.team.proxy_fence(warp, proxies, state.lanes[row])
@@ -192,4 +196,4 @@ class Ordering:
                 self.team.synchronize(warp, state.lanes[row])
 
 
-__all__ = ["ASYNC_GLOBAL", "ASYNC_SHARED", "PROXIES", "SCOPES", "Ordering", "Token"]
+__all__ = ["ASYNC_GLOBAL", "ASYNC_PROXY", "ASYNC_SHARED", "PROXIES", "SCOPES", "Ordering", "Token"]
