@@ -58,11 +58,11 @@ def _thread_copy(inst: Instruction) -> Execute:
         places = np.zeros(shape, np.int64)
         places[state.lanes] = shared.offsets(state, targets, size, "copy")
         ordering, records = state.launch.ordering, []
-        with state.restricted(state.lanes & (count > 0)):
-            if state.lanes.any():
-                read = global_offsets(state, sources, size, count[state.lanes])
+        for amount_read in np.unique(count[state.lanes & (count > 0)]).tolist():
+            with state.restricted(state.lanes & (count == amount_read)):
+                read = global_offsets(state, sources, size, amount_read)
                 if ordering is not None:
-                    records.append(ordering.start(state, "global", read, size, writes=False))
+                    records.append(ordering.start(state, "global", read, amount_read, writes=False))
         shared.check_target(state, places[state.lanes], size)
         if ordering is not None:
             records.append(ordering.start(state, "shared", places[state.lanes], size, writes=True))
