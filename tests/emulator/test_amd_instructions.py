@@ -198,7 +198,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("message", FAULTS)
 def test_fault(message: str) -> None:
-    body = f"s_load_dwordx4 s[4:7], s[0:1], 0x0\nv_lshlrev_b32_e32 v31, 2, v0\n{FAULTS[message]}"
+    body = f"s_load_dwordx4 s[4:7], s[0:1], 0x0\nv_lshlrev_b32_e32 v31, 2, v0\ns_waitcnt lgkmcnt(0)\n{FAULTS[message]}"
     with pytest.raises(EmulatorFault, match=message) as caught:
         run(wrap(body, lds=128), "gfx942", [X, X], threads=64, max_steps=1000)
     assert caught.value.line > 0
@@ -206,7 +206,8 @@ def test_fault(message: str) -> None:
 
 
 def test_poison_can_be_turned_off() -> None:
-    body = "s_load_dwordx4 s[4:7], s[0:1], 0x0\nv_lshlrev_b32_e32 v31, 2, v0\nglobal_store_dword v31, v20, s[6:7]"
+    body = "s_load_dwordx4 s[4:7], s[0:1], 0x0\nv_lshlrev_b32_e32 v31, 2, v0\ns_waitcnt lgkmcnt(0)"
+    body += "\nglobal_store_dword v31, v20, s[6:7]"
     assert not run(wrap(body), "gfx942", [X, X], threads=64, poison=False)[1].any()
 
 
@@ -251,7 +252,8 @@ def test_guard_gaps_and_freed_allocations() -> None:
     memory.write(second, np.full(2, 9))
     np.testing.assert_array_equal(memory.read_back(second), [9, 9, 2, 3])
     memory.free(first)
-    body = "s_load_dwordx2 s[4:5], s[0:1], 0x0\nv_mov_b32_e32 v1, 0\nglobal_load_ubyte v2, v1, s[4:5]"
+    body = "s_load_dwordx2 s[4:5], s[0:1], 0x0\nv_mov_b32_e32 v1, 0\ns_waitcnt lgkmcnt(0)\n"
+    body += "global_load_ubyte v2, v1, s[4:5]"
     with pytest.raises(EmulatorFault, match="outside any allocation"):
         AmdEmulator(wrap(body), "k", "gfx942").launch(memory, (1,), (64,), first.to_bytes(8, "little") + bytes(8))
 
@@ -259,11 +261,13 @@ def test_guard_gaps_and_freed_allocations() -> None:
 BUFFER_LOAD = """
     s_load_dwordx4 s[4:7], s[0:1], 0x0
     v_lshlrev_b32_e32 v31, 2, v0
+    s_waitcnt lgkmcnt(0)
     s_mov_b64 s[8:9], s[4:5]
     s_mov_b32 s10, {records}
     s_mov_b32 s11, 0x27000
     s_movk_i32 s12, 0x40
     buffer_load_{kind} v[1:{last}], v31, s[8:11], s12 offen offset:16
+    s_waitcnt vmcnt(0)
     global_store_dword v31, v{last}, s[6:7]
 """
 

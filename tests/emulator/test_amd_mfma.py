@@ -277,12 +277,17 @@ def test_scaled_mfma(code: int, m: int) -> None:
     loads = [(f"v{8 + i}", i) for i in range(bits)] + [(f"v{16 + i}", bits + i) for i in range(bits)]
     loads += [("v24", 2 * bits), ("v25", 2 * bits + 1)]
     data = np.concatenate([pack(a).T, pack(b).T, scales(scale_a)[None], scales(scale_b)[None]])
-    lines = ["s_load_dwordx4 s[4:7], s[0:1], 0x0", "v_lshlrev_b32_e32 v31, 2, v0"]
+    lines = ["s_load_dwordx4 s[4:7], s[0:1], 0x0", "v_lshlrev_b32_e32 v31, 2, v0", "s_waitcnt lgkmcnt(0)"]
     lines += [f"global_load_dword {register}, v31, s[4:5] offset:{256 * row}" for register, row in loads]
     name = f"v_mfma_scale_f32_{m}x{m}x{k}_f8f6f4"
     last = bits - 1
     operands = f"a[0:{count - 1}], v[8:{8 + last}], v[16:{16 + last}], 0, v24, v25"
-    lines += [f"{name} {operands} op_sel:[0,0,0] op_sel_hi:[1,1,0] cbsz:{code} blgp:{code}"]
+    lines += [
+        "s_waitcnt vmcnt(0)",
+        f"{name} {operands} op_sel:[0,0,0] op_sel_hi:[1,1,0] cbsz:{code} blgp:{code}",
+        "s_nop 15",
+        "s_nop 3",
+    ]
     for i in range(count):
         lines += [f"v_accvgpr_read_b32 v26, a{i}", f"global_store_dword v31, v26, s[6:7] offset:{256 * i}"]
     out = run(wrap("\n".join(lines)), "gfx950", [data, np.zeros((count, 64), np.float32)], threads=64)[1]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from ptx_snippets import LANE, launch, legal, run, wrap
 
-from tilewright.runtime.emulator.nvidia import DecodeError, EmulatorError, EmulatorFault, PtxEmulator
+from tilewright.runtime.emulator.nvidia import DecodeError, EmulatorError, EmulatorFault, GlobalMemory, PtxEmulator
 from tilewright.runtime.emulator.nvidia.control import format_text
 from tilewright.runtime.emulator.nvidia.syntax import parse_text
+from tilewright.runtime.emulator.together import Setting, run_together
 
 U32 = np.uint32
 #: %at points to element %thread of 32 bits behind pointer 0
@@ -205,6 +206,8 @@ FAULTS = {
     "the value stored depends on one that was never written": ELEMENT + ".reg .b32 %x, %y; add.u32 %y, %x, 1;"
     "st.global.u32 [%at], %y;",
     "the value stored depends": ELEMENT + ".reg .b32 %x; ld.shared.u32 %x, [%sm+16]; st.global.u32 [%at], %x;",
+    "the value stored depends on one": ELEMENT + ".local .b32 %stack[2]; .reg .b32 %x; st.local.u32 [%stack], %lane;"
+    "ld.local.u32 %x, [%stack]; ld.local.u32 %x, [%stack+4]; st.global.u32 [%at], %x;",
     "the guard depends": ".reg .pred %p; @%p mov.u32 %lane, 1;",
     "the kernel trapped": "trap;",
     "barrier 1 cannot wait for 48 threads": ".reg .b32 %x; mov.u32 %x, 48; bar.sync 1, %x;",
@@ -342,8 +345,31 @@ end:
     """
     (got,) = run(body, [np.zeros(2, U32)], threads=32, blocks=(2,))
     assert got.tolist() == [42, 42]
-    with pytest.raises(EmulatorFault, match="still runs after 5000 steps"):
-        run(body, [np.zeros(2, U32)], threads=32, blocks=(1,), max_steps=5000)
+    with pytest.raises(EmulatorFault, match="livelock(?s:.*)polls at line(?s:.*)ld.acquire|livelock(?s:.*)bra"):
+        run(body, [np.zeros(2, U32)], threads=32, blocks=(1,))
+    with pytest.raises(EmulatorFault, match="still runs after 1000 steps"):
+        run(body, [np.zeros(2, U32)], threads=32, blocks=(1,), max_steps=1000)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_blocks_start_beside_those_that_wait_for_them(seed: int | None) -> None:
+    """The first block waits for the last, which does not fit beside it at once; only as many as are resident help."""
+    body = """
+    .reg .b32 %block, %v; .reg .pred %p;
+    mov.u32 %block, %ctaid.x; setp.eq.u32 %p, %block, 9; @%p st.release.gpu.global.u32 [%ptr0], 1;
+    setp.ne.u32 %p, %block, 0; @%p bra end;
+spin: ld.acquire.gpu.global.u32 %v, [%ptr0]; setp.eq.u32 %p, %v, 0; @%p bra spin;
+end:
+    """
+    run(body, [np.zeros(1, U32)], threads=32, blocks=(10,), batch_warps=2, seed=seed)
+    memory = GlobalMemory()
+    parameters = np.array([memory.allocate(np.zeros(1, U32))], np.uint64).tobytes()
+    everybody = wrap(body.replace("setp.ne.u32 %p, %block, 0;", ""))
+    waiting = PtxEmulator(legal(everybody), "k").start(
+        memory, (10,), (32,), parameters, Setting(seed, resident=4), batch_warps=2
+    )
+    with pytest.raises(EmulatorFault, match="livelock(?s:.*)6 blocks have not started"):
+        run_together([waiting], seed, progress=False)
 
 
 def test_registers_move_between_warpgroups() -> None:

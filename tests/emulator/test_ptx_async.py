@@ -121,8 +121,68 @@ def test_misuse_of_mbarriers() -> None:
             1,
             shared_bytes=16,
         )
+    again = "mbarrier.init.shared.b64 [%sm], 1;"
+    used = first + "mbarrier.arrive.shared::cta.b64 _, [%sm];"
+    with pytest.raises(EmulatorFault, match="at 1024 is initialised a second time"):
+        run(used + again, [np.zeros(1, U32)], 1, shared_bytes=16)
+    run(used + "mbarrier.inval.shared.b64 [%sm];" + again, [np.zeros(1, U32)], 1, shared_bytes=16)
     with pytest.raises(EmulatorFault, match="writes over an mbarrier"):
         run(first + "st.shared.u32 [%sm+4], 1;", [np.zeros(1, U32)], 1, shared_bytes=16)
+
+
+def test_bytes_that_nobody_expects_are_a_deadlock() -> None:
+    """A transaction count too small: the copy overdraws it, and the phase never completes."""
+    body = f"""
+    mbarrier.init.shared.b64 [%sm], 1; fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%sm], EXPECTED;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%sm+16], [%ptr0], 64, [%sm];
+    {WAIT.replace("PARITY", "0")}
+    """
+    run(body.replace("EXPECTED", "64"), [np.zeros(16, U32)], 1, shared_bytes=128)
+    for expected, missing in ((48, -16), (80, 16)):
+        with pytest.raises(EmulatorFault, match=f"deadlock(?s:.*)0 of 1 arrivals and {missing} bytes missing"):
+            run(body.replace("EXPECTED", str(expected)), [np.zeros(16, U32)], 1, shared_bytes=128)
+
+
+def test_work_in_flight_lands_at_random_times_with_a_seed() -> None:
+    """What a bulk store writes may be seen before its wait, or not until then."""
+    body = """
+    .reg .b32 %v, %i; .reg .pred %p;
+    st.shared.v4.u32 [%sm], {7, 7, 7, 7}; fence.proxy.async;
+    cp.async.bulk.global.shared::cta.bulk_group [%ptr0], [%sm], 16; cp.async.bulk.commit_group;
+    mov.u32 %i, 0;
+loop: add.u32 %i, %i, 1; setp.lt.u32 %p, %i, 4; @%p bra loop;
+    ld.global.u32 %v, [%ptr0];
+    st.global.u32 [%ptr1], %v;
+    cp.async.bulk.wait_group 0;
+    """
+    seen = set()
+    for seed in (None, *range(12)):
+        stored, before = run(body, [np.zeros(4, U32), np.zeros(1, U32)], 1, shared_bytes=16, seed=seed, races=False)
+        assert stored.tolist() == [7] * 4
+        assert seed is not None or before[0] == 0, "as late as allowed"
+        seen.add(int(before[0]))
+    assert seen == {0, 7}
+
+
+def test_copies_by_threads_land_at_random_times_with_a_seed() -> None:
+    """cp.async reads global memory at any time until the wait: a store in between may come too early or too late."""
+    body = """
+    .reg .b32 %v, %i; .reg .pred %p;
+    cp.async.ca.shared.global [%sm], [%ptr0], 4;
+    mov.u32 %i, 0;
+loop: add.u32 %i, %i, 1; setp.lt.u32 %p, %i, 4; @%p bra loop;
+    st.global.u32 [%ptr0], 5;
+    cp.async.wait_all;
+    ld.shared.u32 %v, [%sm]; st.global.u32 [%ptr1], %v;
+    """
+    got = [
+        int(run(body, [np.zeros(1, U32), np.zeros(1, U32)], 1, shared_bytes=16, seed=seed, races=False)[1][0])
+        for seed in (None, *range(12))
+    ]
+    assert got[0] == 5 and set(got) == {0, 5}
+    with pytest.raises(EmulatorFault, match="race: writes(?s:.*)reads asynchronously"):
+        run(body, [np.zeros(1, U32), np.zeros(1, U32)], 1, shared_bytes=16)
 
 
 # --- cp.async ------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_products(
     a, b = matrix(m, k, dtype, 0, layout[0] == "T"), matrix(k, n, dtype, 1, layout[1] == "T")
     c = np.full((m, n), 77, acc)
     grid = (tw.cdiv(m, 64), tw.cdiv(n, 64))
-    tw.device(f"emulate:{target}").launch(product, grid, a, b, c, precision=precision)
+    tw.device(f"emulate:{target},races").launch(product, grid, a, b, c, precision=precision)
     exact = a.astype(np.float64) @ b.astype(np.float64)
     assert np.linalg.norm(c.astype(np.float64) - exact) <= allowed * np.linalg.norm(exact)
 
@@ -100,5 +100,5 @@ def test_transpose(target: str) -> None:
     y = np.full((65, 130), np.nan, BF16)
     meta = tiles(2)
     grid = (tw.cdiv(130, meta["BM"]), tw.cdiv(65, meta["BN"]))
-    tw.device(f"emulate:{target}").launch(transpose, grid, x, y, **meta)
+    tw.device(f"emulate:{target},races").launch(transpose, grid, x, y, **meta)
     np.testing.assert_array_equal(y.view(np.uint16), x.T.view(np.uint16))

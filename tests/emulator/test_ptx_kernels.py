@@ -22,7 +22,7 @@ from tilewright.kernels.attention import attention
 from tilewright.kernels.gemm import gemm
 from tilewright.kernels.mlp import mlp
 from tilewright.kernels.softmax import softmax
-from tilewright.runtime.emulated import EmulatedDevice
+from tilewright.runtime.emulated import EmulatedDevice, EmulationOptions
 from tilewright.runtime.errors import DeviceError
 
 BF16 = ml_dtypes.bfloat16
@@ -44,7 +44,7 @@ def multiply(shape: tuple[int, int, int], layout: str = "NN", dtype: Any = BF16,
     b = normal(k, n, dtype=dtype, seed=1, transposed=layout[1] == "T")
     c = np.full((m, n), np.nan, dtype)
     grid = (tw.cdiv(m, meta.get("BM", 128)), tw.cdiv(n, meta.get("BN", 256)))
-    tw.device("emulate:sm_90a").launch(gemm, grid, a, b, c, **meta)
+    tw.device("emulate:sm_90a,races").launch(gemm, grid, a, b, c, **meta)
     return relative(c, a.astype(np.float64) @ b.astype(np.float64))
 
 
@@ -104,7 +104,7 @@ def test_a_large_product() -> None:
 def test_chained_products(shape: tuple[int, int, int, int]) -> None:
     m, k, h, n = shape
     x, w1, w2, y = normal(m, k), normal(k, h, seed=1), normal(h, n, seed=2), np.full((m, n), np.nan, BF16)
-    tw.device("emulate:sm_90a").launch(mlp, (tw.cdiv(m, 128),), x, w1, w2, y)
+    tw.device("emulate:sm_90a,races").launch(mlp, (tw.cdiv(m, 128),), x, w1, w2, y)
     assert relative(y, mlp_module.reference(x, w1, w2)) < 3e-3
 
 
@@ -112,24 +112,38 @@ def test_chained_products(shape: tuple[int, int, int, int]) -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 def test_softmax(columns: int, rows: int) -> None:
     x, y = normal(9, columns), np.full((9, columns), np.nan, BF16)
-    tw.device("emulate:sm_90a").launch(softmax, (tw.cdiv(9, rows),), x, y, BM=rows)
+    tw.device("emulate:sm_90a,races").launch(softmax, (tw.cdiv(9, rows),), x, y, BM=rows)
     assert relative(y, softmax_module.reference(x)) < 3e-3
 
 
+@pytest.mark.parametrize("schedule", ["roles", "turns"])
 @pytest.mark.parametrize(("depth", "causal"), [(64, False), (128, True)])
-def test_attention(depth: int, causal: bool) -> None:
+def test_attention(depth: int, causal: bool, schedule: str) -> None:
     q, o = normal(1, 2, 200, depth), np.full((1, 2, 200, depth), np.nan, BF16)
     k, v = normal(1, 1, 264, depth, seed=1), normal(1, 1, 264, depth, seed=2)
     scale = depth**-0.5 * math.log2(math.e)
-    tw.device("emulate:sm_90a").launch(attention, (2, 2, 1), q, k, v, o, scale, D=depth, CAUSAL=causal)
-    assert relative(o, attention_module.reference(q, k, v, causal)) < 3e-3
+    tw.device("emulate:sm_90a,races").launch(
+        attention, (2, 2, 1), q, k, v, o, scale, D=depth, CAUSAL=causal, schedule=schedule
+    )
+    assert relative(o, attention_module.reference(q, k, v, causal)[0]) < 3e-3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_four_warpgroups(causal: bool) -> None:
+    meta = attention_module.configuration(300, 64)
+    assert meta["num_warps"] == 16
+    q, o = normal(1, 2, 300, 64), np.full((1, 2, 300, 64), np.nan, BF16)
+    k, v = normal(1, 1, 330, 64, seed=1), normal(1, 1, 330, 64, seed=2)
+    scale = 64**-0.5 * math.log2(math.e)
+    tw.device("emulate:sm_90a,races").launch(attention, (2, 2, 1), q, k, v, o, scale, D=64, CAUSAL=causal, **meta)
+    assert relative(o, attention_module.reference(q, k, v, causal)[0]) < 3e-3
 
 
 @pytest.mark.parametrize("case", CASES[::7], ids=lambda case: case.name)
 def test_programs_of_the_language(case: Case) -> None:
     """A sample: all of them run on a GPU in tests/gpu, and on the emulated MI300."""
     arrays = case.arrays()
-    tw.device("emulate:sm_90a").launch(case.kernel, case.grid, *arrays, **case.meta)
+    tw.device("emulate:sm_90a,races").launch(case.kernel, case.grid, *arrays, **case.meta)
     case.check(arrays)
 
 
@@ -140,18 +154,18 @@ SHAPE, META = (128, 128, 320), {"BM": 64, "BN": 64, "BK": 64, "num_stages": 2}
 
 
 @cache
-def compiled(aligned: bool, ctas: int = 1) -> Artifact:
+def compiled(aligned: bool, schedule: str = "roles", ctas: int = 1) -> Artifact:
     align = 16 if aligned else 2
     spec = tw.spec("bf16", ("M", "N"), align=align)
     blocks = {name: META[name] for name in ("BM", "BN", "BK")}
-    options = {"num_stages": META["num_stages"], "num_ctas": ctas}
+    options = {"num_stages": META["num_stages"], "schedule": schedule, "num_ctas": ctas}
     return tw.compile(gemm, "sm_90a", {"a": spec, "b": spec, "c": spec, **blocks}, **options)
 
 
 def run_text(artifact: Artifact, ptx: str, seed: int | None, aligned: bool = True) -> float:
     """The error of a product computed by ``ptx`` on a GPU with units for one block, or one cluster."""
     blocks = artifact.entries[0].abi.cluster_blocks
-    device = EmulatedDevice("sm_90a", units=blocks, seed=seed)
+    device = EmulatedDevice("sm_90a", units=blocks, options=EmulationOptions(seed, races=True))
     m, n, k = SHAPE
     m *= blocks
     if not aligned:
@@ -164,10 +178,13 @@ def run_text(artifact: Artifact, ptx: str, seed: int | None, aligned: bool = Tru
     return 1.0 if wrong else relative(c, a.astype(np.float64) @ b.astype(np.float64))
 
 
-@pytest.mark.parametrize(("aligned", "ctas"), [(True, 1), (False, 1), (True, 2)])
+@pytest.mark.parametrize(
+    ("aligned", "schedule", "ctas"),
+    [(aligned, schedule, 1) for aligned in (True, False) for schedule in ("roles", "alternate")] + [(True, "roles", 2)],
+)
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
-def test_random_interleavings(aligned: bool, ctas: int, seed: int | None) -> None:
-    artifact = compiled(aligned, ctas)
+def test_random_interleavings(aligned: bool, schedule: str, ctas: int, seed: int | None) -> None:
+    artifact = compiled(aligned, schedule, ctas)
     assert run_text(artifact, artifact.asm["ptx"], seed, aligned) < 2e-3
 
 
@@ -192,7 +209,7 @@ def mutants(ptx: str) -> list[tuple[int, str]]:
     return found
 
 
-def verdict(artifact: Artifact, ptx: str, aligned: bool, seeds: Sequence[int | None] = (None, 1, 2, 3, 4, 5, 6)) -> str:
+def verdict(artifact: Artifact, ptx: str, aligned: bool, seeds: Sequence[int | None] = (None,)) -> str:
     for seed in seeds:
         try:
             if run_text(artifact, ptx, seed, aligned) > 2e-3:
@@ -209,7 +226,7 @@ REDUNDANT = re.compile(r"^(fence\.(mbarrier_init|proxy)|wgmma\.fence|wgmma\.wait
 
 @pytest.mark.parametrize(("aligned", "ctas"), [(True, 1), (False, 1), (True, 2)])
 def test_removing_synchronisation_shows(aligned: bool, ctas: int) -> None:
-    artifact = compiled(aligned, ctas)
+    artifact = compiled(aligned, ctas=ctas)
     entry = artifact.entries[0 if aligned else -1].abi.name
     ptx = artifact.asm["ptx"]
     start = ptx.index(f".entry {entry}(")

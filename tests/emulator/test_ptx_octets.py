@@ -81,7 +81,7 @@ def test_products_along_k(left: Any, right: Any, shape: tuple[int, int, int], me
     a, b = matrix(m, k, left, 0), matrix(k, n, right, 1, transposed=True)
     c = np.full((m, n), 77, np.int32 if left is np.int8 else np.float32)
     grid = (tw.cdiv(m, meta.get("BM", 128)), tw.cdiv(n, meta.get("BN", 128)))
-    tw.device("emulate:sm_90a").launch(product, grid, a, b, c, **meta)
+    tw.device("emulate:sm_90a,races").launch(product, grid, a, b, c, **meta)
     assert relative(c, a.astype(np.float64) @ b.astype(np.float64)) <= (0 if left is np.int8 else HOPPER_FP8)
 
 
@@ -99,7 +99,7 @@ def test_partial_sums(dtype: Any) -> None:
     a, b = matrix(m, k, dtype, 0), matrix(k, n, dtype, 1, transposed=True)
     scale = np.random.default_rng(2).uniform(0.5, 2, (4, m)).astype(np.float32)
     c = np.full((m, n), np.nan, np.float32)
-    tw.device("emulate:sm_90a").launch(in_blocks, (2, 2), a, b, scale, c)
+    tw.device("emulate:sm_90a,races").launch(in_blocks, (2, 2), a, b, scale, c)
     steps = [slice(first, first + 128) for first in range(0, k, 128)]
     parts = [a[:, s].astype(np.float64) @ b[s].astype(np.float64) * scale[i][:, None] for i, s in enumerate(steps)]
     assert relative(c, sum(parts)) <= (1e-6 if dtype is np.int8 else HOPPER_FP8)
@@ -110,7 +110,7 @@ def test_partial_sums(dtype: Any) -> None:
 def test_computed_operands(dtype: Any, transposed: bool) -> None:
     a, b = matrix(64, 64, dtype, 0), matrix(64, 64, dtype, 1, transposed)
     c = np.full((64, 64), np.nan, np.float32)
-    tw.device("emulate:sm_90a").launch(computed, (1,), a, b, c)
+    tw.device("emulate:sm_90a,races").launch(computed, (1,), a, b, c)
     half = (a.astype(np.float32) * np.float32(0.5)).astype(dtype).astype(np.float64)
     once = (half @ b.astype(np.float64) * 0.125).astype(dtype).astype(np.float64)
     assert relative(c, a.astype(np.float64) @ once) <= 1e-2  # a product next to a rounding boundary

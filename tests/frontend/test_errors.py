@@ -145,9 +145,9 @@ def dynamic_tensor_shape(x, y, n):
     tw.zeros(x.shape)
 
 
-@case("tw.load: missing a required argument: 'shape'", "tw.load(x, 0)", "tw.load(view, index, shape, pad=0)")
+@case("tw.load: missing a required argument: 'index'", "tw.load(x)", "tw.load(view, index, shape")
 def missing_argument(x, y, n):
-    tw.load(x, 0)
+    tw.load(x)
 
 
 @case("tw.zeros: got an unexpected keyword argument 'type'", "tw.zeros((4,), type=tw.float32)", "dtype=tw.float32")

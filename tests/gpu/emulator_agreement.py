@@ -2,8 +2,9 @@
 
     python tests/gpu/emulator_agreement.py OUT.json
 
-Three parts: the generated corpus of instructions, matrix instructions on random operands, and every snippet that the
-emulator's own tests run, which is replayed on the GPU with the same inputs.
+Four parts: the generated corpus of instructions, matrix instructions on random operands, kernels of the library on
+random normal inputs, and every snippet that the emulator's own tests run, which is replayed on the GPU with the same
+inputs.
 """
 
 from __future__ import annotations
@@ -87,6 +88,59 @@ def compare_product(gpu: PtxOnGpu, product: ptx_matrix_corpus.Product) -> dict[s
     return row
 
 
+def compare_kernels() -> dict[str, Any]:
+    """Kernels of the library, the same artifact on both devices: results that differ, and by how much at most.
+
+    Those with exponentials use ``ex2.approx``, which may differ in the last places.
+    """
+    import ml_dtypes
+    import torch
+
+    import tilewright as tw
+    from tilewright.kernels.attention import LOG2E, attention
+    from tilewright.kernels.gemm import gemm
+    from tilewright.kernels.rmsnorm import rmsnorm
+    from tilewright.kernels.softmax import softmax
+
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, dtype: Any = ml_dtypes.bfloat16) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    def on_gpu(array: np.ndarray) -> torch.Tensor:
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+        return torch.from_numpy(array).cuda()
+
+    square = [normal(300, 200), normal(200, 264), np.zeros((300, 264), ml_dtypes.bfloat16)]
+    wide = [normal(256, 192, dtype=np.float32), normal(192, 128, dtype=np.float32), np.zeros((256, 128), np.float32)]
+    heads = [normal(1, 2, 200, 64) for _ in range(3)]
+    cases: dict[str, tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]] = {
+        "gemm bf16": (gemm, (3, 2), square, {"BM": 128, "BN": 256}),
+        "gemm f16": (gemm, (3, 3), [x.astype(np.float16) for x in square], {"BM": 128, "BN": 128}),
+        "gemm f32": (gemm, (2, 1), wide, {"BM": 128, "BN": 128, "BK": 32}),
+        "rmsnorm f32": (rmsnorm, (64,), [normal(64, 1000, dtype=np.float32), normal(1000, dtype=np.float32),
+                                         np.zeros((64, 1000), np.float32), 1e-5], {"BM": 1, "BN": 1024}),
+        "softmax f32": (softmax, (64,), [normal(64, 1000, dtype=np.float32), np.zeros((64, 1000), np.float32)],
+                        {"BN": 1024}),
+        "attention bf16": (attention, (2, 2, 1), [*heads, np.zeros_like(heads[0]), 64**-0.5 * LOG2E],
+                           {"D": 64, "CAUSAL": True}),
+    }  # fmt: skip
+    rows = {}
+    for name, (kernel, grid, arguments, meta) in cases.items():
+        real = [on_gpu(x) if isinstance(x, np.ndarray) else x for x in arguments]
+        tw.device("cuda:0").launch(kernel, grid, *real, **meta)
+        tw.device("emulate:sm_90a").launch(kernel, grid, *arguments, **meta)
+        place = max(i for i, x in enumerate(arguments) if isinstance(x, np.ndarray))
+        ours, theirs = arguments[place].astype(np.float64), real[place].double().cpu().numpy()
+        rows[name] = {
+            "values": ours.size,
+            "different": int((ours != theirs).sum()),
+            "largest_relative": float((np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-3)).max()),
+        }
+    return rows
+
+
 class Replay:
     """A pytest plugin: every launch of the emulator's tests is repeated on the GPU."""
 
@@ -145,6 +199,7 @@ def agreement() -> dict[str, Any]:
     for operands in ("integers", "normal", "extreme"):
         cases = ptx_matrix_corpus.products(operands)
         result[f"matrix, {operands}"] = {product.name: compare_product(gpu, product) for product in cases}
+    result["kernels"] = compare_kernels()
     result["snippets of the tests"] = replay(gpu)
     return result
 

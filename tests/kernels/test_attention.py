@@ -9,7 +9,7 @@ import pytest
 from kernel_checks import DEVICES, check, launch, normal, poisoned
 
 import tilewright as tw
-from tilewright.kernels.attention import LOG2E, attention, attention_varlen, blocks, reference
+from tilewright.kernels.attention import LOG2E, attention, attention_varlen, configuration, reference
 from tilewright.kernels.attention_backward import attention_delta, attention_dkdv, attention_dq
 from tilewright.kernels.attention_backward import reference as gradients
 from tilewright.kernels.attention_decode import attention_decode, attention_merge, splits
@@ -40,7 +40,7 @@ def forward(
     pairs = normal(b, 1, m, n, seed=9) if bias else None
     pairs = None if pairs is None else np.broadcast_to(pairs, (b, h, m, n))
     exist = None if lengths is None else np.array(lengths, np.int32)
-    meta = {"D": d, "DV": dv, "CAUSAL": causal, "CAP": options.get("cap"), **(tiles or blocks(max(d, dv)))}
+    meta = {"D": d, "DV": dv, "CAUSAL": causal, "CAP": options.get("cap"), **(tiles or configuration(m, max(d, dv)))}
     grid = (tw.cdiv(m, meta["BM"]), h, b)
     launch(device, attention, grid, q, k, v, o, d**-0.5 * LOG2E, lse, pairs, exist, options.get("left"), **meta)
     wanted, logarithm = reference(q, k, v, causal, bias=pairs, lengths=exist, **options)
@@ -94,8 +94,8 @@ def test_sequences_one_after_the_other(device: str) -> None:
 def run(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = True) -> np.ndarray:
     o = poisoned(*q.shape, dtype="bf16")
     b, h, m, d = q.shape
-    meta = {"D": d, "DV": d, "CAUSAL": causal, **blocks(d)}
-    launch("cpu", attention, (tw.cdiv(m, 128), h, b), q, k, v, o, d**-0.5 * LOG2E, **meta)
+    meta = {"D": d, "DV": d, "CAUSAL": causal, **configuration(m, d)}
+    launch("cpu", attention, (tw.cdiv(m, meta["BM"]), h, b), q, k, v, o, d**-0.5 * LOG2E, **meta)
     return o
 
 

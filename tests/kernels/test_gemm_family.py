@@ -25,10 +25,9 @@ from tilewright.kernels.gemm_epilogue import (
     relu,
     silu,
 )
-from tilewright.kernels.gemm_grouped import gemm_grouped, slots
+from tilewright.kernels.gemm_grouped import count_tiles, gemm_grouped, grouped, most_tiles
 from tilewright.kernels.gemm_scaled import (
     configuration,
-    configuration_of_parts,
     gemm_block_scaled,
     gemm_promoted,
     gemm_scaled,
@@ -165,7 +164,7 @@ def test_promoted_sums_keep_more_digits() -> None:
         out = np.full((m, n), np.nan, np.float32)
         tw.device("emulate:sm_90a").launch(kernel, (1, 1), a, b, one, one, out, BM=64, BN=64)
         errors.append(relative(out, scaled_module.reference(a, b, one, one)))
-    assert errors[1] < 3e-4 < 5e-4 < errors[0]
+    assert errors[1] < 1e-3 < 5e-3 < errors[0]
 
 
 def test_scaled_products_run_on_the_asynchronous_unit() -> None:
@@ -189,30 +188,30 @@ def test_grouped(sizes: list[int], device: str) -> None:
     k, n = 72, 200
     offsets = np.cumsum([0, *sizes]).astype(np.int32)
     a, b = random(int(offsets[-1]), k), random(len(sizes), k, n)
-    out = poisoned(len(a), n)
-    grid = (slots(len(a), len(sizes), 128) * tw.cdiv(n, 128),)
-    tw.device(device).launch(gemm_grouped, grid, a, b, offsets, out, BN=128, WINDOW=2)
+    out, starts = poisoned(len(a), n), np.full_like(offsets, -1)
+    place = tw.device(device)
+    place.launch(count_tiles, (1,), offsets, starts, GROUPS=16)
+    np.testing.assert_array_equal(starts, np.cumsum([0, *(tw.cdiv(size, 128) for size in sizes)]))
+    grid = (most_tiles(len(a), len(sizes), 128) * tw.cdiv(n, 128),)
+    place.launch(gemm_grouped, grid, a, b, offsets, starts, out, BN=128, WINDOW=2)
     assert relative(out, grouped_module.reference(a, b, offsets)) < ROUNDED
 
 
 def test_rows_outside_all_groups_stay() -> None:
-    offsets = np.array([10, 40, 50], np.int32)
+    offsets, starts = np.array([10, 40, 50], np.int32), np.zeros(3, np.int32)
     a, b, out = random(60, 64), random(2, 64, 64), poisoned(60, 64)
-    gemm_grouped[(slots(60, 2, 64),)](a, b, offsets, out, BM=64, BN=64)
+    grouped(a, b, offsets, starts, out, BM=64, BN=64)
     exact = grouped_module.reference(a, b, offsets)
     assert np.isnan(out[:10].astype(np.float32)).all() and np.isnan(out[50:].astype(np.float32)).all()
     assert relative(out[10:50], exact[10:50]) < ROUNDED
 
 
 @pytest.mark.parametrize("bm", [64, 128])
-def test_every_tile_has_a_slot(bm: int) -> None:
-    """The start of a group's slots grows, and leaves room for all its tiles."""
+def test_the_grid_has_a_program_for_every_tile(bm: int) -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         sizes = rng.integers(0, 3 * bm, rng.integers(1, 20)) * rng.integers(0, 2)
-        offsets = np.cumsum([0, *sizes])
-        starts = offsets // bm + np.arange(len(offsets))
-        assert (np.diff(starts) >= -(-sizes // bm)).all() and starts[-1] <= slots(offsets[-1], len(sizes), bm)
+        assert sum(-(-sizes // bm)) <= most_tiles(int(sum(sizes)), len(sizes), bm)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -227,9 +226,7 @@ def test_batched(device: str) -> None:
 
 def test_configurations() -> None:
     assert configuration(8192, 8192) == {"BM": 128, "BN": 256}
-    assert configuration_of_parts(8192, 8192) == {"BM": 128, "BN": 128, "PARTS": 2}
-    assert configuration_of_parts(64, 128) == {"BM": 64, "BN": 64, "PARTS": 1}
+    assert configuration(8192, 8192, most_columns=128) == {"BM": 128, "BN": 128}
     assert configuration(64, 1024)["BM"] == 64
     assert batched_configuration(64, 512, 512)["BN"] == 256
-    assert grouped_module.configuration(8192, 8)["BM"] == 128 and grouped_module.configuration(8192, 64)["BM"] == 64
     assert batched_configuration(1, 128, 128) == {"BM": 64, "BN": 64, "BK": 128}

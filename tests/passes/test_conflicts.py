@@ -45,6 +45,14 @@ def test_other_tiles_of_the_library_have_none_either(target: str, letters: str, 
     assert shared_conflicts(gemm_function(target, letters, tile), get_target(target)) == 0
 
 
+@pytest.mark.parametrize("tile", [(32, 32, 32), (64, 32, 32), (32, 64, 32), (64, 64, 32), (64, 128, 32)], ids=str)
+@pytest.mark.parametrize("letters", ["nn", "tt", "tn"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_turned_tiles_whose_lines_are_shorter_than_the_banks(target: str, letters: str, tile: tuple[int, int, int]):
+    """Lines of 64 bytes share a round of the banks: their swizzle leaves the line."""
+    assert shared_conflicts(gemm_function(target, letters, tile), get_target(target)) == 0
+
+
 def test_a_plain_layout_is_counted():
     function = gemm_function("gfx942", "nt", (128, 256, 64))
     for op in function.walk():
@@ -93,3 +101,16 @@ def test_rank_of_bit_vectors():
     assert rank_of([5, 6, 3]) == 2
     assert rank_of([1, 2, 4], mask=6) == 2
     assert rank_of([]) == 0
+
+
+def test_phases_may_change_lower_bits_of_the_line():
+    layout = SharedLayout((16, 32), 16, (1, 0), vec=8, phases=(1, 2 | 4, 4 | 8, 8))
+    rows, columns = np.meshgrid(np.arange(16), np.arange(32), indexing="ij")
+    offsets = layout.offset_of(rows, columns)
+    assert sorted(offsets.reshape(-1).tolist()) == list(range(512))
+    assert offsets[2, 0] == (2 * 32) ^ (6 * 8)  # line 2 begins in what line 3 would hold
+    inverse = layout.linear().coords(offset=np.arange(512))
+    assert (layout.offset_of(*inverse) == np.arange(512)).all()
+    assert SharedLayout.parse(str(layout)) == layout
+    with pytest.raises(ValueError, match="exceed a line of 32 and those below"):
+        SharedLayout((16, 32), 16, (1, 0), vec=8, phases=(4,))

@@ -87,9 +87,9 @@ def snippet(body: str, inputs: list[np.ndarray], arch: str = "gfx942", outputs: 
     data = np.zeros((max(len(inputs), 1), LANES), np.uint32)
     for row, value in enumerate(inputs):
         data[row] = np.broadcast_to(np.asarray(value), (LANES,)).view(np.uint32)
-    lines = ["s_load_dwordx4 s[4:7], s[0:1], 0x0", "v_lshlrev_b32_e32 v31, 2, v0"]
+    lines = ["s_load_dwordx4 s[4:7], s[0:1], 0x0", "v_lshlrev_b32_e32 v31, 2, v0", "s_waitcnt lgkmcnt(0)"]
     lines += [f"global_load_dword v{i + 1}, v31, s[4:5] offset:{256 * i}" for i in range(len(inputs))]
-    lines += ["s_waitcnt vmcnt(0)", body]
+    lines += ["s_waitcnt vmcnt(0)", body, "s_waitcnt vmcnt(0) lgkmcnt(0)"]
     lines += [f"global_store_dword v31, v{10 + i}, s[6:7] offset:{256 * i}" for i in range(outputs)]
     arrays = [data, np.zeros((outputs, LANES), np.uint32)]
     result: np.ndarray = run(wrap("\n".join(lines), **options), arch, arrays, threads=64)[1]

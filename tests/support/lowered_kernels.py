@@ -84,10 +84,10 @@ def emulate(
 
 
 def emulate_ptx(function: Function, arguments: Mapping[str, Any], grid: Sequence[int]) -> dict[str, np.ndarray]:
-    """The arrays after running the sm_90a code on the emulator."""
+    """The arrays after running the sm_90a code on the emulator, which looks for races."""
     result = nvidia.compile_function(function, get_target("sm_90a"))
     emulator = PtxEmulator(result.asm["ptx"], result.abi.name)
-    return run(partial(emulator.launch, shared_bytes=result.abi.shared_bytes), result.abi, arguments, grid)
+    return run(partial(emulator.launch, shared_bytes=result.abi.shared_bytes, races=True), result.abi, arguments, grid)
 
 
 def run(

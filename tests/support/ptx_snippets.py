@@ -65,12 +65,15 @@ def launch(
     extra: bytes = b"",
     **options: Any,
 ) -> tuple[list[np.ndarray], LaunchStatistics]:
-    """Run entry k with the addresses of the arrays (and ``extra`` parameter bytes): their contents afterwards."""
+    """Run entry k with the addresses of the arrays (and ``extra`` parameter bytes): their contents afterwards.
+
+    The race detector is on unless ``options`` say ``races=False``.
+    """
     memory = GlobalMemory()
     addresses = [memory.allocate(array, f"array {i}") for i, array in enumerate(arrays)]
     packed = np.array(addresses, np.uint64).tobytes()
     packed += bytes(-len(packed) % 64 if extra else 0) + extra
-    statistics = PtxEmulator(ptx, "k").launch(memory, blocks, (threads,), packed, **options)
+    statistics = PtxEmulator(ptx, "k").launch(memory, blocks, (threads,), packed, **{"races": True} | options)
     return [memory.read_back(address) for address in addresses], statistics
 
 

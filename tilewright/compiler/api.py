@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, overload
 
 from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.kernel import Kernel
@@ -11,7 +12,9 @@ from tilewright.compiler.launch import Grid
 from tilewright.compiler.lookup import obtain
 from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.errors import ArgumentError, suggestion
-from tilewright.runtime.errors import DeviceError
+
+if TYPE_CHECKING:
+    from tilewright.runtime.emulated_group import EmulatedGroup
 
 
 def kernel(fn: Callable[..., Any]) -> Kernel:
@@ -73,8 +76,58 @@ def device(name: str) -> BoundDevice:
     return BoundDevice(name)
 
 
-def emulate(target: str, ranks: int = 1) -> BoundDevice:
-    """The emulated device of a target, which takes NumPy arrays: ``emulate("gfx942")``."""
-    if ranks != 1:
-        raise DeviceError("Emulating several GPUs is not supported yet: leave out ranks.")
-    return device(f"emulate:{target}")
+class BoundGroup:
+    """Several emulated GPUs with one address space: ``group[rank].launch(...)`` inside ``with group.together():``.
+
+    Launches inside the block start together at its end, one for each rank; an array that two ranks are
+    given is the same memory to both. Outside of it a launch runs alone, at once.
+    """
+
+    def __init__(self, group: EmulatedGroup):
+        self._group = group
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def __getitem__(self, rank: int) -> BoundDevice:
+        return BoundDevice(self._group[rank].name)
+
+    def together(self) -> AbstractContextManager[None]:
+        """The launches within run at the same time. DeviceError for a fault of any, and for a deadlock among them."""
+        return self._group.together()
+
+
+@overload
+def emulate(
+    target: str, ranks: None = None, *, seed: int | None = None, races: bool = False, progress: bool | None = None
+) -> BoundDevice: ...
+
+
+@overload
+def emulate(
+    target: str, ranks: int, *, seed: int | None = None, races: bool = False, progress: bool | None = None
+) -> BoundGroup: ...
+
+
+def emulate(
+    target: str,
+    ranks: int | None = None,
+    *,
+    seed: int | None = None,
+    races: bool = False,
+    progress: bool | None = None,
+) -> BoundDevice | BoundGroup:
+    """The emulated device of a target, which takes NumPy arrays: ``emulate("gfx942")``; a group of GPUs with ``ranks``.
+
+    ``seed`` picks a random legal interleaving of warps, and random times at which asynchronous work
+    completes (without one: as late as allowed). ``races``: every pair of conflicting accesses must be
+    ordered, whatever the interleaving; a DeviceError names both. ``progress``: show it on stderr (default:
+    of long runs in a terminal).
+    """
+    from tilewright.runtime.emulated import EmulationOptions
+    from tilewright.runtime.emulated_group import EmulatedGroup
+
+    options = EmulationOptions(seed, races, progress)
+    if ranks is None:
+        return device(f"emulate:{target}{options.suffix()}")
+    return BoundGroup(EmulatedGroup(target, ranks, options))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tilewright.passes.manager import PassOptions
 
 #: how copies and matrix products can be arranged (`tilewright.passes.schedule`)
-SCHEDULES = ("roles", "prefetch")
+SCHEDULES = ("roles", "turns", "alternate", "prefetch")
 #: blocks of a cluster; all GPUs with clusters run 8, but few multiprocessors lie together in eights
 CLUSTERS = (1, 2, 4)
 
@@ -22,7 +22,9 @@ class CompileOptions:
     """What the user fixes; None leaves the choice to the passes.
 
     ``num_warps``: warps that compute (producer warps come on top). ``num_stages``: depth of the rings.
-    ``schedule``: "roles" (copying and computing warps side by side) or "prefetch" (each warp copies ahead for itself).
+    ``schedule``: "roles" (copying and computing warps side by side), "turns" or "alternate" (the same; computing
+    warpgroups issue their matrix products in turn, or work on different tiles in turn), or "prefetch" (each warp copies
+    ahead for itself).
     ``num_ctas``: blocks of a cluster, whose copies of common tiles are shared; for tensors that the copy engine cannot
     read, blocks stay alone.
     """

@@ -55,7 +55,8 @@ class SharedLayout:
     - swizzle 128, 64 or 32 (bytes = block width, the TMA modes): address bits [4:6] ^= bits [7:9] (128), [4:5] ^=
       [7:8] (64), [4] ^= [7] (32). One TMA box per block writes exactly this.
     - max_phase > 1 (AMD, as Triton): column ^= (line // per_phase % max_phase) * vec, vec in elements.
-    - phases: column ^= vec * (XOR of phases[i] over the set bits i of line), any linear swizzle by lines.
+    - phases: line * block_size + column ^= vec * (XOR of phases[i] over the set bits i of line), any linear swizzle
+      by lines. Short lines share a round of the banks; so phases[i] may also change the bits of line below bit i.
     - neither: plain. The block is then the whole width, or its power-of-two part where the width is not one.
     """
 
@@ -86,8 +87,10 @@ class SharedLayout:
             )
         if self.max_phase > 1 and self.vec * self.max_phase > self.block_size:
             raise ValueError(f"{self.max_phase} phases of {self.vec} elements exceed a line of {self.block_size}")
-        if any(phase < 0 or (phase + 1) * self.vec > self.block_size for phase in self.phases):
-            raise ValueError(f"phases {list(self.phases)} of {self.vec} elements exceed a line of {self.block_size}")
+        if any(p < 0 or (p + 1) * self.vec > self.block_size << bit for bit, p in enumerate(self.phases)):
+            raise ValueError(
+                f"phases {list(self.phases)} of {self.vec} elements exceed a line of {self.block_size} and those below"
+            )
         self._check_repetitions()
 
     def _check_repetitions(self) -> None:
@@ -137,9 +140,10 @@ class SharedLayout:
         column = arrays[self.order[0]]
         block, column = column // self.block_size, column % self.block_size
         column = column ^ (line // self.per_phase % self.max_phase * self.vec)
+        within: IntArray = line * self.block_size + column
         for bit, phase in enumerate(self.phases):
-            column = column ^ ((line >> bit & 1) * (phase * self.vec))
-        offset = (block * self.num_lines + line) * self.block_size + column
+            within = within ^ ((line >> bit & 1) * (phase * self.vec))
+        offset = block * self.num_lines * self.block_size + within
         if not self.swizzle:
             return offset
         bit_address = offset * self.element_bits

@@ -65,11 +65,11 @@ def _options(
     accesses: Sequence[tuple[LinearLayout, int, str]],
     target: str,
 ) -> Iterator[SharedLayout]:
-    """Plain first, then found swizzles of long vectors, then fixed patterns."""
+    """Plain first, then found swizzles of long vectors, within lines if they suffice, then fixed patterns."""
     plain = SharedLayout(shape, element_bits, order)
     yield plain
-    for vector_bytes in VECTORS:
-        phases = find_phases(plain, accesses, target, vector_bytes)
+    for vector_bytes, across in [(size, across) for size in VECTORS for across in (False, True)]:
+        phases = find_phases(plain, accesses, target, vector_bytes, across)
         if phases is not None:
             try:
                 yield SharedLayout(shape, element_bits, order, vec=vector_bytes * 8 // element_bits, phases=phases)
@@ -99,9 +99,16 @@ class _Rank:
 
 
 def find_phases(
-    plain: SharedLayout, accesses: Sequence[tuple[LinearLayout, int, str]], target: str, vector_bytes: int
+    plain: SharedLayout,
+    accesses: Sequence[tuple[LinearLayout, int, str]],
+    target: str,
+    vector_bytes: int,
+    across: bool = False,
 ) -> tuple[int, ...] | None:
-    """Phases for vectors of ``vector_bytes`` under which no access meets a bank twice; None where none were found."""
+    """Phases for vectors of ``vector_bytes`` under which no access meets a bank twice; None where none were found.
+
+    ``across``: also those that leave the line, for lines shorter than a round of the banks.
+    """
     chunks = plain.block_size * plain.element_bits // 8 // vector_bytes
     if len(plain.shape) != 2 or chunks < 2 or vector_bytes * 8 < plain.element_bits:
         return None
@@ -112,14 +119,18 @@ def find_phases(
     if not all(_holds(r, {}, vector_bytes) for r in wanted if not r.lines):
         return None
     tried, chosen = 0, dict[int, int]()
+    everywhere = max((r.mask + vector_bytes & -vector_bytes for r in wanted), default=0) // vector_bytes
+    if across and everywhere <= chunks:
+        return None
 
     def search(position: int) -> bool:
         nonlocal tried
         if position == len(bits):
             return True
-        for number in range(chunks):
+        choices = min(chunks << bits[position], max(chunks, everywhere)) if across else chunks
+        for number in range(choices):
             tried += 1
-            chosen[bits[position]] = _preferred(number, position, chunks)
+            chosen[bits[position]] = _preferred(number, position, choices)
             if all(_holds(r, chosen, vector_bytes) for r in due[position]) and search(position + 1):
                 return True
             if tried > MOST_CHOICES:

@@ -86,7 +86,7 @@ def attention(
     left: tw.int32 = None,
     *,
     D: tw.constexpr = 128,
-    DV: tw.constexpr = 128,
+    DV: tw.constexpr = None,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 128,
     CAUSAL: tw.constexpr = False,
@@ -99,10 +99,11 @@ def attention(
     float32 gets the logarithm of the sum of the exponentials, ``bias`` (B, H, M, N) is added to the scaled scores (any
     stride may be 0), ``lengths`` (B,) int32 says how many keys of a batch exist, CAP bounds
     scores: cap * tanh(s / cap).
-    A query that sees no key gets 0, its ``lse`` -inf.
+    A query that sees no key gets 0, its ``lse`` -inf. DV is D unless given.
     """
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     g = h // (q.shape[1] // k.shape[1])
+    width = D if DV is None else DV
     length = k.shape[2]
     if lengths is not None:
         length = tw.minimum(length, tw.load(lengths, b))
@@ -111,11 +112,22 @@ def attention(
         pairs = bias[b, h]
     queries = tw.load(q[b, h], (m, 0), (BM, D))
     out, total, logarithm = attend(
-        queries, k[b, g], v[b, g], pairs, scale, m * BM, length, k.shape[2] - q.shape[2], left, DV, BN, CAUSAL, CAP
+        queries, k[b, g], v[b, g], pairs, scale, m * BM, length, k.shape[2] - q.shape[2], left, width, BN, CAUSAL, CAP
     )
     tw.store(o[b, h], (m, 0), (out * (1.0 / tw.maximum(total, 1e-30))[:, None]).to(o.dtype))
     if lse is not None:
         tw.store(lse[b, h], m, logarithm * LN2)
+
+
+def configuration(rows: int, depth: int) -> dict[str, int]:
+    """Tile sizes and warps for ``rows`` queries of head dimension ``depth``, measured on an H100 (docs/performance.md).
+
+    With a short head dimension exponentials take as long as products; four warpgroups, whose accumulators then fit,
+    keep both units busy.
+    """
+    if depth <= 64 and rows > 128:
+        return {"BM": 256, "BN": 64, "num_warps": 16}
+    return {"BM": 128, "BN": 128 if depth <= 128 else 64}
 
 
 @tw.kernel
@@ -131,7 +143,7 @@ def attention_varlen(
     left: tw.int32 = None,
     *,
     D: tw.constexpr = 128,
-    DV: tw.constexpr = 128,
+    DV: tw.constexpr = None,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 128,
     CAUSAL: tw.constexpr = False,
@@ -145,6 +157,7 @@ def attention_varlen(
     """
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     g = h // (q.shape[1] // k.shape[1])
+    width = D if DV is None else DV
     first, end = tw.load(q_starts, b), tw.load(q_starts, b + 1)
     start = tw.load(k_starts, b)
     length = tw.load(k_starts, b + 1) - start
@@ -152,7 +165,7 @@ def attention_varlen(
         queries = tw.load(q.permute(1, 0, 2)[h].offset(first, 0), (m, 0), (BM, D))
         keys, values = (k.permute(1, 0, 2)[g].offset(start, 0), v.permute(1, 0, 2)[g].offset(start, 0))
         out, total, logarithm = attend(
-            queries, keys, values, None, scale, m * BM, length, length - (end - first), left, DV, BN, CAUSAL, CAP
+            queries, keys, values, None, scale, m * BM, length, length - (end - first), left, width, BN, CAUSAL, CAP
         )
         places = first + m * BM + tw.arange(0, BM)
         places = tw.where(places < end, places, -1)
@@ -160,11 +173,6 @@ def attention_varlen(
         tw.scatter(o.permute(1, 0, 2)[h], places, result, 0)
         if lse is not None:
             tw.scatter(lse[h], places, logarithm * LN2, 0)
-
-
-def blocks(depth: int) -> dict[str, int]:
-    """Tile sizes for heads of that depth."""
-    return {"BM": 128, "BN": 128 if depth <= 128 else 64}
 
 
 def sdpa(
@@ -187,9 +195,9 @@ def sdpa(
     """
     batch, heads, rows, depth = q.shape
     factor = (depth**-0.5 if scale is None else scale) * LOG2E
-    sizes = blocks(max(depth, v.shape[3]))
-    attention[tw.cdiv(rows, sizes["BM"]), heads, batch](
-        q, k, v, o, factor, lse, bias, lengths, left, D=depth, DV=v.shape[3], CAUSAL=causal, CAP=cap, **sizes
+    meta = configuration(rows, max(depth, v.shape[3]))
+    attention[tw.cdiv(rows, meta["BM"]), heads, batch](
+        q, k, v, o, factor, lse, bias, lengths, left, D=depth, DV=v.shape[3], CAUSAL=causal, CAP=cap, **meta
     )
 
 

@@ -10,17 +10,25 @@ import numpy as np
 import tilewright as tw
 
 
-@tw.function
-def group_of(slot, offsets, BM):
-    """The last group that starts at or before ``slot``.
+@tw.kernel
+def count_tiles(offsets: tw.Tensor, starts: tw.Tensor, *, BM: tw.constexpr = 128, GROUPS: tw.constexpr = 64) -> None:
+    """``starts[g]``: how many tiles of BM rows the groups before g have; both (G + 1,) int32. Grid: (1,).
 
-    Group g gets the slots from ``offsets[g] // BM + g`` on. That grows with g and leaves it at least as many slots as
-    it has tiles of BM rows (at most one more), so slots are dealt without adding up the groups before.
+    GROUPS is a power of two that is not less than G + 1.
     """
-    low, high = 0, offsets.shape[0] - 1
+    g = tw.arange(0, GROUPS)
+    first, last = tw.load(offsets, 0, GROUPS), tw.load(offsets.offset(1), 0, GROUPS)
+    tiles = tw.where(g < offsets.shape[0] - 1, tw.cdiv(last - first, BM), 0)
+    tw.store(starts, 0, tw.cumsum(tiles, axis=0) - tiles)
+
+
+@tw.function
+def group_of(tile, starts):
+    """The last group whose tiles start at or before ``tile``."""
+    low, high = 0, starts.shape[0] - 1
     while high - low > 1:
         middle = (low + high) // 2
-        before = tw.load(offsets, middle) // BM + middle <= slot
+        before = tw.load(starts, middle) <= tile
         low, high = tw.where(before, middle, low), tw.where(before, high, middle)
     return low
 
@@ -30,6 +38,7 @@ def gemm_grouped(
     a: tw.Tensor,
     b: tw.Tensor,
     offsets: tw.Tensor,
+    starts: tw.Tensor,
     c: tw.Tensor,
     *,
     BM: tw.constexpr = 128,
@@ -39,20 +48,19 @@ def gemm_grouped(
 ) -> None:
     """``c[r] = a[r] @ b[g]`` for the rows r of group g: from ``offsets[g]`` up to ``offsets[g + 1]``.
 
-    a (T, K), b (G, K, N), c (T, N), offsets (G + 1,) int32, ascending; groups may be empty, rows outside all groups
-    are not written. Grid: (slots(T, G, BM) * cdiv(N, BN),). Sizes of groups are read on the device: one binary and one
-    grid serve all of them. Accumulates in float32. Programs walk windows of WINDOW slots, column by column.
+    a (T, K), b (G, K, N), c (T, N), offsets (G + 1,) int32, ascending, ``starts`` from `count_tiles`; groups may be
+    empty, rows outside all groups are not written. Grid: (most_tiles(T, G, BM) * cdiv(N, BN),). Sizes of groups are
+    read on the device: one binary and one grid serve all of them; programs beyond the last tile end at once.
+    Accumulates in float32. Programs walk windows of WINDOW tiles of rows, column by column.
     """
-    columns = tw.cdiv(b.shape[2], BN)
-    rows = tw.num_programs(0) // columns
-    first = tw.program_id(0) // (WINDOW * columns) * WINDOW
-    place = tw.program_id(0) % (WINDOW * columns)
-    height = tw.minimum(rows - first, WINDOW)
-    slot, n = first + place % height, place // height
-    g = group_of(slot, offsets, BM)
-    start, end = tw.load(offsets, g), tw.load(offsets, g + 1)
-    row = start + (slot - start // BM - g) * BM
-    if row < end:
+    columns, rows = tw.cdiv(b.shape[2], BN), tw.load(starts, starts.shape[0] - 1)
+    if tw.program_id(0) < rows * columns:
+        first = tw.program_id(0) // (WINDOW * columns) * WINDOW
+        place = tw.program_id(0) % (WINDOW * columns)
+        height = tw.minimum(rows - first, WINDOW)
+        tile, n = first + place % height, place // height
+        g = group_of(tile, starts)
+        row, end = tw.load(offsets, g) + (tile - tw.load(starts, g)) * BM, tw.load(offsets, g + 1)
         acc = tw.zeros((BM, BN), tw.float32)
         for k in tw.range(tw.cdiv(a.shape[1], BK)):
             acc = tw.dot(tw.load(a.offset(row, 0), (0, k), (BM, BK)), tw.load(b[g], (k, n), (BK, BN)), acc)
@@ -63,30 +71,16 @@ def gemm_grouped(
             tw.scatter(c, tw.where(numbers < end, numbers, -1), acc.to(c.dtype), 0, tile=(0, n))
 
 
-def slots(rows: int, groups: int, bm: int) -> int:
+def most_tiles(rows: int, groups: int, bm: int) -> int:
     """How many tiles of ``bm`` rows the groups can have at most, however the rows are divided."""
     return rows // bm + groups
 
 
-#: rows of a tile, and the speed of whole tiles relative to the first (`tilewright.kernels.gemm.TILES`)
-HEIGHTS: tuple[tuple[int, float], ...] = ((128, 1.0), (64, 0.93))
-
-
-def configuration(rows: int, groups: int) -> dict[str, int]:
-    """The height of tiles: every group fills half of its last tile on average."""
-
-    def cost(entry: tuple[int, float]) -> float:
-        height, speed = entry
-        return (rows + groups * height / 2) / speed
-
-    return {"BM": min(HEIGHTS, key=cost)[0], "BN": 256}
-
-
-def grouped(a: Any, b: Any, offsets: Any, c: Any) -> None:
-    """``c[r] = a[r] @ b[group of r]``. Arrays of NumPy or torch, on one device."""
-    meta = configuration(a.shape[0], b.shape[0])
-    grid = (slots(a.shape[0], b.shape[0], meta["BM"]) * tw.cdiv(b.shape[2], meta["BN"]),)
-    gemm_grouped[grid](a, b, offsets, c, **meta)
+def grouped(a: Any, b: Any, offsets: Any, starts: Any, c: Any, **meta: int) -> None:
+    """``c[r] = a[r] @ b[group of r]``; ``starts`` (G + 1,) int32 is scratch. Arrays of NumPy or torch."""
+    groups, bm, bn = b.shape[0], meta.get("BM", 128), meta.get("BN", 256)
+    count_tiles[1,](offsets, starts, BM=bm, GROUPS=1 << groups.bit_length())
+    gemm_grouped[(most_tiles(a.shape[0], groups, bm) * tw.cdiv(b.shape[2], bn),)](a, b, offsets, starts, c, **meta)
 
 
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -67,7 +67,7 @@ def gemm_promoted(
     bias: tw.Tensor = None,
     *,
     PER_ROW: tw.constexpr = False,
-    PARTS: tw.constexpr = 2,
+    PARTS: tw.constexpr = 1,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 128,
 ) -> None:
@@ -96,7 +96,7 @@ def gemm_block_scaled(
     scale_b: tw.Tensor,
     c: tw.Tensor,
     *,
-    PARTS: tw.constexpr = 2,
+    PARTS: tw.constexpr = 1,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 128,
 ) -> None:
@@ -132,28 +132,21 @@ def gemm_block_scaled(
 TILES: tuple[tuple[tuple[int, int], float], ...] = (
     ((128, 256), 1.0),
     ((64, 256), 0.9),
-    ((128, 128), 0.85),
+    ((128, 128), 0.88),
     ((64, 128), 0.75),
     ((64, 64), 0.4),
 )
 
 
-def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
+def configuration(m: int, n: int, units: int = 132, most_columns: int = 256) -> dict[str, int]:
     """Tile sizes: those whose waves over ``units`` SMs take least time, each wave costing its area over its speed."""
 
     def cost(entry: tuple[tuple[int, int], float]) -> float:
         (bm, bn), speed = entry
         return -(-(-(-m // bm) * -(-n // bn)) // units) * bm * bn / speed
 
-    bm, bn = min(TILES, key=cost)[0]
+    bm, bn = min((entry for entry in TILES if entry[0][1] <= most_columns), key=cost)[0]
     return {"BM": bm, "BN": bn}
-
-
-def configuration_of_parts(m: int, n: int, units: int = 132) -> dict[str, int]:
-    """The same for kernels whose programs have one or two tiles of at most 128 columns."""
-    meta = configuration(m, n, units)
-    parts = 2 if meta["BN"] > BLOCK else 1
-    return {"BM": meta["BM"], "BN": meta["BN"] // parts, "PARTS": parts}
 
 
 def scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any, bias: Any = None, *, promote: bool = False) -> None:
@@ -163,17 +156,18 @@ def scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any, bias: Any = None,
     """
     m, n = c.shape
     per_row = (scale_a.shape[0], scale_b.shape[0]) != (1, 1)
-    meta = configuration_of_parts(m, n) if promote else configuration(m, n)
-    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"] * meta.get("PARTS", 1))
-    kernel = gemm_promoted if promote else gemm_scaled
+    kernel, meta = gemm_scaled, configuration(m, n)
+    if promote:
+        kernel, meta = gemm_promoted, configuration(m, n, most_columns=BLOCK)  # two accumulators
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
     kernel[grid](a, b, scale_a, scale_b, c, bias, PER_ROW=per_row, **meta)
 
 
 def block_scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any) -> None:
     """See `gemm_block_scaled`."""
     m, n = c.shape
-    meta = configuration_of_parts(m, n)
-    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"] * meta["PARTS"])
+    meta = configuration(m, n, most_columns=BLOCK)
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
     gemm_block_scaled[grid](a, b, scale_a, scale_b, c, **meta)
 
 

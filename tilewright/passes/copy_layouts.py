@@ -20,6 +20,8 @@ from tilewright.ir.layout_swizzle import choose_swizzle
 
 #: widest access of one thread, and the run that adjacent lanes must read to be served together (a quad of lanes)
 VECTOR_BYTES, RUN_BYTES = 16, 64
+#: bytes that shared memory writes at once
+ROUND_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def _turning(
     def bits(axis: int, first: int) -> list[tuple[int, ...]]:
         return [unit(rank, axis, 1 << bit) for bit in range(first, log2_exact(core[axis]))]
 
-    run = max(0, log2_exact(RUN_BYTES * 8 // element_bits) - along)  # lanes of one contiguous run
+    # Lanes of one contiguous run, at most as many as a round of the banks has places for their vectors.
+    run = min(log2_exact(ROUND_BYTES // VECTOR_BYTES), max(0, log2_exact(RUN_BYTES * 8 // element_bits) - along))
     rows = bits(contiguous, along)
     others = [v for axis in reversed(range(rank)) if axis not in (contiguous, fastest) for v in bits(axis, 0)]
     pending = rows[:run] + bits(fastest, across) + rows[run:] + others

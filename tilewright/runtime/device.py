@@ -113,7 +113,7 @@ def open_device(name: str) -> Device:
     """The device called ``name`` ("cuda" means "cuda:0"), the same object at every call."""
     kind, _, index = name.partition(":")
     if kind == "emulate":
-        return _open_emulated(index)
+        return _open_member(index) if "#" in index else _open_emulated(index)
     if kind not in ("cuda", "hip"):
         raise DeviceError(f"No runtime opens the device '{name}'. This machine has: {_names()}.")
     if index and not index.isdecimal():
@@ -136,10 +136,17 @@ def _open_hip(ordinal: int) -> Device:
 
 
 @cache
-def _open_emulated(target: str) -> Device:
-    from tilewright.runtime.emulated import EmulatedDevice
+def _open_emulated(text: str) -> Device:
+    from tilewright.runtime.emulated import EmulatedDevice, EmulationOptions
 
-    return EmulatedDevice(target)
+    target, options = EmulationOptions.parse(text)
+    return EmulatedDevice(target, options=options)
+
+
+def _open_member(text: str) -> Device:
+    from tilewright.runtime.emulated_group import member
+
+    return member(text.partition("#")[2].partition(",")[0])
 
 
 def _names() -> str:

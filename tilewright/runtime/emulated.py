@@ -2,14 +2,15 @@
 
 A launch copies the memory that its arrays span into the emulator's address space, runs to the end
 and copies it back. Strides, alignment and overlaps of the arrays are those of the host's memory;
-an access outside it is a fault that names the instruction.
+an access outside it is a fault that names the instruction. Launches of several emulated GPUs may run
+together, in one address space (see `emulated_group`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from tilewright.runtime.errors import ArgumentError, DeviceError
 if TYPE_CHECKING:
     from tilewright.runtime.emulated_functions import EmulatedFunction
     from tilewright.runtime.emulator.memory import GlobalMemory
+    from tilewright.runtime.emulator.together import Machine, Setting
 
 #: the text that each emulated target executes
 EMULATED = {
@@ -52,25 +54,80 @@ def emulated_devices() -> list[DeviceInfo]:
     return [DeviceInfo(f"emulate:{arch}", arch, "emulator of its assembly on NumPy arrays") for arch in EMULATED]
 
 
+@dataclass(frozen=True)
+class EmulationOptions:
+    """How emulated kernels run, and as part of a device's name: ``emulate:sm_90a,races,seed=7``.
+
+    ``seed`` picks a random legal interleaving, in which asynchronous work completes at random times;
+    without one it completes as late as it may. ``races``: detect races, whatever the interleaving.
+    ``progress``: show it on stderr (None: if that is a terminal and the run is long).
+    """
+
+    seed: int | None = None
+    races: bool = False
+    progress: bool | None = None
+
+    def suffix(self) -> str:
+        """The part of a device's name behind the target."""
+        seed = "" if self.seed is None else f",seed={self.seed}"
+        progress = {None: "", True: ",progress", False: ",progress=0"}[self.progress]
+        return f"{',races' if self.races else ''}{seed}{progress}"
+
+    @staticmethod
+    def parse(text: str) -> tuple[str, EmulationOptions]:
+        """``sm_90a,races,seed=7``: the target and the options. DeviceError for anything else."""
+        target, *words = text.split(",")
+        found: dict[str, Any] = {}
+        for word in words:
+            key, _, value = word.partition("=")
+            number = value or "1"
+            if key not in ("seed", "races", "progress") or not number.isdecimal() or (key == "seed" and not value):
+                raise DeviceError(
+                    f"'emulate:{text}': {word!r} is no option of an emulated device; there are races, seed=NUMBER, "
+                    "progress."
+                )
+            found[key] = int(number) if key == "seed" else number != "0"
+        return target, EmulationOptions(**found)
+
+
+@dataclass(frozen=True)
+class PreparedLaunch:
+    """A launch on an emulated device, checked but not started."""
+
+    device: EmulatedDevice
+    function: EmulatedFunction
+    abi: KernelABI
+    counts: tuple[int, int, int]
+    views: list[TensorView]
+    scalars: list[Any]
+    #: arrays that must not change
+    constant: list[np.ndarray[Any, Any]]
+
+
 class EmulatedDevice(Device):
     """One emulated GPU. ``units`` compute units bound the grid of persistent kernels (default: the real part's).
 
-    ``seed`` picks a random legal interleaving, of targets that have one (NVIDIA's); ``statistics``
-    tells what the last launch executed.
+    ``statistics`` tells what the last launch executed.
     """
 
-    def __init__(self, target: str, units: int | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self, target: str, units: int | None = None, seed: int | None = None, options: EmulationOptions | None = None
+    ) -> None:
         if target not in EMULATED:
             known = ", ".join(f"emulate:{arch}" for arch in EMULATED)
             raise DeviceError(f"There is no emulator of {target!r}; there are: {known}.")
         self._target = target
         self.units = units or get_target(target).units
-        self.seed = seed
+        self.options = options or EmulationOptions(seed)
         self.statistics: Any = None
+        #: of a group: the number of this GPU, how many there are, and how its name says so
+        self.rank, self.ranks, self.member = 0, 1, ""
+        #: what a group's launches are collected in, while they are
+        self.together: Callable[[PreparedLaunch], bool] = lambda launch: False
 
     @property
     def name(self) -> str:
-        return f"emulate:{self._target}"
+        return f"emulate:{self._target}{self.member}{self.options.suffix()}"
 
     @property
     def target(self) -> str:
@@ -95,33 +152,18 @@ class EmulatedDevice(Device):
         args: Sequence[Any],
         stream: Any = None,
     ) -> None:
-        """Run to the end. Faults of the kernel are DeviceErrors that name the instruction."""
-        from tilewright.runtime.emulator.errors import EmulatorError
-        from tilewright.runtime.emulator.memory import GlobalMemory
+        """Run to the end. Faults of the kernel are DeviceErrors that name the instruction.
 
+        Inside a group's ``together`` the launch is only noted, and runs with the others at the end.
+        """
         counts = normalize_grid(grid, abi.name)
         views, scalars = self._split(abi, args)
         constant = [a for a in args if isinstance(a, np.ndarray) and not a.flags.writeable]
-        layout = ArgumentLayout(abi)
-        packed_scalars = layout.pack_scalars(scalars) if scalars else b""
         if 0 in counts:
             return
-        memory = GlobalMemory()
-        regions = map_regions(views, _names(abi), memory)
-        placed = [view._replace(address=_translate(regions, view)) for view in views]
-        maps = function.tensor_maps(abi, placed, memory)
-        arguments = layout.pack(placed, packed_scalars, counts, maps).image(layout.size)
-        resident = max(1, self.units * abi.blocks_per_unit // abi.cluster_blocks)
-        blocks = (abi.persistent_blocks(counts, resident), 1, 1) if abi.persistent else counts
-        try:
-            self.statistics = function.launch(memory, blocks, abi, arguments)
-        except EmulatorError as error:
-            raise DeviceError(f"Kernel '{abi.name}' on {self.name}: {error}") from error
-        print("".join(getattr(self.statistics, "printed", [])), end="")
-        protected = [_span(host_view(array, "")) for array in constant if array.size]
-        for region in regions:
-            if not region.copy_back(memory, protected):
-                raise DeviceError(f"Kernel '{abi.name}' on {self.name} wrote to a read-only array.")
+        launch = PreparedLaunch(self, function, abi, counts, views, scalars, constant)
+        if not self.together(launch):
+            run_launches([launch], self.options)
 
     def _split(self, abi: KernelABI, args: Sequence[Any]) -> tuple[list[TensorView], list[Any]]:
         if len(args) != len(abi.params):
@@ -160,12 +202,58 @@ class EmulatedModule(Module):
             target = self.device.target
             try:
                 if EMULATED[target] == "ptx":
-                    self._functions[name] = PtxFunction(self._asm, name, self.device.seed)
+                    self._functions[name] = PtxFunction(self._asm, name)
                 else:
                     self._functions[name] = AmdFunction(self._asm, name, target)
             except EmulatorError as error:
                 raise DeviceError(f"Kernel '{name}' on {self.device.name}: {error}") from error
         return self._functions[name]
+
+
+def run_launches(launches: Sequence[PreparedLaunch], options: EmulationOptions) -> None:
+    """Run launches of different devices at the same time, to their ends, in one address space."""
+    from tilewright.runtime.emulator.errors import EmulatorError
+    from tilewright.runtime.emulator.memory import GlobalMemory
+    from tilewright.runtime.emulator.together import Setting, run_together
+
+    memory = GlobalMemory()
+    several = len(launches) > 1
+    names = [f"rank {one.device.rank}: {name}" if several else name for one in launches for name in _names(one.abi)]
+    regions = map_regions([view for one in launches for view in one.views], names, memory)
+    races = max((one.function.races() for one in launches), key=lambda r: r.proxies) if options.races else None
+    machines: list[Machine] = []
+    kernels = " and ".join(dict.fromkeys(f"'{one.abi.name}' on {one.device.name}" for one in launches))
+    try:
+        for one in launches:
+            device = one.device
+            resident = device.units * one.function.blocks_per_unit(one.abi)
+            setting = Setting(options.seed, races, device.rank, device.ranks, resident)
+            machines.append(_start(one, regions, memory, setting))
+        run_together(machines, options.seed, options.progress)
+    except EmulatorError as error:
+        raise DeviceError(f"Kernel {kernels}: {error}") from error
+    finally:
+        for one, machine in zip(launches, machines, strict=False):
+            one.device.statistics = machine.statistics
+    for machine in machines:
+        print("".join(getattr(machine.statistics, "printed", [])), end="")
+    protected = [_span(host_view(array, "")) for one in launches for array in one.constant if array.size]
+    for region in regions:
+        if not region.copy_back(memory, protected):
+            raise DeviceError(f"Kernel {kernels} wrote to a read-only array.")
+
+
+def _start(launch: PreparedLaunch, regions: Sequence[Region], memory: GlobalMemory, setting: Setting) -> Machine:
+    """Pack the arguments and start the kernel."""
+    abi, counts = launch.abi, launch.counts
+    layout = ArgumentLayout(abi)
+    scalars = layout.pack_scalars(launch.scalars) if launch.scalars else b""
+    placed = [view._replace(address=_translate(regions, view)) for view in launch.views]
+    maps = launch.function.tensor_maps(abi, placed, memory)
+    arguments = layout.pack(placed, scalars, counts, maps).image(layout.size)
+    resident = max(1, launch.device.units * abi.blocks_per_unit // abi.cluster_blocks)
+    blocks = (abi.persistent_blocks(counts, resident), 1, 1) if abi.persistent else counts
+    return launch.function.start(memory, blocks, abi, arguments, setting)
 
 
 # --- the memory of host arrays ----------------------------------------------------------------------

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tilewright.ir.abi import KernelABI, TensorParam
+from tilewright.ir.target import get_target
 from tilewright.runtime.arguments import TensorView, canonical_dtype
+from tilewright.runtime.emulator.together import Machine
 from tilewright.runtime.tensor_maps import ELEMENT_TYPES, tensor_map_geometry
 
 if TYPE_CHECKING:
     from tilewright.runtime.emulator.memory import GlobalMemory
+    from tilewright.runtime.emulator.races import Races
+    from tilewright.runtime.emulator.together import Setting
 
 
 class EmulatedFunction(ABC):
     """One kernel, decoded."""
 
     @abstractmethod
-    def launch(self, memory: GlobalMemory, blocks: tuple[int, int, int], abi: KernelABI, arguments: bytes) -> Any:
-        """Run to the end; statistics of what was executed. EmulatorError for faults."""
+    def start(
+        self, memory: GlobalMemory, blocks: tuple[int, int, int], abi: KernelABI, arguments: bytes, setting: Setting
+    ) -> Machine:
+        """The launch in progress, for `run_together`."""
+
+    @abstractmethod
+    def races(self) -> Races:
+        """A new race detector, good for this kernel and for those of its kind that need no more views of memory."""
+
+    @abstractmethod
+    def blocks_per_unit(self, abi: KernelABI) -> int:
+        """How many blocks of this kernel one SM or CU holds at once."""
 
     def tensor_maps(self, abi: KernelABI, views: Sequence[TensorView], memory: GlobalMemory) -> list[bytes]:
         """The tensor maps that the kernel takes; ``views`` have addresses in ``memory``."""
@@ -35,25 +49,42 @@ class AmdFunction(EmulatedFunction):
         from tilewright.runtime.emulator.amd import AmdEmulator
 
         self.emulator = AmdEmulator(asm, name, target)
+        self.shared_limit = get_target(target).shared_bytes
 
-    def launch(self, memory: GlobalMemory, blocks: tuple[int, int, int], abi: KernelABI, arguments: bytes) -> Any:
+    def start(
+        self, memory: GlobalMemory, blocks: tuple[int, int, int], abi: KernelABI, arguments: bytes, setting: Setting
+    ) -> Machine:
         arguments = arguments.ljust(self.emulator.kernel.get("kernarg_size"), b"\0")
-        return self.emulator.launch(memory, blocks, (abi.threads,), arguments)
+        return self.emulator.start(memory, blocks, (abi.threads,), arguments, setting)
+
+    def races(self) -> Races:
+        from tilewright.runtime.emulator.amd.ordering import new_races
+
+        return new_races()
+
+    def blocks_per_unit(self, abi: KernelABI) -> int:
+        return max(1, min(2048 // abi.threads, self.shared_limit // max(abi.shared_bytes, 1)))
 
 
 class PtxFunction(EmulatedFunction):
-    """A kernel of PTX. ``seed`` picks a random legal interleaving. Device prints go to standard output."""
+    """A kernel of PTX. Device prints go to standard output."""
 
-    def __init__(self, asm: str, name: str, seed: int | None = None) -> None:
+    def __init__(self, asm: str, name: str) -> None:
         from tilewright.runtime.emulator.nvidia import PtxEmulator
 
         self.emulator = PtxEmulator(asm, name)
-        self.seed = seed
 
-    def launch(self, memory: GlobalMemory, blocks: tuple[int, int, int], abi: KernelABI, arguments: bytes) -> Any:
-        return self.emulator.launch(
-            memory, blocks, (abi.threads,), arguments, shared_bytes=abi.shared_bytes, seed=self.seed
-        )
+    def start(
+        self, memory: GlobalMemory, blocks: tuple[int, int, int], abi: KernelABI, arguments: bytes, setting: Setting
+    ) -> Machine:
+        return self.emulator.start(memory, blocks, (abi.threads,), arguments, setting, shared_bytes=abi.shared_bytes)
+
+    def races(self) -> Races:
+        return self.emulator.races()
+
+    def blocks_per_unit(self, abi: KernelABI) -> int:
+        limit = get_target(self.emulator.kernel.target.split(",")[0]).shared_bytes
+        return max(1, min(2048 // abi.threads, limit // max(abi.shared_bytes, 1)))
 
     def tensor_maps(self, abi: KernelABI, views: Sequence[TensorView], memory: GlobalMemory) -> list[bytes]:
         from tilewright.runtime.emulator.nvidia import encode_tensor_map

@@ -40,7 +40,7 @@ def compile_functions(functions: Sequence[Function], target: Target) -> BackendR
     """Compile to one HSACO. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
     entries = [lower_function(function, target) for function in functions]
     spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
-    merged = merge([optimize(entry.module.finish(), spec) for entry in entries])
+    merged = merge([optimize(entry.module.finish(debug_info=True), spec) for entry in entries])
     asm = {"llvm": merged.text(), "amdgcn": emit_assembly(merged)}
     binary = link(emit_object(merged))
     kernels = read_code_object(binary).kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, merge, optimize
@@ -39,13 +40,21 @@ def compile_functions(functions: Sequence[Function], target: Target) -> BackendR
     """Compile to one cubin. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
     entries = [lower_function(function, target) for function in functions]
     spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
-    merged = merge([optimize(entry.module.finish(), spec) for entry in entries])
+    merged = merge([optimize(entry.module.finish(debug_info=True), spec) for entry in entries])
     asm = {"llvm": merged.text(), "ptx": emit_assembly(merged)}
-    assembled = assemble(asm["ptx"], target.cpu)
+    assembled = assemble(_without_lines(asm["ptx"]), target.cpu)
     for function, entry in zip(functions, entries, strict=True):
         check_registers(function, assembled.resources[entry.abi.name].registers)
     used = [(e.abi, _resources(assembled.resources[e.abi.name], e.abi)) for e in entries]
     return BackendResult(assembled.cubin, tuple(used), asm)
+
+
+def _without_lines(ptx: str) -> str:
+    """The text without ``.loc`` and ``.file``, for which ptxas would put tables and the text itself into the cubin.
+
+    Lines keep their numbers. In the artifact's text they stay: emulated devices name them in faults.
+    """
+    return re.sub(r"^[ \t]*\.(loc|file)\b.*$", "", ptx, flags=re.MULTILINE)
 
 
 def compile_function(function: Function, target: Target) -> BackendResult:

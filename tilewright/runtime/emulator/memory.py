@@ -28,6 +28,8 @@ class GlobalMemory:
 
     def __init__(self) -> None:
         self.data = np.zeros(1 << 16, np.uint8)
+        #: grows with each write of a kernel: who waits for memory to change need not look before
+        self.version = 0
         self._top = _GUARD
         self._starts: list[int] = []
         self._ends: list[int] = []

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tilewright.runtime.emulator.amd.counters import Counter, wait_counts
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.operands import EXEC, VCC, Array
 from tilewright.runtime.emulator.amd.registry import define, instruction
@@ -40,13 +41,28 @@ for _name, _condition in _CONDITIONS.items():
 
 @instruction("s_endpgm", ends_run=True)
 def _end(state: WaveState, inst: Instruction) -> None:
+    """What is in flight still completes."""
     state.done[state.w] = True
+    state.counters.wait(state.w, 0, 0)
+    if state.memory.underway:
+        state.memory.land(state.counters.finished[Counter.VECTOR])
 
 
 @instruction("s_barrier", ends_run=True)
 def _barrier(state: WaveState, inst: Instruction) -> None:
     """The machine releases a workgroup once all of its waves wait."""
     state.waiting[state.w] = True
+
+
+@instruction("s_waitcnt")
+def _wait(state: WaveState, inst: Instruction) -> None:
+    """Memory operations beyond the counts are finished: registers may be used, LDS holds what was loaded to it."""
+    vector, lgkm = wait_counts(inst.settings)
+    state.counters.wait(state.w, vector, lgkm)
+    if vector is not None and state.memory.underway:
+        state.memory.land(state.counters.finished[Counter.VECTOR])
+    if state.memory.order is not None:
+        state.memory.order.waited(state.selected)
 
 
 @instruction("s_trap", ends_run=True)

@@ -11,6 +11,8 @@ from tilewright.runtime.emulator.amd.registry import TABLE, Handler
 
 _SUFFIX = re.compile(r"_(e64_dpp|e32|e64|dpp|sdwa)$")
 _LABEL = re.compile(r"^([.\w$]+):")
+_LOCATION = re.compile(r"^\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.MULTILINE)
 _COMMENT = re.compile(r";.*$|//.*$|/\*.*?\*/")
 #: a comma that separates operands: not within [], () or a quoted string
 _COMMA = re.compile(r",(?![^\[]*\])(?![^(]*\))")
@@ -26,7 +28,10 @@ _UNPARSED = frozenset(
 
 @dataclass(eq=False)
 class Instruction:
-    """One decoded instruction. ``name`` has no encoding suffix; ``target`` is a branch's destination."""
+    """One decoded instruction. ``name`` has no encoding suffix; ``target`` is a branch's destination.
+
+    ``source`` is the place in the tile program, "file:line:column", where the text has line tables.
+    """
 
     name: str
     encoding: str
@@ -38,6 +43,11 @@ class Instruction:
     handler: Handler | None = None
     ends_run: bool = False
     settings: str = ""
+    source: str = ""
+    #: of a backward branch: whether its loop polls memory; None until somebody asks
+    polls: bool | None = None
+    #: of a load: whether it only guesses what a compare-and-swap will find
+    guess: bool = False
 
     def flag(self, name: str) -> bool:
         """Whether a modifier without a value is there, such as ``offen``."""
@@ -81,24 +91,56 @@ def decode_kernel(text: str, name: str, arch: str) -> Kernel:
     accum_offset = fields.get("accum_offset", 256)
     kernel = Kernel(name, arch, [], fields)
     problems: list[str] = []
+    files, source = _files(text), ""
     for number, body in _function_lines(text, name):
         while match := _LABEL.match(body):
             kernel.labels[match[1]] = len(kernel.instructions)
             body = body[match.end() :].strip()
+        if location := _LOCATION.match(body):
+            file, line, column = (int(part) for part in location.groups())
+            # line 0 is code of no particular line
+            source = f"{files.get(file, f'file {file}')}:{line}:{column}" if line else source
         if not body or body.startswith("."):
             continue
         decoded = _decode_line(body, number, accum_offset, arch)
         if isinstance(decoded, str):
             problems.append(decoded)
         else:
+            decoded.source = source
             kernel.instructions.append(decoded)
     for inst in kernel.instructions:
         problems += _resolve(inst, kernel)
     if not kernel.instructions and not problems:
         problems.append(f"kernel {name} has no instructions")
+    _mark_guesses(kernel.instructions)
     if problems:
         raise DecodeError(f"cannot execute kernel {name} on {arch}:\n  " + "\n  ".join(problems))
     return kernel
+
+
+def _mark_guesses(code: list[Instruction]) -> None:
+    """Find the loads whose value nothing trusts, as a compare-and-swap at the same place follows.
+
+    LLVM starts the loop of an atomic operation that the hardware lacks with a plain load.
+    """
+    loads: dict[tuple[str, ...], Instruction] = {}
+    for inst in code:
+        scope = [inst.modifiers.get("offset", "")]
+        kind = inst.name.partition("_")[0]
+        texts = [operand.text for operand in inst.operands]
+        if re.match(r"^(global|flat|buffer)_load_dword(x2)?$", inst.name):
+            loads[kind, *texts[1:], *scope] = inst
+        elif "_atomic_cmpswap" in inst.name:
+            place = texts[1:] if kind == "buffer" or "sc0" in inst.modifiers else texts
+            if kind != "buffer":
+                place = [place[0], *place[2:]]
+            if load := loads.get((kind, *place, *scope)):
+                load.guess = True
+
+
+def _files(text: str) -> dict[int, str]:
+    """The source files by their numbers in line tables."""
+    return {int(number): f"{first}/{name}" if name else first for number, first, name in _FILE.findall(text)}
 
 
 def _function_lines(text: str, name: str) -> list[tuple[int, str]]:

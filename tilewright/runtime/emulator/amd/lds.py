@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tilewright.runtime.emulator.amd.atomics import ATOMICS, LDS_ATOMICS, Atomic
+from tilewright.runtime.emulator.amd.counters import Counter
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.lanes import swizzle_lanes
 from tilewright.runtime.emulator.amd.operands import Array
@@ -52,6 +53,7 @@ def _read(transfer: Transfer) -> Handler:
     def execute(state: WaveState, inst: Instruction) -> None:
         address = _address(state, inst, 1, inst.number("offset"))
         words = state.memory.load(state, "lds", address, state.lanes, transfer.size)
+        state.issue(Counter.LDS)
         write_loaded(state, inst.operands[0], words, transfer)
 
     return execute
@@ -62,6 +64,7 @@ def _write(transfer: Transfer) -> Handler:
         address = _address(state, inst, 0, inst.number("offset"))
         words = stored_words(state, inst.operands[1], transfer)
         state.memory.store(state, "lds", address, state.lanes, words, transfer.size)
+        state.issue(Counter.LDS)
 
     return execute
 
@@ -74,6 +77,7 @@ def _read2(size: int, scale: int) -> Handler:
         for key in ("offset0", "offset1"):
             address = _address(state, inst, 1, inst.number(key) * scale)
             words += state.memory.load(state, "lds", address, state.lanes, size)
+        state.issue(Counter.LDS)
         for part, word in enumerate(words):
             state.write_vgpr(inst.operands[0].index + part, word)
 
@@ -86,6 +90,7 @@ def _write2(size: int, scale: int) -> Handler:
             address = _address(state, inst, 0, inst.number(key) * scale)
             words = [state.raw(inst.operands[position], part) for part in range(size // 4)]
             state.memory.store(state, "lds", address, state.lanes, words, size)
+        state.issue(Counter.LDS)
 
     return execute
 
@@ -112,6 +117,7 @@ def _atomic(atomic: Atomic, returns: bool, swaps_data: bool = False) -> Handler:
             data = (data[1], data[0])
         words = [state.raw(operand, part) for operand in data for part in range(atomic.size // 4)]
         old = state.memory.atomic(state, "lds", address, state.lanes, words, atomic.size, atomic.function)
+        state.issue(Counter.LDS)
         if returns:
             for part, word in enumerate(old):
                 state.write_vgpr(inst.operands[0].index + part, word)
@@ -134,6 +140,7 @@ def _backward_permute(state: WaveState, inst: Instruction) -> None:
     lane = ((state.raw(inst.operands[1]) + _U32(inst.number("offset"))) >> _U32(2)) & _U32(63)
     lane = np.broadcast_to(lane, state.lanes.shape).astype(np.intp)
     data = np.where(state.lanes, state.raw(inst.operands[2]), _U32(0))
+    state.issue(Counter.LDS)
     state.write_vgpr(inst.operands[0].index, np.take_along_axis(data, lane, axis=1))
 
 
@@ -146,6 +153,7 @@ def _forward_permute(state: WaveState, inst: Instruction) -> None:
     result = np.zeros(state.lanes.shape, _U32)
     wave, source = np.nonzero(state.lanes)
     result[wave, lane[wave, source]] = data[wave, source]
+    state.issue(Counter.LDS)
     state.write_vgpr(inst.operands[0].index, result)
 
 
@@ -153,6 +161,7 @@ def _forward_permute(state: WaveState, inst: Instruction) -> None:
 def _swizzle(state: WaveState, inst: Instruction) -> None:
     lanes = np.array(swizzle_lanes(inst.modifiers.get("offset", "0")))
     data = np.where(state.lanes, state.raw(inst.operands[1]), _U32(0))
+    state.issue(Counter.LDS)
     state.write_vgpr(inst.operands[0].index, data[:, lanes])
 
 
@@ -162,29 +171,33 @@ def _nop(state: WaveState, inst: Instruction) -> None:
 
 
 def _read_transposed(element_bits: int) -> Handler:
-    """CDNA4 ds_read_b64_tr_b{16,8}: each group of 16 lanes loads a matrix and receives it transposed.
+    """CDNA4 ds_read_b64_tr_b{16,8,4}, b96_tr_b6: each group of 16 lanes loads a matrix and receives it transposed.
 
-    Of 64 / bits elements a lane, ``lanes_a_row`` lanes hold one row of 16; afterwards lane i of the
+    Of the elements that a lane loads, ``lanes_a_row`` lanes hold one row of 16; afterwards lane i of the
     group holds column i (CDNA4 ISA chapter 11, "LDS transpose loads").
     """
-    items = 64 // element_bits
+    size = 12 if element_bits == 6 else 8
+    items = size * 8 // element_bits
     lanes_a_row = 16 // items
     lane, item = np.arange(LANES)[:, None], np.arange(items)[None]
     group, column = lane // 16 * 16, lane % 16
     source_lane = group + item * lanes_a_row + column // items
     source_item = np.broadcast_to(column % items, source_lane.shape)
-    dtype = np.dtype(f"u{element_bits // 8}")
 
     def execute(state: WaveState, inst: Instruction) -> None:
         address = _address(state, inst, 1, inst.number("offset"))
-        words = state.memory.load(state, "lds", address, state.lanes, 8)
-        elements = np.ascontiguousarray(np.stack(words, axis=-1)).view(dtype)
-        turned = np.ascontiguousarray(elements[:, source_lane, source_item]).view(_U32)
-        for part in range(2):
-            state.write_vgpr(inst.operands[0].index + part, turned[..., part])
+        words = state.memory.load(state, "lds", address, state.lanes, size)
+        octets = np.ascontiguousarray(np.stack(words, axis=-1)).view(np.uint8)
+        bits = np.unpackbits(octets, axis=-1, bitorder="little").reshape(*octets.shape[:2], items, element_bits)
+        turned = bits[:, source_lane, source_item].reshape(*octets.shape[:2], size * 8)
+        packed = np.ascontiguousarray(np.packbits(turned, axis=-1, bitorder="little")).view(_U32)
+        state.issue(Counter.LDS)
+        for part in range(size // 4):
+            state.write_vgpr(inst.operands[0].index + part, packed[..., part])
 
     return execute
 
 
-define("ds_read_b64_tr_b16", _read_transposed(16), archs=_GFX950)
-define("ds_read_b64_tr_b8", _read_transposed(8), archs=_GFX950)
+for _bits in (16, 8, 4):
+    define(f"ds_read_b64_tr_b{_bits}", _read_transposed(_bits), archs=_GFX950)
+define("ds_read_b96_tr_b6", _read_transposed(6), archs=_GFX950)

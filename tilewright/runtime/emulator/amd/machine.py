@@ -1,15 +1,11 @@
-"""Launching: dispatch of workgroups to waves, and the loop that steps them.
-
-Workgroups run in batches, all waves of a batch in step: one NumPy operation executes an instruction
-for every wave that stands at it. Where waves diverge, those at the smallest program counter go
-first, until they reach the others or a control instruction. Which waves run when is deterministic.
-"""
+"""Launching a kernel: dispatch of its workgroups in batches, in turns with other launches or alone."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -24,20 +20,22 @@ from tilewright.runtime.emulator.amd import (  # noqa: F401
     valu_convert,
     valu_float,
     valu_integer,
+    valu_scaled,
     vmem,
 )
+from tilewright.runtime.emulator.amd.batch import KERNARG_SLACK, Batch, Job
 from tilewright.runtime.emulator.amd.decode import Kernel, decode_kernel
 from tilewright.runtime.emulator.amd.errors import DecodeError, EmulatorError, EmulatorFault
-from tilewright.runtime.emulator.amd.memory import MemorySystem
+from tilewright.runtime.emulator.amd.hazards import check_hazards
 from tilewright.runtime.emulator.amd.operands import Array
+from tilewright.runtime.emulator.amd.ordering import new_races
 from tilewright.runtime.emulator.amd.registry import ARCHITECTURES
-from tilewright.runtime.emulator.amd.state import LANES, WaveState, pack_lanes
 from tilewright.runtime.emulator.memory import GlobalMemory
+from tilewright.runtime.emulator.together import Machine, Setting, Stuck
 
 _U32 = np.uint32
-#: bytes after the kernel arguments that a widened scalar load may touch
-_KERNARG_SLACK = 64
-_FAR = 1 << 62
+#: steps of one turn
+_TURN = 10_000
 
 
 @dataclass
@@ -52,10 +50,103 @@ class LaunchStatistics:
     by_mnemonic: Counter[str] = field(default_factory=Counter)
 
 
+class Launch(Machine):
+    """A kernel that runs in turns, next to others in the same memory (see `run_together`).
+
+    It cannot go on where all its waves wait for memory to change, or for such a wave.
+    """
+
+    def __init__(self, job: Job, name: str, batch_waves: int, resident: int | None) -> None:
+        self._job = job
+        self.name, self.rank = name, job.rank
+        self.blocks = prod(job.grid)
+        self._per_batch = max(1, batch_waves // job.waves_per_group)
+        self._resident = resident or self.blocks
+        self._started = 0
+        self._live: list[Batch] = []
+        self._open = True
+        self.statistics = LaunchStatistics()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all workgroups have run to their ends."""
+        return self._started == self.blocks and not self._live
+
+    @property
+    def instructions(self) -> int:
+        """Instructions executed, counted for every wave."""
+        return int(self._job.executed.sum())
+
+    def turn(self, limit: int = _TURN) -> bool:
+        """Make about ``limit`` steps. False if no wave can run. EmulatorFault for faults."""
+        version, steps = self._job.memory.version, 0
+        try:
+            with np.errstate(all="ignore"):
+                while steps < limit:
+                    made = sum(batch.advance(limit - steps) for batch in self._live)
+                    steps += made
+                    self._retire()
+                    if (not self._live or not made) and not self._start_batch():
+                        break
+        finally:
+            self.statistics.steps += steps
+        self.quiet = self.quiet + 1 if self._job.memory.version == version else 0
+        if self.ended:
+            self.close()
+        return steps > 0
+
+    def _retire(self) -> None:
+        for batch in self._live:
+            self.blocks_ended += batch.groups if batch.finished else 0
+        self._live = [batch for batch in self._live if not batch.finished]
+
+    def _start_batch(self) -> bool:
+        """Give the next workgroups to the GPU, if there are any and it has room."""
+        room = self._resident - sum(batch.groups for batch in self._live)
+        count = min(self._per_batch, self.blocks - self._started, room)
+        if count <= 0:
+            return False
+        self._live.append(Batch(self._job, self._started, count))
+        self._started += count
+        self.statistics.waves += count * self._job.waves_per_group
+        return True
+
+    def state(self) -> int:
+        """A hash of the registers and program counters of all waves that run."""
+        return hash(tuple(batch.state.look() for batch in self._live))
+
+    def longest_wait(self) -> int:
+        """Every wave that can run has run when a turn ends, or waits only for its equals."""
+        return 0
+
+    def stuck(self) -> Stuck:
+        """Where the waves wait."""
+        if not self._live:
+            return Stuck("")
+        reasons, inst = self._live[0].stuck()
+        return Stuck("".join(f"\n  {reason}" for reason in reasons), inst.text, inst.line, inst.source)
+
+    def hang(self) -> EmulatorFault:
+        """The fault of a launch that makes steps but no end."""
+        return self._live[0].fault(f"the kernel still runs after {self.statistics.steps} steps: it hangs")
+
+    def close(self) -> None:
+        """Free what the launch holds in memory, and count what it executed."""
+        if self._open:
+            self._open = False
+            self._job.memory.free(self._job.kernarg_address)
+            self._job.memory.free(self._job.packet_address)
+            for inst, count in zip(self._job.kernel.instructions, self._job.executed.tolist(), strict=True):
+                if count:
+                    self.statistics.instructions += count
+                    self.statistics.by_mnemonic[inst.name] += count
+
+
 class AmdEmulator:
     """One kernel of an assembly text, decoded for ``arch`` ("gfx942" or "gfx950").
 
-    Raises DecodeError naming every instruction that is not implemented.
+    Raises DecodeError naming every instruction that is not implemented, and EmulatorFault where too
+    few wait states lie behind a matrix instruction (`hazards`).
     """
 
     def __init__(self, asm_text: str, kernel_name: str, arch: str) -> None:
@@ -63,27 +154,28 @@ class AmdEmulator:
             raise DecodeError(f"unknown architecture {arch}: {', '.join(ARCHITECTURES)} are emulated")
         self.arch = arch
         self.kernel: Kernel = decode_kernel(asm_text, kernel_name, arch)
+        for inst, problem in check_hazards(self.kernel):
+            raise EmulatorFault(problem, instruction=inst.text, line=inst.line, source=inst.source)
 
-    def launch(
+    def start(
         self,
         memory: GlobalMemory,
         grid: tuple[int, ...],
         block: tuple[int, ...],
         kernarg: bytes,
+        setting: Setting,
         *,
         dynamic_lds: int = 0,
         poison: bool = True,
         strict_barriers: bool = True,
         batch_waves: int = 256,
-        max_steps: int = 50_000_000,
-    ) -> LaunchStatistics:
-        """Run ``grid`` workgroups of ``block`` work-items (each up to three numbers); memory changes in place.
+    ) -> Launch:
+        """Begin to run ``grid`` workgroups of ``block`` work-items (each up to three numbers); memory changes in place.
 
         ``dynamic_lds``: bytes beyond the kernel's static LDS. ``poison``: fault where a never-written
         register takes effect. ``strict_barriers``: fault where a wave ends while another of its
         workgroup waits at a barrier (the hardware lets the survivors pass; in a kernel of ours it is
-        a bug). ``batch_waves``: about how many waves run in step. ``max_steps``: the bound after
-        which a kernel counts as hung.
+        a bug). ``batch_waves``: about how many waves run in step.
         """
         grid3, block3 = _three(grid), _three(block)
         threads = prod(block3)
@@ -92,32 +184,59 @@ class AmdEmulator:
         limit = self.kernel.get("kernarg_size")
         if len(kernarg) < limit:
             raise EmulatorError(f"the kernel reads {limit} bytes of arguments, {len(kernarg)} were given")
-        addresses = _LaunchAddresses(
-            kernarg=memory.allocate(np.frombuffer(kernarg + bytes(_KERNARG_SLACK), np.uint8), "kernarg"),
-            packet=memory.allocate(_dispatch_packet(grid3, block3), "dispatch packet"),
+        job = Job(
+            kernel=self.kernel,
+            memory=memory,
+            grid=grid3,
+            block=block3,
+            kernarg=kernarg,
+            kernarg_address=memory.allocate(np.frombuffer(kernarg + bytes(KERNARG_SLACK), np.uint8), "kernarg"),
+            packet_address=memory.allocate(_dispatch_packet(grid3, block3), "dispatch packet"),
+            dynamic_lds=dynamic_lds,
+            poison=poison,
+            strict_barriers=strict_barriers,
+            races=setting.races,
+            rank=setting.rank,
+            ranks=setting.ranks,
+            random=None if setting.seed is None else np.random.default_rng((setting.seed, setting.rank)),
+            executed=np.zeros(len(self.kernel.instructions), np.int64),
         )
-        waves_per_group = -(-threads // LANES)
-        groups_per_batch = max(1, batch_waves // waves_per_group)
-        statistics = LaunchStatistics()
-        groups = prod(grid3)
+        return Launch(job, self.kernel.name, batch_waves, setting.resident)
+
+    def launch(
+        self,
+        memory: GlobalMemory,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        kernarg: bytes,
+        *,
+        seed: int | None = None,
+        races: bool = True,
+        resident: int | None = None,
+        max_steps: int = 50_000_000,
+        **options: Any,
+    ) -> LaunchStatistics:
+        """Run to the end, alone; the other parameters are those of `start` and of its setting.
+
+        After ``max_steps`` steps a kernel counts as hung.
+        """
+        setting = Setting(seed, new_races() if races else None, resident=resident)
+        launch = self.start(memory, grid, block, kernarg, setting, **options)
         try:
-            with np.errstate(all="ignore"):
-                for first in range(0, groups, groups_per_batch):
-                    count = min(groups_per_batch, groups - first)
-                    batch = _Batch(self.kernel, memory, first, count, waves_per_group, dynamic_lds, poison)
-                    batch.initialise(grid3, block3, kernarg, addresses)
-                    batch.run(strict_barriers, max_steps, statistics)
-                    statistics.waves += count * waves_per_group
+            while not launch.ended:
+                if not launch.turn(min(_TURN, max_steps)):
+                    stuck = launch.stuck()
+                    raise EmulatorFault(
+                        f"deadlock: no wave can run{stuck.reasons}",
+                        instruction=stuck.instruction,
+                        line=stuck.line,
+                        source=stuck.source,
+                    )
+                if launch.statistics.steps >= max_steps and not launch.ended:
+                    raise launch.hang()
         finally:
-            memory.free(addresses.kernarg)
-            memory.free(addresses.packet)
-        return statistics
-
-
-@dataclass(frozen=True)
-class _LaunchAddresses:
-    kernarg: int
-    packet: int
+            launch.close()
+        return launch.statistics
 
 
 def _three(size: tuple[int, ...]) -> tuple[int, int, int]:
@@ -133,160 +252,4 @@ def _dispatch_packet(grid: tuple[int, int, int], block: tuple[int, int, int]) ->
     return packet
 
 
-class _Batch:
-    """Some consecutive workgroups, running in step."""
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        memory: GlobalMemory,
-        first_group: int,
-        groups: int,
-        waves_per_group: int,
-        dynamic_lds: int,
-        poison: bool,
-    ) -> None:
-        self.kernel, self.first_group, self.groups = kernel, first_group, groups
-        waves = groups * waves_per_group
-        scratch = kernel.get("private_segment_fixed_size")
-        lds_bytes = kernel.get("group_segment_fixed_size") + dynamic_lds
-        self.memory = MemorySystem(memory, groups, lds_bytes, scratch, waves * LANES, kernel.arch)
-        self.state = WaveState(waves, waves_per_group, kernel.vector_registers, self.memory, poison)
-        self.state.first_group = first_group
-
-    def initialise(
-        self,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        kernarg: bytes,
-        addresses: _LaunchAddresses,
-    ) -> None:
-        """Initial registers (LLVM AMDGPU usage, "Initial Kernel Execution State"; ISA chapter 3)."""
-        state, kernel = self.state, self.kernel
-        register = 0
-
-        def put(value: int | Array, words: int = 1) -> None:
-            nonlocal register
-            for part in range(words):
-                word = value >> 32 * part & 0xFFFFFFFF if isinstance(value, int) else value
-                state.write_sgpr(register, np.asarray(word).astype(_U32))
-                register += 1
-
-        pointers = {
-            "dispatch_ptr": addresses.packet,
-            "queue_ptr": 0,
-            "kernarg_segment_ptr": addresses.kernarg,
-            "dispatch_id": 0,
-        }
-        for name, value in pointers.items():
-            if kernel.get(f"user_sgpr_{name}"):
-                put(value, 2)
-        if kernel.get("user_sgpr_private_segment_size"):
-            put(kernel.get("private_segment_fixed_size"))
-        preload = kernel.get("user_sgpr_kernarg_preload_length")
-        if preload:
-            start = 4 * kernel.get("user_sgpr_kernarg_preload_offset")
-            words = np.frombuffer((kernarg + bytes(_KERNARG_SLACK + 4 * preload))[start : start + 4 * preload], _U32)
-            for word in words:
-                put(int(word))
-        register = max(register, kernel.get("user_sgpr_count"))
-        group = np.arange(state.waves) // state.waves_per_group + self.first_group
-        group_ids = (group % grid[0], group // grid[0] % grid[1], group // (grid[0] * grid[1]))
-        for axis, ids in zip("xyz", group_ids, strict=True):
-            if kernel.get(f"system_sgpr_workgroup_id_{axis}", int(axis == "x")):
-                put(ids)
-        wave = np.arange(state.waves) % state.waves_per_group
-        item = wave[:, None] * LANES + np.arange(LANES)
-        packed = item % block[0] | item // block[0] % block[1] << 10 | item // (block[0] * block[1]) << 20
-        state.write_vgpr(0, packed.astype(_U32))
-        state.write_exec(pack_lanes(item < prod(block)))
-
-    # ---- stepping ------------------------------------------------------------------------------
-
-    def run(self, strict_barriers: bool, max_steps: int, statistics: LaunchStatistics) -> None:
-        """Step until every wave has ended."""
-        state = self.state
-        executed = np.zeros(len(self.kernel.instructions), np.int64)
-        steps = 0
-        try:
-            while True:
-                runnable = ~(state.done | state.waiting)
-                if not runnable.any():
-                    if state.done.all():
-                        break
-                    self._release_barriers(strict_barriers)
-                    continue
-                steps += self._run_group(runnable, executed)
-                if steps > max_steps:
-                    state.fault(f"the kernel still runs after {max_steps} steps: it hangs")
-                if state.waiting.any():
-                    self._release_barriers(strict_barriers)
-        finally:
-            statistics.steps += steps
-            statistics.instructions += int(executed.sum())
-            for inst, count in zip(self.kernel.instructions, executed, strict=True):
-                if count:
-                    statistics.by_mnemonic[inst.name] += int(count)
-
-    def _run_group(self, runnable: Array, executed: Array) -> int:
-        """Run the waves at the smallest program counter until they branch or reach other waves."""
-        state, code = self.state, self.kernel.instructions
-        pc = int(state.pc[runnable].min())
-        chosen = runnable & (state.pc == pc)
-        others = state.pc[runnable & ~chosen]
-        stop = int(others.min()) if others.size else _FAR
-        state.select(None if chosen.all() else np.nonzero(chosen)[0])
-        first = pc
-        while pc < stop:
-            if pc >= len(code):
-                state.fault("execution runs past the end of the kernel")
-            inst = code[pc]
-            state.begin(inst)
-            pc += 1
-            executed[pc - 1] += state.count
-            if inst.ends_run:
-                state.pc[state.w] = pc
-                self._execute()
-                break
-            self._execute()
-        else:
-            state.pc[state.w] = pc
-        self.memory.clock += pc - first
-        return pc - first
-
-    def _execute(self) -> None:
-        state = self.state
-        current = state.instruction
-        assert current is not None and current.handler is not None
-        try:
-            current.handler(state, current)
-        except EmulatorError:
-            raise
-        except Exception as error:
-            raise EmulatorFault(
-                f"the emulator failed: {type(error).__name__}: {error}", instruction=current.text, line=current.line
-            ) from error
-
-    def _release_barriers(self, strict: bool) -> None:
-        """Release every workgroup whose live waves all wait (ISA chapter 4, "S_BARRIER")."""
-        state = self.state
-        shape = (self.groups, state.waves_per_group)
-        waiting, done = state.waiting.reshape(shape), state.done.reshape(shape)
-        stuck = waiting.any(axis=1) & (waiting | done).all(axis=1)
-        mismatched = stuck & done.any(axis=1)
-        if strict and mismatched.any():
-            group = int(mismatched.argmax())
-            wave = int(waiting[group].argmax())
-            pc = int(state.pc.reshape(shape)[group, wave]) - 1
-            inst = self.kernel.instructions[pc]
-            ended = np.nonzero(done[group])[0].tolist()
-            raise EmulatorFault(
-                f"barrier mismatch: this wave waits while waves {ended} of its workgroup have ended",
-                instruction=inst.text,
-                line=inst.line,
-                wave=(self.first_group + group, wave),
-            )
-        waiting[stuck] = False
-
-
-__all__ = ["AmdEmulator", "LaunchStatistics"]
+__all__ = ["AmdEmulator", "Launch", "LaunchStatistics"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.runtime.emulator.amd.counters import Counter
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.operands import EXEC, KINDS, Array, Operand, Where
 from tilewright.runtime.emulator.amd.registry import define, instruction
@@ -252,6 +253,14 @@ def _quad_mask(a: Array) -> Array:
     return (quads.astype(_U64) << np.arange(16, dtype=_U64)).sum(axis=1, dtype=_U64)
 
 
+def _replicate_bits(a: Array) -> Array:
+    """Each bit twice."""
+    shifts = np.arange(32, dtype=_U64)
+    bits = (a.astype(_U64)[:, None] >> shifts) & _U64(1)
+    return (bits * _U64(3) << shifts * _U64(2)).sum(axis=1, dtype=_U64)
+
+
+_salu("s_bitreplicate_b64_b32", "b32 -> b64", _replicate_bits)
 _salu("s_quadmask_b64", "b64 -> b64", _quad_mask, "nonzero")
 
 
@@ -376,11 +385,11 @@ def _getreg(state: WaveState, inst: Instruction) -> None:
 def _time(state: WaveState, inst: Instruction) -> None:
     """A clock that counts executed instructions: deterministic, and it advances."""
     assert inst.operands[0].where is Where.SCALAR
+    state.issue(Counter.SCALAR)
     state.write_scalar(inst.operands[0], KINDS["u64"], np.array([state.memory.clock], _U64))
 
 
 @instruction(
-    "s_waitcnt",
     "s_waitcnt_depctr",
     "s_nop",
     "s_sleep",
@@ -396,13 +405,11 @@ def _time(state: WaveState, inst: Instruction) -> None:
     "s_icache_inv",
     "s_ttracedata",
     "s_set_gpr_idx_off",
-    "buffer_inv",
-    "buffer_wbl2",
     "buffer_wbinvl1",
     "buffer_wbinvl1_vol",
 )
 def _no_effect(state: WaveState, inst: Instruction) -> None:
-    """No effect on values: waits (every operation here lands at once), priorities, caches.
+    """No effect on values: priorities, hints, caches that hold nothing stale here.
 
     s_setreg changes MODE (rounding, denormals), which the emulator does not model.
     """

@@ -8,16 +8,20 @@ ISA chapter 3, "Kernel State".
 Poison: a register that a wave never wrote is undefined. Undefinedness flows through instructions
 (compilers do copy and shift undefined halves legally) and faults where it takes effect: an
 address, stored data, a comparison of scalars, EXEC. It is tracked per register and wave, not per lane.
+
+A register that a load in flight will write (`counters`) faults at once: nothing may read it, and
+only a later load of the same counter may write it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from tilewright.runtime.emulator.amd.counters import Counter, Counters, RegisterStatus
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.errors import EmulatorFault
 from tilewright.runtime.emulator.amd.operands import (
@@ -72,6 +76,8 @@ class WaveState:
     ) -> None:
         self.waves, self.waves_per_group, self.memory = waves, waves_per_group, memory
         self.first_group = 0
+        #: number of the first accumulation register among the vector registers
+        self.accumulators = vector_registers
         self.sgprs = np.zeros((SCALAR_REGISTERS, waves), np.uint32)
         self.vgprs = np.zeros((vector_registers, waves, LANES), np.uint32)
         self.exec_bits = np.full(waves, 0xFFFFFFFFFFFFFFFF, np.uint64)
@@ -82,10 +88,12 @@ class WaveState:
         self.waiting = np.zeros(waves, np.bool_)
         self.group = np.arange(waves) // waves_per_group
         self.instruction: Instruction | None = None
-        self._undefined_v = np.full((vector_registers, waves), poison)
-        self._undefined_s = np.full((SCALAR_REGISTERS, waves), poison)
-        self._all_defined_v = [not poison] * vector_registers
-        self._all_defined_s = [not poison] * SCALAR_REGISTERS
+        self.counters = Counters(waves)
+        kinds = (Counter.VECTOR, Counter.LDS)
+        self._vector = RegisterStatus(vector_registers, waves, poison, self.counters, kinds)
+        self._scalar = RegisterStatus(SCALAR_REGISTERS, waves, poison, self.counters, (Counter.SCALAR,))
+        #: counters of the current instruction, if what it writes arrives later
+        self._arriving: Sequence[Counter] = ()
         #: selected waves whose current instruction has read something undefined
         self.taint: Array | None = None
         #: the same for upper halves of 64-bit sources, apart until `_settle` merges it into ``taint``
@@ -104,6 +112,12 @@ class WaveState:
         self.w = slice(None) if waves is None else waves
         self.count = self.waves if waves is None else len(waves)
         self._refresh_lanes()
+
+    @property
+    def selected(self) -> Array:
+        """The indices of the selected waves."""
+        indices: Array = np.arange(self.waves)[self.w]
+        return indices
 
     def _refresh_lanes(self) -> None:
         self.lanes = self.exec_mask[self.w]
@@ -130,9 +144,14 @@ class WaveState:
         finally:
             self.lanes, self.full = lanes, full
 
+    def look(self) -> int:
+        """A hash of all that the waves do next: registers, program counters, who waits or has ended."""
+        parts = (self.sgprs, self.vgprs, self.exec_bits, self.scc, self.pc, self.done, self.waiting)
+        return hash(tuple(part.tobytes() for part in parts))
+
     def fault(self, message: str, selected: Array | None = None) -> NoReturn:
         """Raise a fault of the current instruction; ``selected`` is a bool array of guilty selected waves."""
-        indices = np.arange(self.waves)[self.w]
+        indices = self.selected
         wave = int(indices[selected.argmax()] if selected is not None else indices[0])
         inst = self.instruction
         raise EmulatorFault(
@@ -140,19 +159,45 @@ class WaveState:
             instruction=inst.text if inst else "",
             line=inst.line if inst else 0,
             wave=(self.first_group + wave // self.waves_per_group, wave % self.waves_per_group),
+            source=inst.source if inst else "",
         )
 
     # ---- poison --------------------------------------------------------------------------------
 
-    def _read_taint(self, undefined: Array) -> None:
-        guilty = undefined[self.w]
+    def _inspect(self, status: RegisterStatus, letter: str, register: int) -> None:
+        """Read a register that is not clean: fault if a load will still write it, note if it is undefined."""
+        pending = status.in_flight(register, self.w)
+        if pending is not None:
+            load = status.load_of(register)
+            self.fault(
+                f"{self._name(letter, register)} is read before {load} has arrived: no s_waitcnt covers it", pending
+            )
+        guilty = status.undefined[register][self.w]
         if guilty.any():
-            self.taint = guilty.copy() if self.taint is None else self.taint | guilty
+            self.read_undefined(guilty)
+        status.refresh(register)
+
+    def _name(self, letter: str, register: int) -> str:
+        """A register as the assembly calls it: accumulation registers follow the others in one file."""
+        if letter == "v" and register >= self.accumulators:
+            return f"a{register - self.accumulators}"
+        return f"{letter}{register}"
+
+    def read_undefined(self, guilty: Array) -> None:
+        """The current instruction has read something undefined in these selected waves."""
+        self.taint = guilty.copy() if self.taint is None else self.taint | guilty
 
     def begin(self, inst: Instruction) -> None:
         """Start an instruction: nothing undefined has been read yet."""
         self.instruction = inst
         self.taint = self._upper_taint = None
+        self._arriving = ()
+
+    def issue(self, *counters: Counter) -> None:
+        """The current instruction is a memory operation of these counters: what it writes from now on arrives late."""
+        for counter in counters:
+            self.counters.issue(counter, self.w)
+        self._arriving = counters
 
     def forget_taint(self) -> None:
         """What the current instruction has read cannot show in its result."""
@@ -183,16 +228,25 @@ class WaveState:
             self.taint, self._upper_taint = self._upper_taint, None
         high()
 
-    def _mark(self, undefined: Array, flags: list[bool], register: int, lanes: Array | None) -> None:
+    def _mark(self, status: RegisterStatus, letter: str, register: int, lanes: Array | None) -> None:
         """Record a write to ``register``: it is now as undefined as what the instruction read."""
         self._settle()
-        selected = undefined[register][self.w]
+        # loads of a counter that goes in order land one after the other
+        ordered = [counter for counter in self._arriving if counter is not Counter.SCALAR]
+        pending = status.in_flight(register, self.w, ordered)
+        if pending is not None:
+            name, load = self._name(letter, register), status.load_of(register)
+            self.fault(f"{name} is written while {load} is in flight to it", pending)
+        selected = status.undefined[register][self.w]
         fresh: Array = self.taint if self.taint is not None else np.zeros_like(selected)
         if lanes is not None:
             # a partial write of an undefined value leaves a defined register defined
             fresh = np.where(lanes.any(axis=1), fresh & (selected | lanes.all(axis=1)), selected)
-        undefined[register, self.w] = fresh
-        flags[register] = not undefined[register].any()
+        status.undefined[register, self.w] = fresh
+        if self._arriving and self.instruction is not None:
+            status.expect(register, self.w, self._arriving, self.instruction)
+        else:
+            status.refresh(register)
 
     def require_defined(self, use: str) -> None:
         """Fault if the current instruction has read a never-written register (in a wave with active lanes)."""
@@ -201,20 +255,25 @@ class WaveState:
             return
         guilty = self.taint & self.lanes.any(axis=1)
         if guilty.any():
-            self.fault(f"{use} depends on a register that was never written", guilty)
+            self.fault(f"{use} depends on a register or on LDS that was never written", guilty)
 
     def require_defined_scalar(self, use: str) -> None:
         """Like `require_defined`, for effects that EXEC does not mask."""
         self._settle()
         if self.taint is not None and self.taint.any():
-            self.fault(f"{use} depends on a register that was never written", self.taint)
+            self.fault(f"{use} depends on a register or on LDS that was never written", self.taint)
 
     # ---- registers -----------------------------------------------------------------------------
 
+    @property
+    def _unusual(self) -> bool:
+        """Whether what the current instruction writes is undefined or arrives later."""
+        return bool(self._arriving) or self.taint is not None or self._upper_taint is not None
+
     def read_vgpr(self, register: int) -> Array:
         """uint32 [waves, 64]; may be a view of the register: do not modify it."""
-        if not self._all_defined_v[register]:
-            self._read_taint(self._undefined_v[register])
+        if not self._vector.clean[register]:
+            self._inspect(self._vector, "v", register)
         value: Array = self.vgprs[register][self.w]
         return value
 
@@ -226,16 +285,16 @@ class WaveState:
             np.copyto(self.vgprs[register], value, where=self.lanes)
         else:
             self.vgprs[register, self.w] = np.where(self.lanes, value, self.vgprs[register, self.w])
-        if self.taint is not None or self._upper_taint is not None or not self._all_defined_v[register]:
-            self._mark(self._undefined_v, self._all_defined_v, register, None if self.full else self.lanes)
+        if self._unusual or not self._vector.clean[register]:
+            self._mark(self._vector, "v", register, None if self.full else self.lanes)
 
     def read_sgpr(self, register: int) -> Array:
         """uint32 [waves]."""
         if register >= EXEC:
             bits = self.exec_bits[self.w]
             return split64(bits)[register - EXEC]
-        if not self._all_defined_s[register]:
-            self._read_taint(self._undefined_s[register])
+        if not self._scalar.clean[register]:
+            self._inspect(self._scalar, "s", register)
         value: Array = self.sgprs[register][self.w]
         return value
 
@@ -248,8 +307,8 @@ class WaveState:
             self.write_exec(join64(halves[0], halves[1]))
             return
         self.sgprs[register, self.w] = value
-        if self.taint is not None or self._upper_taint is not None or not self._all_defined_s[register]:
-            self._mark(self._undefined_s, self._all_defined_s, register, None)
+        if self._unusual or not self._scalar.clean[register]:
+            self._mark(self._scalar, "s", register, None)
 
     def read_sgpr64(self, register: int) -> Array:
         """uint64 [waves]."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilewright.runtime.emulator.amd.atomics import ATOMICS, Atomic
+from tilewright.runtime.emulator.amd.counters import Counter
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.operands import (
     KINDS,
@@ -18,7 +19,8 @@ from tilewright.runtime.emulator.amd.operands import (
     Operand,
     Where,
 )
-from tilewright.runtime.emulator.amd.registry import Handler, define
+from tilewright.runtime.emulator.amd.ordering import scope_of, scope_of_atomic
+from tilewright.runtime.emulator.amd.registry import Handler, define, instruction
 from tilewright.runtime.emulator.amd.state import WaveState, join64
 
 _U16, _U32, _U64, _I64 = np.uint16, np.uint32, np.uint64, np.int64
@@ -65,13 +67,15 @@ _STORES: dict[str, Transfer] = {
 class Access:
     """Where an instruction accesses: a space, addresses [waves, 64], and the lanes that take part.
 
-    ``inside`` are the lanes of ``mask`` that the buffer's range check lets through.
+    ``inside`` are the lanes of ``mask`` that the buffer's range check lets through, ``counters`` those
+    that count it.
     """
 
     space: str
     address: Array
     mask: Array
     inside: Array
+    counters: tuple[Counter, ...] = (Counter.VECTOR,)
 
 
 def write_loaded(state: WaveState, operand: Operand, words: list[Array], transfer: Transfer) -> None:
@@ -124,16 +128,20 @@ def _scratch_access(state: WaveState, inst: Instruction, vaddr: Operand, saddr: 
 
 
 def _flat_access(state: WaveState, inst: Instruction, vaddr: Operand) -> Access:
-    """Apertures choose LDS or scratch; the lanes of one instruction must agree (ISA chapter 10)."""
+    """Apertures choose LDS or scratch; the lanes of one instruction must agree (ISA chapter 10).
+
+    Whatever they choose, both counters count.
+    """
     address = state.vector(vaddr, KINDS["u64"]) + _U64(_offset(inst) & 0xFFFFFFFFFFFFFFFF)
     address = np.broadcast_to(address, state.lanes.shape)
     active = (address >> _U64(32))[state.lanes]
+    both = (Counter.VECTOR, Counter.LDS)
     for space, aperture in (("lds", SHARED_APERTURE_HI), ("scratch", PRIVATE_APERTURE_HI)):
         if active.size and (active == aperture).all():
-            return Access(space, address & _U64(0xFFFFFFFF), state.lanes, state.lanes)
+            return Access(space, address & _U64(0xFFFFFFFF), state.lanes, state.lanes, both)
         if (active == aperture).any():
             state.fault("a flat access mixes address spaces between lanes: not implemented")
-    return Access("global", address, state.lanes, state.lanes)
+    return Access("global", address, state.lanes, state.lanes, both)
 
 
 def _buffer_access(
@@ -199,7 +207,8 @@ def _load(transfer: Transfer, access_of: AccessFunction) -> Handler:
 
     def execute(state: WaveState, inst: Instruction) -> None:
         access = access_of(state, inst, inst.operands[1:], transfer.size)
-        words = state.memory.load(state, access.space, access.address, access.inside, transfer.size)
+        words = state.memory.load(state, access.space, access.address, access.inside, transfer.size, scope_of(inst))
+        state.issue(*access.counters)
         write_loaded(state, inst.operands[0], words, transfer)
 
     return execute
@@ -212,7 +221,8 @@ def _store(transfer: Transfer, access_of: AccessFunction, data_position: int) ->
         rest = inst.operands[:data_position] + inst.operands[data_position + 1 :]
         access = access_of(state, inst, rest, transfer.size)
         words = stored_words(state, inst.operands[data_position], transfer)
-        state.memory.store(state, access.space, access.address, access.inside, words, transfer.size)
+        state.memory.store(state, access.space, access.address, access.inside, words, transfer.size, scope_of(inst))
+        state.issue(*access.counters)
 
     return execute
 
@@ -221,13 +231,14 @@ def _load_to_lds(state: WaveState, access: Access, size: int, offset: int) -> No
     """LDS address = M0[15:0] + instruction offset + lane * size (ISA chapter 9, "Buffer load to LDS").
 
     Lanes outside the buffer write zero; lanes that EXEC disables write nothing. Sub-dword loads
-    still take a dword of LDS each.
+    still take a dword of LDS each. The data lands when VM_CNT says so.
     """
     words = state.memory.load(state, access.space, access.address, access.inside, size)
     base = state.read_sgpr(M0).astype(_I64)[:, None] + offset
     step = max(size, 4)
     target = base + np.arange(64, dtype=_I64)[None] * step
-    state.memory.store(state, "lds", target, access.mask, words, step)
+    state.memory.send_to_lds(state, target, access.mask, words, step)
+    state.issue(Counter.VECTOR)
 
 
 def _buffer_load(transfer: Transfer) -> Handler:
@@ -266,8 +277,16 @@ def _atomic(atomic: Atomic, access_of: AccessFunction, data_first: bool) -> Hand
         access = access_of(state, inst, rest, atomic.size)
         words = [state.raw(data, part) for part in range(atomic.data_words)]
         old = state.memory.atomic(
-            state, access.space, access.address, access.inside, words, atomic.size, atomic.function
+            state,
+            access.space,
+            access.address,
+            access.inside,
+            words,
+            atomic.size,
+            atomic.function,
+            scope_of_atomic(inst),
         )
+        state.issue(*access.counters)
         if returns:
             for part, word in enumerate(old):
                 state.write_vgpr(destination.index + part, word)
@@ -309,7 +328,9 @@ def _scalar_load(words: int) -> Handler:
         if "offset" in inst.modifiers:
             address = address + _U64(_offset(inst) & 0xFFFFFFFFFFFFFFFF)
         state.require_defined_scalar("the address of a scalar load")
-        for part, word in enumerate(state.memory.load_scalar(state, np.asarray(address), words)):
+        loaded = state.memory.load_scalar(state, np.asarray(address), words, state.selected)
+        state.issue(Counter.SCALAR)
+        for part, word in enumerate(loaded):
             state.write_sgpr(destination.index + part, word)
 
     return execute
@@ -324,12 +345,14 @@ def _scalar_buffer_load(words: int) -> Handler:
         displacement = state.scalar(offset, KINDS["u32"]).astype(_U64) + _U64(_offset(inst))
         base = join64(low, high & _U32(0xFFFF))
         state.require_defined_scalar("the address of a scalar load")
-        for part in range(words):
+        loaded = [np.zeros(base.shape, _U32) for _ in range(words)]
+        for part, word in enumerate(loaded):
             inside = np.broadcast_to(displacement + _U64(4 * part + 4) <= records, base.shape)
-            word = np.zeros(base.shape, _U32)
             if inside.any():
                 address = np.broadcast_to(base + displacement + _U64(4 * part), base.shape)
-                word[inside] = state.memory.load_scalar(state, address[inside], 1)[0]
+                word[inside] = state.memory.load_scalar(state, address[inside], 1, state.selected[inside])[0]
+        state.issue(Counter.SCALAR)
+        for part, word in enumerate(loaded):
             state.write_sgpr(destination.index + part, word)
 
     return execute
@@ -339,3 +362,18 @@ for _words in (1, 2, 3, 4, 8, 16):
     _suffix = "" if _words == 1 else f"x{_words}"
     define(f"s_load_dword{_suffix}", _scalar_load(_words))
     define(f"s_buffer_load_dword{_suffix}", _scalar_buffer_load(_words))
+
+
+@instruction("buffer_wbl2")
+def _write_back(state: WaveState, inst: Instruction) -> None:
+    """Dirty lines of L2 go to memory at the scope of sc0 and sc1: stores before it are visible once it is finished."""
+    if state.memory.order is not None:
+        state.memory.order.write_back(state.selected, scope_of(inst))
+    state.issue(Counter.VECTOR)
+
+
+@instruction("buffer_inv")
+def _invalidate(state: WaveState, inst: Instruction) -> None:
+    """L1 forgets what it holds: loads after it see what finished atomic loads of that scope have acquired."""
+    if state.memory.order is not None:
+        state.memory.order.invalidate(state.selected, scope_of(inst))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewright.runtime.emulator.memory import ranks
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
+from tilewright.runtime.emulator.nvidia.discarded import used_lanes
 from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, f32_to_bf16
 from tilewright.runtime.emulator.nvidia.operands import address, dest, parts, source
+from tilewright.runtime.emulator.nvidia.ordering import SCOPES
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import beyond, global_offsets, local_offsets, split_generic
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type, unsigned_of
+from tilewright.runtime.emulator.races import WEAK
 
 _SPACES = (
     "global", "shared", "shared::cta", "shared::cluster", "local", "param", "param::entry", "param::func", "const",
@@ -24,16 +28,72 @@ _SCOPES = ("cta", "cluster", "gpu", "sys")
 _CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "unified")
 
 
-def _qualifiers(inst: Instruction) -> str:
-    """Take what does not change the result here: order, scope, cache hints. Gives the state space, "" for generic."""
-    for names in (_ORDER, _SCOPES, _CACHE):
-        inst.one_of(*names, default="")
+@dataclass(frozen=True)
+class _Qualifiers:
+    """State space ("" for generic) and memory order of an access; ``strength`` is its scope if it is strong, else 0."""
+
+    space: str
+    order: str
+    strength: int
+
+    @property
+    def ordered(self) -> bool:
+        """Parameters and constants never change."""
+        return self.space not in ("param", "const")
+
+
+def _qualifiers(inst: Instruction, strong: bool = False) -> _Qualifiers:
+    """Take order, scope, hints and the state space. Atomics are ``strong``: .relaxed.gpu unless they say more."""
+    order = inst.one_of(*_ORDER, default="relaxed" if strong else "weak")
+    scope = SCOPES[inst.one_of(*_SCOPES, default="gpu" if strong else "sys")]  # .volatile and .mmio name none
+    inst.one_of(*_CACHE, default="")
     hints = [m for m in inst.modifiers if m.startswith(("L1::", "L2::", "level::"))]
     for hint in hints:
         inst.modifiers.remove(hint)
     if "L2::cache_hint" in hints:
         inst.operands = inst.operands[:-1]
-    return inst.one_of(*_SPACES, default="").partition("::")[0]
+    space = inst.one_of(*_SPACES, default="").partition("::")[0]
+    return _Qualifiers(space, order, WEAK if order == "weak" else scope)
+
+
+def _note_load(
+    state: State, offsets: Array, size: int, how: _Qualifiers, used_lanes: Callable[[State], Array | None]
+) -> None:
+    """Tell the race detector of a load from global memory, of the lanes that use its value."""
+    ordering = state.launch.ordering
+    if ordering is None or not how.ordered:
+        return
+    used = used_lanes(state)
+    if used is None:
+        ordering.touch(state, "global", offsets, size, writes=False, strength=how.strength)
+    else:
+        taken = used[state.lanes]
+        with state.restricted(state.lanes & used):
+            ordering.touch(state, "global", offsets[taken], size, writes=False, strength=how.strength)
+
+
+def _note_order(state: State, part: str, offsets: Array, how: _Qualifiers, *, reads: bool, writes: bool) -> None:
+    """Tell the race detector what a strong access orders."""
+    if state.launch.ordering is not None and how.strength and part != "local":
+        state.launch.ordering.strong(state, part, offsets, how.strength, how.order, reads=reads, writes=writes)
+
+
+def _put(state: State, part: str, data: Array, offsets: Array, type_: Type, values: list[Array], strength: int) -> None:
+    """Store vectors: a value for each access in each of ``values``. The race detector hears of it."""
+    view = data[: data.size - data.size % type_.bytes].view(type_.unsigned)
+    index = offsets // type_.bytes
+
+    def store() -> None:
+        for i, value in enumerate(values):
+            view[index + i if i else index] = value
+
+    ordering = state.launch.ordering
+    if ordering is None or part == "local":
+        store()
+        return
+    octets = np.ascontiguousarray(np.stack(values, axis=-1)).view(np.uint8)
+    with ordering.storing(state, part, data, offsets, octets, strength):
+        store()
 
 
 def _as_global(state: State, space: str, where: Array) -> Array:
@@ -60,6 +120,14 @@ def _bytes(state: State, space: str, where: Array, size: int, what: str, needed:
     return shared.data.reshape(-1), shared.offsets(state, where, size, what)
 
 
+def _unwritten(state: State, part: str, offsets: Array, size: int, strength: int) -> Array | None:
+    """Which accesses read a byte of shared or local memory that was never written; None if none does."""
+    if part == "shared":
+        return state.launch.shared.check_read(state, offsets, size, strength)
+    written = np.all(state.launch.local_written[offsets[:, None] + np.arange(size)], axis=1)
+    return None if written.all() else np.logical_not(written)
+
+
 def gather(data: Array, offsets: Array, type_: Type, count: int) -> Array:
     """``count`` elements of a type at each (aligned) offset: [offsets, count]."""
     item = type_.bytes
@@ -74,7 +142,8 @@ def gather(data: Array, offsets: Array, type_: Type, count: int) -> Array:
 
 @instruction("ld", "ldu")
 def _load(inst: Instruction) -> Execute:
-    space = _qualifiers(inst)
+    how = _qualifiers(inst)
+    space = how.space
     vector = inst.one_of("v2", "v4", "v8", default="")
     type_ = inst.type()
     inst.need(2)
@@ -86,6 +155,7 @@ def _load(inst: Instruction) -> Execute:
     if len(writes) != count:
         raise Problem(f"loads {count} elements into {len(writes)} registers")
     where, size = address(inst, inst.operands[1]), type_.bytes * count
+    used = used_lanes(inst)
 
     def execute(state: State) -> None:
         at = where(state)
@@ -109,11 +179,14 @@ def _load(inst: Instruction) -> Execute:
                     if missing is not None:
                         behind = np.zeros(values.shape, np.bool_)
                         behind[lanes] = missing
-                if part == "shared":
-                    bad = state.launch.shared.check_read(state, offsets, size)
+                if part in ("shared", "local"):
+                    bad = _unwritten(state, part, offsets, size, how.strength)
                     if bad is not None:
                         undefined = np.zeros(lanes.shape, np.bool_) if undefined is None else undefined
                         undefined[lanes] = bad
+                if part == "global":
+                    _note_load(state, offsets, size if behind is None else type_.bytes, how, used)
+                _note_order(state, part, offsets, how, reads=True, writes=False)
         if undefined is not None:
             state.add_taint(undefined)
         taint = state.taint
@@ -130,7 +203,8 @@ def _load(inst: Instruction) -> Execute:
 def _store(inst: Instruction) -> Execute:
     if inst.flag("async"):
         raise Problem("st.async is not implemented")
-    space = _qualifiers(inst)
+    how = _qualifiers(inst)
+    space = how.space
     vector = inst.one_of("v2", "v4", "v8", default="")
     type_ = inst.type()
     inst.need(2)
@@ -162,10 +236,13 @@ def _store(inst: Instruction) -> Execute:
                         state.fault("the value stored depends on one that was never written", undefined)
                 if part == "shared":
                     state.launch.shared.check_write(state, offsets, size, defined)
-                view = data[: data.size - data.size % type_.bytes].view(type_.unsigned)
-                index = offsets // type_.bytes
-                for i, value in enumerate(values):
-                    view[index + i if i else index] = value.reshape(-1) if lanes.all() else value[lanes]
+                elif part == "local":
+                    for byte in range(size):
+                        state.launch.local_written[offsets + byte] = defined
+                taken = [value.reshape(-1) if lanes.all() else value[lanes] for value in values]
+                _put(state, part, data, offsets, type_, taken, how.strength)
+                _note_order(state, part, offsets, how, reads=False, writes=True)
+                state.launch.effects += part != "local"
 
     return execute
 
@@ -228,7 +305,8 @@ def _atomic(inst: Instruction) -> Execute:
     if inst.flag("async"):
         raise Problem("red.async is not implemented")
     inst.flag("noftz")
-    space = _qualifiers(inst)
+    how = _qualifiers(inst, strong=True)
+    space = how.space
     operation = inst.one_of(*_ATOMICS)
     vector = inst.one_of("v2", "v4", "v8", default="")
     type_ = inst.type()
@@ -251,14 +329,20 @@ def _atomic(inst: Instruction) -> Execute:
                 if not offsets.size:
                     continue
                 if part == "shared":
-                    bad = state.launch.shared.check_read(state, offsets, type_.bytes * count)
+                    bad = state.launch.shared.check_read(state, offsets, type_.bytes * count, how.strength)
                     if bad is not None:
                         state.fault("an atomic operation on shared memory that was never written")
                     state.launch.shared.check_write(state, offsets, type_.bytes * count)
+                if state.launch.ordering is not None and part != "local":
+                    state.launch.ordering.touch(
+                        state, part, offsets, type_.bytes * count, writes=True, strength=how.strength
+                    )
+                _note_order(state, part, offsets, how, reads=True, writes=True)
                 view = data[: data.size - data.size % type_.bytes].view(type_.dtype)
-                old[lanes] = _take_turns(
-                    view, offsets // type_.bytes, [[v[lanes] for v in vs] for vs in values], function
-                )
+                index = offsets // type_.bytes
+                old[lanes] = _take_turns(view, index, [[v[lanes] for v in vs] for vs in values], function)
+                changed = old[lanes] != view[index[:, None] + np.arange(count)]
+                state.launch.effects += bool(changed.any())  # one that changes nothing may be a poll
         for i, write in enumerate(writes):
             write(state, np.ascontiguousarray(old[..., i]))
 

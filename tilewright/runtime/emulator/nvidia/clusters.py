@@ -17,6 +17,7 @@ from tilewright.runtime.emulator.nvidia.operands import dest, source
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import cluster_address
 from tilewright.runtime.emulator.nvidia.types import Array
+from tilewright.runtime.emulator.races import Token
 
 if TYPE_CHECKING:
     from tilewright.runtime.emulator.nvidia.decode import Instruction, Kernel
@@ -25,12 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class ClusterBarrier:
-    """barrier.cluster: the warps that have arrived in this phase, and for those yet to wait in which they did."""
+    """barrier.cluster: the warps that have arrived in this phase, and for those yet to wait in which they did.
+
+    ``arriving``: what those know who released it by arriving; ``completed``: of complete phases, for who acquires it.
+    """
 
     phase: int = 0
     arrived: set[int] = field(default_factory=set)
     phases: dict[int, int] = field(default_factory=dict)
     waiting: list[tuple[int, Array]] = field(default_factory=list)
+    arriving: Token = field(default_factory=Token)
+    completed: Token = field(default_factory=Token)
 
 
 def cluster_blocks(kernel: Kernel, grid: tuple[int, int, int]) -> int:
@@ -60,12 +66,16 @@ def _mapa(inst: Instruction) -> Execute:
 
 @instruction("barrier.cluster.arrive", "barrier.cluster.wait", ends_run=True, gathers="warp")
 def _barrier(inst: Instruction) -> Execute:
-    """A wait releases once all warps of the cluster that have not ended have arrived (9.7.13.4)."""
-    inst.one_of("release", "acquire", "relaxed", default="")
+    """A wait lets go once all warps of the cluster that have not ended have arrived (9.7.13.4).
+
+    Arrivals release unless they are .relaxed; every wait acquires.
+    """
+    order = inst.one_of("release", "acquire", "relaxed", default="")
     inst.flag("aligned")
     arrives = inst.name.endswith("arrive")
 
     def execute(state: State) -> None:
+        ordering = state.launch.ordering
         for row, warp in enumerate(state.selected().tolist()):
             cluster = int(state.block[warp]) // state.launch.cluster
             barrier = state.launch.cluster_barriers.setdefault(cluster, ClusterBarrier())
@@ -74,6 +84,9 @@ def _barrier(inst: Instruction) -> Execute:
                     state.fault("the warp arrives twice at the cluster's barrier, with no wait between", warp=warp)
                 barrier.arrived.add(warp)
                 barrier.phases[warp] = barrier.phase
+                state.launch.effects += 1
+                if ordering is not None and order != "relaxed":
+                    barrier.arriving.join(ordering.team.release(warp, state.lanes[row]))
                 complete(state, cluster)
                 continue
             arrived = barrier.phases.pop(warp, None)
@@ -83,6 +96,8 @@ def _barrier(inst: Instruction) -> Execute:
                 barrier.waiting.append((warp, state.lanes[row].copy()))
                 state.blocked[warp] |= state.lanes[row]
                 state.launch.waits[warp] = "the cluster's barrier"
+            elif ordering is not None:
+                ordering.team.acquire(warp, barrier.completed, state.lanes[row])
 
     return execute
 
@@ -97,6 +112,7 @@ def complete(state: State, cluster: int) -> None:
         return
     barrier.phase += 1
     barrier.arrived.clear()
+    barrier.completed.join(barrier.arriving)
     for block in range(cluster * size, (cluster + 1) * size):
         publish(state, block)
     for (owner, _), mbarrier in state.launch.barriers.items():
@@ -105,6 +121,8 @@ def complete(state: State, cluster: int) -> None:
     for waiter, lanes in barrier.waiting:
         state.wake(waiter, lanes)
         state.launch.waits.pop(waiter, None)
+        if state.launch.ordering is not None:
+            state.launch.ordering.team.acquire(waiter, barrier.completed, lanes)
     barrier.waiting.clear()
 
 

@@ -7,7 +7,7 @@ or block the lanes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.launch import NamedBarrier
 from tilewright.runtime.emulator.nvidia.mbarrier import publish
 from tilewright.runtime.emulator.nvidia.operands import dest, integer, source
+from tilewright.runtime.emulator.nvidia.ordering import ASYNC_GLOBAL, ASYNC_SHARED, SCOPES
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import LOCAL_WINDOW
 from tilewright.runtime.emulator.nvidia.state import State
@@ -53,6 +54,7 @@ def _exit(inst: Instruction) -> Execute:
 
     def execute(state: State) -> None:
         state.exited[state.w] |= state.lanes
+        state.launch.effects += 1
         ended = state.exited[state.w].all(axis=1)
         for warp in state.selected()[ended]:
             _warp_ended(state, int(warp))
@@ -77,7 +79,7 @@ def _warp_ended(state: State, warp: int) -> None:
             state.fault("the block ends while a copy into its shared memory is in flight", warp=warp)
     for (owner, _), groups in launch.stores.items():
         for store in (s for group in groups for s in group):
-            if state.block[owner] == block and not store.has_read:
+            if state.block[owner] == block and not store.waited_reading:
                 state.instruction = store.instruction
                 state.fault("the block ends while a bulk copy still reads its shared memory", warp=owner)
 
@@ -108,7 +110,7 @@ def _sleep(inst: Instruction) -> Execute:
 
 @instruction("fence", "membar")
 def _fence(inst: Instruction) -> Execute:
-    """Memory is coherent here at all times; only the fences of the async proxy have an effect."""
+    """Memory is coherent here at all times: fences matter to the checks alone."""
     words, inst.modifiers = inst.modifiers, []
     known = {
         "sc", "acq_rel", "acquire", "release", "relaxed", "cta", "cluster", "gpu", "sys", "gl", "proxy", "alias",
@@ -120,14 +122,30 @@ def _fence(inst: Instruction) -> Execute:
             raise Problem(f"the modifier .{word} is not implemented")
     if "mbarrier_init" in words:
         return _publish_barriers
-    if "proxy" in words and "async" in words and "global" not in words:
+    if "proxy" in words:
+        return _proxy_fence(words) if "async" in words else lambda state: None
+    scope = SCOPES[next((word for word in words if word in SCOPES), "sys")]
 
-        def execute(state: State) -> None:
+    def execute(state: State) -> None:
+        if state.launch.ordering is not None:
+            state.launch.ordering.fence(state, scope)
+
+    return execute
+
+
+def _proxy_fence(words: Sequence[str]) -> Execute:
+    """fence.proxy.async, of all memory or of one state space."""
+    spaces = {word.partition("::")[0] for word in words} & {"shared", "global"} or {"shared", "global"}
+    proxies = [number for space, number in (("shared", ASYNC_SHARED), ("global", ASYNC_GLOBAL)) if space in spaces]
+
+    def execute(state: State) -> None:
+        if state.launch.ordering is not None:
+            state.launch.ordering.proxy_fence(state, proxies)
+        if "shared" in spaces:
             state.launch.shared.fence(state)
             _publish_barriers(state)
 
-        return execute
-    return lambda state: None
+    return execute
 
 
 def _publish_barriers(state: State) -> None:
@@ -170,6 +188,8 @@ def _barrier(inst: Instruction) -> Execute:
             lane = int(lanes[row].argmax())
             expected = state.warps_per_block * LANES if counts is None else int(counts[row, lane])
             barrier = _arrive(state, warp, int(numbers[row, lane]), expected)
+            if state.launch.ordering is not None:
+                barrier.token.join(state.launch.ordering.team.release(warp, lanes[row]))
             if holds is not None and deliver is not None:
                 barrier.held += int(holds[row].sum())
                 barrier.total += int(lanes[row].sum())
@@ -198,6 +218,7 @@ def _arrive(state: State, warp: int, number: int, expected: int) -> NamedBarrier
         state.fault(f"the warp arrives twice at barrier {number}", warp=warp)
     barrier.expected = expected
     barrier.arrived += LANES
+    state.launch.effects += 1
     return barrier
 
 
@@ -207,6 +228,8 @@ def _release(state: State, block: int, number: int, barrier: NamedBarrier) -> No
     for warp, lanes in barrier.waiting:
         state.wake(warp, lanes)
         state.launch.waits.pop(warp, None)
+        if state.launch.ordering is not None:
+            state.launch.ordering.team.acquire(warp, barrier.token, lanes)
     before = state.w, state.count, state.lanes, state.full, state.mask
     for warp, lanes, deliver in barrier.deliver:
         state.select(np.array([warp]), lanes[None])
@@ -347,10 +370,13 @@ def _print(state: State, format_place: int, arguments_place: int, result: int | 
         for lane in np.nonzero(state.lanes[row])[0].tolist():
             thread = warp * LANES + lane
             text = _text(state, thread, _local(state, thread, format_place, 8))
-            state.launch.printed.append(_formatted(state, thread, text, _local(state, thread, arguments_place, 8)))
+            state.launch.statistics.printed.append(
+                _formatted(state, thread, text, _local(state, thread, arguments_place, 8))
+            )
             if result is not None:
                 start = thread * state.launch.kernel.local_bytes + result
                 state.launch.local[start : start + 4] = 0
+                state.launch.local_written[start : start + 4] = True
 
 
 def _formatted(state: State, thread: int, text: str, buffer: int) -> str:

@@ -17,16 +17,17 @@ from tilewright.runtime.emulator.nvidia import syntax
 from tilewright.runtime.emulator.nvidia.access import atomic_function
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.launch import BulkStore, Work
-from tilewright.runtime.emulator.nvidia.mbarrier import change, find_barrier
+from tilewright.runtime.emulator.nvidia.mbarrier import change, find_barrier, landed
 from tilewright.runtime.emulator.nvidia.operands import Reader, integer, location, source
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.shared_memory import GRAIN
-from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW, global_offsets, peer
+from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW, peer
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.tensor_map import TensorMap, decode_tensor_map
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
+from tilewright.runtime.emulator.races import DEVICE, WEAK
 
-_SHARED = ("shared::cta", "shared::cluster", "shared")
+SHARED_SPACES = ("shared::cta", "shared::cluster", "shared")
 
 
 def swizzled_grains(first: int, count: int, swizzle: int) -> Array:
@@ -69,17 +70,17 @@ def _memory(operand: syntax.Operand) -> syntax.Memory:
     return operand
 
 
-def _address(inst: Instruction, operand: syntax.Operand) -> Reader:
+def address_of(inst: Instruction, operand: syntax.Operand) -> Reader:
     memory = _memory(operand)
     return location(inst, memory.base, memory.offset)
 
 
-def _shared_place(address: int) -> int:
+def shared_place(address: int) -> int:
     """A shared address given as such or as a generic one."""
     return address - SHARED_WINDOW if address >= SHARED_WINDOW else address
 
 
-def _trailing(inst: Instruction) -> bool:
+def take_hints(inst: Instruction) -> bool:
     """Take the hints; drop the operands that belong to them. Whether this copy multicasts."""
     if inst.flag("L2::cache_hint"):
         inst.operands = inst.operands[:-1]
@@ -98,17 +99,29 @@ def _publish_check(state: State, warp: int, place: int, block: int) -> None:
 def _start_load(
     state: State,
     warp: int,
+    lane: int,
     start: int,
     size: int,
     barrier_place: int,
     fetch: Callable[[], Array],
     swizzle: int,
+    touched: tuple[Array, int],
     block: int | None = None,
 ) -> None:
-    """Queue a copy of ``size`` bytes, which ``fetch`` reads when it lands, to ``start`` of a block (the warp's)."""
+    """Queue a copy of ``size`` bytes, which ``fetch`` reads when it lands, to ``start`` of a block (the warp's).
+
+    ``touched``: the offsets in global memory that it reads, and the bytes at each.
+    """
     launch, block = state.launch, int(state.block[warp]) if block is None else block
     _publish_check(state, warp, barrier_place, block)
     launch.shared.expect(state, block, start, size)
+    records = []
+    if launch.ordering is not None:
+        target = block * launch.shared.pitch + np.arange(start, start + size, GRAIN)
+        records = [
+            launch.ordering.issue(state, "shared", [warp], lane, target, GRAIN, writes=True),
+            launch.ordering.issue(state, "global", [warp], lane, *touched, writes=False),
+        ]
 
     def complete(state: State) -> None:
         shared = launch.shared
@@ -116,16 +129,30 @@ def _start_load(
         where = swizzled_grains(start // GRAIN, size // GRAIN, swizzle) + block * shared.grains_per_block
         shared.grains[where] = data.view(np.uint8).reshape(-1, GRAIN)
         shared.arrived(block, start, size)
-        change(state, block, find_barrier(state, warp, barrier_place, block), 0, -size, warp)
+        barrier = find_barrier(state, warp, barrier_place, block)
+        landed(state, block, barrier, records)
+        change(state, block, barrier, 0, -size, warp)
 
     assert state.instruction is not None
     launch.copies.append(Work(block, warp, state.instruction, complete))
+    launch.effects += 1
 
 
 def _start_store(
-    state: State, warp: int, lane: int, start: int, size: int, swizzle: int, write: Callable[[Array], None]
+    state: State,
+    warp: int,
+    lane: int,
+    start: int,
+    size: int,
+    swizzle: int,
+    write: Callable[[Array], None],
+    touched: tuple[Array, int],
+    reduces: bool,
 ) -> None:
-    """Queue a copy of ``size`` bytes from ``start`` of the warp's block; ``write`` takes them in order."""
+    """Queue a copy of ``size`` bytes from ``start`` of the warp's block; ``write`` takes them in order.
+
+    ``touched`` as of `_start_load`; what ``reduces`` does so atomically, .relaxed.gpu (9.7.9.25.4.2).
+    """
     launch, block = state.launch, int(state.block[warp])
     shared = launch.shared
     if not shared.first <= start <= start + size <= shared.size:
@@ -137,13 +164,19 @@ def _start_store(
     shared.hold(grains)
     buffer: list[Array] = []
 
-    def read(state: State) -> None:
-        buffer.append(shared.grains[grains].copy())
-        shared.release(grains)
-
     assert state.instruction is not None
+    store = BulkStore(
+        block, state.instruction, lambda: buffer.append(shared.grains[grains].copy()), lambda: write(buffer[0]),
+        lambda: shared.release(grains),
+    )  # fmt: skip
+    ordering = launch.ordering
+    if ordering is not None:
+        strength = DEVICE if reduces else WEAK
+        store.reads.append(ordering.issue(state, "shared", [warp], lane, grains * GRAIN, GRAIN, writes=False))
+        store.writes.append(ordering.issue(state, "global", [warp], lane, *touched, writes=True, strength=strength))
     groups = launch.stores.setdefault((warp, lane), [[]])
-    groups[-1].append(BulkStore(block, state.instruction, read, lambda state: write(buffer[0])))
+    groups[-1].append(store)
+    launch.effects += 1
 
 
 # --- tensor copies ---------------------------------------------------------------------------------
@@ -191,6 +224,19 @@ def _view(state: State, map_: TensorMap, start: tuple[int, ...], warp: int) -> t
     return places, elements
 
 
+def _touched(map_: TensorMap, start: tuple[int, ...]) -> tuple[Array, int]:
+    """The offsets in global memory of a box, and the bytes at each."""
+    offset, _, extents, strides = _window(map_, start)
+    item = int(map_.dtype.itemsize)
+    first = map_.address - BASE + offset
+    if strides[-1] == item and extents[-1] * item % GRAIN == 0 and first % GRAIN == 0:
+        extents, strides, item = [*extents[:-1], extents[-1] * item // GRAIN], [*strides[:-1], GRAIN], GRAIN
+    places = np.full(1, first)
+    for extent, stride in zip(extents, strides, strict=True):
+        places = (places[:, None] + np.arange(extent) * stride).reshape(-1)
+    return places, item
+
+
 def _fetch_box(state: State, map_: TensorMap, start: tuple[int, ...], warp: int) -> Array:
     box = np.zeros(map_.box_shape[::-1], map_.dtype)
     found = _view(state, map_, start, warp)
@@ -219,7 +265,7 @@ def _checked_map(state: State, warp: int, rank: int, values: dict[str, int]) -> 
     map_ = _read_map(state, warp, values["map"])
     if len(map_.dims) != rank:
         state.fault(f"a copy of {rank} dimensions with a tensor map of {len(map_.dims)}", warp=warp)
-    place = _shared_place(values["shared"])
+    place = shared_place(values["shared"])
     if place % 128:
         state.fault(f"a tensor copy needs shared memory aligned to 128 bytes, not {place}", warp=warp)
     return map_, tuple(values[f"c{axis}"] for axis in range(rank))
@@ -231,20 +277,20 @@ def _tensor_copy(inst: Instruction) -> Execute:
     rank = _rank(inst)
     inst.flag("tile")
     if (inst.flag("global") and inst.modifiers and inst.modifiers[0] == "bulk_group") or "bulk_group" in inst.modifiers:
-        inst.one_of(*_SHARED)
+        inst.one_of(*SHARED_SPACES)
         return _tensor_store(inst, rank, None)
-    inst.one_of(*_SHARED)
+    inst.one_of(*SHARED_SPACES)
     inst.flag("mbarrier::complete_tx::bytes")
-    multicast = _trailing(inst)
+    multicast = take_hints(inst)
     operands = _Operands(inst)
-    operands.add("shared", _address(inst, inst.operands[0]))
+    operands.add("shared", address_of(inst, inst.operands[0]))
     _tensor_operands(inst, operands, _memory(inst.operands[1]), rank)
-    operands.add("barrier", _address(inst, inst.operands[2]))
+    operands.add("barrier", address_of(inst, inst.operands[2]))
     if multicast:
         operands.add("mask", source(inst, inst.operands[3], "u16"))
 
     def execute(state: State) -> None:
-        for warp, _, values in operands.rows(state):
+        for warp, lane, values in operands.rows(state):
             map_, start = _checked_map(state, warp, rank, values)
             blocks: list[int | None] = [None]
             if multicast:
@@ -253,11 +299,13 @@ def _tensor_copy(inst: Instruction) -> Execute:
                 _start_load(
                     state,
                     warp,
-                    _shared_place(values["shared"]),
+                    lane,
+                    shared_place(values["shared"]),
                     map_.box_bytes,
-                    _shared_place(values["barrier"]),
+                    shared_place(values["barrier"]),
                     lambda map_=map_, start=start, warp=warp: _fetch_box(state, map_, start, warp),  # type: ignore[misc]
                     map_.swizzle,
+                    _touched(map_, start),
                     block,
                 )
 
@@ -266,10 +314,10 @@ def _tensor_copy(inst: Instruction) -> Execute:
 
 def _tensor_store(inst: Instruction, rank: int, function: str | None) -> Execute:
     inst.flag("bulk_group")
-    _trailing(inst)
+    take_hints(inst)
     operands = _Operands(inst)
     _tensor_operands(inst, operands, _memory(inst.operands[0]), rank)
-    operands.add("shared", _address(inst, inst.operands[1]))
+    operands.add("shared", address_of(inst, inst.operands[1]))
 
     def execute(state: State) -> None:
         for warp, lane, values in operands.rows(state):
@@ -283,7 +331,10 @@ def _tensor_store(inst: Instruction, rank: int, function: str | None) -> Execute
                 box = data.reshape(-1).view(map_.dtype).reshape(map_.box_shape[::-1])[tuple(places)]
                 elements[...] = box if function is None else _combine(function, map_.element, elements, box)
 
-            _start_store(state, warp, lane, _shared_place(values["shared"]), map_.box_bytes, map_.swizzle, write)
+            _start_store(
+                state, warp, lane, shared_place(values["shared"]), map_.box_bytes, map_.swizzle, write,
+                _touched(map_, start), function is not None,
+            )  # fmt: skip
 
     return execute
 
@@ -305,7 +356,7 @@ def _element_type(element: str) -> Type:
 def _tensor_reduce(inst: Instruction) -> Execute:
     """Like a store, combining with what is there."""
     rank = _rank(inst)
-    inst.flag("tile"), inst.flag("global"), inst.one_of(*_SHARED)
+    inst.flag("tile"), inst.flag("global"), inst.one_of(*SHARED_SPACES)
     return _tensor_store(inst, rank, inst.one_of("add", "min", "max", "inc", "dec", "and", "or", "xor"))
 
 
@@ -322,30 +373,32 @@ def _prefetch(inst: Instruction) -> Execute:
 def _bulk_copy(inst: Instruction) -> Execute:
     """Contiguous bytes: [dst], [src], size, [mbarrier], or to global memory as part of a bulk group."""
     to_global = "bulk_group" in inst.modifiers
-    inst.flag("global"), inst.one_of(*_SHARED)
+    inst.flag("global"), inst.one_of(*SHARED_SPACES)
     if to_global:
         return _bulk_store(inst, None)
-    if inst.modifiers and inst.modifiers[0] in _SHARED:
+    if inst.modifiers and inst.modifiers[0] in SHARED_SPACES:
         raise Problem("copies between shared memories are not implemented")
     inst.flag("mbarrier::complete_tx::bytes")
-    _trailing(inst)
+    take_hints(inst)
     operands = _Operands(inst)
-    operands.add("shared", _address(inst, inst.operands[0]))
-    operands.add("global", _address(inst, inst.operands[1]))
+    operands.add("shared", address_of(inst, inst.operands[0]))
+    operands.add("global", address_of(inst, inst.operands[1]))
     operands.add("size", source(inst, inst.operands[2], "u32"))
-    operands.add("barrier", _address(inst, inst.operands[3]))
+    operands.add("barrier", address_of(inst, inst.operands[3]))
 
     def execute(state: State) -> None:
-        for warp, _, values in operands.rows(state):
+        for warp, lane, values in operands.rows(state):
             offset, size, start = _checked_range(state, warp, values)
             _start_load(
                 state,
                 warp,
+                lane,
                 start,
                 size,
-                _shared_place(values["barrier"]),
+                shared_place(values["barrier"]),
                 lambda offset=offset, size=size: state.launch.memory.data[offset : offset + size].copy(),  # type: ignore[misc]
                 0,
+                (np.arange(offset, offset + size, GRAIN), GRAIN),
             )
 
     return execute
@@ -353,7 +406,7 @@ def _bulk_copy(inst: Instruction) -> Execute:
 
 def _checked_range(state: State, warp: int, values: dict[str, int]) -> tuple[int, int, int]:
     """Global offset, size and shared address, all multiples of 16."""
-    offset, size, start = values["global"] - BASE, values["size"], _shared_place(values["shared"])
+    offset, size, start = values["global"] - BASE, values["size"], shared_place(values["shared"])
     if offset % 16 or size % 16 or start % 16 or size <= 0:
         state.fault(
             f"a bulk copy of {size} bytes from or to {start} and {values['global']:#x}: not multiples of 16", warp=warp
@@ -365,10 +418,10 @@ def _checked_range(state: State, warp: int, values: dict[str, int]) -> tuple[int
 
 def _bulk_store(inst: Instruction, combine: Callable[[Array, Array], Array] | None) -> Execute:
     inst.flag("bulk_group")
-    _trailing(inst)
+    take_hints(inst)
     operands = _Operands(inst)
-    operands.add("global", _address(inst, inst.operands[0]))
-    operands.add("shared", _address(inst, inst.operands[1]))
+    operands.add("global", address_of(inst, inst.operands[0]))
+    operands.add("shared", address_of(inst, inst.operands[1]))
     operands.add("size", source(inst, inst.operands[2], "u32"))
 
     def execute(state: State) -> None:
@@ -380,14 +433,15 @@ def _bulk_store(inst: Instruction, combine: Callable[[Array, Array], Array] | No
                 octets = data.reshape(-1)
                 old[:] = octets if combine is None else combine(old, octets)
 
-            _start_store(state, warp, lane, start, size, 0, write)
+            touched = np.arange(offset, offset + size, GRAIN), GRAIN
+            _start_store(state, warp, lane, start, size, 0, write, touched, combine is not None)
 
     return execute
 
 
 @instruction("cp.reduce.async.bulk", ends_run=True)
 def _bulk_reduce(inst: Instruction) -> Execute:
-    inst.flag("global"), inst.one_of(*_SHARED), inst.flag("noftz")
+    inst.flag("global"), inst.one_of(*SHARED_SPACES), inst.flag("noftz")
     name = inst.one_of("add", "min", "max", "inc", "dec", "and", "or", "xor")
     type_ = inst.type()
     function = atomic_function(name, type_)
@@ -424,150 +478,7 @@ def _bulk_wait(inst: Instruction) -> Execute:
             closed = groups[:-1]
             for group in closed[: max(0, len(closed) - pending)]:
                 for store in group:
-                    store.finish(state, reading)
-            groups[:-1] = [g for g in closed if any(not store.has_written for store in g)]
-
-    return execute
-
-
-# --- cp.async ----------------------------------------------------------------------------------------
-
-
-@instruction("cp.async.ca.shared", "cp.async.cg.shared", "cp.async.ca.shared::cta", "cp.async.cg.shared::cta")
-def _thread_copy(inst: Instruction) -> Execute:
-    """[dst], [src], size{, bytes to read | ignore-src predicate}: the rest becomes zero (9.7.9.25.3.1)."""
-    inst.flag("global")
-    for hint in [m for m in inst.modifiers if m.startswith("L2::") and m != "L2::cache_hint"]:
-        inst.flag(hint)
-    _trailing(inst)
-    to, from_ = _address(inst, inst.operands[0]), _address(inst, inst.operands[1])
-    size = integer(inst.operands[2])
-    if size not in ((16,) if ".cg." in inst.name else (4, 8, 16)):
-        raise Problem(f"cannot copy {size} bytes")
-    amount = ignore = None
-    if len(inst.operands) > 3:
-        last = inst.operands[3]
-        name = last.operand if isinstance(last, syntax.Negated) else last
-        number = inst.kernel.registers.get(name.text, -1) if isinstance(name, syntax.Name) else -1
-        if number >= 0 and inst.kernel.widths[number] == 1:
-            ignore = source(inst, last, "pred")
-        else:
-            amount = source(inst, last, "u32")
-
-    def execute(state: State) -> None:
-        shape = state.lanes.shape
-        targets, sources = np.broadcast_to(to(state), shape), np.broadcast_to(from_(state), shape)
-        targets = np.where(targets >= SHARED_WINDOW, targets - SHARED_WINDOW, targets)
-        count = np.full(shape, size)
-        if amount is not None:
-            count = np.broadcast_to(amount(state), shape).astype(np.int64)
-        if ignore is not None:
-            count = np.where(np.broadcast_to(ignore(state), shape), 0, count)
-        state.require_defined("an operand of the copy")
-        if ((count > size) & state.lanes).any():
-            state.fault(f"cp.async reads more than its {size} bytes", count > size)
-        shared = state.launch.shared
-        places = np.zeros(shape, np.int64)
-        places[state.lanes] = shared.offsets(state, targets, size, "copy")
-        with state.restricted(state.lanes & (count > 0)):
-            if state.lanes.any():
-                global_offsets(state, sources, size, count[state.lanes])
-        shared.check_write(state, places[state.lanes], size)
-        words = places[..., None] // 4 + np.arange(size // 4)
-        assert state.instruction is not None
-        for row, warp in enumerate(state.selected().tolist()):
-            lanes = state.lanes[row]
-            if lanes.any():
-                work = _thread_work(
-                    state,
-                    warp,
-                    places[row, lanes],
-                    sources[row, lanes] - BASE,
-                    count[row, lanes],
-                    size,
-                    words[row, lanes],
-                )
-                state.launch.thread_copies.setdefault(warp, [[]])[-1].append(work)
-
-    return execute
-
-
-def _thread_work(state: State, warp: int, places: Array, sources: Array, count: Array, size: int, words: Array) -> Work:
-    shared, memory = state.launch.shared, state.launch.memory
-    incoming = shared.incoming.reshape(-1)
-    incoming[words] = 1
-    shared.in_flight += 1
-    assert state.instruction is not None
-
-    def complete(state: State) -> None:
-        octets = np.arange(size)
-        inside = octets < count[:, None]
-        data = memory.data[np.where(inside, sources[:, None] + octets, 0)]
-        shared.data.reshape(-1)[places[:, None] + octets] = np.where(inside, data, 0)
-        shared.written.reshape(-1)[places[:, None] + octets] = True
-        incoming[words] = 0
-        shared.in_flight -= 1
-
-    return Work(int(state.block[warp]), warp, state.instruction, complete)
-
-
-def _finish_groups(state: State, warp: int, pending: int) -> None:
-    groups = state.launch.thread_copies.get(warp, [[]])
-    closed = groups[:-1]
-    done = closed[: max(0, len(closed) - pending)]
-    for work in (w for group in done for w in group):
-        work.complete(state)
-    groups[:-1] = closed[len(done) :]
-
-
-@instruction("cp.async.commit_group")
-def _commit(inst: Instruction) -> Execute:
-    """Groups are kept per warp: the lanes of a warp commit together."""
-
-    def execute(state: State) -> None:
-        for warp in state.selected()[state.lanes.any(axis=1)].tolist():
-            state.launch.thread_copies.setdefault(warp, [[]]).append([])
-
-    return execute
-
-
-@instruction("cp.async.wait_group", "cp.async.wait_all", ends_run=True)
-def _wait(inst: Instruction) -> Execute:
-    pending = integer(inst.operands[0]) if inst.operands else 0
-    everything = inst.name.endswith("all")
-
-    def execute(state: State) -> None:
-        for warp in state.selected()[state.lanes.any(axis=1)].tolist():
-            if everything:
-                state.launch.thread_copies.setdefault(warp, [[]]).append([])
-            _finish_groups(state, warp, pending)
-
-    return execute
-
-
-@instruction("cp.async.mbarrier.arrive", ends_run=True)
-def _arrive_when_copied(inst: Instruction) -> Execute:
-    """An arrival at the barrier once the thread's copies have landed; without .noinc the phase expects it in addition.
-
-    The copies are completed here, the earliest moment that the arrival could count.
-    """
-    extra = not inst.flag("noinc")
-    inst.one_of(*_SHARED, default="")
-    inst.type("b64")
-    where = _address(inst, inst.operands[0])
-
-    def execute(state: State) -> None:
-        places = np.broadcast_to(where(state), state.lanes.shape)
-        for row, warp in enumerate(state.selected().tolist()):
-            lanes = np.nonzero(state.lanes[row])[0].tolist()
-            if not lanes:
-                continue
-            for work in (w for group in state.launch.thread_copies.pop(warp, []) for w in group):
-                work.complete(state)
-            for lane in lanes:
-                barrier = find_barrier(state, warp, _shared_place(int(places[row, lane])))
-                if extra:
-                    barrier.pending += 1
-                change(state, int(state.block[warp]), barrier, 1, 0, warp)
+                    store.wait(state, reading)
+            groups[:-1] = [g for g in closed if any(not store.waited for store in g)]
 
     return execute

@@ -107,6 +107,8 @@ class Kernel:
     local_offsets: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
     constants: dict[str, Variable] = field(default_factory=dict)
+    #: where each register is mentioned, once somebody asks
+    mentions: dict[str, list[int]] = field(default_factory=dict)
     #: directives such as maxntid
     directives: dict[str, list[int]] = field(default_factory=dict)
 

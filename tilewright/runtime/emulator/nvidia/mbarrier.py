@@ -18,6 +18,7 @@ from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import SHARED_WINDOW, locate
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.types import LANES, Array
+from tilewright.runtime.emulator.races import Token
 
 _MAX_COUNT, _MAX_TX = (1 << 20) - 1, (1 << 20) - 1
 
@@ -38,6 +39,11 @@ class Barrier:
     #: visible to the async proxy
     published: bool = False
     waiting: list[tuple[int, Array]] = field(default_factory=list)
+    #: what those know who arrived in this phase; and before, which who waits for a phase acquires
+    arriving: Token = field(default_factory=Token)
+    completed: Token = field(default_factory=Token)
+    #: the column of the race detector's clocks that copies into shared memory belong to
+    column: int = -1
 
 
 def find_barrier(state: State, warp: int, place: int, block: int | None = None) -> Barrier:
@@ -75,6 +81,7 @@ def publish(state: State, block: int) -> None:
 
 def change(state: State, block: int, barrier: Barrier, arrivals: int = 0, tx: int = 0, warp: int | None = None) -> None:
     """``arrivals`` arrive and the transaction count grows by ``tx``; completes the phase if nothing is left."""
+    state.launch.effects += 1
     barrier.tx += tx
     if abs(barrier.tx) > _MAX_TX:
         state.fault(f"the transaction count of an mbarrier overflows: {barrier.tx}", warp=warp)
@@ -89,10 +96,31 @@ def change(state: State, block: int, barrier: Barrier, arrivals: int = 0, tx: in
         barrier.phase += 1
         barrier.pending = barrier.expected
         publish(state, block)
+        _release(state, block, barrier)
         for waiter, lanes in barrier.waiting:
             state.wake(waiter, lanes)
             state.launch.waits.pop(waiter, None)
         barrier.waiting.clear()
+
+
+def _release(state: State, block: int, barrier: Barrier) -> None:
+    """A phase has completed: what its arrivals know, and its copies, are known to those who see that."""
+    ordering = state.launch.ordering
+    if ordering is None:
+        return
+    barrier.completed.join(barrier.arriving)
+    if barrier.column >= 0:
+        barrier.completed.join(ordering.team.column_token(block, barrier.column, barrier.phase))
+
+
+def landed(state: State, block: int, barrier: Barrier, records: list[int]) -> None:
+    """Copies that count at the barrier have landed: they are behind its present phase."""
+    ordering = state.launch.ordering
+    if ordering is None:
+        return
+    if barrier.column < 0:
+        barrier.column = ordering.team.column(block)
+    ordering.team.settle(records, column=barrier.column, time=barrier.phase + 1, block=block)
 
 
 def _place(inst: Instruction, position: int) -> Callable[[State], Array]:
@@ -112,10 +140,12 @@ def _place(inst: Instruction, position: int) -> Callable[[State], Array]:
     return read
 
 
-def _qualifiers(inst: Instruction) -> None:
-    inst.one_of("release", "acquire", "relaxed", default="")
+def _qualifiers(inst: Instruction) -> bool:
+    """Take the order, the scope and the type. Whether the operation orders memory: it does unless .relaxed."""
+    order = inst.one_of("release", "acquire", "relaxed", default="")
     inst.one_of("cta", "cluster", default="")
     inst.type("b64")
+    return order != "relaxed"
 
 
 def _each(state: State) -> list[tuple[int, int, int]]:
@@ -190,18 +220,18 @@ def _arrive(inst: Instruction) -> Execute:
     """
     expects, drops = inst.flag("expect_tx"), inst.name.endswith("drop")
     inst.flag("noComplete")
-    if not isinstance(inst.operands[0], type(inst.operands[-1])) or len(inst.operands) == 1:
-        pass
     first = 0 if _is_memory(inst.operands[0]) else 1
     write = dest(inst, inst.operands[0], "b64") if first else None
     where = _place(inst, first)
     count = source(inst, inst.operands[first + 1], "u32") if len(inst.operands) > first + 1 else None
-    _qualifiers(inst)
+    releases = _qualifiers(inst)
 
     def execute(state: State) -> None:
         at = where(state)
         counts = None if count is None else np.broadcast_to(count(state), state.lanes.shape)
         state.require_defined("an mbarrier's count")
+        if releases:
+            _release_lanes(state, at)
         token = np.zeros(state.lanes.shape, np.uint64)
         for row, warp, lane in _each(state):
             block, place = locate(state, warp, int(at[row, lane]))
@@ -218,6 +248,18 @@ def _arrive(inst: Instruction) -> Execute:
             write(state, token)
 
     return execute
+
+
+def _release_lanes(state: State, at: Array) -> None:
+    """The active lanes release what they know to the barriers at which they arrive."""
+    ordering = state.launch.ordering
+    if ordering is None:
+        return
+    for row, warp in enumerate(state.selected().tolist()):
+        for place in set(at[row, state.lanes[row]].tolist()):
+            block, own = locate(state, warp, place)
+            barrier = find_barrier(state, warp, own, block)
+            barrier.arriving.join(ordering.team.release(warp, state.lanes[row] & (at[row] == place)))
 
 
 def _is_memory(operand: object) -> bool:
@@ -238,7 +280,7 @@ def _wait(inst: Instruction) -> Execute:
     write = dest(inst, inst.operands[0], "pred")
     where = _place(inst, 1)
     what = source(inst, inst.operands[2], "u32" if parity else "b64")
-    _qualifiers(inst)
+    acquires = _qualifiers(inst)
     if not suspends and len(inst.operands) != 3:
         raise Problem("takes 3 operands")
 
@@ -262,10 +304,14 @@ def _wait(inst: Instruction) -> Execute:
             if (places == places[0]).all() and (wanted == wanted[0]).all():
                 barrier = find_barrier(state, warp, int(places[0]))
                 done[row] = complete(state, barrier, int(wanted[0]), warp)
+                if acquires and done[row, 0] and state.launch.ordering is not None:
+                    state.launch.ordering.team.acquire(warp, barrier.completed, state.lanes[row])
             else:
                 for lane in lanes.tolist():
                     barrier = find_barrier(state, warp, int(at[row, lane]))
                     done[row, lane] = complete(state, barrier, int(values[row, lane]), warp)
+                    if acquires and done[row, lane] and state.launch.ordering is not None:
+                        state.launch.ordering.team.acquire(warp, barrier.completed, lane)
             if done[row, lanes].any():
                 continue
             if suspends:

@@ -6,6 +6,7 @@ Sums are rounded as in ``tensor_core``.
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -219,7 +220,13 @@ def _store_matrix(inst: Instruction) -> Execute:
         with state.restricted(state.lanes & takers):
             offsets = shared.offsets(state, at, 16, "store")
             shared.check_write(state, offsets, 16)
-        shared.grains[offsets // 16] = data.reshape(-1, 8).view(np.uint8)
+            octets, ordering = data.reshape(-1, 8).view(np.uint8), state.launch.ordering
+            with (
+                nullcontext()
+                if ordering is None
+                else ordering.storing(state, "shared", shared.data.reshape(-1), offsets, octets)
+            ):
+                shared.grains[offsets // 16] = octets
         if unknown is not None:
             shared.written.reshape(-1, 16)[offsets // 16] = np.repeat(known.reshape(-1, 8), 2, axis=1)
 

@@ -64,12 +64,14 @@ class SharedMemory:
         offsets: Array = flat.reshape(-1) if state.full else flat[state.lanes]
         return offsets
 
-    def check_read(self, state: State, offsets: Array, size: int) -> Array | None:
+    def check_read(self, state: State, offsets: Array, size: int, strength: int = 0) -> Array | None:
         """Faults on racing with an asynchronous write; the accesses [lanes] that read undefined bytes, if any."""
         if self.in_flight:
             self._check_words(state, self.incoming, offsets, size, "reads shared memory that a copy in flight writes")
         if self.barriers_exist:
             self._check_words(state, self.barrier, offsets, size, "reads an mbarrier object as data")
+        if state.launch.ordering is not None:
+            state.launch.ordering.touch(state, "shared", offsets, size, writes=False, strength=strength)
         flat = self.written.reshape(-1)
         defined = flat[offsets]
         for byte in range(1, size):
@@ -78,6 +80,11 @@ class SharedMemory:
 
     def check_write(self, state: State, offsets: Array, size: int, defined: Array | bool = True) -> None:
         """Faults on racing with an asynchronous access; marks the bytes as written by these warps."""
+        self.check_target(state, offsets, size)
+        self.mark_written(state, offsets, size, defined)
+
+    def check_target(self, state: State, offsets: Array, size: int) -> None:
+        """Faults where these bytes are in asynchronous use, or an mbarrier."""
         if self.in_flight:
             self._check_words(state, self.incoming, offsets, size, "writes shared memory that a copy in flight writes")
             self._check_words(
@@ -85,6 +92,9 @@ class SharedMemory:
             )
         if self.barriers_exist:
             self._check_words(state, self.barrier, offsets, size, "writes over an mbarrier object")
+
+    def mark_written(self, state: State, offsets: Array, size: int, defined: Array | bool = True) -> None:
+        """The bytes hold values that the selected warps wrote through the generic proxy."""
         flat = self.written.reshape(-1)
         for byte in range(size):
             flat[offsets + byte] = defined

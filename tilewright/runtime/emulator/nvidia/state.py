@@ -55,6 +55,7 @@ class State:
         for width in kernel.widths:
             self.reg.append(files[width][taken[width]])
             taken[width] += 1
+        self.files = list(files.values())
         self.known = np.zeros((len(self.reg), warps, LANES), np.uint8)
         self._defined = [0] * len(self.reg)
         #: when a register was last written, and by which warps (bits)
@@ -120,7 +121,7 @@ class State:
     def name(self, warp: int) -> str:
         """A warp by its block and its rank in it, for messages."""
         block = int(self.first_block + self.block[warp])
-        return f"block {self.launch.block_index(block)}, warp {int(self.rank[warp])}"
+        return self.launch.warp_name(block, int(self.rank[warp]))
 
     def fault(self, message: str, lanes: Array | None = None, warp: int | None = None) -> NoReturn:
         """Raise a fault of the current instruction; ``lanes`` [selected, 32] or [selected] are the guilty ones."""
@@ -230,6 +231,7 @@ class State:
 
     def wake(self, warp: int, lanes: Array | slice = slice(None)) -> None:
         """Let blocked lanes of a warp go on."""
+        self.launch.effects += 1
         self.blocked[warp, lanes] = False
         stopped = self.exited[warp] | self.blocked[warp] | self.gathering[warp]
         self.ready[warp] = np.where(stopped, FAR, self.pc[warp])

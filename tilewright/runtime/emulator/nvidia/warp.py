@@ -208,6 +208,8 @@ def _warp_barrier(inst: Instruction) -> Execute:
 
     def execute(state: State) -> None:
         mask(state)
+        if state.launch.ordering is not None:
+            state.launch.ordering.meet(state)
 
     return execute
 

@@ -125,6 +125,8 @@ class Product:
     #: values of D that will be undefined, bool [g, 64, columns]
     undefined: Array | None
     serial: int = field(default_factory=lambda: next(_serial))
+    #: for each warpgroup its reads of shared memory, by number in the race detector
+    records: list[list[int]] = field(default_factory=list)
 
     def result(self, state: State, positions: list[int], d: Array) -> Array:
         """D [g, 64, columns] after this product, for the warpgroups at ``positions``."""
@@ -145,6 +147,19 @@ class Product:
             for grains in (self.a_grains, self.b_grains):
                 if grains is not None:
                     state.launch.shared.hold(grains[position])
+
+    def note(self, state: State) -> None:
+        """Tell the race detector what it reads."""
+        ordering = state.launch.ordering
+        for position, leader in enumerate(self.leaders if ordering is not None else ()):
+            assert ordering is not None
+            warps = range(leader, leader + WARPS)
+            self.records.append([])
+            for grains in (self.a_grains, self.b_grains):
+                if grains is not None:
+                    offsets = grains[position].reshape(-1) * GRAIN
+                    record = ordering.issue(state, "shared", warps, -1, offsets, GRAIN, writes=False)
+                    self.records[-1].append(record)
 
     def release(self, state: State, positions: list[int]) -> None:
         """The end of `hold`."""
@@ -216,6 +231,8 @@ def _wait(inst: Instruction) -> Execute:
                 due.setdefault(product, []).append(product.leaders.index(leader))
             del groups[:done]
         _complete(state, due)
+        if state.launch.ordering is not None:
+            _tell_waiters(state, due)
 
     return execute
 
@@ -241,6 +258,17 @@ def _complete(state: State, due: dict[Product, list[int]]) -> None:
     if last is not None:
         _deliver(state, last, matrix)
     _free_operands(state, due)
+
+
+def _tell_waiters(state: State, due: dict[Product, list[int]]) -> None:
+    """The warpgroups know that these products have read shared memory."""
+    assert state.launch.ordering is not None
+    records: dict[int, list[int]] = {}
+    for product, positions in due.items():
+        for position in positions:
+            records.setdefault(product.leaders[position], []).extend(product.records[position])
+    for leader, numbers in records.items():
+        state.launch.ordering.group_ended(leader, range(leader, leader + WARPS), numbers)
 
 
 def _free_operands(state: State, due: dict[Product, list[int]]) -> None:
@@ -353,6 +381,8 @@ def _product(inst: Instruction) -> Execute:
             accumulates, clamps, undefined,
         )  # fmt: skip
         product.hold(state)
+        product.note(state)
+        state.launch.effects += 1
         state.set_all_known(d_registers, WRITING)
         if a_registers:
             state.set_all_known(a_registers, READING)
