@@ -86,12 +86,26 @@ def test_softmax(columns: int, rows: int) -> None:
     assert relative(y, softmax_module.reference(x)) < 3e-3
 
 
+@pytest.mark.parametrize("schedule", ["roles", "turns"])
 @pytest.mark.parametrize(("depth", "causal"), [(64, False), (128, True)])
-def test_attention(depth: int, causal: bool) -> None:
+def test_attention(depth: int, causal: bool, schedule: str) -> None:
     q, o = normal(1, 2, 200, depth), np.full((1, 2, 200, depth), np.nan, BF16)
     k, v = normal(1, 1, 264, depth, seed=1), normal(1, 1, 264, depth, seed=2)
     scale = depth**-0.5 * math.log2(math.e)
-    tw.device("emulate:sm_90a").launch(attention, (2, 2, 1), q, k, v, o, scale, D=depth, CAUSAL=causal)
+    tw.device("emulate:sm_90a").launch(
+        attention, (2, 2, 1), q, k, v, o, scale, D=depth, CAUSAL=causal, schedule=schedule
+    )
+    assert relative(o, attention_module.reference(q, k, v, causal)) < 3e-3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_four_warpgroups(causal: bool) -> None:
+    meta = attention_module.blocks(64, 300)
+    assert meta["num_warps"] == 16
+    q, o = normal(1, 2, 300, 64), np.full((1, 2, 300, 64), np.nan, BF16)
+    k, v = normal(1, 1, 330, 64, seed=1), normal(1, 1, 330, 64, seed=2)
+    scale = 64**-0.5 * math.log2(math.e)
+    tw.device("emulate:sm_90a").launch(attention, (2, 2, 1), q, k, v, o, scale, D=64, CAUSAL=causal, **meta)
     assert relative(o, attention_module.reference(q, k, v, causal)) < 3e-3
 
 
@@ -110,11 +124,12 @@ SHAPE, META = (128, 128, 320), {"BM": 64, "BN": 64, "BK": 64, "num_stages": 2}
 
 
 @cache
-def compiled(aligned: bool) -> Artifact:
+def compiled(aligned: bool, schedule: str = "roles") -> Artifact:
     align = 16 if aligned else 2
     spec = tw.spec("bf16", ("M", "N"), align=align)
     blocks = {name: META[name] for name in ("BM", "BN", "BK")}
-    return tw.compile(gemm, "sm_90a", {"a": spec, "b": spec, "c": spec, **blocks}, num_stages=META["num_stages"])
+    options = {"num_stages": META["num_stages"], "schedule": schedule}
+    return tw.compile(gemm, "sm_90a", {"a": spec, "b": spec, "c": spec, **blocks}, **options)
 
 
 def run_text(artifact: Artifact, ptx: str, seed: int | None, aligned: bool = True) -> float:
@@ -131,10 +146,11 @@ def run_text(artifact: Artifact, ptx: str, seed: int | None, aligned: bool = Tru
     return 1.0 if wrong else relative(c, a.astype(np.float64) @ b.astype(np.float64))
 
 
+@pytest.mark.parametrize("schedule", ["roles", "alternate"])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
-def test_random_interleavings(aligned: bool, seed: int | None) -> None:
-    artifact = compiled(aligned)
+def test_random_interleavings(aligned: bool, seed: int | None, schedule: str) -> None:
+    artifact = compiled(aligned, schedule)
     assert run_text(artifact, artifact.asm["ptx"], seed, aligned) < 2e-3
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 import tilewright as tw
+from tilewright.kernels.attention import attention, sdpa
 from tilewright.kernels.gemm import gemm
 from tilewright.kernels.mlp import mlp
 from tilewright.kernels.softmax import softmax
@@ -55,6 +58,9 @@ def test_gemm(shape, layout, dtype):
         {"num_stages": 1},
         {"num_stages": 2},
         {"BM": 256, "BN": 128},
+        {"BM": 64, "schedule": "alternate"},
+        {"BM": 128, "BN": 128, "schedule": "alternate", "num_stages": 2},
+        {"BM": 128, "BN": 128, "schedule": "roles"},
     ],
 )
 def test_gemm_configurations(meta):
@@ -62,6 +68,38 @@ def test_gemm_configurations(meta):
     bm, bn = meta.get("BM", 128), meta.get("BN", 256)
     gemm[(tw.cdiv(700, bm), tw.cdiv(904, bn))](a, b, c, **meta)
     assert relative(c, a.double() @ b.double()) < 5e-3
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (64, 256)])
+@pytest.mark.parametrize("depth", [64, 1000, 4096])
+def test_consumers_that_alternate(depth, tile):
+    """So many tiles that each block has several, an odd number in some."""
+    (bm, bn), (m, n) = tile, (5000, 4104)
+    a, b, c = randn(m, depth), randn(depth, n, transposed=True), poisoned(m, n)
+    gemm[(tw.cdiv(m, bm), tw.cdiv(n, bn))](a, b, c, BM=bm, BN=bn, schedule="alternate")
+    assert relative(c, a.double() @ b.double()) < 5e-3
+
+
+@pytest.mark.parametrize("schedule", ["roles", "turns"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("rows", "depth"), [(1000, 64), (1000, 128), (333, 128)])
+def test_attention(rows, depth, causal, schedule):
+    q, k, v = (randn(2, 16, rows, depth) for _ in range(3))
+    o = poisoned(2, 16, rows, depth)
+    scale = depth**-0.5 * math.log2(math.e)
+    attention[(tw.cdiv(rows, 128), 16, 2)](q, k, v, o, scale, D=depth, CAUSAL=causal, schedule=schedule)
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal)
+    assert relative(o, exact) < 4e-3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("rows", "depth"), [(100, 64), (1000, 64), (1000, 128)])
+def test_sdpa(rows, depth, causal):
+    q, k, v = (randn(2, 16, rows, depth) for _ in range(3))
+    o = poisoned(2, 16, rows, depth)
+    sdpa(q, k, v, o, causal)
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal)
+    assert relative(o, exact) < 4e-3
 
 
 def test_gemm_is_deterministic_and_writes_nothing_else():

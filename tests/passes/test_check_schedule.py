@@ -14,7 +14,7 @@ import pytest
 from schedule_mutants import Mutant, mutants
 
 import tilewright as tw
-from tests.passes.test_levels import CASES, build, levels
+from tests.passes.test_levels import CASES, build, levels, of_two_warpgroups
 from tilewright.compiler.environment import CHECK_SCHEDULE
 from tilewright.frontend.build import build_module
 from tilewright.ir.core import IRError, Module
@@ -29,8 +29,8 @@ from tilewright.passes.pipelines import default_pipeline
 TABLE = Path(__file__).with_name("mutants.md")
 
 
-def scheduled(name: str, target: str, align: int = 16, **options: int) -> Module:
-    module = build(CASES[name], align)
+def scheduled(name: str, target: str, align: int = 16, **options: Any) -> Module:
+    module = build(of_two_warpgroups(name) if options.get("schedule") == "turns" else CASES[name], align)
     for _ in levels(module, target, PassOptions(**options)):
         pass
     return module
@@ -271,10 +271,12 @@ def test_the_pass_reports_the_fault() -> None:
 # --- mutants ----------------------------------------------------------------------------------------
 
 
-#: (title, case, target, alignment of the tensors in bytes)
-SUBJECTS = [
+#: (title, case, target, alignment of the tensors in bytes, and the schedule where it is named)
+SUBJECTS: list[tuple[Any, ...]] = [
     ("GEMM", "gemm", "sm_90a", 16),
     ("GEMM, copied by threads", "gemm", "sm_90a", 2),
+    ("GEMM, consumers that alternate", "gemm-small", "sm_90a", 16, "alternate"),
+    ("Attention, products in turn", "attention", "sm_90a", 16, "turns"),
     ("MLP", "mlp", "sm_90a", 16),
     ("Residual", "residual", "sm_90a", 16),
     ("Attention", "attention", "sm_90a", 16),
@@ -288,6 +290,7 @@ SUBJECTS = [
 BEHIND_VALUES = (
     "keys' stage n + 8 is filled behind values' n + 7, whose acquire needs the release of values' n - 1: after the wait"
 )
+TURNS_ARE_GIVEN = "nobody acquires a turn: which tile it is for follows from the turns before"
 #: why a mutant is as good as the schedule: (case or "", target, what its place and change contain, the rule)
 REDUNDANT = [
     ("", "sm_90a", "of its buffers too", "fewer stages: the producer waits more often, for the same releases"),
@@ -296,6 +299,8 @@ REDUNDANT = [
         (case, "sm_90a", f"loop if loop release {number} before the wait", BEHIND_VALUES)
         for case in ("attention", "attention-causal") for number in (1, 3)
     ),
+    ("gemm-small", "sm_90a", "ring 1 consumers 1 -> 2", TURNS_ARE_GIVEN),
+    *(("gemm-small", "sm_90a", f"consumer_{group}: loop if release 1 delete", TURNS_ARE_GIVEN) for group in (0, 1)),
     ("gemm", "sm_80", "barrier 1 ", "nothing touches the slots behind the last iteration's barrier"),
 ]  # fmt: skip
 
@@ -324,7 +329,7 @@ def in_short(message: str) -> str:
         ("may come", "wait may miss its use"), ("may complete", "wait may miss its use"),
         ("slots, but its ring has", "buffer and ring disagree"), ("nothing was written", "read before written"),
         ("no producers or no consumers", "no arrivals"), ("use count of", "negative use count"),
-        ("waits for a dot that", "result or dot in flight"),
+        ("waits for a dot that", "result or dot in flight"), ("the turn may be", "turns out of step"),
     ):  # fmt: skip
         if part in first:
             return text
@@ -350,8 +355,8 @@ def table() -> str:
     ]
     total, rejected = 0, 0
     body: list[str] = []
-    for title, name, target, align in SUBJECTS:
-        module = scheduled(name, target, align)
+    for title, name, target, align, *schedule in SUBJECTS:
+        module = scheduled(name, target, align, schedule=schedule[0] if schedule else None)
         body += ["", f"## {title}, {target}", "", "| place | change | verdict |", "|---|---|---|"]
         for mutant in mutants(module):
             found = verdict(mutant, module, target)

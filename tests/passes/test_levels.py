@@ -6,7 +6,7 @@ GEMM, two chained dots and row softmax take the same pipelines; nothing here is 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +16,7 @@ import pytest
 import tilewright as tw
 from tilewright.compiler.kernel import Kernel
 from tilewright.frontend.build import build_module
-from tilewright.ir.core import Module
+from tilewright.ir.core import IRError, Module
 from tilewright.ir.interpreter import run
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import print_module
@@ -159,8 +159,87 @@ def test_every_level_gives_the_same_bits(name: str, target: str, align: int) -> 
 #: the passes after which the program is run again; the others are covered by their own tests
 CHANGES_SCHEDULE = {
     "tile-order", "pipeline", "roles", "peel", "skew", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences",
-    "shared-plan",
+    "shared-plan", "alternate", "turns",
 }  # fmt: skip
+
+
+def of_two_warpgroups(name: str) -> Case:
+    """A case with tiles of 128 rows, which two warpgroups share unless they alternate."""
+    entry = CASES[name]
+    meta = {**entry.meta, "BM": 128} | ({"BN": 128} if name == "gemm" else {})
+    return replace(entry, meta=meta, grid=(2, 3, 1) if name == "gemm" else (2, *entry.grid[1:]))
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "align"),
+    [
+        ("gemm", "alternate", 16),
+        ("gemm-tn", "alternate", 2),
+        ("attention-causal", "alternate", 16),
+        ("attention", "turns", 16),
+        ("attention-causal", "turns", 2),
+    ],
+)
+def test_consumers_take_turns(name: str, schedule: str, align: int) -> None:
+    """On tiles, or with their products: the bits stay those of the program, and the checker agrees."""
+    entry = of_two_warpgroups(name) if schedule == "turns" else CASES[name]
+    entry = replace(entry, meta={**entry.meta, "BN": 128}, grid=(2, 3, 1)) if name == "gemm" else entry
+    module = build(entry, align)
+    expected = execute(module, entry)
+    for level in levels(module, "sm_90a", PassOptions(schedule=schedule)):
+        text = print_module(module)
+        assert print_module(parse_module(text)) == text, level
+        if level.split("{")[0] in ("alternate", "mma", "turns", "shared-plan"):
+            np.testing.assert_array_equal(execute(module, entry), expected, err_msg=f"after {level}")
+    assert ("@consumer_1" in text) == (schedule == "alternate")
+    assert ("async.take_turn" in text) == (schedule == "turns")
+
+
+def scheduled(name: str, **options: Any) -> str:
+    module = build(of_two_warpgroups(name), 16)
+    for _ in levels(module, "sm_90a", PassOptions(**options)):
+        pass
+    return print_module(module)
+
+
+def test_consumers_alternate_where_one_warpgroup_holds_a_tile() -> None:
+    assert "@consumer_1" in scheduled("gemm")
+    assert "@consumer_1" not in scheduled("gemm", schedule="roles")
+    assert "@consumer_1" not in scheduled("attention")  # vector work between the products
+    small = build(replace(CASES["gemm-small"], meta={"BM": 128, "BN": 64, "BK": 32}), 16)
+    for _ in levels(small, "sm_90a", PassOptions()):
+        pass
+    assert "@consumer_1" not in print_module(small)
+    wide = build(CASES["gemm"], 16)  # 128 x 256: too large for one warpgroup
+    for _ in levels(wide, "sm_90a", PassOptions()):
+        pass
+    assert "@consumer_1" not in print_module(wide)
+    assert "@consumer_1" not in scheduled("gemm", num_warps=4)
+    with pytest.raises(IRError, match="consumers that alternate have 8 warps"):
+        scheduled("gemm", num_warps=4, schedule="alternate")
+    with pytest.raises(IRError, match=r"a tile of \(128, 256\) does not fit the registers of one warpgroup"):
+        list(levels(build(CASES["gemm"], 16), "sm_90a", PassOptions(schedule="alternate")))
+
+
+def test_numbers_of_rows_and_columns_need_no_exchange() -> None:
+    """One `tile.arange` counts both in the program; each use has a layout of its own."""
+    assert "tile.convert" not in scheduled("attention-causal")
+
+
+def test_turns_where_products_take_longest() -> None:
+    assert "async.take_turn" not in scheduled("attention")  # 64 columns of values: as long as the exponentials
+    four = build(replace(of_two_warpgroups("attention"), meta={"D": 64, "BM": 256, "BN": 64}), 16)
+    for _ in levels(four, "sm_90a", PassOptions(num_warps=16)):  # one of four waits while the others compute
+        pass
+    assert "async.take_turn" in print_module(four)
+    entry = of_two_warpgroups("attention")
+    long = replace(
+        entry, inputs={n: (*shape[:-1], 128) for n, shape in entry.inputs.items()}, meta={**entry.meta, "D": 128}
+    )
+    module = build(long, 16)
+    for _ in levels(module, "sm_90a", PassOptions()):
+        pass
+    assert "async.take_turn" in print_module(module)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 5])

@@ -24,6 +24,7 @@ _FUNCTIONS = {
     "mod": lambda x, y: x % y,
     "floordiv": lambda x, y: x // y,
     "min": min,
+    "max": max,
 }
 
 

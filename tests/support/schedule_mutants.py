@@ -13,9 +13,11 @@ from tilewright.ir.async_ops import (
     BulkWait,
     Fence,
     MakeRing,
+    PassTurn,
     Publish,
     Release,
     Role,
+    TakeTurn,
     Wait,
 )
 from tilewright.ir.core import Block, Function, Module, Operation, Value, replace_uses
@@ -85,7 +87,7 @@ Change = tuple[str, Callable[[Function, Operation], None]]
 
 
 def _changes(op: Operation, weaker: dict[str, str]) -> Iterator[Change]:
-    if isinstance(op, Acquire | Publish | Await | Release | Wait | BulkWait | Fence | Barrier):
+    if isinstance(op, Acquire | Publish | Await | Release | Wait | BulkWait | Fence | Barrier | TakeTurn | PassTurn):
         yield "delete", _delete
     if isinstance(op, Wait | BulkWait):
         yield f"pending {op.pending} -> {op.pending + 1}", _add("pending", 1)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tilewright.passes.manager import PassOptions
 
 #: how copies and matrix products can be arranged (`tilewright.passes.schedule`)
-SCHEDULES = ("roles", "prefetch")
+SCHEDULES = ("roles", "turns", "alternate", "prefetch")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class CompileOptions:
     """What the user fixes; None leaves the choice to the passes.
 
     ``num_warps``: warps that compute (producer warps come on top). ``num_stages``: depth of the rings.
-    ``schedule``: "roles" (copying and computing warps side by side) or "prefetch" (each warp copies ahead for itself).
+    ``schedule``: "roles" (copying and computing warps side by side), "turns" or "alternate" (the same; computing
+    warpgroups issue their matrix products in turn, or work on different tiles in turn), or "prefetch" (each warp copies
+    ahead for itself).
     ``num_ctas``: reserved for clusters.
     """
 

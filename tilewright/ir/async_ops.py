@@ -209,6 +209,19 @@ class Barrier(Operation):
     scope: str = attribute(default="block")
 
 
+@operation("async.take_turn", effect=Effect.SYNC)
+class TakeTurn(Operation):
+    """Wait for this warpgroup's turn. The warpgroups of a role take turns in their order, the first one begins.
+
+    Each turn ends with `PassTurn`; all warpgroups take equally many.
+    """
+
+
+@operation("async.pass_turn", effect=Effect.SYNC)
+class PassTurn(Operation):
+    """End this warpgroup's turn: the next warpgroup of the role may go on, behind the last one the first again."""
+
+
 @operation("async.bulk_store", effect=Effect.READ | Effect.WRITE | Effect.SYNC)
 class BulkStore(Operation):
     """Start copying a slot to the tile at ``index`` of a global view; parts outside are dropped.

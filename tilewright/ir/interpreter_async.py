@@ -340,6 +340,7 @@ def _bulk_store(frame: Frame, op: a.BulkStore) -> None:
     store = BulkStore(ref, frame.read(op.view), frame.ints(op.index))
     ref.state.readers.append(store)
     frame.thread.stores.append(store)
+    frame.thread.writes = [slot for slot in frame.thread.writes if slot is not ref.state]  # not for the next publish
 
 
 @rule(a.BulkWait)
@@ -377,6 +378,12 @@ def _barrier(frame: Frame, op: a.Barrier) -> Steps:
         return
     generation = state.generation
     yield from _until(lambda: state.generation > generation, op, "the other roles at the block's barrier")
+
+
+@rule(a.TakeTurn)
+@rule(a.PassTurn)
+def _turn(frame: Frame, op: a.TakeTurn | a.PassTurn) -> None:
+    """Nothing: the warpgroups of one role run as one."""
 
 
 # --- roles ------------------------------------------------------------------------------------

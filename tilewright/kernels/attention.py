@@ -162,8 +162,14 @@ def attention_varlen(
             tw.scatter(lse[h], places, logarithm * LN2, 0)
 
 
-def blocks(depth: int) -> dict[str, int]:
-    """Tile sizes for heads of that depth."""
+def blocks(depth: int, rows: int = 0) -> dict[str, int]:
+    """Tile sizes for heads of that depth, and warps for ``rows`` queries where scores are used as they are.
+
+    Exponentials take as long as the products of short heads. Four warpgroups, which hold 64 columns of scores each,
+    keep both units busy (docs/performance.md); they have no registers for more work on the scores.
+    """
+    if depth <= 64 and rows > 128:
+        return {"BM": 256, "BN": 64, "num_warps": 16}
     return {"BM": 128, "BN": 128 if depth <= 128 else 64}
 
 
@@ -187,7 +193,8 @@ def sdpa(
     """
     batch, heads, rows, depth = q.shape
     factor = (depth**-0.5 if scale is None else scale) * LOG2E
-    sizes = blocks(max(depth, v.shape[3]))
+    plain = bias is None and cap is None and left is None
+    sizes = blocks(max(depth, v.shape[3]), rows if plain else 0)
     attention[tw.cdiv(rows, sizes["BM"]), heads, batch](
         q, k, v, o, factor, lse, bias, lengths, left, D=depth, DV=v.shape[3], CAUSAL=causal, CAP=cap, **sizes
     )

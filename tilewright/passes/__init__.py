@@ -1,6 +1,7 @@
 """Passes over the Tile IR. Importing this package registers all of them by name."""
 
 from tilewright.passes import (
+    alternate,
     canonicalize,
     check_schedule,
     copy_ahead,
@@ -23,9 +24,11 @@ from tilewright.passes import (
     split_products,
     staging,
     tile_order,
+    turns,
 )
 
 __all__ = [
+    "alternate",
     "canonicalize",
     "check_schedule",
     "copy_ahead",
@@ -48,4 +51,5 @@ __all__ = [
     "split_products",
     "staging",
     "tile_order",
+    "turns",
 ]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from tilewright.ir.async_ops import Alloc, AsyncDot, Copy, LocalLoad, MakeRing, Role, Wait
 from tilewright.ir.builder import Builder
 from tilewright.ir.check_ops import Print
-from tilewright.ir.core import Function, IRError, Operation, Region, Value
+from tilewright.ir.core import Function, IRError, Operation, Region, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.layout import LinearLayout, blocked, conversion_cost
 from tilewright.ir.scratch import scan_bits
@@ -33,6 +33,7 @@ from tilewright.ir.tile_ops import (
     Extract,
     For,
     If,
+    Iota,
     Load,
     Reduce,
     Reshape,
@@ -64,12 +65,25 @@ class Layouts(FunctionPass):
     """Sets the layout of every tile type and, where it is still open, ``num_warps``."""
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
+        _separate_indices(function)
         if "num_warps" not in function.attributes:
             function.attributes["num_warps"] = context.options.num_warps or default_warps(function, context.target)
         warps = int(function.attributes["num_warps"])
         function.attributes.setdefault("threads", warps * context.target.warp_size)
         if any(isinstance(v.type, TileType) for v in _values(function.body)):
             _Assignment(function, context.target, warps).run()
+
+
+def _separate_indices(function: Function) -> None:
+    """Each use of `tile.iota` gets its own: it costs nothing in any layout, and the same numbers may count the rows
+    of a tile here and its columns there."""
+    uses = uses_of(function.body)
+    for op in [op for op in function.walk() if isinstance(op, Iota)]:
+        for user in list(dict.fromkeys(uses.get(op.result, [])))[1:]:
+            copy = op.clone({})
+            assert op.parent is not None
+            op.parent.insert(op.parent.ops.index(op) + 1, copy)
+            user.replace_operands({op.result: copy.results[0]})
 
 
 def default_warps(function: Function, target: Target) -> int:

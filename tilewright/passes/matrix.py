@@ -195,6 +195,9 @@ class Wgmma(MatrixUnit):
 
 
 ROLES, PREFETCH = "roles", "prefetch"
+#: roles whose consumers work on different tiles in turn, or issue their matrix products in turn
+ALTERNATE, TURNS = "alternate", "turns"
+SCHEDULES = (ROLES, TURNS, ALTERNATE, PREFETCH)
 
 
 #: roles compute by warpgroups

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, AsyncDot, Barrier, LocalStore, Release, buffer_of
+from tilewright.ir.async_ops import Alloc, AsyncDot, Await, Barrier, LocalStore, Publish, Release, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Operation, Value, replace_uses, uses_of
 from tilewright.ir.tile_ops import Dot, For, Yield
@@ -196,6 +196,7 @@ def _keep_in_flight(function: Function, found: _Accumulation) -> None:
     with b.at(block, last):
         b.wait(pending=len(found.dots))
     _delay_releases(b, found)
+    _hand_over_early(b, found.loop)
     _finish(function, found)
 
 
@@ -212,6 +213,33 @@ def _delay_releases(b: Builder, found: _Accumulation) -> None:
             with b.at(branch.else_body.block):
                 b.yield_()
         block.ops.remove(release)
+
+
+def _hand_over_early(b: Builder, loop: For) -> None:
+    """What is published right behind the loop goes behind the last iteration's last wait for a ring.
+
+    Such a publication hands a turn over (`tilewright.passes.alternate`): whose turn is next gets ready meanwhile.
+    """
+    block, outer = loop.body.block, loop.parent
+    assert outer is not None
+    behind = outer.ops.index(loop) + 1
+    waits = [position for position, op in enumerate(block.ops) if isinstance(op, Await)]
+    turns = [op for op in outer.ops[behind : behind + 1] if isinstance(op, Publish) and not op.tokens]
+    for turn in turns if waits else []:
+        outer.ops.remove(turn)
+        with b.at(block, waits[-1] + 1):
+            _publish_unless(b, b.compare("lt", b.add(loop.index, loop.step), loop.hi), turn)
+        with b.at(outer, behind):
+            _publish_unless(b, b.compare("lt", loop.lo, loop.hi), turn)
+
+
+def _publish_unless(b: Builder, condition: Value, turn: Publish) -> None:
+    branch = b.if_else(condition)
+    with b.at(branch.then_body.block):
+        b.yield_()
+    with b.at(branch.else_body.block):
+        b.insert(Publish(turn.ring, turn.count, []))
+        b.yield_()
 
 
 def _finish(function: Function, found: _Accumulation) -> None:

@@ -3,6 +3,9 @@
 A mask like ``columns < n`` with ``columns = j * BN + arange(BN)`` is all true up to some iteration. Where
 every selection of a loop's body depends on such comparisons, linear in the loop index, the iterations
 before that point run in a loop of their own without the masks. Only loops with matrix products are split.
+
+Masks that remain beside matrix products (in the iterations behind that point, in one that `skew` took out of its loop)
+are computed and applied in a branch, which is taken where some element fails.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from dataclasses import dataclass, field
 
 from tilewright.ir.async_ops import Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Function, Value, replace_uses
+from tilewright.ir.core import Block, Function, Value, replace_uses
 from tilewright.ir.tile_ops import Binary, Broadcast, Compare, Constant, Dot, ExpandDims, For, Iota, Select, Splat
 from tilewright.ir.types import ScalarType, TileType, i32
+from tilewright.passes.dce import eliminate_dead_code
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 
@@ -28,6 +32,16 @@ class Peel(FunctionPass):
                 masks = find_masks(loop)
                 if masks:
                     _split(loop, masks)
+        blocks = {id(op.parent): op.parent for role in roles for op in role.body.walk() if isinstance(op, Dot)}
+        for block in blocks.values():
+            assert block is not None
+            for select in [op for op in block.ops if isinstance(op, Select)]:
+                _guard(block, select)
+        eliminate_dead_code(function)
+
+
+#: what masks are made of
+_MASK_OPERATIONS = Binary | Broadcast | Compare | Constant | ExpandDims | Iota | Splat
 
 
 @dataclass
@@ -141,3 +155,45 @@ def _first_failure(b: Builder, form: Linear, index: Value) -> Value:
         if value is not index:
             total = b.sub(total, b.mul(value, b.index(coefficient)))
     return b.binary("floordiv", b.add(total, b.index(factor - 1)), b.index(factor))
+
+
+def _guard(block: Block, select: Select) -> None:
+    """``select`` becomes a branch that is taken where some element's condition fails; its mask is computed there."""
+    forms = _conjuncts(select.condition) if isinstance(select.condition.type, TileType) else []
+    if not forms:
+        return
+    position = block.ops.index(select)
+    block.ops.remove(select)
+    b = Builder(block, select.loc)
+    with b.at(block, position):
+        fails = [b.compare("ge", _largest(b, form), b.index(0)) for form in forms]
+        some = fails[0]
+        for other in fails[1:]:
+            some = b.binary("or", some, other)
+        branch = b.if_else(some, [select.result.type])
+        with b.at(branch.then_body.block):
+            condition = _rebuild(b, select.condition, {})
+            b.yield_([b.select(condition, select.on_true, select.on_false)])
+        with b.at(branch.else_body.block):
+            b.yield_([select.on_true])
+    branch.results[0].hint = select.result.hint
+    assert block.parent is not None
+    replace_uses(block.parent, {select.result: branch.results[0]})
+
+
+def _largest(b: Builder, form: Linear) -> Value:
+    """The largest value of a form over a tile's elements."""
+    total = b.index(form.high)
+    for value, coefficient in form.terms.items():
+        total = b.add(total, b.mul(value, b.index(coefficient)))
+    return total
+
+
+def _rebuild(b: Builder, value: Value, done: dict[Value, Value]) -> Value:
+    """A copy of the tile operations that a mask is made of; scalars stay where they are."""
+    op = value.op
+    if value in done or op is None or not isinstance(value.type, TileType) or not isinstance(op, _MASK_OPERATIONS):
+        return done.get(value, value)
+    for operand in op.operands:
+        done[operand] = _rebuild(b, operand, done)
+    return b.insert(op.clone(done)).results[0]

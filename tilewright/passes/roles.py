@@ -19,6 +19,8 @@ from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: registers a thread needs for the address arithmetic of copies: by the engine alone, or by its own loads and stores
 PRODUCER_REGISTERS = {"tma": 40, "threads": 96}
+#: the same beside more than two warpgroups of consumers, which need every register
+FEWEST_REGISTERS = {"tma": 24, "threads": 96}
 WARPGROUP = 4
 #: setmaxnreg takes multiples of 8 between 24 and 256 (PTX ISA, "setmaxnreg")
 REGISTER_STEP, MOST_REGISTERS = 8, 240
@@ -77,7 +79,7 @@ def _drop(block: Block, keep: Callable[[Operation], bool]) -> None:
 
 def distribute_registers(target: Target, consumers: int, engine: str) -> tuple[int, int]:
     """Registers per thread of producer and consumers: the kernel starts with equal shares of the file."""
-    producer = PRODUCER_REGISTERS[engine]
+    producer = (PRODUCER_REGISTERS if consumers <= 2 * WARPGROUP else FEWEST_REGISTERS)[engine]
     size = target.warp_size
     equal = min(target.registers_per_unit // ((WARPGROUP + consumers) * size) // REGISTER_STEP * REGISTER_STEP, 248)
     if producer >= equal:

@@ -15,8 +15,10 @@ from tilewright.ir.core import Function, IRError
 from tilewright.ir.tile_ops import Dot
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import (
+    ALTERNATE,
     PREFETCH,
     ROLES,
+    SCHEDULES,
     default_schedule,
     from_registers,
     operand_shape,
@@ -33,8 +35,10 @@ class Schedule(FunctionPass):
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
         wanted = context.options.schedule
-        if wanted not in (None, ROLES, PREFETCH):
-            raise IRError(f"unknown schedule {wanted!r}", function.loc, f"one of {ROLES!r} and {PREFETCH!r}")
+        if wanted not in (None, *SCHEDULES):
+            raise IRError(f"unknown schedule {wanted!r}", function.loc, f"one of {', '.join(map(repr, SCHEDULES))}")
+        if wanted is not None and wanted != PREFETCH:
+            wanted = ROLES  # how the roles share the work is for `turns` and `alternate` to say
         dots = [op for op in function.walk() if isinstance(op, Dot)]
         warps = context.options.num_warps
         if warps is not None and warps & (warps - 1):
@@ -48,7 +52,7 @@ class Schedule(FunctionPass):
             raise obstacle
         if context.target.has("setmaxnreg"):
             function.attributes["schedule"] = wanted or default_schedule(function, context.target, warps)
-        if warps is not None and function.attributes.get("schedule") == ROLES:
+        if warps is not None and function.attributes.get("schedule") == ROLES and context.options.schedule != ALTERNATE:
             check_rows(warps, dots)
 
 

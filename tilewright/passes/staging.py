@@ -37,8 +37,8 @@ class Staging(FunctionPass):
     line_bytes: int = LINE_BYTES
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
-        buffers: dict[_Plan, Value] = {}
         for role in [op for op in function.walk() if isinstance(op, Role)]:
+            buffers: dict[_Plan, Value] = {}
             staged = False
             for store in [op for op in role.body.walk() if isinstance(op, Store)]:
                 layout = self._slot_layout(store, context.target)

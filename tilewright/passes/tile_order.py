@@ -155,20 +155,31 @@ def by_chiplet(b: Builder, block: Value, total: Value, chiplets: int, chunk: int
 def decode(b: Builder, tile: Value, sizes: list[Value], axes: tuple[int, int] | None, group: int) -> list[Value]:
     """Program ids of a linear tile number: grouped along ``axes``, the third axis outermost; else axis 0 fastest."""
     if axes is None:
+        sizes = [_positive(b, size) for size in sizes]
         x = b.binary("mod", tile, sizes[0])
         rest = b.binary("floordiv", tile, sizes[0])
         return [x, b.binary("mod", rest, sizes[1]), b.binary("floordiv", rest, sizes[1])]
     rows, columns = sizes[axes[0]], sizes[axes[1]]
-    plane = b.mul(rows, columns)
+    plane = _positive(b, b.mul(rows, columns))
     outer, inner = b.binary("floordiv", tile, plane), b.binary("mod", tile, plane)
-    window = b.mul(columns, b.index(group))
-    first = b.mul(b.binary("floordiv", inner, window), b.index(group))
-    height = b.binary("min", b.sub(rows, first), b.index(group))
+    window = _positive(b, b.mul(columns, b.index(group)))
+    first = _at_least(b, b.mul(b.binary("floordiv", inner, window), b.index(group)), 0)
+    height = _positive(b, b.binary("min", b.sub(rows, first), b.index(group)))
     place = b.binary("mod", inner, window)
     row = b.add(first, b.binary("mod", place, height))
     column = b.binary("floordiv", place, height)
     found = {axes[0]: row, axes[1]: column}
     return [found.get(axis, outer) for axis in range(3)]
+
+
+def _positive(b: Builder, size: Value) -> Value:
+    """A size of a part of the grid, which is 1 at least."""
+    return _at_least(b, size, 1)
+
+
+def _at_least(b: Builder, value: Value, least: int) -> Value:
+    """A number of programs that is no less: said so, divisions by it and of it are cheap (`lower.ranges`)."""
+    return b.binary("max", value, b.index(least))
 
 
 def growing_axis(function: Function) -> int | None:
@@ -207,11 +218,12 @@ def decode_longest_first(b: Builder, tile: Value, sizes: list[Value], axis: int,
     """Program ids of a linear tile number: ``axis`` falls, and moves slowest in windows of ``group`` other places."""
     first, second = (a for a in range(3) if a != axis)
     places = b.mul(sizes[first], sizes[second])
-    window = b.mul(sizes[axis], b.index(group))
-    start = b.mul(b.binary("floordiv", tile, window), b.index(group))
-    width = b.binary("min", b.sub(places, start), b.index(group))
+    window = _positive(b, b.mul(sizes[axis], b.index(group)))
+    start = _at_least(b, b.mul(b.binary("floordiv", tile, window), b.index(group)), 0)
+    width = _positive(b, b.binary("min", b.sub(places, start), b.index(group)))
     inner = b.binary("mod", tile, window)
     place = b.add(start, b.binary("mod", inner, width))
     long = b.sub(b.sub(sizes[axis], b.index(1)), b.binary("floordiv", inner, width))
-    found = {axis: long, first: b.binary("mod", place, sizes[first]), second: b.binary("floordiv", place, sizes[first])}
+    fast = _positive(b, sizes[first])
+    found = {axis: long, first: b.binary("mod", place, fast), second: b.binary("floordiv", place, fast)}
     return [found[a] for a in range(3)]

@@ -91,6 +91,16 @@ def block_barrier(fb: FunctionBuilder) -> None:
     emit(fb, "bar.sync 0;")
 
 
+def sync_at_barrier(fb: FunctionBuilder, barrier: mlir.Value, threads: int) -> None:
+    """``bar.sync``: wait until ``threads`` threads have come to a hardware barrier, these among them."""
+    emit(fb, f"bar.sync $0, {threads};", "r", [barrier])
+
+
+def arrive_at_barrier(fb: FunctionBuilder, barrier: mlir.Value, threads: int) -> None:
+    """``bar.arrive``: count these threads among the ``threads`` of a hardware barrier, and go on."""
+    emit(fb, f"bar.arrive $0, {threads};", "r", [barrier])
+
+
 # --- warps ----------------------------------------------------------------------------------------------------
 
 

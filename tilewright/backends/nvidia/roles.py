@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from tilewright.backends.errors import BackendError
 from tilewright.backends.lower.context import Lowering, Table, lowers
+from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
-from tilewright.backends.nvidia.state import REGISTER_FILE, WARP_SIZE, state
-from tilewright.ir.async_ops import Fence, Role
+from tilewright.backends.nvidia.state import (
+    REGISTER_FILE,
+    WARP_SIZE,
+    WARPGROUP_THREADS,
+    state,
+    warpgroup_count,
+    warpgroup_index,
+)
+from tilewright.ir.async_ops import Fence, PassTurn, Role, TakeTurn
 from tilewright.ir.core import Function
 
 #: ptxas allots registers in steps of 8; one thread can have 255
 REGISTER_STEP, MOST_REGISTERS = 8, 255
+
+#: hardware barriers of the warpgroups that take turns: roles have those below, warpgroups those from 8 on
+#: (`AsyncState.barrier`, `NvidiaOps.barrier`)
+TURN_BARRIERS = range(4, 8)
 
 ROLE_LOWERINGS: Table = {}
 
@@ -47,6 +59,9 @@ def _lower_body(lw: Lowering, role: Role) -> None:
         if role.registers != share:
             ptx.set_max_registers(fb, role.registers, increase=role.registers > share)
     barrier = state(lw).barrier(role)
+    if any(isinstance(op, TakeTurn) for op in role.body.walk()):
+        with lw.in_scope(first_warp, role.warps, barrier):
+            _first_turn(lw)
     if not role.single_thread:
         with lw.in_scope(first_warp, role.warps, barrier):
             lw.lower_block(role.body.block)
@@ -76,3 +91,32 @@ def lower_fence(lw: Lowering, op: Fence) -> None:
     if op.proxy != "async":
         raise lw.error(f"no fence for proxy {op.proxy!r}")
     ptx.fence_async_proxy(lw.fb)
+
+
+# --- turns: each warpgroup has a barrier, where it meets the arrivals of the one before it ------------------------
+
+
+def _turn_barrier(lw: Lowering, group: mlir.Value) -> mlir.Value:
+    return lw.fb.add(group, TURN_BARRIERS.start)
+
+
+def _first_turn(lw: Lowering) -> None:
+    """The last warpgroup lets the first one begin."""
+    roles = [r for r in state(lw).roles if any(isinstance(op, TakeTurn) for op in r.body.walk())]
+    if len(roles) > 1 or warpgroup_count(lw) > len(TURN_BARRIERS) or len(state(lw).roles) >= TURN_BARRIERS.start:
+        raise lw.error("there are too few hardware barriers for the turns of so many warpgroups or roles")
+    last = warpgroup_count(lw) - 1
+    with lw.fb.if_then(lw.fb.icmp("eq", warpgroup_index(lw), last)):
+        ptx.arrive_at_barrier(lw.fb, _turn_barrier(lw, lw.fb.i32(0)), 2 * WARPGROUP_THREADS)
+
+
+@lowers(TakeTurn, table=ROLE_LOWERINGS)
+def lower_take_turn(lw: Lowering, op: TakeTurn) -> None:
+    ptx.sync_at_barrier(lw.fb, _turn_barrier(lw, warpgroup_index(lw)), 2 * WARPGROUP_THREADS)
+
+
+@lowers(PassTurn, table=ROLE_LOWERINGS)
+def lower_pass_turn(lw: Lowering, op: PassTurn) -> None:
+    fb, groups = lw.fb, warpgroup_count(lw)
+    following = fb.urem(fb.add(warpgroup_index(lw), 1), groups)
+    ptx.arrive_at_barrier(fb, _turn_barrier(lw, following), 2 * WARPGROUP_THREADS)

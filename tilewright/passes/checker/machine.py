@@ -43,8 +43,22 @@ class Meeting:
     """A barrier of some threads."""
 
     members: list[int]
-    arrived: list[int] = field(default_factory=list)
+    #: who came since it was last complete, when, and what they know together
+    arrived: dict[int, int] = field(default_factory=dict)
+    clock: Clock = field(default_factory=list)
+    proxy: Clock = field(default_factory=list)
     complete: list[tuple[Clock, Clock]] = field(default_factory=list)
+    #: the arrivals that completed it last
+    last: dict[int, int] = field(default_factory=dict)
+
+    def arrive(self, number: int, clock: Clock, proxy: Clock) -> None:
+        """A thread comes, with what it knows now."""
+        self.arrived[number] = clock[number]
+        self.clock = list(map(max, self.clock, clock)) if self.clock else clock.copy()
+        self.proxy = list(map(max, self.proxy, proxy)) if self.proxy else proxy.copy()
+        if len(self.arrived) == len(self.members):
+            self.complete.append((self.clock, self.proxy))
+            self.last, self.arrived, self.clock, self.proxy = self.arrived, {}, [], []
 
 
 @dataclass(eq=False)
@@ -381,19 +395,14 @@ class Machine:
     # --- barriers -----------------------------------------------------------------------------------
 
     def _barrier(self, thread: Thread, event: Event) -> bool:
+        return self._meet(thread, self._meeting(thread.agent, event.other))
+
+    def _meet(self, thread: Thread, meeting: Meeting) -> bool:
+        """Come to a barrier, and wait until all have."""
         if thread.waiting is None:
-            meeting = self._meeting(thread.agent, event.other)
             thread.waiting = meeting, len(meeting.complete)
-            meeting.arrived.append(thread.agent.number)
-            if len(meeting.arrived) < len(meeting.members):
-                return False
-            clock, proxy = [0] * self.size, [0] * self.size
-            for number in meeting.members:
-                clock = list(map(max, clock, self.threads[number].clock))
-                proxy = list(map(max, proxy, self.threads[number].proxy))
-            meeting.complete.append((clock, proxy))
-            meeting.arrived = []
-        meeting, generation = thread.waiting
+            meeting.arrive(thread.agent.number, thread.clock, thread.proxy)
+        generation = thread.waiting[1]
         if len(meeting.complete) <= generation:
             return False
         thread.waiting = None
@@ -415,6 +424,39 @@ class Machine:
                 if key == "block" or (x.role is role and (key[0] == "role" or x.group == agent.group))  # type: ignore[index]
             ]
             found = self.meetings[key] = Meeting(members)
+        return found
+
+    def _take_turn(self, thread: Thread, event: Event) -> bool:
+        agent = thread.agent
+        return agent.role.groups == 1 or self._meet(thread, self._turn(agent, agent.group))
+
+    def _pass_turn(self, thread: Thread, event: Event) -> bool:
+        """Come to the barrier of the next warpgroup's turn, without waiting: it must have taken the turn before."""
+        agent = thread.agent
+        if agent.role.groups == 1:
+            return True
+        turn = self._turn(agent, (agent.group + 1) % agent.role.groups)
+        if agent.number in turn.arrived or any(thread.clock[number] < when for number, when in turn.last.items()):
+            raise Fault(
+                "the turn may be passed on before the next warpgroup has taken the one before",
+                event.op,
+                hint="async.take_turn, then async.pass_turn, equally often in all warpgroups",
+                kind="turns",
+            )
+        turn.arrive(agent.number, thread.clock, thread.proxy)
+        return True
+
+    def _turn(self, agent: Agent, group: int) -> Meeting:
+        """Where a warpgroup waits for the one before it to pass the turn on. The first one's first turn is open."""
+        role = agent.role
+        key = ("turn", role.number, group)
+        found = self.meetings.get(key)
+        if found is None:
+            before = (group - 1) % role.groups
+            pair = [x for x in self.model.agents if x.role is role and x.group in (before, group)]
+            found = self.meetings[key] = Meeting([x.number for x in pair])
+            if group == 0:
+                found.arrived = {x.number: 0 for x in pair if x.group == before}
         return found
 
     def _join(self, thread: Thread, known: tuple[Clock, Clock]) -> None:
@@ -474,10 +516,11 @@ class Machine:
             verb, use = ("published", use) if event.kind == "await" else ("released", use - ring.stages)
             arrived = f"{barrier.arrived} of {barrier.expected} arrivals"
             return f"use {use} of {ring.label} to be {verb} ({arrived})"
-        if event.kind == "barrier":
+        if event.kind in ("barrier", "take_turn"):
             meeting, _ = thread.waiting or (None, 0)
             missing = [] if meeting is None else [n for n in meeting.members if n not in meeting.arrived]
-            return "at a barrier: " + ", ".join(self.threads[n].agent.name for n in missing)
+            where = "its turn" if event.kind == "take_turn" else "at a barrier"
+            return f"{where}: " + ", ".join(self.threads[n].agent.name for n in missing)
         return "the other warps of its warpgroup"
 
     # --- sequences ----------------------------------------------------------------------------------
@@ -516,6 +559,8 @@ _RULES: dict[str, Callable[[Machine, Thread, Event], bool]] = {
     "dot": Machine._dot,
     "wait": Machine._wait,
     "barrier": Machine._barrier,
+    "take_turn": Machine._take_turn,
+    "pass_turn": Machine._pass_turn,
 }
 
 __all__ = ["Machine"]

@@ -262,7 +262,7 @@ def _flying(body: Region) -> set[Value]:
 
 _ACTS = (
     a.Acquire, a.Copy, a.Publish, a.Await, a.Release, a.AsyncDot, a.Wait, a.LocalLoad, a.LocalStore, a.Fence,
-    a.Barrier, a.BulkStore, a.BulkWait, Assume,
+    a.Barrier, a.BulkStore, a.BulkWait, a.TakeTurn, a.PassTurn, Assume,
 )  # fmt: skip
 
 
@@ -580,6 +580,8 @@ _MAKERS: dict[type[Operation], Callable[[_Compiler, Any], list[Step]]] = {
     a.LocalStore: _local("store"),
     a.Fence: lambda compiler, op: [_emit("fence", op)],
     a.Barrier: lambda compiler, op: [_emit("barrier", op, other=op.scope)],
+    a.TakeTurn: lambda compiler, op: [_emit("take_turn", op)],
+    a.PassTurn: lambda compiler, op: [_emit("pass_turn", op)],
     a.BulkStore: _bulk_store,
     a.BulkWait: lambda compiler, op: [_emit("bulk_wait", op, other=op.pending)],
     Assume: _assume,

@@ -8,7 +8,7 @@ from math import lcm
 from random import Random
 from typing import Any
 
-from tilewright.ir.async_ops import Acquire
+from tilewright.ir.async_ops import Acquire, Await
 from tilewright.ir.core import Block, Operation, Value
 from tilewright.ir.tile_ops import Binary, Constant, Dim, For, While
 from tilewright.ir.types import ScalarType, ViewType
@@ -95,7 +95,8 @@ def scenarios(model: Model, leaves: Leaves) -> Iterator[Inputs]:
     many = model.most_stages + 2
     period = lcm(*(len(slots) for slots in model.buffers.values()), *(r.stages for r in model.rings.values()))
     period = period if period <= MOST_PERIOD else model.most_stages
-    patterns: list[tuple[tuple[int, ...], int]] = [((1,), 1), ((2,), 2), ((0,), 2)]
+    # where loops do not run, the tile behind the last stage's shows whether the first was handed over
+    patterns: list[tuple[tuple[int, ...], int]] = [((1,), 1), ((2,), 2), ((0,), _few_tiles(model))]
     if len(leaves.dims) + len(leaves.scalars) > 1:
         patterns += [((1, 3), 2), ((many, 1), 2), ((0, many), 2)]  # one ring wraps while others stand still
     patterns.append(((many,), 2))
@@ -161,13 +162,28 @@ def larger(model: Model, leaves: Leaves, inputs: Inputs) -> Iterator[Inputs]:
         yield replace(inputs, dims={**inputs.dims, leaf: inputs.dims[leaf] + (model.most_stages + 2) * step})
 
 
+def _few_tiles(model: Model) -> int:
+    """One more than the stages of any ring that is used once a tile, and than roles that take tiles in turn."""
+    return 1 + max(_stages_by_tile(model), 2 if _tiles_in_turn(model) else 1)
+
+
 def _outer_stages(model: Model) -> int:
-    """The stages of the deepest ring that is used once a tile."""
+    """The stages of the deepest ring that is used once a tile; of any ring where roles take tiles in turn."""
+    return model.most_stages + 1 if _tiles_in_turn(model) else _stages_by_tile(model)
+
+
+def _stages_by_tile(model: Model) -> int:
     deepest, loops = 1, enclosing_operations(model.function)
     for op in model.ops:
         if isinstance(op, Acquire) and _depth(op, loops) <= 1:
             deepest = max(deepest, model.rings[op.ring].stages)
     return deepest
+
+
+def _tiles_in_turn(model: Model) -> bool:
+    """Whether roles hand turns to each other: by rings that nobody needs to acquire."""
+    acquired = {op.ring for op in model.ops if isinstance(op, Acquire)}
+    return any(isinstance(op, Await) and op.ring not in acquired for op in model.ops)
 
 
 def _depth(op: Operation, loops: dict[Block, Operation]) -> int:
