@@ -166,7 +166,7 @@ CHANGES_SCHEDULE = {
 def of_two_warpgroups(name: str) -> Case:
     """A case with tiles of 128 rows, which two warpgroups share unless they alternate."""
     entry = CASES[name]
-    meta = {**entry.meta, "BM": 128} | ({"BN": 128} if name == "gemm" else {})
+    meta = {**entry.meta, "BM": 128} | ({"BN": 128} if name == "gemm" else {"DV": 64})
     return replace(entry, meta=meta, grid=(2, 3, 1) if name == "gemm" else (2, *entry.grid[1:]))
 
 
@@ -228,13 +228,15 @@ def test_numbers_of_rows_and_columns_need_no_exchange() -> None:
 
 def test_turns_where_products_take_longest() -> None:
     assert "async.take_turn" not in scheduled("attention")  # 64 columns of values: as long as the exponentials
-    four = build(replace(of_two_warpgroups("attention"), meta={"D": 64, "BM": 256, "BN": 64}), 16)
+    four = build(replace(of_two_warpgroups("attention"), meta={"D": 64, "DV": 64, "BM": 256, "BN": 64}), 16)
     for _ in levels(four, "sm_90a", PassOptions(num_warps=16)):  # one of four waits while the others compute
         pass
     assert "async.take_turn" in print_module(four)
     entry = of_two_warpgroups("attention")
     long = replace(
-        entry, inputs={n: (*shape[:-1], 128) for n, shape in entry.inputs.items()}, meta={**entry.meta, "D": 128}
+        entry,
+        inputs={n: (*shape[:-1], 128) for n, shape in entry.inputs.items()},
+        meta={**entry.meta, "D": 128, "DV": 128},
     )
     module = build(long, 16)
     for _ in levels(module, "sm_90a", PassOptions()):
