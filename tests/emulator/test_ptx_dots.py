@@ -42,6 +42,7 @@ def matrix(m: int, n: int, dtype: Any, seed: int, transposed: bool) -> np.ndarra
 
 
 #: target, operands, accumulator, precision, allowed relative error (norms)
+# the warpgroup unit keeps 13 binary digits of sums of 8-bit floats
 DOTS = [
     ("sm_80", BF16, np.float32, "default", 1e-6),
     ("sm_80", np.float16, np.float32, "default", 1e-6),
@@ -53,8 +54,8 @@ DOTS = [
     ("sm_90a", np.float32, np.float32, "tf32", 1e-3),
     ("sm_90a", np.float64, np.float64, "default", 1e-14),
     ("sm_90a", np.int8, np.int32, "default", 0.0),
-    ("sm_90a", E4M3, np.float32, "default", 1e-6),
-    ("sm_90a", E5M2, np.float32, "default", 1e-6),
+    ("sm_90a", E4M3, np.float32, "default", 4e-4),
+    ("sm_90a", E5M2, np.float32, "default", 4e-4),
     ("sm_120a", BF16, np.float32, "default", 1e-6),
 ]
 

@@ -230,3 +230,22 @@ def test_configurations() -> None:
     assert configuration(64, 1024)["BM"] == 64
     assert batched_configuration(64, 512, 512)["BN"] == 256
     assert batched_configuration(1, 128, 128) == {"BM": 64, "BN": 64, "BK": 128}
+
+
+def test_launches_where_the_arrays_live() -> None:
+    """NumPy arrays run in the interpreter, with the tiles that each launch chooses."""
+    m, n, k = 96, 80, 160
+    a, b, bias, out = random(m, k), random(k, n), random(n), poisoned(m, n)
+    epilogue_module.linear(a, b, out, (add_bias, gelu), vector=bias)
+    assert relative(out, epilogue_module.reference(a, b, (add_bias, gelu), bias)) < ROUNDED
+    epilogue_module.gated(a, b, b[:, ::-1], out)
+    assert relative(out, epilogue_module.gate_up_reference(a, b, b[:, ::-1])) < ROUNDED
+    batched_module.batched(a[None], b[None], out[None])
+    assert relative(out, epilogue_module.reference(a, b)) < ROUNDED
+    x, y = random(m, k, dtype=E4M3), random(n, k, dtype=E5M2).T
+    for promote, scales in ((False, (positive(1), positive(1))), (True, (positive(m), positive(n)))):
+        scaled_module.scaled(x, y, *scales, out, bias, promote=promote)
+        assert relative(out, scaled_module.reference(x, y, *scales, bias)) < ROUNDED
+    blocks = positive(m, 2), positive(2, 1)
+    scaled_module.block_scaled(x, y, *blocks, out)
+    assert relative(out, scaled_module.block_reference(x, y, *blocks)) < ROUNDED

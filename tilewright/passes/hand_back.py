@@ -8,7 +8,7 @@ time and the warp wait forever. There a barrier of the warpgroup holds them toge
 
 from __future__ import annotations
 
-from tilewright.ir.async_ops import AsyncDot, Await, Barrier, Release, Role
+from tilewright.ir.async_ops import Acquire, AsyncDot, Await, Barrier, Release, Role
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -19,9 +19,10 @@ class HandBack(FunctionPass):
     """Runs when products are asynchronous and releases in their final places."""
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
+        refilled = {op.ring for op in function.walk() if isinstance(op, Acquire)}
         for role in [op for op in function.walk() if isinstance(op, Role) and not op.single_thread]:
             for release in [op for op in role.body.walk() if isinstance(op, Release)]:
-                if not _met(release):
+                if release.ring in refilled and not _met(release):
                     _meet(release)
 
 

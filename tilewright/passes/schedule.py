@@ -15,6 +15,7 @@ from tilewright.ir.core import Function, IRError
 from tilewright.ir.tile_ops import Dot
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import (
+    ALTERNATE,
     PREFETCH,
     ROLES,
     SCHEDULES,
@@ -51,7 +52,7 @@ class Schedule(FunctionPass):
             raise obstacle
         if context.target.has("setmaxnreg"):
             function.attributes["schedule"] = wanted or default_schedule(function, context.target, warps)
-        if warps is not None and function.attributes.get("schedule") == ROLES:
+        if warps is not None and function.attributes.get("schedule") == ROLES and context.options.schedule != ALTERNATE:
             check_rows(warps, dots)
 
 

@@ -44,8 +44,9 @@ class Turns(FunctionPass):
 
 
 def pays(block: Block, groups: int) -> bool:
-    """Whether the products of the other warpgroups take long enough for one's vector work."""
-    return product_cycles(block) * (groups - 1) >= vector_cycles(block)
+    """Whether no product is issued out of turn, and those of the other warpgroups cover one's vector work."""
+    in_turn = len(_issued_together(block)) == sum(isinstance(op, AsyncDot) for op in block.ops)
+    return in_turn and product_cycles(block) * (groups - 1) >= vector_cycles(block)
 
 
 def _issued_together(block: Block) -> list[AsyncDot]:
