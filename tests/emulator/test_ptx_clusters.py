@@ -104,3 +104,35 @@ def test_misuse(body: str, message: str) -> None:
 def test_warps_that_have_ended_are_not_waited_for() -> None:
     body = f"{FIRST} .reg .b32 %value; .reg .pred %p; setp.ge.u32 %p, %thread, 32; @%p ret; {MEET} mov.u32 %value, 5;"
     assert run_cluster(body + STORE, 4, threads=64) == [5] * 4
+
+
+# --- the race detector -------------------------------------------------------------------------------
+
+#: rank 1 tells rank 0 a word through global memory; SIGNAL and WAIT order the two
+TELL = """
+.reg .b32 %value, %rank, %there; .reg .b64 %at; .reg .pred %reads, %done;
+mov.u32 %rank, %cluster_ctarank; setp.eq.u32 %reads, %rank, 0; mapa.shared::cluster.u32 %there, %sm, 0;
+@%one mbarrier.init.shared::cta.b64 [%sm], 1; fence.mbarrier_init.release.cluster;
+barrier.cluster.arrive.release; barrier.cluster.wait.acquire;
+@%reads bra reader;
+@%one st.global.u32 [%ptr0+12], 9;
+SIGNAL
+bra end;
+reader:
+WAIT
+@%one ld.global.u32 %value, [%ptr0+12];
+@%one st.global.u32 [%ptr0], %value;
+end:
+barrier.cluster.arrive.release; barrier.cluster.wait.acquire;
+"""
+ARRIVAL = "@%one mbarrier.arrive.SEM.cluster.shared::cluster.b64 _, [%there];"
+AWAIT = "wait: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %done, [%sm], 0; @!%done bra wait;"
+BOTH = "barrier.cluster.arrive.SEM; barrier.cluster.wait.acquire;"
+
+
+@pytest.mark.parametrize(("signal", "wait"), [(ARRIVAL, AWAIT), (BOTH, BOTH)])
+def test_remote_arrivals_and_the_barrier_order_unless_relaxed(signal: str, wait: str) -> None:
+    body = FIRST + TELL.replace("SIGNAL", signal).replace("WAIT", wait)
+    assert run_cluster(body.replace("SEM", "release"), 4, blocks=2)[0] == 9
+    with pytest.raises(EmulatorFault, match="race: reads 12 bytes into(?s:.*)nothing orders the two"):
+        run_cluster(body.replace("SEM", "relaxed"), 4, blocks=2)

@@ -12,55 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tilewright.passes.checker.barriers import Clock, Meeting, Phases
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.memory import Access, Memory, RaceFault
 from tilewright.passes.checker.model import Agent, Model, RingModel
 from tilewright.passes.checker.trace import Event, Run
-
-Clock = list[int]
-
-
-@dataclass(eq=False)
-class Phases:
-    """One hardware barrier of a ring: who arrived for the phase that is open, and what each complete phase knows."""
-
-    label: str
-    expected: int
-    done: int = 0
-    arrived: int = 0
-    #: bytes announced and not brought yet
-    bytes: int = 0
-    #: of the open phase
-    clock: Clock = field(default_factory=list)
-    proxy: Clock = field(default_factory=list)
-    arrivals: list[list[tuple[int, int]]] = field(default_factory=lambda: [[], []])
-    #: (clock, proxy clock) of complete phases; phase 0 is complete from the start and knows nothing
-    complete: list[tuple[Clock, Clock]] = field(default_factory=list)
-    #: who passed a wait for the last complete phase: (agent, when, event)
-    waits: list[tuple[Agent, int, Event]] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Meeting:
-    """A barrier of some threads."""
-
-    members: list[int]
-    #: who came since it was last complete, when, and what they know together
-    arrived: dict[int, int] = field(default_factory=dict)
-    clock: Clock = field(default_factory=list)
-    proxy: Clock = field(default_factory=list)
-    complete: list[tuple[Clock, Clock]] = field(default_factory=list)
-    #: the arrivals that completed it last
-    last: dict[int, int] = field(default_factory=dict)
-
-    def arrive(self, number: int, clock: Clock, proxy: Clock) -> None:
-        """A thread comes, with what it knows now."""
-        self.arrived[number] = clock[number]
-        self.clock = list(map(max, self.clock, clock)) if self.clock else clock.copy()
-        self.proxy = list(map(max, self.proxy, proxy)) if self.proxy else proxy.copy()
-        if len(self.arrived) == len(self.members):
-            self.complete.append((self.clock, self.proxy))
-            self.last, self.arrived, self.clock, self.proxy = self.arrived, {}, [], []
 
 
 @dataclass(eq=False)
