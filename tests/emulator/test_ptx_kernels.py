@@ -84,7 +84,7 @@ def test_gemm_in_clusters(shape: tuple[int, int, int], meta: dict[str, int], lay
 def test_a_cluster_writes_its_part_of_the_grid_only() -> None:
     """Three of five rows of tiles: the second cluster's last block copies, but stores nothing."""
     a, b, c = normal(320, 64), normal(64, 64, seed=1), np.full((320, 64), np.nan, BF16)
-    tw.device("emulate:sm_90a").launch(gemm, (3, 1), a, b, c, BM=64, BN=64, BK=64, num_ctas=2)
+    tw.device("emulate:sm_90a,races").launch(gemm, (3, 1), a, b, c, BM=64, BN=64, BK=64, num_ctas=2)
     assert np.isnan(c[192:].astype(np.float32)).all()
     assert relative(c[:192], a[:192].astype(np.float64) @ b.astype(np.float64)) < 3e-3
 
@@ -92,7 +92,7 @@ def test_a_cluster_writes_its_part_of_the_grid_only() -> None:
 def test_other_programs_in_clusters() -> None:
     m, k, h, n = 200, 136, 128, 264
     x, w1, w2, y = normal(m, k), normal(k, h, seed=1), normal(h, n, seed=2), np.full((m, n), np.nan, BF16)
-    tw.device("emulate:sm_90a").launch(mlp, (tw.cdiv(m, 128),), x, w1, w2, y, num_ctas=2)
+    tw.device("emulate:sm_90a,races").launch(mlp, (tw.cdiv(m, 128),), x, w1, w2, y, num_ctas=2)
     assert relative(y, mlp_module.reference(x, w1, w2)) < 3e-3
 
 
@@ -117,13 +117,13 @@ def test_softmax(columns: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["roles", "turns"])
-@pytest.mark.parametrize(("depth", "causal"), [(64, False), (128, True)])
-def test_attention(depth: int, causal: bool, schedule: str) -> None:
+@pytest.mark.parametrize(("depth", "causal", "ctas"), [(64, False, 1), (64, False, 2), (128, True, 1)])
+def test_attention(depth: int, causal: bool, ctas: int, schedule: str) -> None:
     q, o = normal(1, 2, 200, depth), np.full((1, 2, 200, depth), np.nan, BF16)
     k, v = normal(1, 1, 264, depth, seed=1), normal(1, 1, 264, depth, seed=2)
     scale = depth**-0.5 * math.log2(math.e)
     tw.device("emulate:sm_90a,races").launch(
-        attention, (2, 2, 1), q, k, v, o, scale, D=depth, CAUSAL=causal, schedule=schedule
+        attention, (2, 2, 1), q, k, v, o, scale, D=depth, CAUSAL=causal, schedule=schedule, num_ctas=ctas
     )
     assert relative(o, attention_module.reference(q, k, v, causal)[0]) < 3e-3
 

@@ -189,22 +189,23 @@ def of_two_warpgroups(name: str) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("name", "schedule", "align"),
+    ("name", "schedule", "align", "ctas"),
     [
-        ("gemm", "alternate", 16),
-        ("gemm-tn", "alternate", 2),
-        ("attention-causal", "alternate", 16),
-        ("attention", "turns", 16),
-        ("attention-causal", "turns", 2),
+        ("gemm", "alternate", 16, 1),
+        ("gemm-tn", "alternate", 2, 1),
+        ("attention-causal", "alternate", 16, 1),
+        ("attention", "turns", 16, 1),
+        ("attention", "turns", 16, 2),
+        ("attention-causal", "turns", 2, 1),
     ],
 )
-def test_consumers_take_turns(name: str, schedule: str, align: int) -> None:
+def test_consumers_take_turns(name: str, schedule: str, align: int, ctas: int) -> None:
     """On tiles, or with their products: the bits stay those of the program, and the checker agrees."""
     entry = of_two_warpgroups(name) if schedule == "turns" else CASES[name]
     entry = replace(entry, meta={**entry.meta, "BN": 128}, grid=(2, 3, 1)) if name == "gemm" else entry
     module = build(entry, align)
     expected = execute(module, entry)
-    for level in levels(module, "sm_90a", PassOptions(schedule=schedule)):
+    for level in levels(module, "sm_90a", PassOptions(schedule=schedule, num_ctas=ctas)):
         text = print_module(module)
         assert print_module(parse_module(text)) == text, level
         if level.split("{")[0] in ("alternate", "mma", "turns", "shared-plan"):
@@ -235,6 +236,9 @@ def test_consumers_alternate_where_one_warpgroup_holds_a_tile() -> None:
     assert "@consumer_1" not in scheduled("gemm", num_warps=4)
     with pytest.raises(IRError, match="consumers that alternate have 8 warps"):
         scheduled("gemm", num_warps=4, schedule="alternate")
+    assert "@consumer_1" not in scheduled("gemm", num_ctas=2)
+    with pytest.raises(IRError, match="consumers of blocks in clusters do not alternate"):
+        scheduled("gemm", num_ctas=2, schedule="alternate")
     with pytest.raises(IRError, match=r"a tile of \(128, 256\) does not fit the registers of one warpgroup"):
         list(levels(build(CASES["gemm"], 16), "sm_90a", PassOptions(schedule="alternate")))
 

@@ -54,14 +54,14 @@ class Alternate(FunctionPass):
 def obstacle(function: Function, context: PassContext) -> IRError | None:
     """Why a function's consumers cannot take tiles in turn; None where they can."""
     hint, warps = "leave out schedule=", GROUPS * WARPGROUP
-    if _tile_loop(function) is None:
-        return IRError("only the consumers of a persistent kernel can alternate", function.loc, hint)
-    if context.options.num_warps not in (None, warps):
-        return IRError(f"consumers that alternate have {warps} warps", function.loc, f"num_warps={warps}, or {hint}")
     if context.options.num_ctas not in (None, 1):
         return IRError(
             "consumers of blocks in clusters do not alternate", function.loc, f"leave out num_ctas=, or {hint}"
         )
+    if _tile_loop(function) is None:
+        return IRError("only the consumers of a persistent kernel can alternate", function.loc, hint)
+    if context.options.num_warps not in (None, warps):
+        return IRError(f"consumers that alternate have {warps} warps", function.loc, f"num_warps={warps}, or {hint}")
     for dot in (op for op in function.walk() if isinstance(op, Dot)):
         if _accumulators(dot) > MOST_ACCUMULATORS * WARPGROUP * context.target.warp_size:
             shape = result_type(dot).shape
