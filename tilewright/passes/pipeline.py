@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tilewright.ir.async_ops import Acquire, Await, Barrier, Publish, Release
+from tilewright.ir.async_ops import Acquire, Await, Publish, Release
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation, Region, Value, replace_uses, uses_of
 from tilewright.ir.tile_ops import Dot, For, If, Load, Transpose, While, Yield
@@ -199,8 +199,6 @@ class _Rewriter:
 
     def _release(self, b: Builder, group: Group, counts: dict[int, Value]) -> None:
         assert group.ring is not None
-        if not group.in_loop:  # its readers may be in a loop that does not run: then nothing else shows who has awaited
-            b.insert(Barrier(scope="warpgroup"))
         b.insert(Release(group.ring, counts[id(group)]))
         counts[id(group)] = b.add(counts[id(group)], b.index(1))
 
