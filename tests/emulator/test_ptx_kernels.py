@@ -123,7 +123,7 @@ def test_attention(depth: int, causal: bool, ctas: int, schedule: str) -> None:
     k, v = normal(1, 1, 264, depth, seed=1), normal(1, 1, 264, depth, seed=2)
     scale = depth**-0.5 * math.log2(math.e)
     tw.device("emulate:sm_90a,races").launch(
-        attention, (2, 2, 1), q, k, v, o, scale, D=depth, CAUSAL=causal, schedule=schedule, num_ctas=ctas
+        attention, (2, 2, 1), q, k, v, o, scale, D=depth, DV=depth, CAUSAL=causal, schedule=schedule, num_ctas=ctas
     )
     assert relative(o, attention_module.reference(q, k, v, causal)[0]) < 3e-3
 
@@ -135,7 +135,8 @@ def test_attention_of_four_warpgroups(causal: bool) -> None:
     q, o = normal(1, 2, 300, 64), np.full((1, 2, 300, 64), np.nan, BF16)
     k, v = normal(1, 1, 330, 64, seed=1), normal(1, 1, 330, 64, seed=2)
     scale = 64**-0.5 * math.log2(math.e)
-    tw.device("emulate:sm_90a,races").launch(attention, (2, 2, 1), q, k, v, o, scale, D=64, CAUSAL=causal, **meta)
+    meta |= {"D": 64, "DV": 64, "CAUSAL": causal}
+    tw.device("emulate:sm_90a,races").launch(attention, (2, 2, 1), q, k, v, o, scale, **meta)
     assert relative(o, attention_module.reference(q, k, v, causal)[0]) < 3e-3
 
 

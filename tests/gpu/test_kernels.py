@@ -99,7 +99,7 @@ def test_attention(rows, depth, causal, schedule):
     q, k, v = (randn(2, 16, rows, depth) for _ in range(3))
     o = poisoned(2, 16, rows, depth)
     scale = depth**-0.5 * math.log2(math.e)
-    attention[(tw.cdiv(rows, 128), 16, 2)](q, k, v, o, scale, D=depth, CAUSAL=causal, schedule=schedule)
+    attention[(tw.cdiv(rows, 128), 16, 2)](q, k, v, o, scale, D=depth, DV=depth, CAUSAL=causal, schedule=schedule)
     exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal)
     assert relative(o, exact) < 4e-3
 

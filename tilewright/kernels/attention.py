@@ -123,7 +123,7 @@ def configuration(rows: int, depth: int) -> dict[str, int]:
     """Tile sizes and warps for ``rows`` queries of head dimension ``depth``, measured on an H100 (docs/performance.md).
 
     With a short head dimension exponentials take as long as products; four warpgroups, whose accumulators then fit,
-    keep both units busy.
+    keep both units busy. They have no registers for more work on the scores: ``rows`` is 0 where there is some.
     """
     if depth <= 64 and rows > 128:
         return {"BM": 256, "BN": 64, "num_warps": 16}
@@ -195,7 +195,8 @@ def sdpa(
     """
     batch, heads, rows, depth = q.shape
     factor = (depth**-0.5 if scale is None else scale) * LOG2E
-    meta = configuration(rows, max(depth, v.shape[3]))
+    plain = bias is None and cap is None and left is None
+    meta = configuration(rows if plain else 0, max(depth, v.shape[3]))
     attention[tw.cdiv(rows, meta["BM"]), heads, batch](
         q, k, v, o, factor, lse, bias, lengths, left, D=depth, DV=v.shape[3], CAUSAL=causal, CAP=cap, **meta
     )

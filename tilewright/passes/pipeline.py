@@ -219,8 +219,6 @@ class _Rewriter:
 
     def _release(self, b: Builder, group: Group, counts: dict[int, Value]) -> None:
         assert group.ring is not None
-        if not group.in_loop:  # its readers may be in a loop that does not run: then nothing else shows who has awaited
-            b.insert(Barrier(scope="warpgroup"))
         b.insert(Release(group.ring, counts[id(group)]))
         counts[id(group)] = b.add(counts[id(group)], b.index(1))
 
