@@ -25,8 +25,8 @@ INSTRUCTION = {
     ("gfx950", "i8"): "v_mfma_i32_32x32x32_i8",
     ("gfx942", "f8e4m3"): "v_mfma_f32_32x32x8_f16",
     ("gfx942", "f8e5m2"): "v_mfma_f32_32x32x8_f16",
-    ("gfx950", "f8e4m3"): "v_mfma_f32_32x32x64_f8f6f4",
-    ("gfx950", "f8e5m2"): "v_mfma_f32_32x32x64_f8f6f4",
+    ("gfx950", "f8e4m3"): "v_mfma_f32_16x16x32_fp8_fp8",
+    ("gfx950", "f8e5m2"): "v_mfma_f32_16x16x32_bf8_bf8",
 }
 
 

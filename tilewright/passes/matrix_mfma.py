@@ -59,7 +59,7 @@ class Mfma(MatrixUnit):
                 dot.loc,
                 f"make the accumulator with tw.zeros(shape, tw.{_LONG_NAMES[wanted.name]})",
             )
-        depth = least_k(self.target, dtype, min(tile_sizes(dtype)))
+        depth = least_k(self.target, dtype, min(tile_sizes(self.target, dtype)))
         if m % 16 or n % 16 or k % depth:
             raise IRError(
                 f"dot of ({m}, {k}) @ ({k}, {n}) in {dtype} does not fit {name}",
@@ -127,7 +127,7 @@ class Mfma(MatrixUnit):
     def _tilings(self, dot: Dot | AsyncDot, warps: int) -> Iterator[tuple[int, tuple[int, int]]]:
         """Those whose instructions' K divides the dot's."""
         dtype, depth = operand_dtype(dot), operand_shape(dot, "a")[1]
-        tiles = [tile for tile in tile_sizes(dtype) if depth % least_k(self.target, dtype, tile) == 0]
+        tiles = [tile for tile in tile_sizes(self.target, dtype) if depth % least_k(self.target, dtype, tile) == 0]
         return _tilings(result_type(dot).shape, tiles, warps)
 
     def _best(

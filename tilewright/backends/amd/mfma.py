@@ -52,7 +52,9 @@ def find_fragments(
     if out is None:
         return None
     runs = (None, ACCUMULATOR_RUN, 1)
-    found = [p for m in tile_sizes(dtype) for run in runs for p in mfma_products(target, dtype, precision, m, run)]
+    found = [
+        p for m in tile_sizes(target, dtype) for run in runs for p in mfma_products(target, dtype, precision, m, run)
+    ]
     for product in sorted(found, key=lambda p: (-p.instruction_k, -p.k)):
         operands = [mfma_operand((product.m, product.k), "a", product.mnk, product.run)]
         operands.append(mfma_operand((product.k, product.m), "b", product.mnk, product.run))

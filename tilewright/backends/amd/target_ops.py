@@ -49,6 +49,7 @@ class AmdOps(TargetOps):
     """CDNA3 and CDNA4: waves of 64 threads."""
 
     device_scope = "agent"
+    barriers_add_up = False
     #: tensors are memory of this GPU, where float atomics are instructions and no loops of compare-and-swap
     atomic_attributes = ("rocdl.no_fine_grained_memory", "rocdl.no_remote_memory", "rocdl.ignore_denormal_mode")
 

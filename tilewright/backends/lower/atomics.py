@@ -2,7 +2,8 @@
 
 Device scope. An ordered update has fences around it and barriers around these: what all threads of the block have
 written comes before it, what they read behind comes after it, since both kinds of order add up (PTX memory model,
-"causality order"; LLVM's memory models of the AMDGPU targets).
+"causality order"). A barrier of an AMD workgroup does not wait for its waves' stores to leave for the device's cache,
+so there each wave has fences of its own outside of the barriers (LLVM's memory models of the AMDGPU targets).
 
 Float max and min are integer updates: of floats with one sign the bits are ordered as the numbers are, or backwards.
 A NaN in the new value wins because it takes the sign that is outermost in that order.
@@ -38,6 +39,8 @@ def lower_atomic(lw: Lowering, op: indexed_ops.Atomic) -> None:
     holder = sole_holder(lw, layout)
     ordered = op.order != "relaxed"
     if ordered:
+        if not lw.ops.barriers_add_up:
+            lw.fb.fence("release", lw.ops.device_scope)
         lw.ops.barrier(lw, "role")
     old: dict[tuple[int, ...], mlir.Value] = {}
     for register, coordinate in enumerate(layout.table("register").tolist()):
@@ -52,6 +55,8 @@ def lower_atomic(lw: Lowering, op: indexed_ops.Atomic) -> None:
         results = _pass_on(lw, op, layout, dtype, results)
     if ordered:
         lw.ops.barrier(lw, "role")
+        if not lw.ops.barriers_add_up:
+            lw.fb.fence("acquire", lw.ops.device_scope)
     lw.define(op.result, results)
 
 

@@ -27,6 +27,8 @@ class TargetOps(ABC):
     #: LLVM's name for all threads of the GPU, and what atomic operations must carry to become instructions
     device_scope: str = ""
     atomic_attributes: tuple[str, ...] = ()
+    #: whether one thread's fence for the device also orders what others of its block did before a barrier
+    barriers_add_up: bool = True
 
     def __init__(self, target: Target):
         self.target = target

@@ -36,6 +36,10 @@ class Counter(enum.IntEnum):
     SCALAR = 2
 
 
+#: operations that a counter can tell: VM_CNT has six bits, LGKM_CNT four
+MOST = {Counter.VECTOR: 63, Counter.LDS: 15}
+
+
 class Counters:
     """How many operations each wave has issued, and how many are known to be finished: [counter, wave]."""
 
@@ -44,8 +48,10 @@ class Counters:
         self.finished = np.zeros((len(Counter), waves), np.int32)
 
     def issue(self, counter: Counter, waves: Selection) -> None:
-        """One more operation of the selected waves is in flight."""
+        """One more operation of the selected waves is in flight; it issues when its counter has room for it."""
         self.issued[counter, waves] += 1
+        if counter is not Counter.SCALAR:  # these finish in any order
+            self._finish(counter, waves, MOST[counter])
 
     def wait(self, waves: Selection, vector: int | None, lgkm: int | None) -> None:
         """Wait until at most so many operations are in flight; None does not wait.

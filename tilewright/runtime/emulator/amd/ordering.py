@@ -256,6 +256,10 @@ class WaveOrder:
             self._flushes[wave, scope] = complete[-1:] + flushes[len(complete) :]
             columns = np.arange(self.waves_per_group) * _KINDS + Counter.VECTOR
             mates = group * self.waves_per_group + np.arange(self.waves_per_group)
+            for column, mate in zip(columns.tolist(), mates.tolist(), strict=True):
+                # what this wave knows to be finished of the other's own write-backs counts as well
+                own = [flush.number for flush in self._flushes.get((mate, scope), []) if flush.number <= rows[column]]
+                flushed[column] = max([flushed[column], *own])
             unsafe = columns[self._dirty[scope][mates] > flushed[columns]]
             rows[unsafe] = np.minimum(rows[unsafe], flushed[unsafe])
         return self.team._with_remote(group, np.arange(row * _KINDS, row * _KINDS + _KINDS), rows[None])
