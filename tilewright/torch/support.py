@@ -1,0 +1,60 @@
+"""What the library's kernels take. A refusal is a short text that says why; None means that they do."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+import tilewright as tw
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Refusal = str | None
+
+
+def refuse_tensors(first: Any, *others: Any) -> Refusal:
+    """Why the kernels do not take these tensors together (None among ``others``: an argument that is absent)."""
+    tensors = [first, *(x for x in others if x is not None)]
+    if not all(isinstance(x, torch.Tensor) for x in tensors):
+        return "an argument is no tensor"
+    if first.dtype not in FLOATS:
+        return f"dtype {_name(first.dtype)}"
+    if any(x.dtype != first.dtype for x in tensors):
+        return "the dtypes differ"
+    return refuse_place(*tensors)
+
+
+def refuse_place(*tensors: Any) -> Refusal:
+    """Why the kernels do not run where these tensors are."""
+    device = tensors[0].device
+    if any(x.device != device for x in tensors):
+        return "the devices differ"
+    if any(x.layout != torch.strided for x in tensors):
+        return "a sparse layout"
+    if torch.is_autocast_enabled(device.type):
+        return "inside autocast"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a transform of torch.func"
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda":
+        return f"device {device.type}"
+    return _refuse_gpu(device.index or 0)
+
+
+@cache
+def _refuse_gpu(ordinal: int) -> Refusal:
+    """Why the compiler has no target for a GPU. A GPU that is not there, as in traces without one, is taken."""
+    if not torch.cuda.is_available():
+        return None
+    kind = "hip" if torch.version.hip else "cuda"
+    names = {info.name for info in tw.devices()}
+    return None if f"{kind}:{ordinal}" in names else f"no compiler target for GPU {ordinal}"
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+__all__ = ["FLOATS", "Refusal", "refuse_place", "refuse_tensors"]
