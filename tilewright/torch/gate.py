@@ -46,7 +46,13 @@ def _matmul(a: Any, b: Any) -> Refusal:
 
 
 def _attention(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **rest: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **rest: Any,
 ) -> Refusal:
     least = LEAST_CAUSAL_QUERIES if is_causal else LEAST_QUERIES
     return f"fewer than {least} queries" if _hint(query.shape[2]) < least else None

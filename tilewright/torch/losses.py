@@ -85,7 +85,7 @@ def _refuse(
         return "the deprecated size_average or reduce"
     if target.dtype != torch.int64:
         return "targets are no class indices"
-    if input.ndim != 2 or target.ndim != 1 or input.shape[0] != target.shape[0] or input.shape[1] == 0:
+    if input.ndim != 2 or target.ndim != 1 or input.shape[0] != target.shape[0]:
         return "logits are no matrix of a row for each target"
     if ignore_index not in _INT32 or reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
         return "an option out of range"

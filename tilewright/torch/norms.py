@@ -112,9 +112,7 @@ _layer_norm = torch_op(
 )
 
 
-def _launch_layer_backward(
-    made: tuple[Any, Any, Any], dy: Any, x: Any, weight: Any, mean: Any, inverse: Any
-) -> None:
+def _launch_layer_backward(made: tuple[Any, Any, Any], dy: Any, x: Any, weight: Any, mean: Any, inverse: Any) -> None:
     dx, dweight, dbias = made
     if not dx.numel():
         dweight.zero_(), dbias.zero_()
@@ -150,7 +148,7 @@ def _refuse(x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None)
         return reason
     if len(normalized_shape) != 1:
         return "normalises several dimensions"
-    if x.ndim < 1 or x.shape[-1] != normalized_shape[0] or x.shape[-1] == 0:
+    if x.ndim < 1 or x.shape[-1] != normalized_shape[0]:
         return "the sizes do not fit"
     if any(p is not None and tuple(p.shape) != tuple(normalized_shape) for p in (weight, bias)):
         return "the sizes do not fit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def torch_op(
     ``backward(ctx, *gradients)`` gives the gradients of the arguments (None for those that have none), as in
     `torch.library.register_autograd`. For torch.compile it must consist of torch's operators and of others made here.
     Without ``setup_context(ctx, inputs, output)``, ``ctx.saved_tensors`` are the tensor arguments and ``ctx.numbers``
-    the others, in order. Gradients of an operator without ``backward`` raise.
+    the others, in order. Gradients through an operator without ``backward`` raise NotImplementedError.
 
     Raises ValueError if the operator exists or the schema names no namespace.
     """
@@ -82,9 +82,12 @@ def _plain(value: Any) -> Any:
     return value.detach() if type(value) is torch.nn.Parameter else value
 
 
-def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
-    ctx.numbers = tuple(value for value in inputs if not isinstance(value, torch.Tensor))
+def _save_arguments(
+    ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None
+) -> None:
+    arguments = *inputs, *(keyword_only_inputs or {}).values()
+    ctx.save_for_backward(*(value for value in arguments if isinstance(value, torch.Tensor)))
+    ctx.numbers = tuple(value for value in arguments if not isinstance(value, torch.Tensor))
 
 
 def _no_backward(qualified: str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tilewright.torch import losses, norms, products, rows, sdpa
 from tilewright.torch.functional import refusal
@@ -60,8 +61,9 @@ def rewrite(graph: Any, cost_gate: bool = True) -> Report:
     for node in list(graph.nodes):
         if node.op not in _CALLS or node._erased:
             continue
-        if node.target in _OURS:
-            report.decisions.append(Decision(node.target.__name__, place(node), None))
+        if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
+            reason = _refuse(node, node.target, node.args, node.kwargs, cost_gate=False)
+            report.decisions.append(Decision(node.target.__name__, place(node), reason))
         elif node.target not in _OPERATORS:
             report.others[_name(node.target)] += 1
         elif switches:
@@ -121,6 +123,8 @@ def _refuse(node: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     torch.fx.node.map_arg((args, dict(kwargs)), nodes.append)
     if any(_example(n) is None for n in (node, *nodes)):
         return "values that the graph does not describe"
+    if any(free_unbacked_symbols(_example(n)) for n in (node, *nodes)):
+        return "sizes that depend on data"
     values, named = torch.fx.node.map_arg((args, dict(kwargs)), _example)
     reason = refusal(ours, *values, **named)
     if reason is None and cost_gate:

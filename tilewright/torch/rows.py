@@ -64,8 +64,6 @@ def _refuse(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any
         return "not along the last dimension"
     if dtype not in (None, input.dtype):
         return "converts to another dtype"
-    if input.shape[-1] == 0:
-        return "no columns"
     return f"rows longer than {WIDEST}" if input.shape[-1] > WIDEST else None
 
 

@@ -110,10 +110,8 @@ def _refuse_sizes(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa:
         return f"heads of {depth}, not {' or '.join(map(str, DEPTHS))}"
     if value != key or key[0] != batch or key[3] != depth:
         return "the sizes of query, key and value differ"
-    if key[1] != heads and (not enable_gqa or key[1] == 0 or heads % key[1]):
+    if key[1] != heads and (not enable_gqa or heads % key[1]):
         return "the numbers of heads differ"
-    if key[2] == 0:
-        return "no keys"
     if is_causal and rows != key[2]:
         return "causal with as many queries as keys only"  # torch aligns the first ones, the kernels the last ones
     return None

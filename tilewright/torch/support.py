@@ -22,6 +22,8 @@ def refuse_tensors(first: Any, *others: Any) -> Refusal:
         return f"dtype {_name(first.dtype)}"
     if any(x.dtype != first.dtype for x in tensors):
         return "the dtypes differ"
+    if any(x.numel() == 0 for x in tensors):
+        return "an empty tensor"
     return refuse_place(*tensors)
 
 
