@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -121,6 +122,17 @@ def test_an_activation_joins_its_product(reports, activation):
     assert len(reports[0].taken) == 2 and reports[0].taken[0].startswith("linear+")
 
 
+def test_a_product_stays_before_a_change_of_its_input(reports):
+    def f(x, w):
+        y = F.linear(input=x, weight=w)
+        x.add_(1.0)
+        return F.relu(y)
+
+    x, w = torch.randn(3, 24), torch.randn(4, 24)
+    torch.testing.assert_close(compiled(f)(x.clone(), w), f(x.clone(), w), rtol=1e-5, atol=1e-5)
+    assert reports[0].taken == ["linear+relu"]
+
+
 def test_with_gradients_an_activation_that_needs_its_input_stays(reports):
     model, x = MLP(nn.GELU()), torch.randn(3, 24)
     torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-5, atol=1e-5)
@@ -136,6 +148,17 @@ def test_sizes_may_change_without_compiling_again(reports):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         # Dynamo may start over while it compiles for the first size
         assert len(reports) == graphs if graphs else reports[-1].taken == TAKEN
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor's own
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor compiles C++ for the CPU")
+def test_inductor_compiles_the_rest(reports, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, x = MLP(nn.GELU()), torch.randn(3, 24, requires_grad=True)
+    step = torch.compile(model, backend=backend.compile_graph, options={"cost_gate": False, "compile_threads": 1})
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), [x, *model.parameters()]) for f in (step, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert reports[0].taken == ["linear", "linear"]
 
 
 def test_explain(capsys):
@@ -207,6 +230,13 @@ def test_a_graph_that_switches_autocast_is_left_alone(reports):
     x, w = torch.randn(3, 8), torch.randn(4, 8)
     assert torch.equal(compiled(f)(x, w), f(x, w))
     assert reports[0].decisions[0].reason == "a graph that switches autocast"
+
+
+def test_compiled_inside_autocast_torch_computes(reports):
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(F.linear)(x, w), F.linear(x, w))
+    assert reports[0].decisions[0].reason == "inside autocast"
 
 
 def test_options_are_checked():

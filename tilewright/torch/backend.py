@@ -56,8 +56,8 @@ def _inductor(module: Any, inputs: list[Any], settings: dict[str, Any], mode: st
 
 
 def _eager(module: Any, inputs: list[Any], settings: dict[str, Any], mode: str | None) -> Callable[..., Any]:
-    from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     through = aot_autograd(fw_compiler=_as_it_is, partition_fn=min_cut_rematerialization_partition)
     compiled: Callable[..., Any] = through(module, inputs)
@@ -65,7 +65,7 @@ def _eager(module: Any, inputs: list[Any], settings: dict[str, Any], mode: str |
 
 
 def _as_it_is(module: Any, inputs: list[Any]) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func
+    from torch._functorch.aot_autograd import make_boxed_func
 
     boxed: Callable[..., Any] = make_boxed_func(module.forward)
     return boxed

@@ -23,8 +23,11 @@ MEASURED = (9, 0)
 
 
 def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
-    """Why a call of a functional operator costs more than what would run instead; None if it does not."""
-    tensor = args[0] if args else next(iter(kwargs.values()))
+    """Why a call of a functional operator costs more than what would run instead; None if it does not.
+
+    The first tensor is given by position.
+    """
+    tensor = args[0]
     if tensor.device.type != "cuda":
         return "on the CPU kernels run in an interpreter"
     if tensor.dtype == torch.float32:
@@ -34,14 +37,14 @@ def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     return _COSTS[operator](*args, **kwargs)
 
 
-def _linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Refusal:
+def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Refusal:
     if activation is None:
         return "a product without activation is as fast in cuBLAS"
-    size = _elements(x) * _hint(weight.shape[0])
+    size = _elements(input) * _hint(weight.shape[0])
     return "a small product" if size < LEAST_PRODUCT else None
 
 
-def _matmul(a: Any, b: Any) -> Refusal:
+def _matmul(input: Any, other: Any) -> Refusal:
     return "a product without activation is as fast in cuBLAS"
 
 

@@ -53,7 +53,7 @@ def _launch_backward(
 ) -> None:
     if dlogits.numel():
         width = kernels.blocks(logits.element_size())["BN"]
-        grid = row_major_grid(*logits.shape, 1, width)
+        grid = row_major_grid(logits.shape[0], logits.shape[1], 1, width)
         arguments = logits, target, lse, dloss, dlogits, ignored
         kernels.cross_entropy_backward[grid](*arguments, SMOOTHING=smoothing, BN=width)
 

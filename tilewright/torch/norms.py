@@ -12,11 +12,7 @@ from tilewright.kernels import layernorm, rmsnorm
 from tilewright.kernels.rows import WIDEST, gradient_tiles, row_tiles
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, refuse_tensors
-
-
-def _rows(x: Any) -> Any:
-    return x.reshape(-1, x.shape[-1])
+from tilewright.torch.support import Refusal, as_rows, refuse_tensors
 
 
 def _statistic(x: Any) -> Any:
@@ -34,9 +30,9 @@ def _row_grid(x: Any, meta: dict[str, int]) -> tuple[int]:
 def _launch_rms(made: tuple[Any, Any], x: Any, weight: Any, eps: float) -> None:
     y, inverse = made
     if y.numel():
-        rows = _rows(x)
+        rows = as_rows(x)
         meta = row_tiles(*rows.shape)
-        rmsnorm.rmsnorm[_row_grid(rows, meta)](rows, weight, _rows(y), eps, inverse=inverse.view(-1), **meta)
+        rmsnorm.rmsnorm[_row_grid(rows, meta)](rows, weight, as_rows(y), eps, inverse=inverse.view(-1), **meta)
 
 
 def _rms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
@@ -63,10 +59,10 @@ def _launch_rms_backward(made: tuple[Any, Any], dy: Any, x: Any, weight: Any, in
     if not dx.numel():
         dweight.zero_()
         return
-    rows = _rows(x)
+    rows = as_rows(x)
     meta, programs = gradient_tiles(*rows.shape)
     partial = x.new_empty((programs, 1, rows.shape[1]), dtype=torch.float32)
-    arguments = _rows(dy), rows, weight, inverse.view(-1), _rows(dx), partial
+    arguments = as_rows(dy), rows, weight, inverse.view(-1), as_rows(dx), partial
     rmsnorm.rmsnorm_backward[(programs,)](*arguments, **meta)
     dweight.copy_(partial.sum((0, 1)))
 
@@ -84,10 +80,10 @@ _rms_norm_backward = torch_op(
 def _launch_layer(made: tuple[Any, Any, Any], x: Any, weight: Any, bias: Any, eps: float) -> None:
     y, mean, inverse = made
     if y.numel():
-        rows = _rows(x)
+        rows = as_rows(x)
         meta = row_tiles(*rows.shape)
         statistics = {"mean": mean.view(-1), "inverse": inverse.view(-1)}
-        layernorm.layernorm[_row_grid(rows, meta)](rows, weight, _rows(y), eps, bias=bias, **statistics, **meta)
+        layernorm.layernorm[_row_grid(rows, meta)](rows, weight, as_rows(y), eps, bias=bias, **statistics, **meta)
 
 
 def _layer_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any, Any]) -> None:
@@ -117,10 +113,10 @@ def _launch_layer_backward(made: tuple[Any, Any, Any], dy: Any, x: Any, weight: 
     if not dx.numel():
         dweight.zero_(), dbias.zero_()
         return
-    rows = _rows(x)
+    rows = as_rows(x)
     meta, programs = gradient_tiles(*rows.shape)
     partial = x.new_empty((programs, 2, rows.shape[1]), dtype=torch.float32)
-    arguments = _rows(dy), rows, weight, mean.view(-1), inverse.view(-1), _rows(dx), partial
+    arguments = as_rows(dy), rows, weight, mean.view(-1), inverse.view(-1), as_rows(dx), partial
     layernorm.layernorm_backward[(programs,)](*arguments, BIAS=True, **meta)
     sums = partial.sum(0)
     dweight.copy_(sums[0])

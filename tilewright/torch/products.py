@@ -12,7 +12,7 @@ from tilewright.kernels import gemm_epilogue as epilogue
 from tilewright.kernels.rows import row_major_grid
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, refuse_tensors
+from tilewright.torch.support import Refusal, as_rows, refuse_tensors
 
 #: activation -> its step behind a product, (function, derivative) for the gradient, and torch's function
 ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {
@@ -23,10 +23,6 @@ ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {
 }
 #: tile of the gradient of an activation
 _ROWS, _COLUMNS = 4, 1024
-
-
-def _rows(x: Any) -> Any:
-    return x.reshape(-1, x.shape[-1])
 
 
 # --- operators ------------------------------------------------------------------------------------
@@ -59,9 +55,9 @@ def _launch_linear(out: Any, x: Any, weight: Any, bias: Any, activation: str) ->
     if activation != "none":
         steps = (*steps, ACTIVATIONS[activation][0])
     if steps:
-        epilogue.linear(_rows(x), weight.t(), _rows(out), steps, vector=bias)
+        epilogue.linear(as_rows(x), weight.t(), as_rows(out), steps, vector=bias)
     else:
-        gemm.matmul(_rows(x), weight.t(), _rows(out))
+        gemm.matmul(as_rows(x), weight.t(), as_rows(out))
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -76,9 +72,9 @@ def _linear_backward(ctx: Any, dy: Any) -> tuple[Any, Any, Any, None]:
         before = _linear(x, weight, bias, "none") if y is None else y
         dy = _activation_backward(dy, before, ctx.activation)
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    gradient = _rows(dy)
+    gradient = as_rows(dy)
     dx = _matmul(gradient, weight).view(x.shape) if needs_x else None
-    dweight = _matmul(gradient.t(), _rows(x)) if needs_weight else None
+    dweight = _matmul(gradient.t(), as_rows(x)) if needs_weight else None
     dbias = gradient.sum(0) if needs_bias else None
     return dx, dweight, dbias, None
 
@@ -94,9 +90,9 @@ _linear = torch_op(
 
 def _launch_activation_backward(dx: Any, dy: Any, x: Any, activation: str) -> None:
     if dx.numel():
-        grid = row_major_grid(*_rows(dx).shape, _ROWS, _COLUMNS)
-        function = ACTIVATIONS[activation][1]
-        activations.activation_backward[grid](_rows(dy), _rows(x), _rows(dx), FN=function, BM=_ROWS, BN=_COLUMNS)
+        out, function = as_rows(dx), ACTIVATIONS[activation][1]
+        grid = row_major_grid(out.shape[0], out.shape[1], _ROWS, _COLUMNS)
+        activations.activation_backward[grid](as_rows(dy), as_rows(x), out, FN=function, BM=_ROWS, BN=_COLUMNS)
 
 
 _activation_backward = torch_op(
@@ -109,39 +105,39 @@ _activation_backward = torch_op(
 # --- functions ------------------------------------------------------------------------------------
 
 
-def _refuse_matmul(a: Any, b: Any) -> Refusal:
-    reason = refuse_tensors(a, b)
+def _refuse_matmul(input: Any, other: Any) -> Refusal:
+    reason = refuse_tensors(input, other)
     if reason:
         return reason
-    if a.ndim < 2 or b.ndim != 2:
-        return f"a product of {a.ndim} and {b.ndim} dimensions"
-    return None if a.shape[-1] == b.shape[0] else "the sizes do not fit"
+    if input.ndim < 2 or other.ndim != 2:
+        return f"a product of {input.ndim} and {other.ndim} dimensions"
+    return None if input.shape[-1] == other.shape[0] else "the sizes do not fit"
 
 
 @functional(_refuse_matmul, torch.matmul)
-def matmul(a: Any, b: Any) -> Any:
-    """``a @ b`` with a (..., M, K) and b (K, N): `torch.matmul` where the second factor is a matrix.
+def matmul(input: Any, other: Any) -> Any:
+    """``input @ other`` with input (..., M, K) and other (K, N): `torch.matmul` where the second factor is a matrix.
 
     Sums in float32 and rounds once. float32 operands are multiplied exactly, not in tf32.
     """
-    if a.ndim == 2:
-        return _matmul(a, b)
-    return _matmul(_rows(a), b).view((*a.shape[:-1], b.shape[1]))
+    if input.ndim == 2:
+        return _matmul(input, other)
+    return _matmul(as_rows(input), other).view((*input.shape[:-1], other.shape[1]))
 
 
-def _refuse_linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Refusal:
-    reason = refuse_tensors(x, weight, bias)
+def _refuse_linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Refusal:
+    reason = refuse_tensors(input, weight, bias)
     if reason:
         return reason
-    if x.ndim < 2 or weight.ndim != 2:
-        return f"an input of {x.ndim} and a weight of {weight.ndim} dimensions"
-    if x.shape[-1] != weight.shape[1] or (bias is not None and tuple(bias.shape) != tuple(weight.shape[:1])):
+    if input.ndim < 2 or weight.ndim != 2:
+        return f"an input of {input.ndim} and a weight of {weight.ndim} dimensions"
+    if input.shape[-1] != weight.shape[1] or (bias is not None and tuple(bias.shape) != tuple(weight.shape[:1])):
         return "the sizes do not fit"
     return None
 
 
-def _eager_linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
-    y = F.linear(x, weight, bias)
+def _eager_linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
+    y = F.linear(input, weight, bias)
     return y if activation is None else ACTIVATIONS[_known(activation)][2](y)
 
 
@@ -152,14 +148,14 @@ def _known(activation: str) -> str:
 
 
 @functional(_refuse_linear, _eager_linear)
-def linear(x: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
-    """``activation(x @ weight.T + bias)`` in one kernel: x (..., K), weight (N, K), bias (N,); `F.linear` and more.
+def linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
+    """``activation(input @ weight.T + bias)`` in one kernel: input (..., K), weight (N, K), bias (N,); else `F.linear`.
 
     ``activation``: "relu", "gelu", "gelu_tanh" or "silu". It and the bias apply to float32 sums; the result is rounded
     once. What is before an activation is not kept: the backward pass computes it again (not for relu). float32
     operands are multiplied exactly, not in tf32.
     """
-    return _linear(x, weight, bias, "none" if activation is None else _known(activation))
+    return _linear(input, weight, bias, "none" if activation is None else _known(activation))
 
 
 __all__ = ["ACTIVATIONS", "linear", "matmul"]

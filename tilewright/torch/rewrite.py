@@ -78,22 +78,20 @@ def _decide(node: Any, cost_gate: bool) -> Decision:
     ours, adapt = _OPERATORS[node.target]
     try:
         args, kwargs = adapt(*node.args, **node.kwargs) if adapt else (node.args, dict(node.kwargs))
-        inspect.signature(ours).bind(*args, **kwargs)
+        bound = inspect.signature(ours).bind(*args, **kwargs)
     except TypeError:
         return Decision(ours.__name__, place(node), "arguments that ours does not have")
+    args, kwargs = bound.args, bound.kwargs
     fused = _activation(node) if ours is products.linear else None
     if fused is not None:
         name, user = fused
         if _refuse(user, ours, args, {**kwargs, "activation": name}, cost_gate) is None:
-            where = place(node)
-            _replace(user, ours, args, {**kwargs, "activation": name})
-            node.graph.erase_node(node)
-            return Decision(f"{ours.__name__}+{name}", where, None)
+            _replace(node, user, ours, args, {**kwargs, "activation": name})
+            return Decision(f"{ours.__name__}+{name}", place(node), None)
     reason = _refuse(node, ours, args, kwargs, cost_gate)
-    decision = Decision(ours.__name__, place(node), reason)
     if reason is None:
-        _replace(node, ours, args, kwargs)
-    return decision
+        _replace(node, node, ours, args, kwargs)
+    return Decision(ours.__name__, place(node), reason)
 
 
 def _activation(node: Any) -> tuple[str, Any] | None:
@@ -153,12 +151,18 @@ def _differs(result: Any, expected: Any) -> Refusal:
     return None if same else "the order of the result in memory differs"
 
 
-def _replace(node: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    with node.graph.inserting_before(node):
-        new = node.graph.call_function(ours, args, dict(kwargs))
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+def _replace(first: Any, last: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Put a call in the place of ``first``, whose arguments may change behind it, with the result of ``last``.
+
+    ``last`` is ``first`` or its only user.
+    """
+    graph = first.graph
+    with graph.inserting_before(first):
+        new = graph.call_function(ours, args, dict(kwargs))
+    new.meta = dict(last.meta)
+    last.replace_all_uses_with(new)
+    for node in dict.fromkeys((last, first)):
+        graph.erase_node(node)
 
 
 def _name(target: Any) -> str:

@@ -11,18 +11,14 @@ from tilewright.kernels import softmax as kernels
 from tilewright.kernels.rows import WIDEST, row_tiles
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, refuse_tensors
-
-
-def _rows(x: Any) -> Any:
-    return x.reshape(-1, x.shape[-1])
+from tilewright.torch.support import Refusal, as_rows, refuse_tensors
 
 
 def _launch(y: Any, x: Any) -> None:
     if y.numel():
-        rows = _rows(x)
+        rows = as_rows(x)
         meta = row_tiles(*rows.shape)
-        kernels.softmax[(tw.cdiv(rows.shape[0], meta["BM"]),)](rows, _rows(y), **meta)
+        kernels.softmax[(tw.cdiv(rows.shape[0], meta["BM"]),)](rows, as_rows(y), **meta)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -44,9 +40,9 @@ _softmax = torch_op(
 
 def _launch_backward(dx: Any, dy: Any, y: Any) -> None:
     if dx.numel():
-        rows = _rows(y)
+        rows = as_rows(y)
         meta = row_tiles(*rows.shape)
-        kernels.softmax_backward[(tw.cdiv(rows.shape[0], meta["BM"]),)](_rows(dy), rows, _rows(dx), **meta)
+        kernels.softmax_backward[(tw.cdiv(rows.shape[0], meta["BM"]),)](as_rows(dy), rows, as_rows(dx), **meta)
 
 
 _softmax_backward = torch_op(

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import tilewright as tw
 
@@ -32,8 +33,8 @@ def refuse_place(*tensors: Any) -> Refusal:
     device = tensors[0].device
     if any(x.device != device for x in tensors):
         return "the devices differ"
-    if any(x.layout != torch.strided for x in tensors):
-        return "a sparse layout"
+    if any(x.layout != torch.strided or is_traceable_wrapper_subclass(x) for x in tensors):
+        return "a tensor of another kind"  # sparse, distributed, nested, quantized
     if torch.is_autocast_enabled(device.type):
         return "inside autocast"
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -59,4 +60,9 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["FLOATS", "Refusal", "refuse_place", "refuse_tensors"]
+def as_rows(x: Any) -> Any:
+    """A tensor as a matrix of its rows along the last dimension."""
+    return x.reshape(-1, x.shape[-1])
+
+
+__all__ = ["FLOATS", "Refusal", "as_rows", "refuse_place", "refuse_tensors"]
