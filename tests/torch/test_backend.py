@@ -187,8 +187,8 @@ def test_the_gate_on_a_gpu():
     import tilewright.torch as twt
     from tilewright.torch.gate import not_worthwhile
 
-    def gate(operator, *shapes, dtype=torch.bfloat16, **options):
-        tensors = [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
+    def gate(operator, *shapes, dtype=torch.bfloat16, grad=False, **options):
+        tensors = [torch.empty(shape, dtype=dtype, device="cuda", requires_grad=grad) for shape in shapes]
         return not_worthwhile(operator, *tensors, **options)
 
     if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
@@ -200,7 +200,10 @@ def test_the_gate_on_a_gpu():
         assert "float32" in gate(twt.linear, (4096, 4096), (4096, 4096), activation="gelu", dtype=torch.float32)
         assert gate(twt.attention, *[(1, 8, 1024, 64)] * 3) is None
         assert "2048" in gate(twt.attention, *[(1, 8, 1024, 64)] * 3, is_causal=True)
-        assert gate(twt.softmax, (4096, 4096)) is None
+        assert "gradient" in gate(twt.attention, *[(1, 8, 1024, 64)] * 3, grad=True)
+        with torch.no_grad():
+            assert gate(twt.attention, *[(1, 8, 1024, 64)] * 3, grad=True) is None
+        assert gate(twt.softmax, (4096, 4096), grad=True) is None
 
 
 @pytest.mark.parametrize(

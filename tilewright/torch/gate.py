@@ -40,6 +40,8 @@ def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
 def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Refusal:
     if activation is None:
         return "a product without activation is as fast in cuBLAS"
+    if _trains(input, weight):
+        return "its gradient was not measured"
     size = _elements(input) * _hint(weight.shape[0])
     return "a small product" if size < LEAST_PRODUCT else None
 
@@ -57,6 +59,8 @@ def _attention(
     is_causal: bool = False,
     **rest: Any,
 ) -> Refusal:
+    if _trains(query, key, value):
+        return "its gradient was not measured"
     least = LEAST_CAUSAL_QUERIES if is_causal else LEAST_QUERIES
     return f"fewer than {least} queries" if _hint(query.shape[2]) < least else None
 
@@ -78,6 +82,10 @@ _COSTS: dict[Any, Callable[..., Refusal]] = {
     rows.softmax: _wide_rows,
     losses.cross_entropy: _wide_rows,
 }
+
+
+def _trains(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _elements(x: Any) -> int:

@@ -62,7 +62,8 @@ def rewrite(graph: Any, cost_gate: bool = True) -> Report:
         if node.op not in _CALLS or node._erased:
             continue
         if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
-            reason = _refuse(node, node.target, node.args, node.kwargs, cost_gate=False)
+            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+            reason = _refuse(node, node.target, bound.args, bound.kwargs, cost_gate=False)
             report.decisions.append(Decision(node.target.__name__, place(node), reason))
         elif node.target not in _OPERATORS:
             report.others[_name(node.target)] += 1
@@ -106,7 +107,7 @@ def _activation(node: Any) -> tuple[str, Any] | None:
         return None
     if user.target in _RELU:
         return "relu", user
-    if _example(node).requires_grad:
+    if getattr(_example(node), "requires_grad", True):
         return None
     if user.target is F.silu:
         return "silu", user
@@ -124,6 +125,8 @@ def _refuse(node: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     if any(free_unbacked_symbols(_example(n)) for n in (node, *nodes)):
         return "sizes that depend on data"
     values, named = torch.fx.node.map_arg((args, dict(kwargs)), _example)
+    if not any(isinstance(x, FakeTensor) for x in values):
+        return "values that the graph does not describe"
     reason = refusal(ours, *values, **named)
     if reason is None and cost_gate:
         reason = not_worthwhile(ours, *values, **named)
@@ -136,8 +139,8 @@ def _example(node: Any) -> Any:
 
 def _fake(ours: Any, values: Any, named: Any) -> Any:
     """The result's description: the operator on tensors without memory."""
-    # their own mode, not that of the tracing context, which Dynamo renews before it calls a backend
-    mode = next(x.fake_mode for x in (*values, *named.values()) if isinstance(x, FakeTensor))
+    # the tensors' own mode, not that of the tracing context, which Dynamo renews before it calls a backend
+    mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
     with torch.no_grad(), mode:
         return ours(*values, **named)
 
