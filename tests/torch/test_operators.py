@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
@@ -198,6 +199,20 @@ def test_what_the_kernels_do_not_take_runs_in_torch(case):
     reason, operator, exact, args, options = case
     assert reason in refusal(operator, *args, **options)
     assert torch.equal(operator(*args, **options), exact(*args, **options))
+
+
+def test_a_gpu_without_tile_sizes_is_left_to_torch(monkeypatch):
+    """Only what decides is run: no GPU is there."""
+    import tilewright as tw
+
+    support = import_module("tilewright.torch.support")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    places = {f"{kind}:{n}": target for kind in ("cuda", "hip") for n, target in enumerate(("sm_90a", "sm_75"))}
+    infos = [SimpleNamespace(name=name, target=target) for name, target in places.items()]
+    monkeypatch.setattr(tw, "devices", lambda: infos, raising=False)
+    answers = [support._refuse_gpu.__wrapped__(n) for n in range(3)]
+    assert answers[0] is None
+    assert "sm_75" in answers[1] and "unknown" in answers[2]
 
 
 def test_inside_autocast_and_vmap_torch_computes():

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import tilewright as tw
 
+#: targets that the tile sizes of the kernel library are for, and fit
+TARGETS = frozenset({"sm_90a"})
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Refusal = str | None
 
@@ -48,12 +50,12 @@ def refuse_place(*tensors: Any) -> Refusal:
 
 @cache
 def _refuse_gpu(ordinal: int) -> Refusal:
-    """Why the compiler has no target for a GPU. A GPU that is not there, as in traces without one, is taken."""
+    """Why the library's kernels do not fit a GPU. A GPU that is not there, as in traces without one, is taken."""
     if not torch.cuda.is_available():
         return None
-    kind = "hip" if torch.version.hip else "cuda"
-    names = {info.name for info in tw.devices()}
-    return None if f"{kind}:{ordinal}" in names else f"no compiler target for GPU {ordinal}"
+    name = f"{'hip' if torch.version.hip else 'cuda'}:{ordinal}"
+    found = next((info.target for info in tw.devices() if info.name == name), "unknown")
+    return None if found in TARGETS else f"no tile sizes for a GPU of target {found}"
 
 
 def _name(dtype: Any) -> str:
@@ -65,4 +67,4 @@ def as_rows(x: Any) -> Any:
     return x.reshape(-1, x.shape[-1])
 
 
-__all__ = ["FLOATS", "Refusal", "as_rows", "refuse_place", "refuse_tensors"]
+__all__ = ["FLOATS", "TARGETS", "Refusal", "as_rows", "refuse_place", "refuse_tensors"]
