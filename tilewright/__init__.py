@@ -21,6 +21,7 @@ _TOOLS = {
     "devices": "tilewright.runtime.device",
     "emulate": "tilewright.compiler.api",
     "Artifact": "tilewright.compiler.artifact",
+    "torch_op": "tilewright.torch.operator",
     "DevicePointer": "tilewright.runtime.arguments",
     "DeviceError": "tilewright.runtime.errors",
     "CompileError": "tilewright.frontend.errors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 #: seconds; the best of three, since the requirement is about the package and not about a busy machine
 LIMIT = 0.3
@@ -45,4 +46,5 @@ def test_every_public_name_exists():
 
     assert {"kernel", "compile", "device", "devices", "spec", "dot", "load", "CompileError"} <= set(dir(tw))
     for name in dir(tw):
-        assert getattr(tw, name) is not None
+        if name != "torch_op" or find_spec("torch"):
+            assert getattr(tw, name) is not None

@@ -1,0 +1,273 @@
+"""``torch.compile(backend="tilewright")`` on small models on the CPU, with eager as the fallback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+backend = import_module("tilewright.torch.backend")
+F, nn = torch.nn.functional, torch.nn
+ROOT = Path(__file__).parents[2]
+ALL = {"fallback": "eager", "cost_gate": False}
+
+
+class MLP(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(24, 40), nn.Linear(40, 24, bias=False), activation
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """A transformer block with grouped-query attention, and a loss."""
+
+    def __init__(self, width=32, heads=4, groups=2, depth=16, classes=50):
+        super().__init__()
+        self.heads, self.groups, self.depth = heads, groups, depth
+        self.embedding = nn.Embedding(classes, width)
+        self.before, self.after, self.last = nn.RMSNorm(width), nn.LayerNorm(width), nn.LayerNorm(width, bias=False)
+        self.q, self.kv = nn.Linear(width, heads * depth), nn.Linear(width, 2 * groups * depth)
+        self.out = nn.Linear(heads * depth, width, bias=False)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, tokens, target):
+        x = self.embedding(tokens)
+        b, t, _ = x.shape
+        h = self.before(x)
+        q = self.q(h).view(b, t, self.heads, self.depth).transpose(1, 2)
+        k, v = self.kv(h).view(b, t, 2, self.groups, self.depth).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, -1))
+        x = x + self.down(F.relu(self.up(self.after(x))))
+        logits = self.last(x) @ self.embedding.weight.t()
+        return logits.softmax(-1), F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+TAKEN = ["rms_norm", *["linear"] * 2, "attention", "linear", "layer_norm", "linear+relu", "linear", "layer_norm"]
+TAKEN += ["matmul", "softmax", "cross_entropy"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The report of each graph that the backend gets."""
+    seen = []
+    rewrite = backend.rewrite
+
+    def recording(graph, cost_gate=True):
+        seen.append(rewrite(graph, cost_gate))
+        return seen[-1]
+
+    monkeypatch.setattr(backend, "rewrite", recording)
+    return seen
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend=backend.compile_graph, fullgraph=True, options={**ALL, **options})
+
+
+def tokens(rows=7):
+    return torch.randint(0, 50, (2, rows)), torch.randint(0, 50, (2, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_of_a_block(reports, dtype):
+    model, inputs = Block().to(dtype).eval(), tokens()
+    with torch.no_grad():
+        probabilities, loss = compiled(model)(*inputs)
+        expected, expected_loss = model(*inputs)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(probabilities, expected, rtol=tolerance, atol=tolerance, check_stride=True)
+    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=tolerance)
+    assert [report.taken for report in reports] == [TAKEN]
+
+
+def test_training_steps_of_a_block(reports):
+    ours, theirs = Block(), Block()
+    theirs.load_state_dict(ours.state_dict())
+    for model, step in ((ours, compiled(ours)), (theirs, theirs)):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            probabilities, loss = step(*tokens())
+            (loss + probabilities.square().sum()).backward()
+            optimizer.step()
+    for (name, weight), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert not torch.equal(ours.q.weight, Block().q.weight)
+    assert [report.taken for report in reports] == [TAKEN]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU()], ids=str)
+def test_an_activation_joins_its_product(reports, activation):
+    model, x = MLP(activation), torch.randn(3, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(reports[0].taken) == 2 and reports[0].taken[0].startswith("linear+")
+
+
+def test_a_product_stays_before_a_change_of_its_input(reports):
+    def f(x, w):
+        y = F.linear(input=x, weight=w)
+        x.add_(1.0)
+        return F.relu(y)
+
+    x, w = torch.randn(3, 24), torch.randn(4, 24)
+    torch.testing.assert_close(compiled(f)(x.clone(), w), f(x.clone(), w), rtol=1e-5, atol=1e-5)
+    assert reports[0].taken == ["linear+relu"]
+
+
+def test_with_gradients_an_activation_that_needs_its_input_stays(reports):
+    model, x = MLP(nn.GELU()), torch.randn(3, 24)
+    torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    assert reports[0].taken == ["linear", "linear"] and reports[0].others["gelu"] == 1
+
+
+def test_sizes_may_change_without_compiling_again(reports):
+    model = Block()
+    step = torch.compile(model, backend=backend.compile_graph, fullgraph=True, dynamic=True, options=ALL)
+    for rows in (5, 9, 12):
+        graphs, inputs = len(reports), tokens(rows)
+        for ours, theirs in zip(step(*inputs), model(*inputs), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        # Dynamo may start over while it compiles for the first size
+        assert len(reports) == graphs if graphs else reports[-1].taken == TAKEN
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor's own
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor compiles C++ for the CPU")
+def test_inductor_compiles_the_rest(reports, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, x = MLP(nn.GELU()), torch.randn(3, 24, requires_grad=True)
+    step = torch.compile(model, backend=backend.compile_graph, options={"cost_gate": False, "compile_threads": 1})
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), [x, *model.parameters()]) for f in (step, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert reports[0].taken == ["linear", "linear"]
+
+
+def test_explain(capsys):
+    def f(x, mask):
+        y = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        return F.scaled_dot_product_attention(y, x, x).sin()
+
+    compiled(f, explain=True)(torch.randn(1, 2, 5, 16), torch.ones(5, 5, dtype=torch.bool))
+    lines = capsys.readouterr().out.splitlines()
+    here = f.__code__.co_firstlineno
+    assert lines[0] == "tilewright: 1 of 2 calls taken, the rest to eager"
+    assert lines[1].split() == ["attention", f"test_backend.py:{here + 1}", "left:", "a", "mask"]
+    assert lines[2].split() == ["attention", f"test_backend.py:{here + 2}", "taken"]
+    assert lines[3].split() == ["no", "kernel", "for:", "sin", "x1"]
+
+
+def test_the_gate_leaves_the_cpu_to_torch(reports):
+    x = torch.randn(3, 8)
+    compiled(lambda x: x.softmax(-1), cost_gate=True)(x)
+    assert reports[0].taken == [] and "interpreter" in reports[0].decisions[0].reason
+
+
+def test_the_gate_on_a_gpu():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import tilewright.torch as twt
+    from tilewright.torch.gate import not_worthwhile
+
+    def gate(operator, *shapes, dtype=torch.bfloat16, grad=False, **options):
+        tensors = [torch.empty(shape, dtype=dtype, device="cuda", requires_grad=grad) for shape in shapes]
+        return not_worthwhile(operator, *tensors, **options)
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("speaks of the GPU that was measured")
+    with FakeTensorMode():
+        assert gate(twt.linear, (4096, 4096), (4096, 4096), activation="gelu") is None
+        assert "small" in gate(twt.linear, (64, 64), (64, 64), activation="gelu")
+        assert "cuBLAS" in gate(twt.linear, (4096, 4096), (4096, 4096))
+        assert "float32" in gate(twt.linear, (4096, 4096), (4096, 4096), activation="gelu", dtype=torch.float32)
+        assert gate(twt.attention, *[(1, 8, 1024, 64)] * 3) is None
+        assert "2048" in gate(twt.attention, *[(1, 8, 1024, 64)] * 3, is_causal=True)
+        assert "gradient" in gate(twt.attention, *[(1, 8, 1024, 64)] * 3, grad=True)
+        with torch.no_grad():
+            assert gate(twt.attention, *[(1, 8, 1024, 64)] * 3, grad=True) is None
+        assert gate(twt.softmax, (4096, 4096), grad=True) is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.matmul(x[0], x[0]),
+        lambda x: x.double().softmax(-1),
+        lambda x: torch.mm(x, x.t(), out=torch.empty(4, 4)),
+        lambda x: F.softmax(x, 0) + torch.softmax(x, -1, dtype=torch.float64),
+        lambda x: x[x.sum(-1) > 0] @ x.t(),
+        lambda x: F.layer_norm(x.t(), (4,)),
+        lambda x: x.flatten(1)[:, :0] @ x[:0],
+        lambda x: x.to_sparse().to_dense() @ x.t(),
+    ],
+)
+def test_what_is_unsupported_is_no_error(function):
+    x = torch.randn(4, 8)
+    step = torch.compile(function, backend=backend.compile_graph, options=ALL)
+    torch.testing.assert_close(step(x), function(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_that_switches_autocast_is_left_alone(reports):
+    def f(x, w):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(x, w)
+
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    assert torch.equal(compiled(f)(x, w), f(x, w))
+    assert reports[0].decisions[0].reason == "a graph that switches autocast"
+
+
+def test_compiled_inside_autocast_torch_computes(reports):
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(F.linear)(x, w), F.linear(x, w))
+    assert reports[0].decisions[0].reason == "inside autocast"
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="fallback='triton'; it is one of inductor, eager"):
+        backend.Options.read({"fallback": "triton"})
+    with pytest.raises(ValueError, match="no option max_autotun with fallback='eager'"):
+        backend.Options.read({"fallback": "eager", "max_autotun": True})
+    assert backend.Options.read({"explain": True, "max_autotune": True})[1] == {"max_autotune": True}
+
+
+def test_torch_finds_the_backend_by_name(tmp_path):
+    """Through the entry point of pyproject.toml, installed as pip does."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    entries = project["entry-points"]["torch_dynamo_backends"]
+    info = tmp_path / "backend_of_this_checkout-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: backend-of-this-checkout\nVersion: 0\n")
+    lines = [f"{name} = {value}" for name, value in entries.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[torch_dynamo_backends]", *lines, ""]))
+    script = (
+        "import torch\n"
+        "assert 'tilewright' in torch.compiler.list_backends()\n"
+        f"f = torch.compile(lambda x: x.softmax(-1), backend='tilewright', options={ALL | {'explain': True}!r})\n"
+        "x = torch.randn(3, 8)\n"
+        "torch.testing.assert_close(f(x), x.softmax(-1))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 calls taken" in done.stdout

@@ -1,0 +1,235 @@
+"""The functional operators: values and gradients against torch, in the interpreter; what they leave to torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+twt = import_module("tilewright.torch")
+F = torch.nn.functional
+refusal = import_module("tilewright.torch.functional").refusal
+for name in dir(twt):  # loads and so registers all
+    getattr(twt, name)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+TARGET = torch.tensor([3, -100, 0, 19])
+
+
+def normal(*shape, dtype=torch.float32, grad=False):
+    return torch.randn(*shape, dtype=dtype, requires_grad=grad)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def assert_same(ours, theirs, inputs, tolerance):
+    """Equal values, dtypes and strides of the results, and equal gradients of all inputs for a random gradient."""
+    left, right = ([x.detach().clone().requires_grad_() for x in inputs] for _ in range(2))
+    y, exact = ours(*left), theirs(*right)
+    torch.testing.assert_close(y, exact, rtol=tolerance, atol=tolerance, check_stride=True)
+    dy = torch.randn_like(exact)
+    gradients = torch.autograd.grad(y, left, dy), torch.autograd.grad(exact, right, dy)
+    for gradient, expected in zip(*gradients, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradient, expected, rtol=4 * tolerance, atol=4 * tolerance)
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_linear(activation, dtype):
+    def exact(x, weight, bias):
+        y = F.linear(x.float(), weight.float(), bias.float())
+        return (ACTIVATIONS[activation](y) if activation else y).to(dtype)
+
+    inputs = [normal(2, 5, 24, dtype=dtype), normal(17, 24, dtype=dtype), normal(17, dtype=dtype)]
+    assert_same(lambda *xs: twt.linear(*xs, activation=activation), exact, inputs, TOLERANCE[dtype])
+
+
+def test_linear_gives_only_the_gradients_that_are_needed():
+    x, weight = normal(5, 8), normal(3, 8, grad=True)
+    twt.linear(x, weight, activation="silu").sum().backward()
+    expected = torch.autograd.grad(F.silu(F.linear(x, weight)).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
+    assert x.grad is None
+
+
+@DTYPES
+def test_matmul(dtype):
+    inputs = [normal(2, 5, 24, dtype=dtype), normal(3, 24, dtype=dtype).t()]
+    assert_same(twt.matmul, torch.matmul, inputs, TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("heads", "groups", "rows", "keys", "options"),
+    [
+        (4, 4, 19, 19, {}),
+        (4, 4, 19, 19, {"is_causal": True, "scale": 0.3}),
+        (4, 2, 19, 19, {"is_causal": True, "enable_gqa": True}),
+        (2, 2, 7, 150, {}),
+    ],
+)
+def test_attention(heads, groups, rows, keys, options, dtype):
+    q = normal(2, rows, heads, 16, dtype=dtype).transpose(1, 2)
+    k, v = (normal(2, groups, keys, 16, dtype=dtype) for _ in range(2))
+    exact = F.scaled_dot_product_attention
+    assert_same(
+        lambda *xs: twt.attention(*xs, **options), lambda *xs: exact(*xs, **options), [q, k, v], TOLERANCE[dtype]
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_rms_norm(eps, dtype):
+    small = [normal(3, 2, 20, dtype=dtype) * 1e-2, normal(20, dtype=dtype)]
+    if dtype != torch.float16 or eps is not None:  # gradients there pass what float16 can hold
+        assert_same(
+            lambda *xs: twt.rms_norm(xs[0], (20,), xs[1], eps),
+            lambda *xs: F.rms_norm(xs[0], (20,), xs[1], eps),
+            small,
+            10 * TOLERANCE[dtype],
+        )
+    x = normal(3, 2, 20, dtype=dtype)
+    assert_same(
+        lambda x: twt.rms_norm(x, (20,), eps=eps), lambda x: F.rms_norm(x, (20,), eps=eps), [x], TOLERANCE[dtype]
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("parameters", [0, 1, 2])
+def test_layer_norm(parameters, dtype):
+    inputs = [normal(3, 2, 20, dtype=dtype), *(normal(20, dtype=dtype) for _ in range(parameters))]
+    assert_same(
+        lambda x, *p: twt.layer_norm(x, (20,), *p), lambda x, *p: F.layer_norm(x, (20,), *p), inputs, TOLERANCE[dtype]
+    )
+
+
+@DTYPES
+def test_softmax(dtype):
+    x = normal(3, 2, 20, dtype=dtype)
+    x[1, 0, 3:] = float("-inf")
+    assert_same(lambda x: twt.softmax(x, -1), lambda x: F.softmax(x, -1), [x], TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"reduction": "none"}, {"ignore_index": 19}],
+    ids=str,
+)
+def test_cross_entropy(options, dtype):
+    target = TARGET.abs() % 20 if "ignore_index" in options else TARGET
+    assert_same(
+        lambda x: twt.cross_entropy(x, target, **options),
+        lambda x: F.cross_entropy(x, target, **options),
+        [normal(4, 20, dtype=dtype)],
+        TOLERANCE[dtype],
+    )
+
+
+def _operators():
+    """Every operator that the package registers, with arguments."""
+    return {
+        "matmul": (normal(3, 5, grad=True), normal(5, 4, grad=True)),
+        "linear": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, grad=True), "gelu"),
+        "activation_backward": (normal(2, 3), normal(2, 3), "silu"),
+        "attention": (normal(1, 2, 4, 16, grad=True), *(normal(1, 1, 4, 16, grad=True) for _ in range(2)), True, 0.3),
+        "attention_backward": (
+            *(normal(1, 2, 4, 16), normal(1, 2, 4, 16), normal(1, 1, 4, 16), normal(1, 1, 4, 16)),
+            *(normal(1, 2, 4, 16), normal(1, 2, 4), True, 0.3),
+        ),
+        "rms_norm": (normal(2, 3, 8, grad=True), normal(8, grad=True), 1e-5),
+        "rms_norm_backward": (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(2, 3)),
+        "layer_norm": (normal(2, 3, 8, grad=True), normal(8, grad=True), None, 1e-5),
+        "layer_norm_backward": (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(2, 3), normal(2, 3)),
+        "softmax": (normal(2, 3, 8, grad=True),),
+        "softmax_backward": (normal(2, 3), normal(2, 3)),
+        "cross_entropy": (normal(4, 20, grad=True), TARGET, -100, 0.1),
+        "cross_entropy_backward": (normal(4), normal(4, 20), TARGET, normal(4), -100, 0.1),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(_operators()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.tilewright, name).default, _operators()[name])
+
+
+def test_opcheck_covers_all():
+    from tilewright.torch.operator import _libraries
+
+    registered = {name.partition("::")[2] for name in _libraries if name.startswith("tilewright::")}
+    assert registered == set(_operators())
+
+
+def _refused():
+    """(part of the reason, operator, torch's function, arguments, options)."""
+    attention, exact = twt.attention, F.scaled_dot_product_attention
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    fewer = [normal(1, 1, 3, 16), normal(1, 1, 5, 16), normal(1, 1, 5, 16)]
+    return [
+        ("dtype float64", twt.softmax, F.softmax, [normal(2, 3).double(), -1], {}),
+        ("the dtypes differ", twt.rms_norm, F.rms_norm, [normal(2, 3), (3,), normal(3).bfloat16()], {}),
+        ("not along the last dimension", twt.softmax, F.softmax, [normal(2, 3), 0], {}),
+        ("a mask", attention, exact, [normal(1, 1, 5, 16)] * 3, {"attn_mask": mask}),
+        ("causal with as many", attention, exact, fewer, {"is_causal": True}),
+        ("heads of 8", attention, exact, [normal(1, 1, 5, 8)] * 3, {}),
+        ("an empty tensor", twt.linear, F.linear, [normal(2, 0), normal(3, 0), normal(3)], {}),
+        ("class weights", twt.cross_entropy, F.cross_entropy, [normal(4, 20), TARGET, normal(20).abs()], {}),
+        ("no class indices", twt.cross_entropy, F.cross_entropy, [normal(4, 20), normal(4, 20)], {}),
+        ("several dimensions", twt.layer_norm, F.layer_norm, [normal(2, 3, 4), (3, 4)], {}),
+        ("1 and 2 dimensions", twt.matmul, torch.matmul, [normal(3), normal(3, 4)], {}),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's own, about its fast path
+@pytest.mark.parametrize("case", _refused(), ids=lambda case: case[0])
+def test_what_the_kernels_do_not_take_runs_in_torch(case):
+    reason, operator, exact, args, options = case
+    assert reason in refusal(operator, *args, **options)
+    assert torch.equal(operator(*args, **options), exact(*args, **options))
+
+
+def test_a_gpu_without_tile_sizes_is_left_to_torch(monkeypatch):
+    """Only what decides is run: no GPU is there."""
+    import tilewright as tw
+
+    support = import_module("tilewright.torch.support")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    places = {f"{kind}:{n}": target for kind in ("cuda", "hip") for n, target in enumerate(("sm_90a", "sm_75"))}
+    infos = [SimpleNamespace(name=name, target=target) for name, target in places.items()]
+    monkeypatch.setattr(tw, "devices", lambda: infos, raising=False)
+    answers = [support._refuse_gpu.__wrapped__(n) for n in range(3)]
+    assert answers[0] is None
+    assert "sm_75" in answers[1] and "unknown" in answers[2]
+
+
+def test_inside_autocast_and_vmap_torch_computes():
+    x = normal(2, 3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert twt.linear(x, normal(5, 4)).dtype == torch.bfloat16
+    assert torch.equal(torch.vmap(lambda row: twt.softmax(row, -1))(x), x.softmax(-1))
+
+
+def test_an_unknown_activation_is_named():
+    with pytest.raises(ValueError, match="no activation 'swish'; it has relu, gelu, gelu_tanh, silu"):
+        twt.linear(normal(2, 3), normal(4, 3), activation="swish")
+
+
+def test_torch_compile_sees_one_graph():
+    compiled = torch.compile(
+        lambda x, weight: twt.linear(twt.softmax(x, -1), weight, activation="gelu"), backend="aot_eager", fullgraph=True
+    )
+    x, weight = normal(3, 4), normal(5, 4)
+    torch.testing.assert_close(compiled(x, weight), F.gelu(F.linear(x.softmax(-1), weight)))

@@ -1,0 +1,77 @@
+"""``torch.compile(model, backend="tilewright")``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright.torch.rewrite import rewrite
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(..., options=)`` may say to this backend; other keys are settings of Inductor.
+
+    ``fallback``: what compiles the rest of the graph, "inductor" or "eager" (traced by AOTAutograd, run as it is).
+    ``cost_gate``: take only calls that were measured to be faster. ``explain``: print what was taken, what not, why.
+    """
+
+    fallback: str = "inductor"
+    cost_gate: bool = True
+    explain: bool = False
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+        """Our options and Inductor's. ValueError where neither the name nor the value is known."""
+        rest = dict(given or {})
+        options = cls(**{name: rest.pop(name) for name in cls.__dataclass_fields__ if name in rest})
+        if options.fallback not in _FALLBACKS:
+            known = ", ".join(_FALLBACKS)
+            raise ValueError(f"backend tilewright: fallback={options.fallback!r}; it is one of {known}")
+        if rest and options.fallback == "eager":
+            raise ValueError(f"backend tilewright: no option {', '.join(rest)} with fallback='eager'")
+        return options, rest
+
+
+def compile_graph(
+    module: Any, inputs: list[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """The backend: rewrites Dynamo's graph to our operators and hands it on. ``mode`` is Inductor's."""
+    ours, rest = Options.read(options)
+    report = rewrite(module.graph, ours.cost_gate)
+    module.recompile()
+    if ours.explain:
+        print(report.text(ours.fallback))
+    return _FALLBACKS[ours.fallback](module, inputs, rest, mode)
+
+
+def _inductor(module: Any, inputs: list[Any], settings: dict[str, Any], mode: str | None) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **settings}
+    compiled: Callable[..., Any] = compile_fx(module, inputs, config_patches=patches)
+    return compiled
+
+
+def _eager(module: Any, inputs: list[Any], settings: dict[str, Any], mode: str | None) -> Callable[..., Any]:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    through = aot_autograd(fw_compiler=_as_it_is, partition_fn=min_cut_rematerialization_partition)
+    compiled: Callable[..., Any] = through(module, inputs)
+    return compiled
+
+
+def _as_it_is(module: Any, inputs: list[Any]) -> Callable[..., Any]:
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    boxed: Callable[..., Any] = make_boxed_func(module.forward)
+    return boxed
+
+
+_FALLBACKS = {"inductor": _inductor, "eager": _eager}
+
+
+__all__ = ["Options", "compile_graph"]

@@ -1,0 +1,100 @@
+"""The cost gate of the backend: which calls our kernels are worth, by what docs/performance.md has measured.
+
+That is an H100. Elsewhere, and where a call alone was never ahead, the gate leaves it to the rest of the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+
+from tilewright.torch import losses, norms, products, rows, sdpa
+from tilewright.torch.support import Refusal
+
+#: multiply-adds of a product, and elements of rows, below which launching ours takes longer than it saves
+LEAST_PRODUCT, LEAST_ROWS = 2048**3, 2**24
+#: queries from which attention is ahead of cuDNN: without and with the causal mask
+LEAST_QUERIES, LEAST_CAUSAL_QUERIES = 1024, 2048
+#: the compute capability of the measured GPU
+MEASURED = (9, 0)
+
+
+def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
+    """Why a call of a functional operator costs more than what would run instead; None if it does not.
+
+    The first tensor is given by position.
+    """
+    tensor = args[0]
+    if tensor.device.type != "cuda":
+        return "on the CPU kernels run in an interpreter"
+    if tensor.dtype == torch.float32:
+        return "float32 was not measured to be faster"
+    if torch.version.hip or (torch.cuda.is_available() and torch.cuda.get_device_capability(tensor.device) != MEASURED):
+        return "this GPU was not measured"
+    return _COSTS[operator](*args, **kwargs)
+
+
+def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Refusal:
+    if activation is None:
+        return "a product without activation is as fast in cuBLAS"
+    if _trains(input, weight):
+        return "its gradient was not measured"
+    size = _elements(input) * _hint(weight.shape[0])
+    return "a small product" if size < LEAST_PRODUCT else None
+
+
+def _matmul(input: Any, other: Any) -> Refusal:
+    return "a product without activation is as fast in cuBLAS"
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **rest: Any,
+) -> Refusal:
+    if _trains(query, key, value):
+        return "its gradient was not measured"
+    least = LEAST_CAUSAL_QUERIES if is_causal else LEAST_QUERIES
+    return f"fewer than {least} queries" if _hint(query.shape[2]) < least else None
+
+
+def _norm(*args: Any, **kwargs: Any) -> Refusal:
+    return "fused with its neighbours by Inductor"
+
+
+def _wide_rows(x: Any, *args: Any, **kwargs: Any) -> Refusal:
+    return "few elements" if _elements(x) < LEAST_ROWS else None
+
+
+_COSTS: dict[Any, Callable[..., Refusal]] = {
+    products.linear: _linear,
+    products.matmul: _matmul,
+    sdpa.attention: _attention,
+    norms.rms_norm: _norm,
+    norms.layer_norm: _norm,
+    rows.softmax: _wide_rows,
+    losses.cross_entropy: _wide_rows,
+}
+
+
+def _trains(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _elements(x: Any) -> int:
+    return prod(_hint(n) for n in x.shape)
+
+
+def _hint(size: Any) -> int:
+    """The size that a symbol stands for at present, without a guard on it; 0 if unknown."""
+    return size if isinstance(size, int) else size.node.hint or 0
+
+
+__all__ = ["not_worthwhile"]

@@ -1,0 +1,100 @@
+"""`tw.torch_op`: a function that launches tile kernels becomes a torch operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+#: torch forgets the operators of a library that is gone
+_libraries: dict[str, Any] = {}
+
+
+def torch_op(
+    schema: str,
+    *,
+    outputs: Callable[..., Any],
+    launch: Callable[..., None],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> Any:
+    """Register a torch operator that eager code, autograd and torch.compile know, and return it.
+
+    ``schema``: namespace, name and types in torch's notation, ``"mine::scale(Tensor x, float factor) -> Tensor"``.
+    ``outputs(*arguments)`` gives the new tensors that the operator returns, contents undefined: one, or a tuple of
+    them. It alone decides shapes, dtypes and strides, also for torch.compile, which calls it with tensors that have
+    no memory: it may use what torch offers for shapes (``torch.empty_like``, ``x.new_empty``), but look at no element.
+    ``launch(outputs, *arguments)`` fills them, with any number of launches of ``@tw.kernel``; on CPU tensors these run
+    in the interpreter. It must not write to the arguments.
+
+    ``backward(ctx, *gradients)`` gives the gradients of the arguments (None for those that have none), as in
+    `torch.library.register_autograd`. For torch.compile it must consist of torch's operators and of others made here.
+    Without ``setup_context(ctx, inputs, output)``, ``ctx.saved_tensors`` are the tensor arguments and ``ctx.numbers``
+    the others, in order. Gradients through an operator without ``backward`` raise NotImplementedError.
+
+    Raises ValueError if the operator exists or the schema names no namespace.
+    """
+    qualified = schema.partition("(")[0].strip()
+    namespace, separator, name = qualified.partition("::")
+    if not separator:
+        raise ValueError(f"torch_op: no namespace in {schema!r}: write 'mine::{qualified}(...) -> ...'")
+    if qualified in _libraries or torch._C._dispatch_has_kernel(qualified):
+        raise ValueError(f"torch_op: the operator {qualified} exists")
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(schema.strip().removeprefix(f"{namespace}::"), tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(getattr(torch.ops, namespace), name).default
+    complete = _completion(operator._schema)
+
+    def make(*given: Any, **named: Any) -> Any:
+        return outputs(*complete(given, named))
+
+    def run(*given: Any, **named: Any) -> Any:
+        arguments = [_plain(value) for value in complete(given, named)]
+        made = outputs(*arguments)
+        launch(made, *arguments)
+        return made
+
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, make, lib=library)
+    torch.library.register_autograd(
+        qualified, backward or _no_backward(qualified), setup_context=setup_context or _save_arguments, lib=library
+    )
+    _libraries[qualified] = library
+    return operator
+
+
+def _completion(schema: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
+    """A function that puts arguments into the schema's order; the dispatcher drops those that equal the default."""
+    names = [argument.name for argument in schema.arguments]
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+
+    def complete(given: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+        if len(given) == len(names):
+            return list(given)
+        return [*given, *(named[n] if n in named else defaults[n] for n in names[len(given) :])]
+
+    return complete
+
+
+def _plain(value: Any) -> Any:
+    """Parameters as tensors, which the fast path of launches knows."""
+    return value.detach() if type(value) is torch.nn.Parameter else value
+
+
+def _save_arguments(
+    ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None
+) -> None:
+    arguments = *inputs, *(keyword_only_inputs or {}).values()
+    ctx.save_for_backward(*(value for value in arguments if isinstance(value, torch.Tensor)))
+    ctx.numbers = tuple(value for value in arguments if not isinstance(value, torch.Tensor))
+
+
+def _no_backward(qualified: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(f"{qualified} has no gradient: give torch_op a backward")
+
+    return backward
+
+
+__all__ = ["torch_op"]

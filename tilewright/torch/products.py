@@ -1,0 +1,161 @@
+"""Matrix products: `matmul`, and `linear` with a bias and an activation in the same kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tilewright.kernels import activations, gemm
+from tilewright.kernels import gemm_epilogue as epilogue
+from tilewright.kernels.rows import row_major_grid
+from tilewright.torch.functional import functional
+from tilewright.torch.operator import torch_op
+from tilewright.torch.support import Refusal, as_rows, refuse_tensors
+
+#: activation -> its step behind a product, (function, derivative) for the gradient, and torch's function
+ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {
+    "relu": (epilogue.relu, activations.relu, F.relu),
+    "gelu": (epilogue.gelu, activations.gelu, F.gelu),
+    "gelu_tanh": (epilogue.gelu_tanh, activations.gelu_tanh, lambda x: F.gelu(x, approximate="tanh")),
+    "silu": (epilogue.silu, activations.silu, F.silu),
+}
+#: tile of the gradient of an activation
+_ROWS, _COLUMNS = 4, 1024
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+def _launch_matmul(out: Any, a: Any, b: Any) -> None:
+    if out.numel():
+        gemm.matmul(a, b, out)
+
+
+def _matmul_backward(ctx: Any, dy: Any) -> tuple[Any, Any]:
+    a, b = ctx.saved_tensors
+    da = _matmul(dy, b.t()) if ctx.needs_input_grad[0] else None
+    db = _matmul(a.t(), dy) if ctx.needs_input_grad[1] else None
+    return da, db
+
+
+_matmul = torch_op(
+    "tilewright::matmul(Tensor a, Tensor b) -> Tensor",
+    outputs=lambda a, b: a.new_empty((a.shape[0], b.shape[1])),
+    launch=_launch_matmul,
+    backward=_matmul_backward,
+)
+
+
+def _launch_linear(out: Any, x: Any, weight: Any, bias: Any, activation: str) -> None:
+    if not out.numel():
+        return
+    steps = (epilogue.add_bias,) if bias is not None else ()
+    if activation != "none":
+        steps = (*steps, ACTIVATIONS[activation][0])
+    if steps:
+        epilogue.linear(as_rows(x), weight.t(), as_rows(out), steps, vector=bias)
+    else:
+        gemm.matmul(as_rows(x), weight.t(), as_rows(out))
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, ctx.activation = inputs
+    # of the activations relu alone shows its derivative in its result
+    ctx.save_for_backward(x, weight, bias, output if ctx.activation == "relu" else None)
+
+
+def _linear_backward(ctx: Any, dy: Any) -> tuple[Any, Any, Any, None]:
+    x, weight, bias, y = ctx.saved_tensors
+    if ctx.activation != "none":
+        before = _linear(x, weight, bias, "none") if y is None else y
+        dy = _activation_backward(dy, before, ctx.activation)
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    gradient = as_rows(dy)
+    dx = _matmul(gradient, weight).view(x.shape) if needs_x else None
+    dweight = _matmul(gradient.t(), as_rows(x)) if needs_weight else None
+    dbias = gradient.sum(0) if needs_bias else None
+    return dx, dweight, dbias, None
+
+
+_linear = torch_op(
+    "tilewright::linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
+    outputs=lambda x, weight, bias, activation: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    launch=_launch_linear,
+    backward=_linear_backward,
+    setup_context=_linear_context,
+)
+
+
+def _launch_activation_backward(dx: Any, dy: Any, x: Any, activation: str) -> None:
+    if dx.numel():
+        out, function = as_rows(dx), ACTIVATIONS[activation][1]
+        grid = row_major_grid(out.shape[0], out.shape[1], _ROWS, _COLUMNS)
+        activations.activation_backward[grid](as_rows(dy), as_rows(x), out, FN=function, BM=_ROWS, BN=_COLUMNS)
+
+
+_activation_backward = torch_op(
+    "tilewright::activation_backward(Tensor dy, Tensor x, str activation) -> Tensor",
+    outputs=lambda dy, x, activation: dy.new_empty(dy.shape),
+    launch=_launch_activation_backward,
+)
+
+
+# --- functions ------------------------------------------------------------------------------------
+
+
+def _refuse_matmul(input: Any, other: Any) -> Refusal:
+    reason = refuse_tensors(input, other)
+    if reason:
+        return reason
+    if input.ndim < 2 or other.ndim != 2:
+        return f"a product of {input.ndim} and {other.ndim} dimensions"
+    return None if input.shape[-1] == other.shape[0] else "the sizes do not fit"
+
+
+@functional(_refuse_matmul, torch.matmul)
+def matmul(input: Any, other: Any) -> Any:
+    """``input @ other`` with input (..., M, K) and other (K, N): `torch.matmul` where the second factor is a matrix.
+
+    Sums in float32 and rounds once. float32 operands are multiplied exactly, not in tf32.
+    """
+    if input.ndim == 2:
+        return _matmul(input, other)
+    return _matmul(as_rows(input), other).view((*input.shape[:-1], other.shape[1]))
+
+
+def _refuse_linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Refusal:
+    reason = refuse_tensors(input, weight, bias)
+    if reason:
+        return reason
+    if input.ndim < 2 or weight.ndim != 2:
+        return f"an input of {input.ndim} and a weight of {weight.ndim} dimensions"
+    if input.shape[-1] != weight.shape[1] or (bias is not None and tuple(bias.shape) != tuple(weight.shape[:1])):
+        return "the sizes do not fit"
+    return None
+
+
+def _eager_linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
+    y = F.linear(input, weight, bias)
+    return y if activation is None else ACTIVATIONS[_known(activation)][2](y)
+
+
+def _known(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"linear has no activation {activation!r}; it has {', '.join(ACTIVATIONS)}")
+    return activation
+
+
+@functional(_refuse_linear, _eager_linear)
+def linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
+    """``activation(input @ weight.T + bias)`` in one kernel: input (..., K), weight (N, K), bias (N,); else `F.linear`.
+
+    ``activation``: "relu", "gelu", "gelu_tanh" or "silu". It and the bias apply to float32 sums; the result is rounded
+    once. What is before an activation is not kept: the backward pass computes it again (not for relu). float32
+    operands are multiplied exactly, not in tf32.
+    """
+    return _linear(input, weight, bias, "none" if activation is None else _known(activation))
+
+
+__all__ = ["ACTIVATIONS", "linear", "matmul"]

@@ -1,0 +1,175 @@
+"""Dynamo's graph, rewritten: calls of torch's functions become calls of our functional operators.
+
+On this level and not on that of ATen, where attention and rms_norm are no longer one call. A call is replaced only if
+the kernels take its arguments, the cost gate lets it pass, and the result has the very shape, strides and dtype that
+torch's has: what follows in the graph may rely on them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._prims_common import check_significant_strides
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from tilewright.torch import losses, norms, products, rows, sdpa
+from tilewright.torch.functional import refusal
+from tilewright.torch.gate import not_worthwhile
+from tilewright.torch.report import Decision, Report, place
+from tilewright.torch.support import Refusal
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _softmax_call(input: Any, dim: Any, dtype: Any = None) -> Call:
+    """`torch.softmax` has no _stacklevel."""
+    return (input, dim), {"dtype": dtype}
+
+
+#: function of torch, or name of a method -> functional operator, and what makes its arguments if they differ
+_OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
+    F.linear: (products.linear, None),
+    torch.matmul: (products.matmul, None),
+    torch.mm: (products.matmul, None),
+    operator.matmul: (products.matmul, None),
+    "matmul": (products.matmul, None),
+    "mm": (products.matmul, None),
+    F.scaled_dot_product_attention: (sdpa.attention, None),
+    F.rms_norm: (norms.rms_norm, None),
+    torch.rms_norm: (norms.rms_norm, None),
+    F.layer_norm: (norms.layer_norm, None),
+    F.softmax: (rows.softmax, None),
+    torch.softmax: (rows.softmax, _softmax_call),
+    "softmax": (rows.softmax, _softmax_call),
+    F.cross_entropy: (losses.cross_entropy, None),
+}
+_OURS = {ours for ours, _ in _OPERATORS.values()}
+_RELU = (F.relu, torch.relu, "relu")
+_CALLS = ("call_function", "call_method")
+
+
+def rewrite(graph: Any, cost_gate: bool = True) -> Report:
+    """Rewrite a ``torch.fx.Graph`` from Dynamo in place."""
+    report = Report()
+    switches = any(node.target is torch.amp.autocast_mode._enter_autocast for node in graph.nodes)
+    for node in list(graph.nodes):
+        if node.op not in _CALLS or node._erased:
+            continue
+        if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
+            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+            reason = _refuse(node, node.target, bound.args, bound.kwargs, cost_gate=False)
+            report.decisions.append(Decision(node.target.__name__, place(node), reason))
+        elif node.target not in _OPERATORS:
+            report.others[_name(node.target)] += 1
+        elif switches:
+            report.decisions.append(Decision(_name(node.target), place(node), "a graph that switches autocast"))
+        else:
+            report.decisions.append(_decide(node, cost_gate))
+    return report
+
+
+def _decide(node: Any, cost_gate: bool) -> Decision:
+    """Replace the call if it is ours to take, with the activation behind it if there is one."""
+    ours, adapt = _OPERATORS[node.target]
+    try:
+        args, kwargs = adapt(*node.args, **node.kwargs) if adapt else (node.args, dict(node.kwargs))
+        bound = inspect.signature(ours).bind(*args, **kwargs)
+    except TypeError:
+        return Decision(ours.__name__, place(node), "arguments that ours does not have")
+    args, kwargs = bound.args, bound.kwargs
+    fused = _activation(node) if ours is products.linear else None
+    if fused is not None:
+        name, user = fused
+        if _refuse(user, ours, args, {**kwargs, "activation": name}, cost_gate) is None:
+            _replace(node, user, ours, args, {**kwargs, "activation": name})
+            return Decision(f"{ours.__name__}+{name}", place(node), None)
+    reason = _refuse(node, ours, args, kwargs, cost_gate)
+    if reason is None:
+        _replace(node, node, ours, args, kwargs)
+    return Decision(ours.__name__, place(node), reason)
+
+
+def _activation(node: Any) -> tuple[str, Any] | None:
+    """The activation that alone uses a node's result, and its node.
+
+    Where gradients flow, relu only: those of others need the value before, which a fused product does not keep.
+    """
+    if len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    if user.op not in _CALLS or user.args[:1] != (node,):
+        return None
+    if user.target in _RELU:
+        return "relu", user
+    if getattr(_example(node), "requires_grad", True):
+        return None
+    if user.target is F.silu:
+        return "silu", user
+    if user.target is F.gelu:
+        return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
+    return None
+
+
+def _refuse(node: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], cost_gate: bool) -> Refusal:
+    """Why the call of ours must or should not stand for ``node``."""
+    nodes: list[Any] = []
+    torch.fx.node.map_arg((args, dict(kwargs)), nodes.append)
+    if any(_example(n) is None for n in (node, *nodes)):
+        return "values that the graph does not describe"
+    if any(free_unbacked_symbols(_example(n)) for n in (node, *nodes)):
+        return "sizes that depend on data"
+    values, named = torch.fx.node.map_arg((args, dict(kwargs)), _example)
+    if not any(isinstance(x, FakeTensor) for x in values):
+        return "values that the graph does not describe"
+    reason = refusal(ours, *values, **named)
+    if reason is None and cost_gate:
+        reason = not_worthwhile(ours, *values, **named)
+    return reason or _differs(_fake(ours, values, named), _example(node))
+
+
+def _example(node: Any) -> Any:
+    return node.meta.get("example_value")
+
+
+def _fake(ours: Any, values: Any, named: Any) -> Any:
+    """The result's description: the operator on tensors without memory."""
+    # the tensors' own mode, not that of the tracing context, which Dynamo renews before it calls a backend
+    mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
+    with torch.no_grad(), mode:
+        return ours(*values, **named)
+
+
+def _differs(result: Any, expected: Any) -> Refusal:
+    if result.dtype != expected.dtype or result.device != expected.device:
+        return "the dtype of the result differs"
+    if tuple(result.shape) != tuple(expected.shape):
+        return "the shape of the result differs"
+    same, _ = check_significant_strides(result, expected)
+    return None if same else "the order of the result in memory differs"
+
+
+def _replace(first: Any, last: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Put a call in the place of ``first``, whose arguments may change behind it, with the result of ``last``.
+
+    ``last`` is ``first`` or its only user.
+    """
+    graph = first.graph
+    with graph.inserting_before(first):
+        new = graph.call_function(ours, args, dict(kwargs))
+    new.meta = dict(last.meta)
+    last.replace_all_uses_with(new)
+    for node in dict.fromkeys((last, first)):
+        graph.erase_node(node)
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+__all__ = ["rewrite"]

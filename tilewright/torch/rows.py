@@ -1,0 +1,72 @@
+"""Softmax over the last dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+
+import tilewright as tw
+from tilewright.kernels import softmax as kernels
+from tilewright.kernels.rows import WIDEST, row_tiles
+from tilewright.torch.functional import functional
+from tilewright.torch.operator import torch_op
+from tilewright.torch.support import Refusal, as_rows, refuse_tensors
+
+
+def _launch(y: Any, x: Any) -> None:
+    if y.numel():
+        rows = as_rows(x)
+        meta = row_tiles(*rows.shape)
+        kernels.softmax[(tw.cdiv(rows.shape[0], meta["BM"]),)](rows, as_rows(y), **meta)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, dy: Any) -> Any:
+    return _softmax_backward(dy, *ctx.saved_tensors)
+
+
+_softmax = torch_op(
+    "tilewright::softmax(Tensor x) -> Tensor",
+    outputs=lambda x: x.new_empty(x.shape),
+    launch=_launch,
+    backward=_backward,
+    setup_context=_context,
+)
+
+
+def _launch_backward(dx: Any, dy: Any, y: Any) -> None:
+    if dx.numel():
+        rows = as_rows(y)
+        meta = row_tiles(*rows.shape)
+        kernels.softmax_backward[(tw.cdiv(rows.shape[0], meta["BM"]),)](as_rows(dy), rows, as_rows(dx), **meta)
+
+
+_softmax_backward = torch_op(
+    "tilewright::softmax_backward(Tensor dy, Tensor y) -> Tensor",
+    outputs=lambda dy, y: y.new_empty(y.shape),
+    launch=_launch_backward,
+)
+
+
+def _refuse(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Refusal:
+    reason = refuse_tensors(input)
+    if reason:
+        return reason
+    if dim is None or input.ndim == 0 or dim not in (-1, input.ndim - 1):
+        return "not along the last dimension"
+    if dtype not in (None, input.dtype):
+        return "converts to another dtype"
+    return f"rows longer than {WIDEST}" if input.shape[-1] > WIDEST else None
+
+
+@functional(_refuse, F.softmax)
+def softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    """`torch.nn.functional.softmax` along the last dimension, of up to 16384 elements, in float32."""
+    return _softmax(input)
+
+
+__all__ = ["softmax"]

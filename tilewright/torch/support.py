@@ -1,0 +1,70 @@
+"""What the library's kernels take. A refusal is a short text that says why; None means that they do."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+import tilewright as tw
+
+#: targets that the tile sizes of the kernel library are for, and fit
+TARGETS = frozenset({"sm_90a"})
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Refusal = str | None
+
+
+def refuse_tensors(first: Any, *others: Any) -> Refusal:
+    """Why the kernels do not take these tensors together (None among ``others``: an argument that is absent)."""
+    tensors = [first, *(x for x in others if x is not None)]
+    if not all(isinstance(x, torch.Tensor) for x in tensors):
+        return "an argument is no tensor"
+    if first.dtype not in FLOATS:
+        return f"dtype {_name(first.dtype)}"
+    if any(x.dtype != first.dtype for x in tensors):
+        return "the dtypes differ"
+    if any(x.numel() == 0 for x in tensors):
+        return "an empty tensor"
+    return refuse_place(*tensors)
+
+
+def refuse_place(*tensors: Any) -> Refusal:
+    """Why the kernels do not run where these tensors are."""
+    device = tensors[0].device
+    if any(x.device != device for x in tensors):
+        return "the devices differ"
+    if any(x.layout != torch.strided or is_traceable_wrapper_subclass(x) for x in tensors):
+        return "a tensor of another kind"  # sparse, distributed, nested, quantized
+    if torch.is_autocast_enabled(device.type):
+        return "inside autocast"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a transform of torch.func"
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda":
+        return f"device {device.type}"
+    return _refuse_gpu(device.index or 0)
+
+
+@cache
+def _refuse_gpu(ordinal: int) -> Refusal:
+    """Why the library's kernels do not fit a GPU. A GPU that is not there, as in traces without one, is taken."""
+    if not torch.cuda.is_available():
+        return None
+    name = f"{'hip' if torch.version.hip else 'cuda'}:{ordinal}"
+    found = next((info.target for info in tw.devices() if info.name == name), "unknown")
+    return None if found in TARGETS else f"no tile sizes for a GPU of target {found}"
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def as_rows(x: Any) -> Any:
+    """A tensor as a matrix of its rows along the last dimension."""
+    return x.reshape(-1, x.shape[-1])
+
+
+__all__ = ["FLOATS", "TARGETS", "Refusal", "as_rows", "refuse_place", "refuse_tensors"]
