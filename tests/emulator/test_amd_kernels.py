@@ -1,6 +1,6 @@
 """The library's kernels on the emulated MI300 and MI350: right, without races, under several interleavings.
 
-A colleague of `test_ptx_kernels`: shapes are small and ragged, outputs poisoned.
+The counterpart of `test_ptx_kernels`: shapes are small and ragged, outputs poisoned.
 """
 
 from __future__ import annotations
