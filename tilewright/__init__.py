@@ -33,7 +33,12 @@ _LANGUAGE = "tilewright.frontend.language"
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
-    value = getattr(import_module(_TOOLS.get(name, _LANGUAGE)), name, None)
+    try:
+        value = getattr(import_module(_TOOLS.get(name, _LANGUAGE)), name, None)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"tw.{name} needs PyTorch: pip install 'tilewright[torch]'", name="torch") from None
     if value is None:
         raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
     globals()[name] = value

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import pytest
+
+import tilewright
+
 #: seconds; the best of three, since the requirement is about the package and not about a busy machine
 LIMIT = 0.3
 HEAVY = {"mlir", "llvm", "llvmlite", "cuda", "hip", "rocm", "nvidia", "torch", "triton"}
@@ -48,3 +52,12 @@ def test_every_public_name_exists():
     for name in dir(tw):
         if name != "torch_op" or find_spec("torch"):
             assert getattr(tw, name) is not None
+
+
+def test_what_needs_torch_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in [m for m in sys.modules if m.startswith("tilewright.torch")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(tilewright, "torch_op", raising=False)
+    with pytest.raises(ImportError, match=r"tw.torch_op needs PyTorch: pip install 'tilewright\[torch\]'"):
+        _ = tilewright.torch_op
