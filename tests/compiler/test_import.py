@@ -58,6 +58,6 @@ def test_what_needs_torch_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     for name in [m for m in sys.modules if m.startswith("tilewright.torch")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(tilewright, "torch_op", raising=False)
+    monkeypatch.delitem(vars(tilewright), "torch_op", raising=False)
     with pytest.raises(ImportError, match=r"tw.torch_op needs PyTorch: pip install 'tilewright\[torch\]'"):
         _ = tilewright.torch_op
