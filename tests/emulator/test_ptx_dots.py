@@ -7,29 +7,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from products import product
 
 import tilewright as tw
 from tilewright.kernels.transpose import tiles, transpose
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
-
-
-@tw.kernel
-def product(
-    a: tw.Tensor,
-    b: tw.Tensor,
-    c: tw.Tensor,
-    *,
-    BM: tw.constexpr = 64,
-    BN: tw.constexpr = 64,
-    BK: tw.constexpr = 32,
-    precision: tw.constexpr = "default",
-):
-    m, n = tw.program_id(0), tw.program_id(1)
-    acc = tw.zeros((BM, BN), c.dtype)
-    for k in tw.range(tw.cdiv(a.shape[1], BK)):
-        acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc, precision=precision)
-    tw.store(c, (m, n), acc)
 
 
 def matrix(m: int, n: int, dtype: Any, seed: int, transposed: bool) -> np.ndarray:

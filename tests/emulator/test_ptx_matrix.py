@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from ptx_matrix_corpus import products
+from ptx_matrix_corpus import copy_in, products
 from ptx_snippets import launch, legal, run, wrap
 
 from tilewright.runtime.emulator.nvidia import EmulatorFault
@@ -197,23 +197,6 @@ def wgmma_text(kind: str, result: str, n: int, k: int, trans: tuple[int, int], r
     )
 
 
-COPY_IN = """
-    .reg .b32 %at, %w, %step; .reg .b64 %from, %wide; .reg .pred %more, %yes; .reg .b64 %adesc, %bdesc;
-    setp.eq.u32 %yes, 0, 0;
-    mov.b32 %step, %thread;
-copy:
-    setp.lt.u32 %more, %step, WORDS;
-    @!%more bra copied;
-    mul.wide.u32 %wide, %step, 4; add.u64 %from, %ptr0, %wide; ld.global.b32 %w, [%from];
-    shl.b32 %at, %step, 2; add.u32 %at, %at, %sm; st.shared.b32 [%at], %w;
-    add.u32 %step, %step, 128;
-    bra copy;
-copied:
-    fence.proxy.async.shared::cta;
-    bar.sync 0;
-"""
-
-
 def unpack(out: np.ndarray, n: int) -> np.ndarray:
     """[128 threads, values] -> [64, n]: value i of lane l, warp w is row 16 w + l / 4 + 8 (i / 2 % 2), ..."""
     matrix = np.zeros((64, n), out.dtype)
@@ -237,10 +220,8 @@ def test_wgmma(kind: str, result: str, n: int, swizzle: int, trans: tuple[int, i
     image = np.zeros(start + b_data.size, np.uint8)
     image[: a_data.size], image[start:] = a_data, b_data
     registers = n // 2 if NUMPY[result] is not np.float16 else n // 4
-    body = (
-        COPY_IN.replace("WORDS", str(image.size // 4)) + f".reg .b32 {', '.join(f'%d{i}' for i in range(registers))};"
-    )
-    body += ".reg .pred %no; setp.ne.u32 %no, 0, 0; wgmma.fence.sync.aligned;\n"
+    body = copy_in(image.size) + f".reg .b32 {', '.join(f'%d{i}' for i in range(registers))};"
+    body += "wgmma.fence.sync.aligned;\n"
     for step in range(a.shape[1] // k):
         # all of shared memory starts at 1024 in the emulator and on sm_90; %sm is added to be independent of it
         for name, base, lead, stride in (
@@ -289,9 +270,7 @@ PARTS = {
 def a_from_registers(**changes: str) -> np.ndarray:
     b = values("bf16", 8, 16, seed=1)
     data, lead, stride, _ = to_shared(b, False, 32)
-    text = COPY_IN.replace("WORDS", str(data.size // 4)) + SETUP_A.replace(
-        "DESCRIPTOR", str(descriptor(0, lead, stride, 32))
-    )
+    text = copy_in(data.size) + SETUP_A.replace("DESCRIPTOR", str(descriptor(0, lead, stride, 32)))
     text = text.replace(PARTS["PROXY"], changes.pop("PROXY", PARTS["PROXY"]))
     for name, part in PARTS.items():
         text = text.replace(name, changes.get(name, part))
@@ -328,9 +307,7 @@ def test_undefined_operands_make_undefined_rows() -> None:
     """Only what depends on shared memory that was never written is undefined."""
     b = values("bf16", 8, 16, seed=1)
     data, lead, stride, _ = to_shared(b, False, 32)
-    text = COPY_IN.replace("WORDS", str(data.size // 4 - 8)) + SETUP_A.replace(
-        "DESCRIPTOR", str(descriptor(0, lead, stride, 32))
-    )
+    text = copy_in(data.size - 32) + SETUP_A.replace("DESCRIPTOR", str(descriptor(0, lead, stride, 32)))
     for name, part in PARTS.items():
         text = text.replace(name, part)
     with pytest.raises(EmulatorFault, match="never written"):

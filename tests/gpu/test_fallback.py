@@ -7,6 +7,7 @@ path. Outputs are poisoned; skipped where there is no GPU.
 from __future__ import annotations
 
 import pytest
+from products import product
 
 import tilewright as tw
 from tilewright.kernels.gemm import gemm
@@ -15,24 +16,6 @@ from tilewright.kernels.mlp import mlp
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
-
-
-@tw.kernel
-def product(
-    a: tw.Tensor,
-    b: tw.Tensor,
-    c: tw.Tensor,
-    *,
-    BM: tw.constexpr = 64,
-    BN: tw.constexpr = 64,
-    BK: tw.constexpr = 32,
-    precision: tw.constexpr = "default",
-):
-    m, n = tw.program_id(0), tw.program_id(1)
-    acc = tw.zeros((BM, BN), c.dtype)
-    for k in tw.range(tw.cdiv(a.shape[1], BK)):
-        acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc, precision=precision)
-    tw.store(c, (m, n), acc)
 
 
 @tw.kernel

@@ -129,7 +129,7 @@ def wgmma(result: str, kind: str, operands: str) -> Product:
     a, b = values(kind, (BLOCKS, 64, length), 1, operands), values(kind, (BLOCKS, COLUMNS, length), 2, operands)
     image = np.concatenate([_cores(a), _cores(b)], axis=1)
     registers = COLUMNS // 2 if np.dtype(NUMPY[result]).itemsize == 4 else COLUMNS // 4
-    body = [_COPY_IN.replace("WORDS", str(image.shape[1] // 4)).replace("BYTES", str(image.shape[1]))]
+    body = [copy_in(image.shape[1], image.shape[1])]
     vector = [f"%d{i}" for i in range(registers)]
     body.append(f".reg .b32 {', '.join(vector)}; wgmma.fence.sync.aligned;")
     # grains of 8 rows x 16 bytes: the next 16 bytes of k 128 further, the next 8 rows a whole line of grains
@@ -160,6 +160,14 @@ def _cores(matrix: np.ndarray) -> np.ndarray:
     blocks, rows, _ = matrix.shape
     octets = np.ascontiguousarray(matrix).view(np.uint8).reshape(blocks, rows // 8, 8, -1, 16)
     return np.ascontiguousarray(octets.transpose(0, 1, 3, 2, 4)).reshape(blocks, -1)
+
+
+def copy_in(size: int, apart: int = 0) -> str:
+    """PTX: the block's image of ``size`` bytes, at %ptr0 and ``apart`` bytes for each block, to shared memory.
+
+    Declares %yes and %no (predicates of that value), %adesc and %bdesc, and scratch.
+    """
+    return _COPY_IN.replace("WORDS", str(size // 4)).replace("BYTES", str(apart))
 
 
 _COPY_IN = """
