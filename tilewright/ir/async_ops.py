@@ -217,7 +217,7 @@ class Fence(Operation):
 
     - ``async``: its writes to shared memory before the async proxy (copy engine, matrix unit) reads them.
     - ``async_global``: what it knows to be in global memory before the copy engine reads it.
-    - ``release``, ``acquire``: its accesses to memory before, or behind, those of other ranks that it synchronises with.
+    - ``release``, ``acquire``: its accesses to memory before, or behind, those of ranks that it synchronises with.
     """
 
     proxy: str = attribute(default="async")

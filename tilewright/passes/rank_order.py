@@ -33,10 +33,8 @@ class RankOrder(FunctionPass):
         if not function.attributes.get("communicates"):
             return
         uses = uses_of(function.body)
-        for_engines = {
-            op for op in function.walk()
-            if isinstance(op, WaitFlags | Credit) and any(_is_engine_copy(use) for use in uses.get(op.result, []))
-        }  # fmt: skip
+        waits = [op for op in function.walk() if isinstance(op, WaitFlags | Credit)]
+        for_engines: set[Operation] = {op for op in waits if any(map(_is_engine_copy, uses.get(op.result, [])))}
         _Order(for_engines, each_thread=context.target.vendor == "amd").block(function.body.block, alone=False)
 
 
