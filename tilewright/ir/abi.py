@@ -60,42 +60,6 @@ class Fault:
     ENTRY, EXIT = -1, -2
 
 
-#: the most ranks of a world
-MOST_RANKS = 64
-#: int32 words of a control block
-CONTROL_WORDS = 256
-#: int32 words of a fault record
-FAULT_WORDS = 16
-
-
-class Control:
-    """Places in a control block, in int32 words.
-
-    A launch's number is the epoch plus one; `ENTERED` and `LEFT` hold, for each rank, the number of the last launch
-    that it has told to have begun and ended. Flags of kernels hold the number of the launch that set them.
-    """
-
-    EPOCH = 0  #: finished launches of the world
-    BLOCKS = 1  #: blocks of the present launch that have ended
-    FAULT = 4  #: two words: the address of the fault record, host memory that the device writes
-    TIMEOUT = 6  #: milliseconds after which a wait gives up; 0: never
-    ENTERED = 64
-    LEFT = 64 + MOST_RANKS
-
-
-class Fault:
-    """Places in a fault record, in int32 words."""
-
-    KIND = 0  #: 1: a wait timed out
-    LINE = 1  #: of the wait, in the source
-    FLAG = 2  #: the element of the tensor of flags (row-major), or ENTRY or EXIT
-    PEER = 3  #: the rank that is waited for, -1 where that is not known
-    RANK = 4  #: the rank that waited
-    KERNEL = 5  #: CRC-32 of the kernel's name
-    PARAM = 6  #: the parameter that the flag belongs to, among all of the kernel's; -1 for none
-    ENTRY, EXIT = -1, -2
-
-
 @dataclass(frozen=True)
 class TensorParam:
     """A view of global memory. ``None`` in ``shape`` or ``strides`` is passed at run time."""
