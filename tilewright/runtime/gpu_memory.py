@@ -9,7 +9,7 @@ import ctypes
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,8 @@ class GpuMemory(ABC):
     name: str
     ordinal: int
 
-    def __init__(self) -> None:
+    def __init__(self, faults: list[Callable[[], str | None]]) -> None:
+        self._faults, self._reasons = faults, list[Callable[[], str | None]]()
         self._lock = threading.Lock()
         self._arena, self._arena_end = 0, 0
         self._arenas: list[int] = []
@@ -114,8 +115,15 @@ class GpuMemory(ABC):
         self.write(address, data)
         return address
 
+    def explain(self, reason: Callable[[], str | None]) -> None:
+        """Have failed calls of the device say ``reason()`` where that is not None."""
+        self._reasons.append(reason)
+        self._faults.append(reason)
+
     def close(self) -> None:
-        """Free what `place` took."""
+        """Free what `place` took, and explain nothing any more."""
+        while self._reasons:
+            self._faults.remove(self._reasons.pop())
         while self._arenas:
             self.free(self._arenas.pop())
         self._arena = self._arena_end = 0
@@ -130,7 +138,7 @@ class CudaMemory(GpuMemory):
     """An NVIDIA GPU's memory."""
 
     def __init__(self, device: CudaDevice) -> None:
-        super().__init__()
+        super().__init__(device.faults)
         self.device, self.name, self.ordinal = device, device.name, device.ordinal
         self._driver = device._driver
         self._copies: Any = None

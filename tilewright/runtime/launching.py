@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
@@ -64,6 +64,10 @@ class Launcher(ABC):
 
     def __call__(self, grid: int | Sequence[int], args: Sequence[Any], stream: Any = None) -> None:
         """Start the kernel; see `Device.launch`."""
+        self.bound(grid, args)(stream)
+
+    def bound(self, grid: int | Sequence[int], args: Sequence[Any]) -> Callable[[Any], None]:
+        """The launch as a function of the stream, which has nothing left to do but to start the kernel."""
         if len(args) != len(self._is_tensor):
             raise ArgumentError(
                 f"{self.abi.name} takes {len(self._is_tensor)} arguments "
@@ -74,13 +78,17 @@ class Launcher(ABC):
         packed = self.layout.pack_scalars(scalars) if scalars else b""
         key = (tuple(grid) if isinstance(grid, list) else grid, packed, *views)
         ready = self._ready.get(key) or self._prepare(key)
-        if ready.arguments is None:
-            return
-        handle = stream_handle(stream, torch if from_torch else None, self.ordinal)
-        for producer in producers:
-            if producer != handle:  # the array interface, v3: wait for the producer's stream
-                self.wait_for(producer)
-        self.start(ready, handle)
+
+        def start(stream: Any) -> None:
+            if ready.arguments is None:
+                return
+            handle = stream_handle(stream, torch if from_torch else None, self.ordinal)
+            for producer in producers:
+                if producer != handle:  # the array interface, v3: wait for the producer's stream
+                    self.wait_for(producer)
+            self.start(ready, handle)
+
+        return start
 
     def ready(self, grid: int | Sequence[int], args: Sequence[Any]) -> ReadyLaunch | None:
         """The launch but for the stream, while the arguments' memory lives; None unless all tensors are torch's."""

@@ -131,6 +131,7 @@ class SymmetricHeap:
         self.faults: dict[int, FaultRecord] = {}
         for rank in memory.ranks:
             self.endpoints[rank], self.faults[rank] = self._endpoint(rank)
+            memory.explain(rank, self.faults[rank].message)
         memory.barrier()  # no rank writes to another's control block before it has been cleared
 
     def _endpoint(self, rank: int) -> tuple[Endpoint, FaultRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,9 @@ class HostMemory(SymmetricMemory):
     def place(self, rank: int, data: bytes) -> int:
         """The emulator places tables in its own memory (`emulated_peers`), and the interpreter needs none."""
         return 0
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.group is None else self.group.together()
 
     def synchronize(self) -> None:
         """Launches have finished when they return."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -38,6 +38,9 @@ class GpuRanks(SymmetricMemory):
 
     def fault_record(self, rank: int) -> SharedWords:
         return self.gpus[rank].shared_words(FAULT_WORDS)
+
+    def explain(self, rank: int, reason: Callable[[], str | None]) -> None:
+        self.gpus[rank].explain(reason)
 
     def synchronize(self) -> None:
         for gpu in self.gpus.values():

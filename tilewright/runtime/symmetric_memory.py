@@ -8,7 +8,8 @@ A provider has a module of its own: host memory (`symmetric_host`), several GPUs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,15 @@ class SymmetricMemory(ABC):
         """The record that a kernel of the rank writes when it gives up waiting."""
         return SharedWords.absent()
 
+    def explain(self, rank: int, reason: Callable[[], str | None]) -> None:
+        """Have failed calls of the rank's device say ``reason()`` where that is not None, until `close`."""
+
     def agree(self, what: str, value: Any) -> None:
         """DeviceError on every rank unless all processes pass the same ``value`` (numbers, strings, lists)."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Launches of this process's ranks within start at the same time."""
+        return nullcontext()
 
     @abstractmethod
     def synchronize(self) -> None:
