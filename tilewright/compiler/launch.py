@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.arguments import BoundArguments, bind_arguments
 from tilewright.frontend.errors import ArgumentError, suggestion
 from tilewright.frontend.promotion import fits
-from tilewright.ir.core import UNKNOWN, IRError
+from tilewright.ir.core import UNKNOWN, Function, IRError
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
 
@@ -227,15 +228,48 @@ def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_g
             if not fits(given[name], dtype):  # the interpreter's integers would wrap
                 raise ArgumentError(f"kernel '{kernel.__name__}': argument '{name}': {given[name]} is no {dtype}")
         arrays = {name: host_array(given[name], name, from_gpu) for name in views}
-        try:
+        with _located(kernel, function):
             run(function, {**given, **arrays}, grid=grid)
-        except IRError as error:
-            loc = error.loc if error.loc != UNKNOWN else function.loc
-            raise ExecutionError(f"{error.message} (kernel '{kernel.__name__}')", loc, error.hint) from error
         for name, array in arrays.items():
             give_back(given[name], array)
 
     return start
+
+
+def interpret_ranks(
+    kernel: Kernel, grid: Grid, arguments: Sequence[Sequence[Any]], keywords: Sequence[Mapping[str, Any]]
+) -> None:
+    """Run a kernel that communicates in the interpreter, on all ranks of a world.
+
+    ``arguments``, ``keywords``: for each rank what a launch takes; symmetric parameters get the rank's own array.
+    Compile-time values and the types of arguments are those of rank 0 and must be the same on all ranks.
+    """
+    from tilewright.ir.interpreter import run_ranks
+
+    given, kinds = [], []
+    for args, kwargs in zip(arguments, keywords, strict=True):
+        _, values = CompileOptions.split(dict(kwargs))
+        bound = bind_arguments(kernel.definition, tuple(args), values)
+        arrays = {name: host_array(value, name) for name, value in bound.tensors.items()}
+        kinds.append(bound.types({name: view_type(array, name) for name, array in arrays.items()}))
+        given.append({**arrays, **bound.scalars})
+        if kinds[-1] != kinds[0]:
+            name = next(name for name, kind in kinds[-1].items() if kinds[0].get(name) != kind)
+            message = f"kernel '{kernel.__name__}': argument '{name}' is of another kind on rank {len(kinds) - 1}"
+            raise ArgumentError(message, kernel.definition.loc, "all ranks launch the same program")
+    function = kernel.function(kinds[0])
+    with _located(kernel, function):
+        run_ranks(function, given, resolve_grid(grid, bound.constexprs))
+
+
+@contextmanager
+def _located(kernel: Kernel, function: Function) -> Iterator[None]:
+    """Faults of the interpreted program as the user's errors."""
+    try:
+        yield
+    except IRError as error:
+        loc = error.loc if error.loc != UNKNOWN else function.loc
+        raise ExecutionError(f"{error.message} (kernel '{kernel.__name__}')", loc, error.hint) from error
 
 
 def resolve_grid(grid: Grid, meta: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ from tilewright.ir.core import (
     Region,
     Value,
     attribute,
+    named_operands,
     operand,
     operands,
     operation,
@@ -92,7 +93,7 @@ class Copy(Operation):
     """Start copying the tile at ``index`` of a global view into a slot; parts outside read as ``pad``.
 
     The token's kind says who copies: ``tma`` (bulk copy engine, pad must be 0), ``cp_async`` (asynchronous copies of
-    the threads, pad must be 0) or ``threads``.
+    the threads, pad must be 0) or ``threads``. ``after``: tokens of comm.wait, as for tile.load.
 
     With ``multicast``, a dim of the tile, the blocks of the cluster copy the same tile at the same use of a ring: each
     fetches its part along that dim and the copy engine writes the part into the slots of all blocks.
@@ -101,6 +102,7 @@ class Copy(Operation):
     view: Value = operand()
     index: list[Value] = operands()
     slot: Value = operand()
+    after: list[Value] = named_operands()
     pad: float = attribute(default=0)
     multicast: int | None = attribute(default=None)
 

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 
 from tilewright.ir.async_ops import Alloc, Barrier, LocalStore
 from tilewright.ir.builder import Builder
+from tilewright.ir.comm_ops import view_root
 from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Load, Subview, Transpose, While, Yield
 from tilewright.ir.types import BufferType, SlotType, TileType, ViewType
-from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
+from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import PREFETCH, schedule_of

@@ -28,11 +28,11 @@ from tilewright.ir.async_ops import (
     TransposeSlot,
     Wait,
 )
+from tilewright.ir.comm_ops import view_root
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import scratch_bytes
 from tilewright.ir.target import Target
 from tilewright.ir.types import BufferType, RingType, TileType, TokenType
-from tilewright.passes.analysis import view_root
 
 WARPGROUP = 4
 BARRIER_BYTES = 8
