@@ -140,6 +140,8 @@ def _signal(frame: Frame, op: c.Signal) -> None:
 
 @rule(c.WaitFlags)
 def _wait(frame: Frame, op: c.WaitFlags) -> Steps:
+    if op.when is not None and not frame.read(op.when):
+        return op
     world, flags = _world(frame), frame.read(op.flags).array
     for number, address in enumerate(_addresses(flags)):
         text = f"{_flag_name(frame, op.flags, number)} of rank {frame.program.world_rank} to be signalled"
