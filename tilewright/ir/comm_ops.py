@@ -143,12 +143,13 @@ class Enter(Operation):
 
 @operation("comm.credit", effect=Effect.SYNC)
 class Credit(Operation):
-    """Wait until rank ``peer`` (absent: every rank) has begun this launch."""
+    """Wait until rank ``peer`` (absent: every rank) has begun this launch; gives a token for accesses to its memory."""
 
     peer: Value | None = optional()
 
     def verify(self) -> None:
         self.require(self.peer is None or self.peer.type == ScalarType(i32), "the peer's rank is i32")
+        self.require(self.result.type == FLAG, "gives token<flag>")
 
 
 @operation("comm.leave", effect=Effect.SYNC)

@@ -189,6 +189,7 @@ def _credit(frame: Frame, op: c.Credit) -> Steps:
     peers = range(world.size) if op.peer is None else [_rank_number(frame, op.peer)]
     for peer in peers:
         yield from _until(lambda peer=peer: peer in world.entered, op, f"rank {peer} to begin the launch")  # type: ignore[misc]
+    return op
 
 
 @rule(c.Leave)

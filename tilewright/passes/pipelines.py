@@ -10,13 +10,14 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: copies by an engine or by their own warps, handed over through hardware barriers. A function that `schedule` sends
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
-    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,alternate,copy-ahead,prefetch,load-ahead,"
-    f"{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,mma,turns,layouts,staging,hand-back,fences"
+    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,pipeline,roles,alternate,copy-ahead,"
+    f"prefetch,load-ahead,{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,mma,turns,layouts,staging,hand-back,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use
 PREFETCH = (
-    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,copy-ahead,prefetch,load-ahead,{SIMPLIFY},layouts"
+    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,copy-ahead,prefetch,load-ahead,{SIMPLIFY},"
+    "layouts"
 )
 
 

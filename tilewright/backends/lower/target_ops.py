@@ -83,6 +83,22 @@ class TargetOps(ABC):
         """How tiles of these sizes are read and written, where not by 64-bit addresses and branches."""
         return None
 
+    # --- other ranks ----------------------------------------------------------------------------
+
+    def pause(self, lw: Lowering) -> None:
+        """Let others run for a moment, between two looks at a flag."""
+
+    @abstractmethod
+    def nanoseconds(self, lw: Lowering) -> mlir.Value:
+        """A clock (i64)."""
+
+    @abstractmethod
+    def add_to_memory(self, lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DType) -> None:
+        """Add to an element of global memory, atomically among all GPUs."""
+
+    def fence_copies(self, lw: Lowering) -> None:
+        """What this thread knows to be in global memory is there for copy engines that it starts, too."""
+
     # --- messages -------------------------------------------------------------------------------
 
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
