@@ -25,7 +25,9 @@ def place_of(communicators: Any, rounds: Any, period: Any) -> Any:
 
 
 @tw.function
-def load_parts(source: Any, row: Any, column: Any, BM: tw.constexpr, WIDTH: tw.constexpr, PARTS: tw.constexpr, after: Any = None) -> Any:
+def load_parts(
+    source: Any, row: Any, column: Any, BM: tw.constexpr, WIDTH: tw.constexpr, PARTS: tw.constexpr, after: Any = None
+) -> Any:
     """The tile (BM, WIDTH) at (row, column) of a matrix, as PARTS tiles of rows: all of them are on their way at once."""
     tiles = ()
     for part in tw.static_range(PARTS):

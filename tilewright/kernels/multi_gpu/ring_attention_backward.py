@@ -151,7 +151,9 @@ def ring_sdpa_backward(
     world.launch(ring_attention_dkdv, grid, *inputs, dk, dv, *parts, sent, factor, **sizes, **meta)
     rows = meta.get("BN", 128)
     meta = {"BM": meta["BN"], "BN": meta["BM"]} if meta else {}
-    world.launch(ring_attention_dq, (tw.cdiv(length, rows), heads, chunks * batch), *inputs, dq, factor, **sizes, **meta)
+    world.launch(
+        ring_attention_dq, (tw.cdiv(length, rows), heads, chunks * batch), *inputs, dq, factor, **sizes, **meta
+    )
 
 
 def reference(
