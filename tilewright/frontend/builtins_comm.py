@@ -66,9 +66,8 @@ def signal(emit: Emitter, flag: Any, peer: Any, after: Any) -> None:
 
 @implements(tw.wait)
 def wait(emit: Emitter, flags: Any, when: Any) -> Value:
-    condition = emit.truth(when, "the condition of a wait")
-    if not isinstance(condition, Value):
-        condition = None if condition else emit.constant(False, i1)
+    truth = emit.truth(when, "the condition of a wait")
+    condition = truth if isinstance(truth, Value) else None if truth else emit.constant(False, i1)
     return emit.builder.wait_flags(_flags(flags, "flags"), condition)
 
 

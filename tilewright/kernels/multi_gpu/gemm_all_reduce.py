@@ -106,7 +106,6 @@ def gemm_ar(world: Any, a: Any, b: Any, c: Any, *, one_shot: bool | None = None,
 
 def reference(a: list[np.ndarray[Any, Any]], b: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """The sum in float64."""
-    total: np.ndarray[Any, Any] = sum(  # type: ignore[assignment]
-        x.astype(np.float64) @ y.astype(np.float64) for x, y in zip(a, b, strict=True)
-    )
+    products = [x.astype(np.float64) @ y.astype(np.float64) for x, y in zip(a, b, strict=True)]
+    total: np.ndarray[Any, Any] = np.sum(products, axis=0)
     return total

@@ -164,5 +164,5 @@ def reference(
     causal: bool = False,
 ) -> tuple[list[np.ndarray[Any, Any]], ...]:
     """dq, dk, dv of each rank's chunks in float64, from each rank's chunks."""
-    gradients = whole_reference(*(joined(x) for x in (q, k, v, do)), causal)
+    gradients = whole_reference(joined(q), joined(k), joined(v), joined(do), causal)
     return tuple(divided(x, len(q), causal) for x in gradients)
