@@ -66,9 +66,10 @@ def signal(emit: Emitter, flag: Any, peer: Any, after: Any) -> None:
 
 @implements(tw.wait)
 def wait(emit: Emitter, flags: Any, when: Any) -> Value:
-    truth = emit.truth(when, "the condition of a wait")
-    condition = truth if isinstance(truth, Value) else None if truth else emit.constant(False, i1)
-    return emit.builder.wait_flags(_flags(flags, "flags"), condition)
+    condition = emit.truth(when, "the condition of a wait")
+    if condition is False:
+        condition = emit.constant(False, i1)
+    return emit.builder.wait_flags(_flags(flags, "flags"), condition if isinstance(condition, Value) else None)
 
 
 @implements(tw.barrier)
