@@ -228,26 +228,10 @@ def test_ranks_that_disagree_on_who_they_are() -> None:
     assert "Two processes say that they are rank 1" in str(found[0])
     with pytest.raises(DeviceError, match="Rank 2 is not one of 2"):
         Rendezvous(2, 2, same)
-    with (
-        Rendezvous_listening(address := new_address()),
-        pytest.raises(DeviceError, match="Another job has the address"),
-    ):
-        Rendezvous(0, 2, address, timeout=1)
-
-
-class Rendezvous_listening:  # noqa: N801
-    """Somebody else listens at an address."""
-
-    def __init__(self, address: str) -> None:
-
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.bind("\0" + address)
-
-    def __enter__(self) -> None:
-        self.socket.listen()
-
-    def __exit__(self, *ignored: Any) -> None:
-        self.socket.close()
+    with socket.socket(socket.AF_UNIX) as another:
+        another.bind("\0taken")
+        with pytest.raises(DeviceError, match="Another job has the address 'taken'"):
+            Rendezvous(0, 2, "taken", timeout=1)
 
 
 def connected(rank: int, drivers: list[FakeDriver], address: str) -> SymmetricHeap:

@@ -449,15 +449,35 @@ class FunctionBuilder:
         return known
 
     def load(
-        self, pointer: Value, type_: Type, align: int, *, volatile: bool = False, invariant: bool = False
+        self,
+        pointer: Value,
+        type_: Type,
+        align: int,
+        *,
+        volatile: bool = False,
+        invariant: bool = False,
+        ordering: str | None = None,
     ) -> Value:
-        """``align`` in bytes. ``invariant``: the memory does not change while the kernel runs."""
-        return self._value("llvm.load", type_, [pointer], self._access(align, volatile, invariant))
+        """``align`` in bytes. ``invariant``: the memory does not change while the kernel runs.
+
+        With an ``ordering`` (as in `fence`, or monotonic) the access is atomic, for the whole system.
+        """
+        attributes = self._access(align, volatile, invariant) | (
+            {} if ordering is None else self._atomic(ordering, None)
+        )
+        return self._value("llvm.load", type_, [pointer], attributes)
 
     def store(
-        self, value: Value, pointer: Value, align: int, *, volatile: bool = False, nontemporal: bool = False
+        self,
+        value: Value,
+        pointer: Value,
+        align: int,
+        *,
+        volatile: bool = False,
+        nontemporal: bool = False,
+        ordering: str | None = None,
     ) -> None:
-        attributes = self._access(align, volatile, False)
+        attributes = self._access(align, volatile, False) | ({} if ordering is None else self._atomic(ordering, None))
         if nontemporal:
             attributes["nontemporal"] = self.module.attribute("unit")
         self.op("llvm.store", (), [value, pointer], attributes)

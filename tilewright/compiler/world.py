@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, repeat
 from typing import TYPE_CHECKING, Any, cast
 
 from tilewright.compiler.environment import WAIT_TIMEOUT
@@ -30,12 +31,21 @@ class World(SymmetricHeap):
     with (``with tw.World.local([0, 1]) as world:``).
     """
 
+    #: of the launches to come, in the interpreter
+    seeds: Iterator[int | None]
+
     @classmethod
-    def interpreter(cls, ranks: int) -> World:
-        """Ranks that run side by side in the interpreter, on NumPy arrays. Waiting in vain is an error."""
+    def interpreter(cls, ranks: int, *, seed: int | None = None) -> World:
+        """Ranks that run side by side in the interpreter, on NumPy arrays. Waiting in vain is an error.
+
+        ``seed``: blocks go on in a random order, another one in each launch, and puts land at any time; without one
+        they go on in turn and puts land as late as they may.
+        """
         from tilewright.runtime.symmetric_host import HostMemory
 
-        return cls(HostMemory(ranks), timeout=0)
+        world = cls(HostMemory(ranks), timeout=0)
+        world.seeds = repeat(None) if seed is None else count(seed)
+        return world
 
     @classmethod
     def emulated(
@@ -102,7 +112,7 @@ class World(SymmetricHeap):
         keywords = [{name: self._of_rank(value, rank) for name, value in meta.items()} for rank in self.ranks]
         devices = [self.memory.device(rank) for rank in self.ranks]
         if devices[0] == "cpu":
-            interpret_ranks(kernel, grid, arguments, keywords)
+            interpret_ranks(kernel, grid, arguments, keywords, seed=next(self.seeds))
             return
         with self.memory.together():
             starts = [

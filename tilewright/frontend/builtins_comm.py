@@ -13,7 +13,7 @@ from tilewright.frontend.values import describe, dtype_name, dtype_of, is_view, 
 from tilewright.ir.comm_ops import view_root
 from tilewright.ir.core import Value
 from tilewright.ir.indexed_ops import ATOMIC_DTYPES, supports_atomic
-from tilewright.ir.types import DTYPES, i32
+from tilewright.ir.types import DTYPES, i1, i32
 
 
 @implements(tw.rank)
@@ -65,8 +65,11 @@ def signal(emit: Emitter, flag: Any, peer: Any, after: Any) -> None:
 
 
 @implements(tw.wait)
-def wait(emit: Emitter, flags: Any) -> Value:
-    return emit.builder.wait_flags(_flags(flags, "flags"))
+def wait(emit: Emitter, flags: Any, when: Any) -> Value:
+    condition = emit.truth(when, "the condition of a wait")
+    if condition is False:
+        condition = emit.constant(False, i1)
+    return emit.builder.wait_flags(_flags(flags, "flags"), condition if isinstance(condition, Value) else None)
 
 
 @implements(tw.barrier)

@@ -20,6 +20,8 @@ rank's address space. A control block is `CONTROL_WORDS` int32, zero when it is 
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -58,6 +60,12 @@ class Fault:
     KERNEL = 5  #: CRC-32 of the kernel's name
     PARAM = 6  #: the parameter that the flag belongs to, among all of the kernel's; -1 for none
     ENTRY, EXIT = -1, -2
+
+
+def kernel_number(name: str) -> int:
+    """The int32 by which a fault record names a kernel."""
+    (number,) = struct.unpack("<i", struct.pack("<I", zlib.crc32(name.encode())))
+    return int(number)
 
 
 @dataclass(frozen=True)

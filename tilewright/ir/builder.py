@@ -251,9 +251,9 @@ class Builder:
     def signal(self, flag: Value, peer: Value, after: Sequence[Value] = ()) -> None:
         self.insert(comm_ops.Signal(flag, peer, after))
 
-    def wait_flags(self, flags: Value) -> Value:
-        """The token that says that all flags of a view are set."""
-        return self.insert(comm_ops.WaitFlags(flags, types=[TokenType("flag")])).result
+    def wait_flags(self, flags: Value, when: Value | None = None) -> Value:
+        """The token that says that all flags of a view are set, or that ``when`` is false."""
+        return self.insert(comm_ops.WaitFlags(flags, when, types=[TokenType("flag")])).result
 
     # --- checks -------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from tilewright.ir.core import (
     optional,
 )
 from tilewright.ir.tile_ops import OffsetView, PermuteView, Subview
-from tilewright.ir.types import ScalarType, TileType, TokenType, ViewType, i32
+from tilewright.ir.types import ScalarType, TileType, TokenType, ViewType, i1, i32
 
 PUT, FLAG = TokenType("put"), TokenType("flag")
 REDUCTIONS = ("add",)
@@ -122,12 +122,14 @@ class Signal(Operation):
 
 @operation("comm.wait", effect=Effect.SYNC)
 class WaitFlags(Operation):
-    """Wait until all flags of a view of the own rank's tensor are set."""
+    """Wait until all flags of a view of the own rank's tensor are set; not at all where ``when`` (i1) is false."""
 
     flags: Value = operand()
+    when: Value | None = optional()
 
     def verify(self) -> None:
         _verify_flags(self, self.flags)
+        self.require(self.when is None or self.when.type == ScalarType(i1), "the condition is i1")
         self.require(self.result.type == FLAG, "gives token<flag>")
 
 
@@ -141,12 +143,13 @@ class Enter(Operation):
 
 @operation("comm.credit", effect=Effect.SYNC)
 class Credit(Operation):
-    """Wait until rank ``peer`` (absent: every rank) has begun this launch."""
+    """Wait until rank ``peer`` (absent: every rank) has begun this launch; gives a token for accesses to its memory."""
 
     peer: Value | None = optional()
 
     def verify(self) -> None:
         self.require(self.peer is None or self.peer.type == ScalarType(i32), "the peer's rank is i32")
+        self.require(self.result.type == FLAG, "gives token<flag>")
 
 
 @operation("comm.leave", effect=Effect.SYNC)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from tilewright.ir.async_ops import Alloc, AsyncDot, Copy, LocalLoad, MakeRing, Role, Wait
 from tilewright.ir.builder import Builder
 from tilewright.ir.check_ops import Print
+from tilewright.ir.comm_ops import Put, ReducePut
 from tilewright.ir.core import Function, IRError, Operation, Region, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.layout import LinearLayout, blocked, conversion_cost
@@ -127,7 +128,8 @@ class _Assignment:
         """Whether the layout of a load or store is to be decided here: not by earlier passes, nor by `staging`."""
         if isinstance(access.op, Load):
             return access.tile.layout is None
-        return not (any(isinstance(op, Role) for op in self.loops.values()) and may_stage(access.op, self.target))
+        in_role = any(isinstance(op, Role) for op in self.loops.values())
+        return not (in_role and isinstance(access.op, Store) and may_stage(access.op, self.target))
 
     def run(self) -> None:
         for op in self.ops:
@@ -243,7 +245,7 @@ class _Assignment:
         return cat_layouts(result.shape, op.axis, sizes, result.dtype.bits, self.warps, self.target.warp_size)
 
     def _memory_anchor(self, op: Operation) -> None:
-        if isinstance(op, Store):
+        if isinstance(op, Store | Put | ReducePut):
             self._assign(op.value, self._coalesced(op.value, op.view))
         elif isinstance(op, Gather):
             self._assign(op.result, self._scattered(op.result, op.view, op.axes))

@@ -52,7 +52,7 @@ def _movable(loop: For, written: set[Value], threads: int) -> list[Load]:
     """The loads of the loop that may run ahead; none where their registers would be too many."""
     found, words = [], 0.0
     for op in loop.body.block.ops:
-        if not isinstance(op, Load) or op.shared is not None or view_root(op.view) in written:
+        if not isinstance(op, Load) or op.shared is not None or op.after or view_root(op.view) in written:
             continue
         address, tile = address_slice(op), op.result.type
         assert isinstance(tile, TileType)

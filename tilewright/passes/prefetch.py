@@ -56,7 +56,8 @@ class Transit:
         load = self.load
         tile = TileType(self.slot.shape, self.slot.dtype, self.layouts.load)
         view, index = mapping.get(load.view, load.view), [mapping.get(v, v) for v in load.index]
-        op = Load(view, index, types=[tile], pad=load.pad, loc=load.loc, hints=[load.result.hint])
+        after = [mapping.get(v, v) for v in load.after]
+        op = Load(view, index, after, types=[tile], pad=load.pad, loc=load.loc, hints=[load.result.hint])
         return b.insert(op).result
 
     def write(self, b: Builder, value: Value, count: Value) -> None:
@@ -155,12 +156,13 @@ def find_groups(transits: list[Transit], loops: dict[Block, Operation]) -> list[
 def address_slice(load: Load) -> list[Operation] | None:
     """The operations of a loop's body that compute the load's address, in order.
 
-    None where the address depends on carried values, on tiles or on control flow inside the body.
+    None where it waits for other ranks inside the body, or where the address depends on carried values, on tiles or on
+    control flow inside the body.
     """
     block = load.parent
     assert block is not None
     needed: set[Operation] = set()
-    pending = [load.view, *load.index]
+    pending = [load.view, *load.index, *load.after]
     while pending:
         value = pending.pop()
         if value.owner is block:

@@ -66,6 +66,9 @@ class TileOrder(FunctionPass):
         axes = reuse_axes(function)
         longest = growing_axis(function) if persistent and axes is None else None
         chiplets = 1 if persistent or not shares_neighbours(function) else context.target.chiplets
+        if function.attributes.get("communicates"):
+            # ranks wait for programs of others that come before theirs along axis 2: that stays the slowest
+            axes, longest, chiplets = axes if axes == (0, 1) else None, None, 1
         if not ids or not (persistent or axes or chiplets > 1):
             return
         order = _Order(axes, longest, self.group or context.target.tile_group)

@@ -13,7 +13,7 @@ from math import prod
 from types import ModuleType
 from typing import Any
 
-from tilewright.ir.abi import KernelABI, TensorMapParam, TensorParam
+from tilewright.ir.abi import KernelABI, TensorMapParam, TensorParam, kernel_number
 from tilewright.runtime.arguments import (
     INT32_MAX,
     ArgumentBlock,
@@ -26,7 +26,6 @@ from tilewright.runtime.arguments import (
 )
 from tilewright.runtime.device import Device
 from tilewright.runtime.errors import ArgumentError, DeviceError
-from tilewright.runtime.peers import kernel_number
 
 #: launches of one function whose packed arguments are kept
 _KEPT_LAUNCHES = 256

@@ -7,7 +7,6 @@ is one rank's side of it, and `SymmetricPlace` where a tensor of it lies on ever
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ class Endpoint:
 
     ``controls_table`` and what ``place`` returns are addresses in the memory of the rank's device. ``place``
     puts bytes there, at a multiple of 128, and they stay until the world is closed. ``kernels`` are those
-    that were launched here, by `kernel_number`.
+    that were launched here, by `tilewright.ir.abi.kernel_number`.
     """
 
     rank: int
@@ -56,9 +55,3 @@ class SymmetricPlace:
 def address_table(addresses: Sequence[int]) -> bytes:
     """The int64 for each rank that a kernel reads addresses from."""
     return struct.pack(f"<{len(addresses)}q", *addresses)
-
-
-def kernel_number(name: str) -> int:
-    """The int32 by which a fault record names a kernel."""
-    (number,) = struct.unpack("<i", struct.pack("<I", zlib.crc32(name.encode())))
-    return int(number)

@@ -12,7 +12,7 @@ from tilewright.backends.lower.memory import TileAccess
 from tilewright.backends.lower.target_ops import Store, TargetOps
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.core import Value
-from tilewright.ir.types import ViewType
+from tilewright.ir.types import DType, ViewType
 
 _AXES = "xyz"
 #: grid_size_x of hsa_kernel_dispatch_packet_t, in work items (HSA Platform System Architecture, "Kernel dispatch")
@@ -123,6 +123,17 @@ class AmdOps(TargetOps):
         """Buffer descriptors, where offsets inside the tile fit into 32 bits."""
         assert isinstance(view.type, ViewType)
         return None if spans_too_much(view.type, sizes) else BufferAccess
+
+    def pause(self, lw: Lowering) -> None:
+        lw.fb.op("rocdl.s.sleep", attributes={"count": lw.fb.module.integer(32, 1)})
+
+    def nanoseconds(self, lw: Lowering) -> mlir.Value:
+        """s_memrealtime counts at 100 MHz (CDNA3 ISA guide)."""
+        ticks = lw.fb.intrinsic("llvm.amdgcn.s.memrealtime", lw.fb.types.i64)
+        return lw.fb.mul(ticks, 10)
+
+    def add_to_memory(self, lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DType) -> None:
+        lw.fb.atomicrmw("fadd" if dtype.is_float else "add", pointer, value, "monotonic", None, dtype.bytes)
 
     def math(self, lw: Lowering, fn: str, x: mlir.Value) -> mlir.Value:
         return _MATH[fn](lw, x)

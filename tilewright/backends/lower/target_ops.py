@@ -83,6 +83,20 @@ class TargetOps(ABC):
         """How tiles of these sizes are read and written, where not by 64-bit addresses and branches."""
         return None
 
+    # --- other ranks ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def pause(self, lw: Lowering) -> None:
+        """Let others run for a moment, between two looks at a flag."""
+
+    @abstractmethod
+    def nanoseconds(self, lw: Lowering) -> mlir.Value:
+        """A clock (i64)."""
+
+    @abstractmethod
+    def add_to_memory(self, lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DType) -> None:
+        """Add to an element of global memory, atomically among all GPUs."""
+
     # --- messages -------------------------------------------------------------------------------
 
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
