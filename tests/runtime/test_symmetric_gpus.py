@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from fake_driver import CUresult, FakeDriver
 
-from tilewright.ir.abi import CONTROL_WORDS, Control, Fault, KernelABI, TensorMapParam, TensorParam
+from tilewright.ir.abi import CONTROL_WORDS, Control, Fault, KernelABI, TensorMapParam, TensorParam, kernel_number
 from tilewright.runtime.cuda import CudaDevice
 from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.gpu_memory import CudaMemory, DeviceArray
-from tilewright.runtime.peers import kernel_number
 from tilewright.runtime.rendezvous import Rendezvous, new_address
 from tilewright.runtime.symmetric import SymmetricHeap
 from tilewright.runtime.symmetric_connect import ConnectedMemory
