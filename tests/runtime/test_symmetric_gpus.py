@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -301,3 +302,51 @@ def test_torch_tensors_share_the_memory(driver: FakeDriver, monkeypatch: pytest.
     x = heap.empty((8, 4), "bf16")
     assert isinstance(x[1], Octets) and heap.endpoints[0].torch_stream
     assert seen[3:] == [((x.addresses[1], False), (64,), "cuda:1"), "bfloat16", (8, 4)]
+
+
+# --- the real bindings, with libraries that only report ---------------------------------------------
+
+_SHARED = """\
+granularity of type {type} on 1.0 handles 1 option 1
+create 8192 on 1.0 handles 1
+export {x}a11 as 1
+import 1 as 1
+map 1 8192 of {x}b22
+access 8192 for 1.0 flags 3
+access 8192 for 1.1 flags 3
+release {x}b22
+write 8{write}
+[50462976, 117835012, 0]
+write 8{write}
+host 64 flags {host}
+0 0 True True True
+load ELF
+function k 1
+{loaded}cooperative 1 grid 5 1 1 rank 1 of 2
+unmap 8192
+free
+"""
+_EXPECTED = {
+    "cuda": dict(type="1", x="", write=" stream 0x51 mode 2", host="3", loaded="loaded 1\n"),
+    "hip": dict(type="40000000", x="0x", write="", host="40000003", loaded=""),
+}
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="builds a stand-in for the library with gcc")
+@pytest.mark.parametrize("kind", ["cuda", "hip"])
+def test_memory_through_the_bindings(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip({"cuda": "cuda.bindings.driver", "hip": "rocm.bindings.hip"}[kind])
+    support = Path(__file__).parent.parent / "support"
+    (tmp_path / "lib").mkdir()
+    source, library = {"cuda": ("stub_libcuda.c", "libcuda.so.1"), "hip": ("stub_libamdhip64.c", "lib/libamdhip64.so")}[
+        kind
+    ]
+    command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{Path(library).name}", "-o", tmp_path / library]
+    subprocess.run([*command, support / source, "-ldl"], check=True)
+    paths = [str(support.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment |= {"LD_LIBRARY_PATH": str(tmp_path)} if kind == "cuda" else {"ROCM_PATH": str(tmp_path)}
+    program = [sys.executable, support / "memory_through_bindings.py", kind]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(("device ", "synchronize"))]
+    assert lines == _SHARED.format(**_EXPECTED[kind]).splitlines(), done.stderr
