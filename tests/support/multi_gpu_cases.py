@@ -113,17 +113,21 @@ def ag_gemm(world: Any, seed: int, tiles: Tiles) -> None:
 # --- collectives ----------------------------------------------------------------------------------
 
 
-def reduce_all(world: Any, seed: int, tiles: Tiles, two_shot: bool = False) -> None:
+def reduce_all(world: Any, seed: int, tiles: Tiles, algorithm: str = "push") -> None:
     inputs = Inputs(world, seed)
     x, y = inputs.filled(inputs.normal(1000)), inputs.symmetric(1000)
-    all_reduce.all_reduce(world, x, y, two_shot=two_shot, BN=128)
+    all_reduce.all_reduce(world, x, y, algorithm=algorithm, BN=128)
     check_all(of_ranks(y, inputs.ranks), [all_reduce.reference(of_ranks(x, inputs.ranks))] * world.size)
     for rank in inputs.ranks:
         np.testing.assert_array_equal(y[rank], y[0], "equal bits")
 
 
+def reduce_all_pull(world: Any, seed: int, tiles: Tiles) -> None:
+    reduce_all(world, seed, tiles, "pull")
+
+
 def reduce_all_two_shot(world: Any, seed: int, tiles: Tiles) -> None:
-    reduce_all(world, seed, tiles, two_shot=True)
+    reduce_all(world, seed, tiles, "two-shot")
 
 
 def gather(world: Any, seed: int, tiles: Tiles) -> None:
@@ -225,7 +229,7 @@ def mixture(world: Any, seed: int, tiles: Tiles) -> None:
 CASES: dict[str, Callable[[Any, int, Tiles], None]] = {
     case.__name__: case
     for case in (
-        gemm_rs, gemm_ar, gemm_ar_one_shot, ag_gemm, reduce_all, reduce_all_two_shot, gather, scatter_sum, exchange,
+        gemm_rs, gemm_ar, gemm_ar_one_shot, ag_gemm, reduce_all, reduce_all_pull, reduce_all_two_shot, gather, scatter_sum, exchange,
         ulysses_sdpa, ring, ring_causal, mixture,
     )
 }  # fmt: skip
