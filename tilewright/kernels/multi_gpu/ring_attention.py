@@ -54,7 +54,8 @@ def ring_attention(
 
     k (C * world, B, G, S, D) and v (C * world, B, G, S, DV), in the order of the sequence: the own chunks are there
     before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G,
-    cdiv(S, ROWS)). ``scale`` includes log2(e). Grid: (communicators * rounds + C * B * H * cdiv(S, BM),), see `tilewright.kernels.multi_gpu.pushing`.
+    cdiv(S, ROWS)). ``scale`` includes log2(e). Grid: (communicators * rounds + C * B * H * cdiv(S, BM),), see
+    `tilewright.kernels.multi_gpu.pushing`.
     """
     CHUNKS = 2 if CAUSAL else 1
     me, world, batch, heads, groups = tw.rank(), tw.world_size(), q.shape[1], q.shape[2], k.shape[2]
