@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
 from tests.support.kernel_checks import Array, check
 from tilewright.kernels.multi_gpu import (
     all_gather_gemm,
@@ -229,7 +230,21 @@ def mixture(world: Any, seed: int, tiles: Tiles) -> None:
     weights = [random.random((tokens, choices), np.float32) for _ in inputs.ranks]
     exact = moe.reference(x, experts, weights, w)
     out = nans(exact)
-    moe.moe(world, inputs.filled(x), experts, weights, w, out, communicators=2, units=6, BM=bm, BN=bn, BK=bk, WIDTH=bk)
+    moe.moe(
+        world,
+        inputs.filled(x),
+        experts,
+        weights,
+        w,
+        out,
+        communicators=2,
+        units=6,
+        BM=bm,
+        BN=bn,
+        BK=bk,
+        WIDTH=bk // 2,
+        PARTS=2,
+    )
     check_all(out, exact)
 
 
