@@ -157,7 +157,7 @@ def dead_rank(world: Any, iterations: int) -> str:
     if world.rank == world.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.perf_counter()
-    wanted = f"rank {world.rank} waited 2 s in kernel ring at line {LINE} for flag {world.size - 1} of 'flags'"
+    wanted = f"rank {world.rank} waited 2 s in kernel ring at ring.py:{LINE} for flag {world.size - 1} of 'flags'"
     with pytest.raises(DeviceError, match=wanted) as error:
         exchange.run(10)
     elapsed, message = time.perf_counter() - start, str(error.value)

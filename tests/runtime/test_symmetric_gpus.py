@@ -49,6 +49,7 @@ SCALE = KernelABI(
     tensor_maps=(TensorMapParam("x", (8, 4), (1, 0), 0, peers=True),),
     persistent=True,
     communicates=True,
+    source="scale.py",
 )
 
 
@@ -133,7 +134,7 @@ def test_a_failed_call_says_what_the_kernel_waited_for(driver: FakeDriver) -> No
         (Fault.PARAM, 0), (Fault.KIND, 1),
     ]:  # fmt: skip
         words[place] = value
-    said = r"^rank 1 waited 2 s in kernel scale at line 31 for flag 12 of 'x' \(never signalled by rank 0\)\. "
+    said = r"^rank 1 waited 2 s in kernel scale at scale.py:31 for flag 12 of 'x' \(never signalled by rank 0\)\. "
     for fails in (heap.synchronize, heap.check, device.synchronize, lambda: device.call("cuCtxSynchronize")):
         with pytest.raises(DeviceError, match=said):
             fails()

@@ -26,6 +26,7 @@ def ring_abi(world: int, persistent: bool = True) -> KernelABI:
         0,
         persistent=persistent,
         communicates=True,
+        source="ring.py",
     )
 
 
