@@ -53,8 +53,8 @@ def ring_attention(
 
     k (C * world, B, G, S, D) and v (C * world, B, G, S, DV), in the order of the sequence: the own chunks are there
     before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G,
-    cdiv(S, ROWS)). ``scale`` includes log2(e). The first ``communicators`` programs push, a block each, and then compute
-    as the others do. Grid: (communicators + C * B * H * cdiv(S, BM),).
+    cdiv(S, ROWS)). ``scale`` includes log2(e). The first ``communicators`` programs push, a block each, which then
+    computes as the others do. Grid: (communicators + C * B * H * cdiv(S, BM),).
     """
     CHUNKS = 2 if CAUSAL else 1
     me, world, batch, heads, groups = tw.rank(), tw.world_size(), q.shape[1], q.shape[2], k.shape[2]
