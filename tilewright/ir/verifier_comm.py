@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tilewright.ir.async_ops import Copy
+from tilewright.ir.collectives import TileCollective, ViewCollective
 from tilewright.ir.comm_ops import Join, Put, ReducePut, Signal, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Gather
 from tilewright.ir.tile_ops import Element, For, If, Load, While, Yield
 from tilewright.ir.types import ViewType
 
+#: operations that write to other ranks' tensors
+PUTS = Put | ReducePut | TileCollective | ViewCollective
+
 
 def verify_communication(function: Function) -> None:
     """Every put reaches a signal, and what ranks put into is read behind a wait."""
-    puts = [op for op in function.walk() if isinstance(op, Put | ReducePut)]
+    puts = [op for op in function.walk() if isinstance(op, PUTS)]
     if not puts:
         return
     uses = uses_of(function.body)
     received: dict[Value, Operation] = {}
     for put in puts:
+        if not isinstance(put, Put | ReducePut):
+            received.setdefault(view_root(put.buffer), put)
+            continue
         root = view_root(put.view)
         if not isinstance(root.type, ViewType) or not root.type.symmetric:
             put.require(False, f"writes to {_name(root)}, which is not symmetric: no other rank can see it")
