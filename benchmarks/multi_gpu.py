@@ -67,7 +67,10 @@ def ours_of(world: Any, case: Case) -> tuple[Run, torch.Tensor] | None:
 def measure(world: Any, case: Case, repeats: int) -> Row:
     row: Row = {"work": case.work, "size": case.size, "ranks": world.size}
     candidates: dict[str, Run] = {}
-    ours = ours_of(world, case)
+    try:
+        ours = ours_of(world, case)
+    except (tw.CompileError, tw.ArgumentError, ValueError) as error:
+        ours, row["ours_missing"] = None, str(error).splitlines()[0][:120]
     if ours is not None:
         run, output = ours
         output.fill_(float("nan"))
@@ -111,40 +114,50 @@ def line(row: Row) -> str:
     )
 
 
-def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
+def rank_main(rank: int, work: str, options: argparse.Namespace, port: int, found: Any) -> None:
+    """One work at all its sizes; rank 0 hands the rows over."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.cuda.set_device(rank)
     distributed.init_process_group("nccl", rank=rank, world_size=options.ranks, device_id=torch.device("cuda", rank))
-    rows = []
-    for name in options.works:
-        make, sizes = WORKS[name]
-        for size in options.sizes or sizes:
-            with tw.World.distributed() as world:
-                row = measure(world, make(size), options.repeats)
-            rows.append(row)
-            if rank == 0:
-                print(line(row), flush=True)
-                if options.json:
-                    options.json.write_text(json.dumps(rows, indent=1))
-            gc.collect()
-            torch.cuda.empty_cache()
+    make, sizes = WORKS[work]
+    for size in options.sizes or sizes:
+        with tw.World.distributed() as world:
+            row = measure(world, make(size), options.repeats)
+        if rank == 0:
+            print(line(row), flush=True)
+            found.put(row)
+        gc.collect()
+        torch.cuda.empty_cache()
     distributed.barrier()
     os._exit(0)  # NCCL's teardown waits for tensors that torch's symmetric memory keeps
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--works", nargs="+", choices=sorted(WORKS), default=list(WORKS))
-    parser.add_argument("--sizes", nargs="+", type=int, help="instead of each work's own: n, or bytes")
+    parser.add_argument("--sizes", nargs="+", type=int, help="instead of each work's own: n, bytes, or tokens")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     print(f"{options.ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, medians, random normal inputs")
-    torch.multiprocessing.spawn(rank_main, (options, port), nprocs=options.ranks)
+    found: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    rows: list[Row] = []
+    for work in options.works:  # processes of its own, so that a kernel that fails takes no other work with it
+        try:
+            torch.multiprocessing.spawn(rank_main, (work, options, free_port(), found), nprocs=options.ranks)
+        except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+            print(f"{work} failed: {error}", flush=True)
+        while not found.empty():
+            rows.append(found.get())
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Ranks on real GPUs under stress: python tests/gpu/multi_gpu_stress.py [--only NAME...] [--iterations N].
 
-Every scenario runs a kernel in which each rank sends to all others, with values that change at every launch, and
+Every scenario runs kernels in which each rank sends to all others, with values that change at every launch, and
 checks all that arrived on the GPU. It needs two GPUs with peer access, and torch.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,98 +23,193 @@ import pytest
 import torch
 
 import tilewright as tw
+from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
-from ring_kernel import LINE, PTX, N, ring_abi
+import comm_kernels
+from ring_kernel import PTX, N, ring_abi
 
 SIZE = 2
 #: clock cycles that a delayed rank sleeps at most before a launch (about 0.1 ms)
 MOST_CYCLES = 200_000
+BF16, F32 = torch.bfloat16, torch.float32
 
 
-class Exchange:
-    """The kernel, its tensors and the check of what arrived, on this process's ranks of a world."""
+class Work(ABC):
+    """A kernel with its tensors on this process's ranks of a world. Values follow from a number, exactly."""
 
-    def __init__(self, world: Any, persistent: bool = True) -> None:
+    def __init__(self, world: Any) -> None:
         self.world = world
-        self.slots, self.flags = world.empty((world.size, N), "f32"), world.flags(world.size)
-        self.devices = {r: open_device(world.memory.device(r)) for r in world.ranks}
-        abi = ring_abi(world.size, persistent)
-        self.lanes = torch.arange(N, dtype=torch.float32)
-        self.xs, self.ys, self.wrong, self.ready, self.offsets = {}, {}, {}, {}, {}
-        for rank, device in self.devices.items():
-            where = f"cuda:{device.ordinal}"
-            self.xs[rank] = torch.zeros(N, device=where)
-            self.ys[rank] = torch.full((world.size, N), float("nan"), device=where)
-            self.wrong[rank] = torch.zeros((), device=where, dtype=torch.int64)
-            ranks = torch.arange(world.size, device=where, dtype=torch.float32)[:, None]
-            self.offsets[rank] = self.lanes.to(where)[None, :] + 1000 * ranks
-            function = device.load(PTX.encode() + b"\0").function("ring")
-            arguments = [self.slots.on(rank), self.flags.on(rank), self.xs[rank], self.ys[rank]]
-            self.ready[rank] = device.ready(function, abi, 1, arguments)
+        self.places = {r: torch.device("cuda", open_device(world.memory.device(r)).ordinal) for r in world.ranks}
+        self.wrong = {r: torch.zeros((), device=place, dtype=torch.int64) for r, place in self.places.items()}
+        self.outputs: dict[int, torch.Tensor] = {}
 
-    def fill(self, number: float) -> None:
-        """Other values for the next launch."""
-        for rank in self.world.ranks:
-            torch.add(self.offsets[rank][rank], number, out=self.xs[rank])
+    @abstractmethod
+    def fill(self, rank: int, number: Any) -> None:
+        """Inputs of a rank for a launch; ``number`` may be a tensor on its GPU."""
 
+    @abstractmethod
     def launch(self) -> None:
-        for rank, device in self.devices.items():
-            with torch.cuda.device(device.ordinal):
-                self.ready[rank](None)
+        """One launch on every rank of this process."""
 
-    def check(self, number: float) -> None:
-        """Count the elements that are not what the ranks sent."""
-        for rank in self.world.ranks:
-            self.wrong[rank] += (self.ys[rank] != self.offsets[rank] + number).sum()
+    @abstractmethod
+    def expected(self, rank: int, number: Any) -> torch.Tensor:
+        """What the rank's output must be, in all bits."""
+
+    def step(self, number: Any) -> None:
+        for rank in self.places:
+            self.fill(rank, number)
+        self.launch()
+        for rank, place in self.places.items():
+            with torch.cuda.device(place):
+                self.wrong[rank] += (self.outputs[rank] != self.expected(rank, number)).sum()
 
     def run(self, iterations: int, delayed: int | None = None) -> None:
         """Launches with changing values; the rank ``delayed`` sleeps a random time before some."""
         generator = torch.Generator().manual_seed(0)
         for number in range(iterations):
-            self.fill(number)
-            if delayed in self.devices and number % 3 == 0:
-                with torch.cuda.device(self.devices[delayed].ordinal):
-                    torch.cuda._sleep(int(torch.randint(MOST_CYCLES, (), generator=generator)))
-            self.launch()
-            self.check(number)
+            cycles = int(torch.randint(MOST_CYCLES, (), generator=generator))
+            if delayed in self.places and number % 3 == 0:
+                with torch.cuda.device(self.places[delayed]):
+                    torch.cuda._sleep(cycles)
+            self.step(number)
         self.finish()
 
     def finish(self) -> None:
         self.world.synchronize()
         for rank, wrong in self.wrong.items():
-            assert int(wrong) == 0, f"rank {rank}: {int(wrong)} wrong elements"
+            assert int(wrong) == 0, f"{type(self).__name__}, rank {rank}: {int(wrong)} wrong elements"
+
+
+class ByHand(Work):
+    """The kernel of ring_kernel.py: everybody's x to everybody."""
+
+    def __init__(self, world: Any, persistent: bool = True) -> None:
+        super().__init__(world)
+        slots, flags = world.empty((world.size, N), "f32"), world.flags(world.size)
+        self.xs, self.offsets, self.ready = {}, {}, {}
+        for rank, place in self.places.items():
+            device = open_device(world.memory.device(rank))
+            self.xs[rank] = torch.zeros(N, device=place)
+            self.outputs[rank] = torch.full((world.size, N), float("nan"), device=place)
+            ranks = torch.arange(world.size, device=place, dtype=F32)[:, None]
+            self.offsets[rank] = torch.arange(N, device=place, dtype=F32)[None, :] + 1000 * ranks
+            function = device.load(PTX.encode() + b"\0").function("ring")
+            arguments = [slots.on(rank), flags.on(rank), self.xs[rank], self.outputs[rank]]
+            self.ready[rank] = device.ready(function, ring_abi(world.size, persistent), 1, arguments)
+
+    def fill(self, rank: int, number: Any) -> None:
+        torch.add(self.offsets[rank][rank], number, out=self.xs[rank])
+
+    def launch(self) -> None:
+        for start in self.ready.values():
+            start(None)
+
+    def expected(self, rank: int, number: Any) -> torch.Tensor:
+        return self.offsets[rank] + number
+
+
+class AllReduce(Work):
+    """A compiled kernel that puts with ordinary stores."""
+
+    ROWS, COLUMNS = 64, 1024
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        shape = self.ROWS, self.COLUMNS
+        self.slots, self.flags = world.empty((world.size, *shape), "f32"), world.flags(world.size, self.ROWS)
+        self.offsets = {r: torch.arange(self.ROWS * self.COLUMNS, device=p).view(shape) for r, p in self.places.items()}
+        self.xs = {r: torch.zeros(shape, device=place) for r, place in self.places.items()}
+        self.outputs = {r: torch.full(shape, float("nan"), device=place) for r, place in self.places.items()}
+
+    def value(self, rank: int, of: int, number: Any) -> torch.Tensor:
+        return ((self.offsets[rank] + 7 * number + 13 * of) % 1021).to(F32)
+
+    def fill(self, rank: int, number: Any) -> None:
+        self.xs[rank].copy_(self.value(rank, rank, number))
+
+    def launch(self) -> None:
+        xs, ys = list(self.xs.values()), list(self.outputs.values())
+        self.world.launch(comm_kernels.all_reduce, (self.ROWS,), xs, ys, self.slots, self.flags, N=self.COLUMNS)
+
+    def expected(self, rank: int, number: Any) -> torch.Tensor:
+        return sum(self.value(rank, of, number) for of in range(self.world.size))
+
+
+class Product(Work):
+    """A compiled product whose tiles go to their owners by the copy engine, while the next are computed."""
+
+    WIDTH, DEPTH = 2048, 128
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.offsets, self.b, self.a = {}, {}, {}
+        for rank, place in self.places.items():
+            self.offsets[rank] = torch.arange(self.WIDTH * self.DEPTH, device=place).view(self.WIDTH, self.DEPTH)
+            self.b[rank] = [self.value(rank, 5 * of, 3).T.contiguous() for of in range(world.size)]
+            self.a[rank] = self.value(rank, rank, 0)
+            self.outputs[rank] = torch.full(
+                (self.WIDTH // world.size, self.WIDTH), float("nan"), device=place, dtype=BF16
+            )
+
+    def value(self, rank: int, of: int, number: Any) -> torch.Tensor:
+        """Integers from -2 to 2: sums of their products are exact, and what is sent is rounded once."""
+        return ((self.offsets[rank] * 31 % 1009 + 7 * number + 13 * of) % 5 - 2).to(BF16)
+
+    def fill(self, rank: int, number: Any) -> None:
+        self.a[rank].copy_(self.value(rank, rank, number))
+
+    def launch(self) -> None:
+        b = [parts[rank] for rank, parts in self.b.items()]
+        gemm_rs(self.world, list(self.a.values()), b, list(self.outputs.values()))
+
+    def expected(self, rank: int, number: Any) -> torch.Tensor:
+        each = self.WIDTH // self.world.size
+        rows = slice(rank * each, (rank + 1) * each)
+        sums = [self.value(rank, of, number)[rows].float() @ self.b[rank][of].float() for of in range(self.world.size)]
+        sent = sum(part.to(BF16).float() for of, part in enumerate(sums) if of != rank)
+        return (sums[rank] + sent).to(BF16)
+
+
+WORKS = (ByHand, AllReduce, Product)
 
 
 # --- scenarios: a function of the world and the number of iterations --------------------------------------
 
 
 def plain(world: Any, iterations: int) -> str:
-    exchange = Exchange(world)
-    exchange.run(10)
-    start = time.perf_counter()
-    exchange.run(iterations)
-    return f"{iterations} launches, {(time.perf_counter() - start) / iterations * 1e6:.1f} us each with their checks"
+    found = []
+    for kind in WORKS:
+        work = kind(world)
+        work.run(10)
+        start = time.perf_counter()
+        work.run(iterations)
+        found.append(f"{kind.__name__} {(time.perf_counter() - start) / iterations * 1e6:.0f} us")
+    return f"{iterations} launches and their checks: {', '.join(found)} each"
 
 
 def delays(world: Any, iterations: int) -> str:
-    for delayed in range(world.size):
-        Exchange(world).run(iterations // 2, delayed)
-    return f"{iterations} launches"
+    for kind in WORKS:
+        for delayed in range(world.size):
+            kind(world).run(iterations // world.size, delayed)
+    return f"{iterations} launches of each kernel"
 
 
 def launch_cost(world: Any, iterations: int) -> str:
-    """Time of back-to-back launches, cooperative and not, and of the host alone."""
+    """Time of back-to-back launches, and of the host alone."""
+    works = {
+        "by hand, cooperative": ByHand(world), "by hand, plain": ByHand(world, persistent=False),
+        "all-reduce": AllReduce(world), "product": Product(world),
+    }  # fmt: skip
     found = []
-    for name, persistent in (("cooperative", True), ("plain", False)):
-        exchange = Exchange(world, persistent)
-        exchange.run(10)
+    for name, work in works.items():
+        work.run(10)
         world.barrier()
         start = time.perf_counter()
         for _ in range(iterations):
-            exchange.launch()
+            work.launch()
         host = time.perf_counter() - start
         world.synchronize()
         whole = time.perf_counter() - start
@@ -122,46 +219,40 @@ def launch_cost(world: Any, iterations: int) -> str:
 
 def graph(world: Any, iterations: int) -> str:
     """Launches captured once and replayed; the values change through a counter on the GPU."""
-    exchange = Exchange(world)
-    exchange.run(3)
-    graphs = []
-    counters = {r: torch.zeros((), device=x.device) for r, x in exchange.xs.items()}
-    for rank, device in exchange.devices.items():
-        with torch.cuda.device(device.ordinal):
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                exchange.world.endpoints[rank].place(bytes(256))  # as tensor maps of a first launch are
-                for _ in range(8):
-                    counters[rank] += 1
-                    torch.add(exchange.offsets[rank][rank], counters[rank], out=exchange.xs[rank])
-                    exchange.ready[rank](None)
-                    arrived = exchange.ys[rank] != exchange.offsets[rank] + counters[rank]
-                    exchange.wrong[rank] += arrived.sum()
-            graphs.append((device.ordinal, captured))
-    for number in range(iterations // 8):
-        for ordinal, captured in graphs:
-            with torch.cuda.device(ordinal):
-                captured.replay()
-        if number % 10 == 0:  # launches between replays count epochs too
-            exchange.launch()
-    exchange.finish()
-    assert all(int(counter) == iterations // 8 * 8 for counter in counters.values())
-    return f"{iterations // 8} replays of 8 launches"
+    for kind in WORKS:
+        work = kind(world)
+        work.run(3)
+        ((rank, place),) = work.places.items()
+        counter = torch.zeros((), device=place, dtype=torch.int64)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            world.endpoints[rank].place(bytes(256))  # as tensor maps of a first launch are
+            for _ in range(8):
+                counter += 1
+                work.step(counter)
+        for number in range(iterations // 8):
+            captured.replay()
+            if number % 10 == 0:  # launches between replays count too
+                work.launch()
+        work.finish()
+        assert int(counter) == iterations // 8 * 8
+    return f"{iterations // 8} replays of 8 launches of each kernel"
 
 
 def dead_rank(world: Any, iterations: int) -> str:
     """The last rank is killed; the others must say so instead of hanging."""
-    exchange = Exchange(world)
-    exchange.run(100)
+    work = AllReduce(world)
+    work.run(100)
     world.barrier()
     if world.rank == world.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.perf_counter()
-    wanted = f"rank {world.rank} waited 2 s in kernel ring at ring.py:{LINE} for flag {world.size - 1} of 'flags'"
-    with pytest.raises(DeviceError, match=wanted) as error:
-        exchange.run(10)
+    with pytest.raises(DeviceError) as error:
+        work.run(10)
     elapsed, message = time.perf_counter() - start, str(error.value)
-    assert f"never signalled by rank {world.size - 1}" in message and elapsed < 10, (message, elapsed)
+    awaited = rf"(flag \d+ of 'flags' .never signalled|rank {world.size - 1} to start the launch)"
+    wanted = rf"rank {world.rank} waited 2 s in kernel all_reduce\S* at \S*comm_kernels\.py:\d+ for {awaited}"
+    assert re.match(wanted, message) and elapsed < 10, (message, elapsed)
     return f"after {elapsed:.1f} s: {message}"
 
 
@@ -175,7 +266,7 @@ SCENARIOS: dict[str, Callable[[Any, int], str]] = {
     f.__name__: f for f in (plain, delays, launch_cost, graph, dead_rank, disagreement)
 }
 #: what a process with all ranks cannot run
-ONE_RANK_EACH = ("dead_rank", "disagreement")
+ONE_RANK_EACH = ("graph", "dead_rank", "disagreement")
 WORLDS = ("local", "connect", "distributed")
 
 
