@@ -30,7 +30,7 @@ def verify_communication(function: Function) -> None:
         root = view_root(put.view)
         if not isinstance(root.type, ViewType) or not root.type.symmetric:
             put.require(False, f"writes to {_name(root)}, which is not symmetric: no other rank can see it")
-        if not any(isinstance(op, Signal) for op in _reached(put.result, uses)):
+        if not signals_of(put, uses):
             message = f"'{put.name}': its token reaches no signal, so that nobody may read what it writes"
             raise IRError(message, put.loc, "pass it on: tw.signal(flag, peer, after=token)")
         received.setdefault(root, put)
@@ -40,6 +40,11 @@ def verify_communication(function: Function) -> None:
             line = received[root].loc.line
             message = f"'{op.name}' reads {_name(root)}, into which ranks put (line {line}), without a token"
             raise IRError(message, op.loc, "wait for the flag that tells of the put: load(..., after=tw.wait(flag))")
+
+
+def signals_of(put: Put | ReducePut, uses: dict[Value, list[Operation]]) -> set[Signal]:
+    """The signals that publish a put, whatever way control flow takes its token. ``uses``: `uses_of` the function."""
+    return {op for op in _reached(put.result, uses) if isinstance(op, Signal)}
 
 
 def _reached(token: Value, uses: dict[Value, list[Operation]]) -> Iterator[Operation]:
