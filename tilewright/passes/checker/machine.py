@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from tilewright.passes.checker.barriers import Clock, Meeting, Phases
 from tilewright.passes.checker.faults import Fault
@@ -42,17 +43,22 @@ class Thread:
 
 
 class Machine:
-    """One block, or the blocks of a cluster, on given inputs. ``runs``: for each block those of its roles."""
+    """One block, or the blocks of a cluster, on given inputs. ``runs``: for each block those of its roles, by number."""
 
-    def __init__(self, model: Model, runs: Sequence[Sequence[Run]]):
+    #: what each kind of event does; false: it has to wait
+    rules: ClassVar[dict[str, Callable[[Any, Thread, Event], bool]]]
+
+    def __init__(self, model: Model, runs: Sequence[Sequence[Run] | dict[int, Run]], agents: Sequence[Agent] = ()):
+        """``agents``: whom to follow if not those of one cluster."""
         self.model = model
-        agents, count = model.agents, len(model.agents)
+        self.agents = agents = agents or model.agents
+        count = len(agents)
         self.units: dict[object, int] = {}
         for agent in agents:
             events = runs[agent.cta][agent.role.number].events
             kinds = {(event.kind, event.other if event.kind == "start_copy" else "") for event in events}
             self._add_units(agent, kinds, count)
-        blocks, rings = range(model.ctas), model.rings.values()
+        blocks, rings = range(len(runs)), model.rings.values()
         for key in [("ring", cta, ring.number, n) for cta in blocks for ring in rings for n in range(ring.stages)]:
             self.units[key] = count + len(self.units)
         size = count + len(self.units)
@@ -120,7 +126,7 @@ class Machine:
         if not thread.started:
             thread.started = True
             thread.clock[number] += 1
-        if not _RULES[event.kind](self, thread, event):
+        if not self.rules[event.kind](self, thread, event):
             return False
         self.log.append((number, thread.clock[number], event))
         thread.at += 1
@@ -414,7 +420,7 @@ class Machine:
             key = ("block", agent.cta)
         found = self.meetings.get(key)
         if found is None:
-            members = [x.number for x in self.model.agents if _identity(x, len(key)) == key[1:]]
+            members = [x.number for x in self.agents if _identity(x, len(key)) == key[1:]]
             found = self.meetings[key] = Meeting(members)
         return found
 
@@ -445,7 +451,7 @@ class Machine:
         found = self.meetings.get(key)
         if found is None:
             before = (group - 1) % role.groups
-            mine = [x for x in self.model.agents if x.cta == agent.cta and x.role is role]
+            mine = [x for x in self.agents if x.cta == agent.cta and x.role is role]
             pair = [x for x in mine if x.group in (before, group)]
             found = self.meetings[key] = Meeting([x.number for x in pair])
             if group == 0:
@@ -557,7 +563,7 @@ def _identity(agent: Agent, length: int) -> tuple[object, ...]:
     return (agent.cta, agent.role.number, agent.group)[: length - 1]
 
 
-_RULES: dict[str, Callable[[Machine, Thread, Event], bool]] = {
+Machine.rules = {
     "acquire": Machine._acquire,
     "await": Machine._await_full,
     "bulk_copy": Machine._bulk_copy,

@@ -30,6 +30,9 @@ class Inputs:
     ids: tuple[int, int, int] = (0, 0, 0)
     block: int = 0
     blocks: int = 1
+    #: of a kernel that communicates
+    rank: int = 0
+    world: int = 2
     seed: int = 0
     most_trips: int | None = None
     period: int = 1
@@ -114,7 +117,7 @@ def _inputs(
     model: Model, leaves: Leaves, trips: tuple[int, ...], tiles: int, number: int, many: int, period: int
 ) -> Inputs:
     persistent = bool(model.function.attributes.get("persistent"))
-    inputs = Inputs(seed=number, most_trips=many + 1, period=period)
+    inputs = Inputs(seed=number, most_trips=many + 1, period=period, world=2 + number % 2, rank=number // 2 % 2)
     items: list[tuple[Any, int]] = [*leaves.dims.items(), *leaves.scalars.items()]
     for position, (leaf, step) in enumerate(items):
         size = trips[position % len(trips)] * step
