@@ -3,7 +3,9 @@
 from tilewright.passes import (
     alternate,
     canonicalize,
+    check_protocol,
     check_schedule,
+    communicate,
     copy_ahead,
     cse,
     dce,
@@ -30,7 +32,9 @@ from tilewright.passes import (
 __all__ = [
     "alternate",
     "canonicalize",
+    "check_protocol",
     "check_schedule",
+    "communicate",
     "copy_ahead",
     "cse",
     "dce",

@@ -143,8 +143,8 @@ class Compiler:
             if isinstance(owner, For) and value is owner.index:
                 found.add(owner)
             elif isinstance(owner, For | While | If):
-                control = control(owner)
-                pending += [v for v in self.sources(value) if not any(v is c for c in control)]
+                deciding = control(owner)
+                pending += [v for v in self.sources(value) if not any(v is c for c in deciding)]
             elif value.op is not None:
                 pending += value.op.operands
         return found
@@ -582,4 +582,4 @@ _MAKERS: dict[type[Operation], Callable[[Compiler, Any], list[Step]]] = {
 #: what happens in a block
 BLOCK = Vocabulary(_acts, arguments, events)
 
-__all__ = ["BLOCK", "Compiler", "RoleProgram", "Step", "Vocabulary", "arguments", "control", "emit", "events"]
+__all__ = ["BLOCK", "Compiler", "RoleProgram", "Step", "Vocabulary", "arguments", "control", "emit", "events", "result"]
