@@ -462,7 +462,9 @@ class FunctionBuilder:
 
         With an ``ordering`` (as in `fence`, or monotonic) the access is atomic, for the whole system.
         """
-        attributes = self._access(align, volatile, invariant) | ({} if ordering is None else self._atomic(ordering, None))
+        attributes = self._access(align, volatile, invariant) | (
+            {} if ordering is None else self._atomic(ordering, None)
+        )
         return self._value("llvm.load", type_, [pointer], attributes)
 
     def store(

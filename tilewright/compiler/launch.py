@@ -25,6 +25,7 @@ from tilewright.frontend.arguments import BoundArguments, bind_arguments
 from tilewright.frontend.errors import ArgumentError, suggestion
 from tilewright.frontend.promotion import fits
 from tilewright.ir.core import UNKNOWN, Function, IRError
+from tilewright.runtime.arguments import Viewed
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
 
@@ -50,7 +51,9 @@ class Plan:
     defaults: tuple[Any, ...]
     start: Callable[[tuple[int, int, int], list[Any], Any], None]
     #: takes the grid and the run-time values and gives a function of the stream, or None
-    prepare: Callable[[tuple[int, int, int], list[Any]], Callable[[Any], None] | None] | None = None
+    prepare: Preparer | None = None
+    #: likewise, for every device: all but the start itself
+    ready: Preparer | None = None
 
     def run(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any], stream: Any) -> None:
         """Launch with these arguments, which are of the kinds that the plan was made for."""
@@ -61,6 +64,12 @@ class Plan:
         if self.prepare is None:
             return None
         return self.prepare(resolve_grid(grid, self.constexprs), self._values(args, kwargs))
+
+    def complete(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], None]:
+        """This launch as a function of the stream that does nothing but start the kernel."""
+        counts, values = resolve_grid(grid, self.constexprs), self._values(args, kwargs)
+        found = None if self.ready is None else self.ready(counts, values)
+        return found or (lambda stream: self.start(counts, values, stream))
 
     def _values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         return [
@@ -90,9 +99,25 @@ class Launch:
         if exact is not None:
             again = plan.repeat(self.grid, args, kwargs)
             if again is not None:
-                if len(self.kernel.repeats) >= MOST_REPEATS:
-                    self.kernel.repeats.clear()
-                self.kernel.repeats[exact] = again
+                self._keep(exact, again)
+
+    def complete(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], None]:
+        """The launch as a function of the stream, compiled, loaded and packed: calling it only starts the kernel."""
+        exact = repeat_key(self.grid, self.device, args, kwargs)
+        again = None if exact is None else self.kernel.repeats.get(exact)
+        if again is not None:
+            return again
+        plan = self._plan(args, kwargs)
+        again = None if exact is None else plan.repeat(self.grid, args, kwargs)
+        if exact is None or again is None:
+            return plan.complete(self.grid, args, kwargs)
+        self._keep(exact, again)
+        return again
+
+    def _keep(self, exact: tuple[Any, ...], again: Callable[[Any], None]) -> None:
+        if len(self.kernel.repeats) >= MOST_REPEATS:
+            self.kernel.repeats.clear()
+        self.kernel.repeats[exact] = again
 
     def _plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         key = (self.device, INTERPRET.get(), *signature(self.kernel, args, kwargs))
@@ -125,6 +150,8 @@ def repeat_key(
         kind = type(value)
         if kind is tensor:
             parts += (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        elif isinstance(value, Viewed) and (view := value.view).symmetric is not None:
+            parts += (view.symmetric, view.shape)
         elif kind is int:
             parts.append(value)
         elif kind is bool or kind is float:
@@ -187,20 +214,24 @@ def make_plan(kernel: Kernel, device: str | None, args: tuple[Any, ...], kwargs:
     place = device or where(bound.tensors)
     names = [p.name for p in kernel.definition.parameters if p.name in bound.tensors or p.name in bound.scalars]
     preparer: Preparer | None = None
+    completer: Preparer | None = None
     if place == "cpu" or INTERPRET.get():
         starter = _interpreter(kernel, bound, names, from_gpu=INTERPRET.get())
     else:
-        starter, preparer = _binary(kernel, bound, place, options)
+        starter, preparer, completer = _binary(kernel, bound, place, options)
     positions = {name: i for i, name in enumerate(kernel.positional_names[: len(args)])}
     sources = tuple(positions.get(name, name if name in kwargs else None) for name in names)
-    return Plan(bound.constexprs, sources, tuple(bound.scalars.get(name) for name in names), starter, preparer)
+    defaults = tuple(bound.scalars.get(name) for name in names)
+    return Plan(bound.constexprs, sources, defaults, starter, preparer, completer)
 
 
 Starter = Callable[[tuple[int, int, int], list[Any], Any], None]
 Preparer = Callable[[tuple[int, int, int], list[Any]], Callable[[Any], None] | None]
 
 
-def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileOptions) -> tuple[Starter, Preparer]:
+def _binary(
+    kernel: Kernel, bound: BoundArguments, place: str, options: CompileOptions
+) -> tuple[Starter, Preparer, Preparer]:
     device = open_device(place)
     types = bound.types({name: view_type(value, name) for name, value in bound.tensors.items()})
     artifact = kernel.artifact(types, device.target, options)
@@ -211,7 +242,10 @@ def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileO
     def prepare(grid: tuple[int, int, int], values: list[Any]) -> Callable[[Any], None] | None:
         return artifact.prepare(device, grid, values)
 
-    return start, prepare
+    def complete(grid: tuple[int, int, int], values: list[Any]) -> Callable[[Any], None]:
+        return artifact.ready(device, grid, values)
+
+    return start, prepare, complete
 
 
 def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_gpu: bool) -> Starter:
@@ -237,12 +271,18 @@ def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_g
 
 
 def interpret_ranks(
-    kernel: Kernel, grid: Grid, arguments: Sequence[Sequence[Any]], keywords: Sequence[Mapping[str, Any]]
+    kernel: Kernel,
+    grid: Grid,
+    arguments: Sequence[Sequence[Any]],
+    keywords: Sequence[Mapping[str, Any]],
+    blocks: int | None = None,
+    seed: int | None = None,
 ) -> None:
     """Run a kernel that communicates in the interpreter, on all ranks of a world.
 
     ``arguments``, ``keywords``: for each rank what a launch takes; symmetric parameters get the rank's own array.
     Compile-time values and the types of arguments are those of rank 0 and must be the same on all ranks.
+    ``blocks`` and ``seed`` as of `tilewright.ir.interpreter.run_ranks`.
     """
     from tilewright.ir.interpreter import run_ranks
 
@@ -259,7 +299,7 @@ def interpret_ranks(
             raise ArgumentError(message, kernel.definition.loc, "all ranks launch the same program")
     function = kernel.function(kinds[0])
     with _located(kernel, function):
-        run_ranks(function, given, resolve_grid(grid, bound.constexprs))
+        run_ranks(function, given, resolve_grid(grid, bound.constexprs), blocks, seed)
 
 
 @contextmanager

@@ -67,9 +67,9 @@ def signal(emit: Emitter, flag: Any, peer: Any, after: Any) -> None:
 @implements(tw.wait)
 def wait(emit: Emitter, flags: Any, when: Any) -> Value:
     condition = emit.truth(when, "the condition of a wait")
-    if not isinstance(condition, Value):
-        condition = None if condition else emit.constant(False, i1)
-    return emit.builder.wait_flags(_flags(flags, "flags"), condition)
+    if condition is False:
+        condition = emit.constant(False, i1)
+    return emit.builder.wait_flags(_flags(flags, "flags"), condition if isinstance(condition, Value) else None)
 
 
 @implements(tw.barrier)

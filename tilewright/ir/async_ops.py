@@ -213,7 +213,12 @@ class LocalStore(Operation):
 
 @operation("async.fence", effect=Effect.SYNC)
 class Fence(Operation):
-    """Order this thread's shared-memory writes before the ``async`` proxy (copy engine, matrix unit) reads them."""
+    """Order this thread's accesses, by ``proxy``.
+
+    - ``async``: its writes to shared memory before the async proxy (copy engine, matrix unit) reads them.
+    - ``async_global``: what it knows to be in global memory before the copy engine reads it.
+    - ``release``, ``acquire``: its accesses to memory before, or behind, those of ranks that it synchronises with.
+    """
 
     proxy: str = attribute(default="async")
 

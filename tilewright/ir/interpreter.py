@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -80,18 +81,21 @@ def run_ranks(
     arguments: Sequence[Mapping[str, Any] | Sequence[Any]],
     grid: Sequence[int] = (1, 1, 1),
     blocks: int | None = None,
+    seed: int | None = None,
 ) -> None:
     """Execute a kernel that communicates on all ranks of a world side by side, in place.
 
     ``arguments``: for each rank what `run` takes; arrays of symmetric parameters have one form on all of them. Each
     rank runs ``blocks`` blocks at a time, block b the programs b, b + blocks, ... of the grid in this order, as a
-    persistent kernel does. Raises `IRError`, also where all wait for flags that nobody is left to signal.
+    persistent kernel does. ``seed``: blocks go on in any order, and puts land at any time. Raises `IRError`, also where
+    all wait for flags that nobody is left to signal.
     """
     if function.attributes.get("num_ctas", 1) != 1:
         raise IRError("kernels that communicate do not run in clusters", function.loc)
     bound = [_bind(function, given) for given in arguments]
     interpreter_comm.link_ranks(function.params, bound)
-    world = interpreter_comm.World(len(bound))
+    random = None if seed is None else Random(seed)
+    world = interpreter_comm.World(len(bound), random)
     full = _full_grid(grid)
     total = math.prod(full)
     count = min(total, DEFAULT_BLOCKS) if blocks is None else blocks
@@ -109,7 +113,7 @@ def run_ranks(
                 program.world, program.world_rank = world, rank
             steps.append((thread, _run_in_turn(thread, programs, values)))
     with np.errstate(all="ignore"):
-        interpreter_async.drive(steps)
+        interpreter_async.drive(steps, random)
     world.finish()
 
 

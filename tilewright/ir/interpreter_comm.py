@@ -1,13 +1,14 @@
 """The interpreter's rules of communication: the ranks of a world, puts on their way, flags.
 
-A put lands as late as it may, at the signal that covers it; what nobody signals lands when all ranks have ended. A
-flag is set once in a launch. Flags are kept beside the tensors, which stay as they are: no rank can see a count.
+A put lands as late as it may, at the signal that covers it, or, where that is left to chance, at once; what nobody
+signals lands when all ranks have ended. A flag is set once in a launch. Flags are kept beside the tensors, which stay as they are: no rank can see a count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,10 @@ class PutInFlight:
 
 @dataclass(eq=False)
 class World:
-    """What the programs of all ranks share in one launch."""
+    """What the programs of all ranks share in one launch. ``random``: which puts land at once."""
 
     size: int
+    random: Random | None = None
     #: address of each flag that is set -> where it was signalled
     flags: dict[int, Location] = field(default_factory=dict)
     puts: list[PutInFlight] = field(default_factory=list)
@@ -118,7 +120,10 @@ def _reduce_put(frame: Frame, op: c.ReducePut) -> PutInFlight:
 
 def _start_put(frame: Frame, op: c.Put | c.ReducePut, combine: Any) -> PutInFlight:
     put = PutInFlight(frame.read(op.view), frame.ints(op.index), frame.read(op.value), combine)
-    _world(frame).puts.append(put)
+    world = _world(frame)
+    world.puts.append(put)
+    if world.random is not None and world.random.random() < 0.5:
+        put.land()
     return put
 
 

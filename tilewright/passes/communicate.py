@@ -31,7 +31,7 @@ READS = Load | Element | Gather
 
 @register_pass("communicate")
 class Communicate(FunctionPass):
-    """For functions with the attribute ``communicates``; behind `tile-order`, which moves the whole body into a loop."""
+    """For functions with the attribute ``communicates``. Behind `tile-order`, which moves the body into a loop."""
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
         if not function.attributes.get("communicates"):

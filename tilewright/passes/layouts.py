@@ -128,7 +128,8 @@ class _Assignment:
         """Whether the layout of a load or store is to be decided here: not by earlier passes, nor by `staging`."""
         if isinstance(access.op, Load):
             return access.tile.layout is None
-        return not (any(isinstance(op, Role) for op in self.loops.values()) and may_stage(access.op, self.target))
+        in_role = any(isinstance(op, Role) for op in self.loops.values())
+        return not (in_role and isinstance(access.op, Store) and may_stage(access.op, self.target))
 
     def run(self) -> None:
         for op in self.ops:

@@ -156,7 +156,8 @@ def find_groups(transits: list[Transit], loops: dict[Block, Operation]) -> list[
 def address_slice(load: Load) -> list[Operation] | None:
     """The operations of a loop's body that compute the load's address, in order.
 
-    None where it waits for other ranks inside the body, or where the address depends on carried values, on tiles or on control flow inside the body.
+    None where it waits for other ranks inside the body, or where the address depends on carried values, on tiles or on
+    control flow inside the body.
     """
     block = load.parent
     assert block is not None

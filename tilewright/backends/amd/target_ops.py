@@ -12,7 +12,7 @@ from tilewright.backends.lower.memory import TileAccess
 from tilewright.backends.lower.target_ops import Store, TargetOps
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.core import Value
-from tilewright.ir.types import ViewType
+from tilewright.ir.types import DType, ViewType
 
 _AXES = "xyz"
 #: grid_size_x of hsa_kernel_dispatch_packet_t, in work items (HSA Platform System Architecture, "Kernel dispatch")

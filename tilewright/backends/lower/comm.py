@@ -3,9 +3,8 @@
 A flag and the words of control blocks hold the number of the last launch that set them, so nothing is ever reset; a
 wait polls until the difference to this launch's number, which may wrap, is not negative (`tilewright.ir.abi.Control`).
 
-Order: a signal is a store with release semantics among all GPUs by one thread, behind a barrier of the threads that
-wrote; a wait polls without order and then has a fence, in front of the barrier. Both kinds of order add up, but for the
-barriers of AMD: there every wave has fences of its own (see `lower.atomics`).
+Order: a signal is a store with release semantics among all GPUs by one thread, a wait polls without order and then has
+a fence. What makes that the order of all threads is in the IR already (`tilewright.passes.rank_order`).
 
 A wait that takes longer than the control block's limit writes a fault record and stops the kernel.
 """
@@ -24,9 +23,7 @@ from tilewright.backends.lower.memory import TileAccess, run_if, store_tile, til
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import comm_ops
 from tilewright.ir.abi import Control, Fault, kernel_number
-from tilewright.ir.async_ops import Copy
-from tilewright.ir.core import Operation, Value
-from tilewright.ir.types import TokenType
+from tilewright.ir.async_ops import Fence
 
 WORD, ADDRESS = 4, 8
 
@@ -82,7 +79,6 @@ def lower_reduce_put(lw: Lowering, op: comm_ops.ReducePut) -> None:
 def lower_signal(lw: Lowering, op: comm_ops.Signal) -> None:
     flag, fb = lw.view(op.flag), lw.fb
     assert flag.table is not None
-    _gather_order(lw)
     base, launch = _address(lw, flag.table, lw.scalar(op.peer)), _world(lw).launch
     pointer = fb.gep(base, lw.index.value(lw.index.mul(flag.offset, WORD), 64))
     run_if(lw, _first_thread(lw), lambda: fb.store(launch, pointer, WORD, ordering="release"))
@@ -100,13 +96,7 @@ def lower_wait(lw: Lowering, op: comm_ops.WaitFlags) -> None:
         flag = math.value(math.narrow(offset))
         _poll(lw, pointer, _Awaited(flag, fb.i32(-1), op.loc.line, param))
 
-    def wait() -> None:
-        _poll_each(lw, count, poll)
-        _spread_order(lw)
-        if _is_for_engine(lw, op):
-            lw.ops.fence_copies(lw)
-
-    run_if(lw, None if op.when is None else lw.scalar(op.when), wait)
+    run_if(lw, None if op.when is None else lw.scalar(op.when), lambda: _poll_each(lw, count, poll))
     lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
 
 
@@ -120,15 +110,18 @@ def _element(lw: Lowering, view: ViewRef, number: mlir.Value) -> IntLike:
         if axis:
             place = lw.fb.urem(rest, math.value(size))
             rest = lw.fb.udiv(rest, math.value(size))
-        offset = math.add(math.wide(offset), math.mul(math.wide(math.add(place, view.origin[axis])), view.strides[axis]))
+        offset = math.add(
+            math.wide(offset), math.mul(math.wide(math.add(place, view.origin[axis])), view.strides[axis])
+        )
     return offset
 
 
-def _is_for_engine(lw: Lowering, op: Operation) -> bool:
-    """Whether a copy engine reads what the token of a wait is for."""
-    (token,) = op.results
-    copies = [use for use in lw.function.walk() if isinstance(use, Copy) and token in use.after]
-    return any(isinstance(copy.result.type, TokenType) and copy.result.type.kind == "tma" for copy in copies)
+@lowers(Fence)
+def lower_fence(lw: Lowering, op: Fence) -> None:
+    """Between ranks; other kinds are the targets'."""
+    if op.proxy not in ("release", "acquire"):
+        raise lw.error(f"no fence for proxy {op.proxy!r}")
+    lw.fb.fence(op.proxy)
 
 
 # --- a launch's beginning and end -----------------------------------------------------------------
@@ -160,9 +153,6 @@ def lower_credit(lw: Lowering, op: comm_ops.Credit) -> None:
     else:
         peer = lw.scalar(op.peer)
         run_if(lw, _first_thread(lw), lambda: poll(peer))
-    _spread_order(lw)
-    if _is_for_engine(lw, op):
-        lw.ops.fence_copies(lw)
     lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
 
 
@@ -171,9 +161,6 @@ def lower_leave(lw: Lowering, op: comm_ops.Leave) -> None:
     """The last block ends the launch: its thread knows what all blocks have done, through their count."""
     fb, world, scope = lw.fb, _world(lw), lw.ops.device_scope
     blocks = reduce(fb.mul, [lw.ops.num_blocks(lw, axis) for axis in range(3)])
-    if not lw.ops.barriers_add_up:
-        fb.fence("release", scope)
-    lw.ops.barrier(lw, "block")
 
     def end() -> None:
         fb.fence("release", scope)  # LLVM leaves an order of the update itself out of PTX
@@ -277,7 +264,7 @@ def _give_up(lw: Lowering, awaited: _Awaited) -> None:
     fb.intrinsic("llvm.trap", None)
 
 
-# --- addresses, threads, order --------------------------------------------------------------------
+# --- addresses, threads ---------------------------------------------------------------------------
 
 
 def _world(lw: Lowering) -> WorldRef:
@@ -310,21 +297,3 @@ def _tell(lw: Lowering, peer: mlir.Value, row: int) -> None:
 def _first_thread(lw: Lowering) -> mlir.Value | None:
     """i1: the thread that acts for the scope; None where one thread runs the code anyway."""
     return None if lw.scope.single_thread else lw.fb.icmp("eq", lw.scope.thread, 0)
-
-
-def _gather_order(lw: Lowering) -> None:
-    """What all threads of the scope have done comes before a release by any of them."""
-    if lw.scope.single_thread:
-        return
-    if not lw.ops.barriers_add_up:
-        lw.fb.fence("release")
-    lw.ops.barrier(lw, "role")
-
-
-def _spread_order(lw: Lowering) -> None:
-    """What all threads of the scope do comes after what any of them has acquired."""
-    if lw.scope.single_thread:
-        return
-    lw.ops.barrier(lw, "role")
-    if not lw.ops.barriers_add_up:
-        lw.fb.fence("acquire")

@@ -85,6 +85,7 @@ class TargetOps(ABC):
 
     # --- other ranks ----------------------------------------------------------------------------
 
+    @abstractmethod
     def pause(self, lw: Lowering) -> None:
         """Let others run for a moment, between two looks at a flag."""
 
@@ -95,9 +96,6 @@ class TargetOps(ABC):
     @abstractmethod
     def add_to_memory(self, lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DType) -> None:
         """Add to an element of global memory, atomically among all GPUs."""
-
-    def fence_copies(self, lw: Lowering) -> None:
-        """What this thread knows to be in global memory is there for copy engines that it starts, too."""
 
     # --- messages -------------------------------------------------------------------------------
 

@@ -130,9 +130,6 @@ class NvidiaOps(TargetOps):
         bits = lw.fb.bitcast(value, lw.fb.types.i16) if letter == "h" else value
         ptx.emit(lw.fb, f"red.relaxed.sys.global.add.{type_} [$0], $1;", f"l{letter}", [pointer, bits])
 
-    def fence_copies(self, lw: Lowering) -> None:
-        ptx.emit(lw.fb, "fence.proxy.async.global;")
-
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
         debug.print_line(lw, text, values)
 

@@ -11,8 +11,8 @@ from tilewright.kernels.multi_gpu.workspace import flags, share
 
 #: elements of a tile, and the blocks of a launch at most: all of them run at the same time
 ELEMENTS, BLOCKS = 4096, 264
-#: with more than two ranks and from so many bytes on each rank sums up a share, which moves fewer bytes in more hops
-TWO_SHOT = 1 << 18
+#: with more than two ranks and from so many elements on each rank sums up a share: fewer bytes move, in more hops
+TWO_SHOT = 1 << 17
 
 
 @tw.function
@@ -53,10 +53,10 @@ def all_reduce_two_shot(x: tw.Symmetric, y: tw.Symmetric, done: tw.Symmetric, *,
 
 
 def all_reduce(world: Any, x: Any, y: Any, *, two_shot: bool | None = None, **meta: int) -> None:
-    """``y = sum over ranks of x``: symmetric tensors (N,); in one shot, y may be an array of each rank."""
+    """``y = sum over ranks of x``: symmetric tensors (N,). In one shot, y may be an array of each rank."""
     elements, size = meta.get("BN", ELEMENTS), world.size
     if two_shot is None:
-        two_shot = size > 2 and x.nbytes >= TWO_SHOT and hasattr(y, "reshape")
+        two_shot = size > 2 and x.shape[0] >= TWO_SHOT
     tiles = tw.cdiv(x.shape[0], elements)
     if not two_shot:
         world.launch(all_reduce_one_shot, (min(tiles, BLOCKS),), x, y, **meta)

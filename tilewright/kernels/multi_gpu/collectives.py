@@ -156,7 +156,7 @@ def _split(part: list[int], size: int, axis: int) -> list[int]:
 
 def reshaped(arrays: Any, *shape: int) -> Any:
     """Arrays of another shape in the same memory: one, or one of each rank."""
-    return [x.reshape(shape) for x in arrays] if isinstance(arrays, list | tuple) else arrays.reshape(shape)
+    return [x.reshape(*shape) for x in arrays] if isinstance(arrays, list | tuple) else arrays.reshape(*shape)
 
 
 # --- references -----------------------------------------------------------------------------------

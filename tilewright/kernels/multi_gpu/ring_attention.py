@@ -53,7 +53,7 @@ def ring_attention(
     """q (C, B, H, S, D), o (C, B, H, S, DV), lse (C, B, H, S): the rank's C chunks of S places, C 2 with CAUSAL, else 1.
 
     k (C * world, B, G, S, D) and v (C * world, B, G, S, DV), in the order of the sequence: the own chunks are there
-    before the launch, the others arrive. ``arrived`` flags (C * world, B * G, cdiv(S, ROWS)). ``scale`` includes
+    before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G, cdiv(S, ROWS)). ``scale`` includes
     log2(e). Grid: (communicators * rounds + C * B * H * cdiv(S, BM),), see `tilewright.kernels.multi_gpu.pushing`.
     """
     CHUNKS = 2 if CAUSAL else 1
@@ -70,9 +70,10 @@ def ring_attention(
             values = load_parts(v[c, b, g], row, 0, ROWS, DV, PARTS, here)
             for hop in tw.range(1, world):
                 peer = (me + hop) % world
-                sent = put_parts(k.peer(peer)[c, b, g], row, 0, keys, PARTS)
-                sent_too = put_parts(v.peer(peer)[c, b, g], row, 0, values, PARTS)
-                tw.signal(arrived[c, bg, row], peer, after=(*sent, *sent_too))
+                if not CAUSAL or c < 2 * world - peer:  # some query there sees it
+                    sent = put_parts(k.peer(peer)[c, b, g], row, 0, keys, PARTS)
+                    sent_too = put_parts(v.peer(peer)[c, b, g], row, 0, values, PARTS)
+                    tw.signal(arrived[c, bg, row], peer, after=(*sent, *sent_too))
     else:
         rows = tw.cdiv(length, BM)
         m, h, b = program % rows, program // rows % heads, program // (rows * heads) % batch
@@ -111,8 +112,8 @@ def ring_sdpa(
 ) -> None:
     """Attention of the ranks' queries to all ranks' keys; shapes as in `ring_attention`.
 
-    k and v are symmetric, and each rank has written its own chunks. Afterwards they are whole on every rank, as
-    `tilewright.kernels.multi_gpu.ring_attention_backward` wants them. ``scale`` is 1 / sqrt(D) by default.
+    k and v are symmetric, and each rank has written its own chunks. Afterwards a rank has all that its queries see, as
+    `tilewright.kernels.multi_gpu.ring_attention_backward` wants it. ``scale`` is 1 / sqrt(D) by default.
     """
     chunks, batch, heads, length, depth = own(q).shape
     groups, width = k.shape[2], v.shape[4]

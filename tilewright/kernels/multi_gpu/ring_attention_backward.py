@@ -55,7 +55,8 @@ def ring_attention_dkdv(
     keys, values = tw.load(k[c, b, g], (n, 0), (BN, D)), tw.load(v[c, b, g], (n, 0), (BN, DV))
     dkeys, dvalues = tw.zeros((BN, D), tw.float32), tw.zeros((BN, DV), tw.float32)
     shared = q.shape[2] // groups
-    for i in tw.range(CHUNKS):
+    seen = not CAUSAL or c < 2 * world - me
+    for i in tw.range(CHUNKS if seen else 0):
         shift = (own_chunk(i, CHUNKS) - c) * length
         dkeys, dvalues = key_gradients(
             keys, values, q[i, b], do[i, b], lse[i, b], delta[i, b], g * shared, shared, n * BN, shift, None, scale,

@@ -28,7 +28,7 @@ from tilewright.ir.async_ops import (
     TransposeSlot,
     Wait,
 )
-from tilewright.ir.comm_ops import view_root
+from tilewright.ir.comm_ops import Leave, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import scratch_bytes
 from tilewright.ir.target import Target
@@ -290,8 +290,15 @@ BESIDE_ROLES = frozenset(
 
 
 def _stands_beside(op: Operation) -> bool:
-    """Where the blocks of a cluster meet, all roles of each have come to their ends or not begun."""
-    return op.base_name in BESIDE_ROLES and not (isinstance(op, Barrier) and op.scope == "cluster")
+    """Where the blocks of a cluster meet, or a block leaves a launch, all roles have come to their ends or not begun."""
+    return op.base_name in BESIDE_ROLES and not (isinstance(op, Barrier) and (op.scope == "cluster" or _ends(op)))
+
+
+def _ends(barrier: Barrier) -> bool:
+    """Whether nothing follows a barrier but that the block leaves the launch."""
+    assert barrier.parent is not None
+    behind = barrier.parent.ops[barrier.parent.ops.index(barrier) + 1 :]
+    return all(isinstance(op, Leave) for op in behind)
 
 
 def ring_of(slot: Value) -> Value | None:

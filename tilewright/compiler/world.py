@@ -1,0 +1,136 @@
+"""`tw.World`: ranks whose kernels run at the same time and reach each other's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tilewright.compiler.environment import WAIT_TIMEOUT
+from tilewright.compiler.launch import Grid, interpret_ranks
+from tilewright.frontend.errors import ArgumentError
+from tilewright.runtime.rendezvous import new_address
+from tilewright.runtime.symmetric import BoundTensor, SymmetricHeap, SymmetricTensor
+from tilewright.runtime.symmetric_memory import SymmetricMemory
+
+if TYPE_CHECKING:
+    from tilewright.compiler.kernel import Kernel
+
+
+class World(SymmetricHeap):
+    """``size`` ranks. ``empty``, ``zeros``, ``flags`` and ``tensor`` make symmetric tensors; `launch` runs kernels on them.
+
+    Every rank launches the same kernels of a world in the same order, on one stream at a time. Worlds are made by
+    the class methods: `emulated` and `interpreter` without GPUs, `local` for several GPUs of one process,
+    `distributed` where torch.distributed is up, `connect` for other processes. Close a world when it is done
+    with (``with tw.World.local([0, 1]) as world:``).
+    """
+
+    @classmethod
+    def interpreter(cls, ranks: int) -> World:
+        """Ranks that run side by side in the interpreter, on NumPy arrays. Waiting in vain is an error that says who."""
+        from tilewright.runtime.symmetric_host import HostMemory
+
+        return cls(HostMemory(ranks), timeout=0)
+
+    @classmethod
+    def emulated(
+        cls, target: str, ranks: int, *, seed: int | None = None, races: bool = False, progress: bool | None = None
+    ) -> World:
+        """Emulated GPUs of ``target`` ("sm_90a", "gfx942") on NumPy arrays; options as of `tw.emulate`."""
+        from tilewright.runtime.emulated import EmulationOptions
+        from tilewright.runtime.emulated_group import EmulatedGroup
+        from tilewright.runtime.symmetric_host import HostMemory
+        from tilewright.runtime.symmetric_memory import check_size
+
+        check_size(ranks)
+        return cls(HostMemory(ranks, EmulatedGroup(target, ranks, EmulationOptions(seed, races, progress))), timeout=0)
+
+    @classmethod
+    def local(cls, devices: Sequence[int | str]) -> World:
+        """One process and a GPU for each rank: ordinals of CUDA devices, or names ("hip:1").
+
+        DeviceError unless each of them has access to the memory of all others.
+        """
+        from tilewright.runtime.gpu_memory import open_memory
+        from tilewright.runtime.symmetric_local import LocalMemory
+
+        return cls._on_gpus(LocalMemory([open_memory(device_name(device)) for device in devices]))
+
+    @classmethod
+    def distributed(cls, group: Any = None) -> World:
+        """The processes of a torch process group (None: all), each with torch's current GPU; tensors are torch's.
+
+        Collective. DeviceError if torch.distributed is not up or a GPU cannot reach another one's memory.
+        """
+        from tilewright.runtime.gpu_memory import open_memory
+        from tilewright.runtime.symmetric_torch import TorchMemory, current_gpu
+
+        return cls._on_gpus(TorchMemory(open_memory(current_gpu()), group))
+
+    @classmethod
+    def connect(cls, rank: int, size: int, address: str, device: int | str | None = None) -> World:
+        """Processes of one machine that meet at ``address``, one from `World.address` that all were told.
+
+        ``device``: an ordinal of a CUDA device or a name (default: ordinal ``rank``). Collective. DeviceError
+        after a minute without the others, or if a GPU cannot reach another one's memory.
+        """
+        from tilewright.runtime.gpu_memory import open_memory
+        from tilewright.runtime.symmetric_connect import ConnectedMemory
+
+        gpu = open_memory(device_name(rank if device is None else device))
+        return cls._on_gpus(ConnectedMemory(gpu, rank, size, address))
+
+    @staticmethod
+    def address() -> str:
+        """An address for `connect` that no other job has."""
+        return new_address()
+
+    @classmethod
+    def _on_gpus(cls, memory: SymmetricMemory) -> World:
+        return cls(memory, timeout=WAIT_TIMEOUT.get())
+
+    def launch(self, kernel: Kernel, grid: Grid, *args: Any, stream: Any = None, **meta: Any) -> None:
+        """``kernel[grid](*args, **meta)`` on every rank of this process, all started together.
+
+        Symmetric tensors stand for each rank's own. A list is by rank: one element for each rank of this process;
+        so may ``stream`` be. Other arguments are the same for all. Raises what a launch does; DeviceError
+        when kernels failed or wait for each other in vain.
+        """
+        arguments = [[self._of_rank(value, rank) for value in args] for rank in self.ranks]
+        keywords = [{name: self._of_rank(value, rank) for name, value in meta.items()} for rank in self.ranks]
+        devices = [self.memory.device(rank) for rank in self.ranks]
+        if devices[0] == "cpu":
+            interpret_ranks(kernel, grid, arguments, keywords)
+            return
+        with self.memory.together():
+            starts = [
+                kernel.bind(grid, device).complete(tuple(given), named)
+                for device, given, named in zip(devices, arguments, keywords, strict=True)
+            ]
+            for rank, start in zip(self.ranks, starts, strict=True):
+                start(self._of_rank(stream, rank))
+
+    def _of_rank(self, value: Any, rank: int) -> Any:
+        """The rank's own of an argument."""
+        if isinstance(value, list):
+            if len(value) != len(self.ranks):
+                message = f"a list of {len(value)} arguments for the {len(self.ranks)} ranks of this process"
+                raise ArgumentError(message, hint="give one for each rank; write a compile-time sequence as a tuple")
+            value = value[list(self.ranks).index(rank)]
+        if isinstance(value, SymmetricTensor):
+            if value.heap is not self:
+                raise ArgumentError(f"{value!r} is a tensor of another world", hint="make it with this one")
+            bound: BoundTensor = value.on(rank)
+            return bound.array if self.memory.device(rank) == "cpu" else bound
+        return value
+
+    def __repr__(self) -> str:
+        return f"<world of {self.size} ranks: {', '.join(map(self.memory.device, self.ranks))}>"
+
+
+def device_name(device: int | str) -> str:
+    """The name of a device given by name or as the ordinal of a CUDA device."""
+    return f"cuda:{device}" if isinstance(device, int) else device
+
+
+__all__ = ["World"]
