@@ -12,13 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tilewright.ir.core import Function, IRError
+from tilewright.ir.core import Function
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
+from tilewright.passes.checker.program import RoleProgram
 from tilewright.passes.checker.protocol_machine import ProtocolMachine
-from tilewright.passes.checker.protocol_program import ProtocolProgram, relevant_roles
-from tilewright.passes.checker.rehearsal import Launch, Runs, Search, goes_on
+from tilewright.passes.checker.protocol_program import (
+    flag_programs,
+    flags_depend_on_data,
+    protocol_programs,
+    relevant_roles,
+)
+from tilewright.passes.checker.rehearsal import Launch, Runs, Search, goes_on, trace
 from tilewright.passes.checker.scenarios import find_leaves
+from tilewright.passes.checker.trace import Event, Infeasible
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: numbers of ranks: with three, two of them act on the third without each other's knowledge
@@ -45,71 +52,76 @@ class Result:
 
 def check(function: Function, context: PassContext) -> Result:
     """Check one function. Raises IRError."""
-    model = Model(function, context.target)
+    model, result = Model(function, context.target), Result()
     roles = relevant_roles(model)
-    programs = [ProtocolProgram(model, role, roles) for role in roles]
+    programs, flags = protocol_programs(model, roles), flag_programs(model, roles)
+    if not any(program.compiler.busy for program in flags):
+        flags = programs  # no flags: what is left to search for is inputs that reach all of the program
     leaves = find_leaves(model, {value for program in programs for value in program.compiler.needed})
-    search, result = Search(model, programs, leaves), Result()
+    search, checker = Search(model, flags, leaves), _Checker(model, programs, result)
     for world in WORLDS:
-        launches, other = search.launches(world)
-        checked = _Checked(model, roles, search, result)
+        launches, other = search.launches(world, more=world == WORLDS[0])
         for launch in launches:
-            checked.check(launch)
-        if not any(program.by_data for program in programs):
-            checked.require_progress(launches, other)
+            checker.check(launch)
+        if not flags_depend_on_data(flags):
+            checker.require(launches, other)
     result.tried = len(search.tried)
     return result
 
 
 @dataclass(eq=False)
-class _Checked:
-    """The checks of the launches of one world."""
+class _Checker:
+    """Plays launches."""
 
     model: Model
-    roles: list
-    search: Search
+    programs: list[RoleProgram]
     result: Result
-    #: whether some launch goes on with one block on each rank, and one that does not
-    goes_on: bool = False
-    stuck: tuple[Launch, Runs] | None = None
 
     def check(self, launch: Launch) -> None:
-        """Raises IRError."""
-        self._run(launch, launch.runs, launch.text())
-        if not self.search.persistent or len(launch.runs) == launch.world:
-            self.goes_on = True
-            return
-        runs = self.search.trace(launch.inputs, 1)
-        if goes_on(runs):
-            self.goes_on = True
-            self._run(launch, runs, launch.text(blocks=1))
-        elif self.stuck is None:
-            self.stuck = launch, runs
+        """A launch that fits. Raises IRError."""
+        self._play(launch, len(launch.runs) // launch.world)
+        if self._shares_blocks(launch) and goes_on(self._trace(launch, 1)):
+            self._play(launch, 1)
 
-    def require_progress(self, launches: list[Launch], other: Launch | None) -> None:
-        """Raises IRError where no launch fits, or none goes on with one block on each rank."""
-        if not launches and other is not None:
-            self._run(other, other.runs, other.text())
-            signal = other.unmet
-            assert signal is not None
-            raise Fault(
-                f"nobody waits for flag {signal.place}: what it tells of may arrive after that rank's launch has ended",
-                signal.op,
-                hint="wait(flag) on the rank that it is sent to; tw.assume what holds of sizes, grid and world_size()",
-                kind="unread",
-            ).error(other.text())
-        if not self.goes_on and self.stuck is not None:
-            launch, runs = self.stuck
-            self._run(launch, runs, launch.text(blocks=1))
+    def require(self, launches: list[Launch], other: Launch | None) -> None:
+        """Raises IRError where no launch fits, or none goes on with one block on each rank. ``other``: the best one."""
+        if other is not None:
+            blocks = len(other.runs) // other.world
+            self._play(other, blocks)
+            if other.unread is not None:
+                raise _unread(other.unread).error(other.text(blocks))
+        shared = [launch for launch in launches if self._shares_blocks(launch)]
+        if len(shared) == len(launches) and not any(goes_on(self._trace(launch, 1)) for launch in shared):
+            for launch in shared:
+                self._play(launch, 1)
 
-    def _run(self, launch: Launch, runs: Runs, text: str) -> None:
+    def _shares_blocks(self, launch: Launch) -> bool:
+        """Whether programs may have to share blocks."""
+        return bool(self.model.function.attributes.get("persistent")) and len(launch.runs) > launch.world
+
+    def _trace(self, launch: Launch, blocks: int) -> Runs:
+        return trace(self.programs, launch.inputs, blocks)
+
+    def _play(self, launch: Launch, blocks: int) -> None:
         try:
-            machine = ProtocolMachine(self.model, self.roles, launch.world, runs)
+            roles = [program.role for program in self.programs]
+            machine = ProtocolMachine(self.model, roles, launch.world, self._trace(launch, blocks))
             self.result.steps += machine.run()
             machine.check_ends()
+        except Infeasible:
+            return
         except Fault as fault:
-            raise fault.error(text) from None
-        self.result.launches.append(text)
+            raise fault.error(launch.text(blocks)) from None
+        self.result.launches.append(launch.text(blocks))
+
+
+def _unread(signal: Event) -> Fault:
+    return Fault(
+        f"nobody waits for flag {signal.place}: what it tells of may arrive after that rank's launch has ended",
+        signal.op,
+        hint="wait(flag) on the rank that it is sent to; tw.assume what holds of sizes, grid and world_size()",
+        kind="unread",
+    )
 
 
 __all__ = ["CheckProtocol", "Result", "check"]

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tilewright.passes.checker.barriers import Clock, Meeting, Phases
+import numpy as np
+
+from tilewright.passes.checker.barriers import Clock, Meeting, Phases, merged
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.memory import Access, Memory, RaceFault
 from tilewright.passes.checker.model import Agent, Model, RingModel
@@ -65,7 +67,7 @@ class Machine:
         self.threads = []
         for agent in agents:
             run = runs[agent.cta][agent.role.number]
-            self.threads.append(Thread(agent, run.events, run.cut, [0] * size, [0] * size))
+            self.threads.append(Thread(agent, run.events, run.cut, np.zeros(size, int), np.zeros(size, int)))
         self.everything = (1 << model.groups) - 1
         self.memory = [Memory(model.regions, self.everything) for _ in blocks]
         self.full = {(cta, r.number): self._barriers(r, cta, "full", r.producers) for cta in blocks for r in rings}
@@ -128,7 +130,7 @@ class Machine:
             thread.clock[number] += 1
         if not self.rules[event.kind](self, thread, event):
             return False
-        self.log.append((number, thread.clock[number], event))
+        self.log.append((number, int(thread.clock[number]), event))
         thread.at += 1
         thread.started = False
         return True
@@ -198,8 +200,8 @@ class Machine:
             self._touch(thread, event, event.access[0], (False, part), write=True, unit=unit, when=phase, cta=cta)
             barrier.bytes -= copy.brings
             if cta != own:  # it has been issued when they are there
-                barrier.clock = list(map(max, barrier.clock or thread.clock, thread.clock))
-                barrier.proxy = barrier.proxy or [0] * self.size
+                barrier.clock = merged(barrier.clock, thread.clock)
+                barrier.proxy = np.zeros(self.size, int) if barrier.proxy is None else barrier.proxy
         if copy.arrives:
             self._arrive(thread, event, self.full[own, ring.number][stage], phase, 1)
         for cta in targets:
@@ -263,8 +265,7 @@ class Machine:
                 kind="arrivals",
             )
         clock, proxy = thread.clock, thread.proxy
-        barrier.clock = list(map(max, barrier.clock, clock)) if barrier.clock else clock.copy()
-        barrier.proxy = list(map(max, barrier.proxy, proxy)) if barrier.proxy else proxy.copy()
+        barrier.clock, barrier.proxy = merged(barrier.clock, clock), merged(barrier.proxy, proxy)
         number = thread.agent.number
         place = (number, clock[number])
         if remote is not None:
@@ -277,6 +278,7 @@ class Machine:
         """Complete the open phase if nothing is missing any more."""
         if barrier.arrived < barrier.expected or barrier.bytes:
             return
+        assert barrier.clock is not None and barrier.proxy is not None
         for agent, when, waited in barrier.waits:
             if barrier.clock[agent.number] < when:
                 raise Fault(
@@ -288,7 +290,7 @@ class Machine:
                     kind="ring order",
                 )
         barrier.complete.append((barrier.clock, barrier.proxy))
-        barrier.done, barrier.arrived, barrier.clock, barrier.proxy = phase, 0, [], []
+        barrier.done, barrier.arrived, barrier.clock, barrier.proxy = phase, 0, None, None
         barrier.waits = []
         barrier.arrivals.append([])
 
@@ -459,8 +461,8 @@ class Machine:
         return found
 
     def _join(self, thread: Thread, known: tuple[Clock, Clock]) -> None:
-        thread.clock = list(map(max, thread.clock, known[0]))
-        thread.proxy = list(map(max, thread.proxy, known[1]))
+        thread.clock = np.maximum(thread.clock, known[0])
+        thread.proxy = np.maximum(thread.proxy, known[1])
 
     # --- the end ------------------------------------------------------------------------------------
 
@@ -487,7 +489,7 @@ class Machine:
     def _finish_block(self, cta: int) -> None:
         """Nothing of other blocks may still be on its way to a block that ends with its last thread."""
         mine = [t for t in self.threads if t.agent.cta == cta]
-        known = [max(places) for places in zip(*(t.clock for t in mine), strict=True)]
+        known = np.maximum.reduce([t.clock for t in mine])
         for thread in self.threads:
             sent = thread.remote.get(cta, 0)
             if sent and known[self.units["arrivals", thread.agent.number, cta]] < sent:
@@ -549,7 +551,7 @@ class Machine:
 
     def _past(self, ends: list[tuple[Agent, Clock]]) -> list[tuple[str, Event]]:
         """The events that happen before the ends, in an order in which they can; of threads alike, the first."""
-        reach = [max(clock[number] for _, clock in ends) for number in range(len(self.threads))]
+        reach = np.maximum.reduce([clock for _, clock in ends])
         shown = {agent.number for agent, _ in ends}
         return [
             (self.threads[number].agent.name, event)

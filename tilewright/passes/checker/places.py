@@ -47,7 +47,10 @@ class Place:
 
 def overlap(one: Box, other: Box) -> bool:
     """Whether two boxes of one tensor have an element in common."""
-    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+    for (a, b), (c, d) in zip(one, other):  # noqa: B905, this runs often
+        if a >= d or c >= b:
+            return False
+    return True
 
 
 #: what gives a place, from an execution's environment

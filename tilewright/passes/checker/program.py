@@ -36,6 +36,8 @@ class Vocabulary:
     #: the values that its event is made of
     arguments: Callable[[Operation], list[Value]]
     events: Callable[[Compiler, Operation], list[Step]]
+    #: whether a long loop may be shortened
+    shortens: Callable[[Operation], bool] = lambda op: True
 
 
 class RoleProgram:
@@ -92,7 +94,8 @@ class Compiler:
         self.constants: dict[Value, Any] = {}
         self.owners = {r.block: op for op in model.ops for r in op.regions}
         self.flying = _flying(body)
-        self.busy = _busy(body, self.flying, vocabulary) | set(beside)
+        self.busy = _busy(body, self.flying, vocabulary)
+        self.busy |= {op for op in model.function.body.block.ops if not op.regions and vocabulary.acts(op, self.flying)}
         self.needed = self._needed(body)
         self.counting = self._counting(body)
 
@@ -303,12 +306,14 @@ def _for(compiler: Compiler, op: For) -> Step:
     arguments, results = [op.carried[n] for n in kept], [op.results[n] for n in kept]
     inits, yielded = [op.inits[n] for n in kept], [_yields(op.body)[n] for n in kept]
     body = compiler.block(op.body.block.ops)
-    counts = op in compiler.counting
+    counts, shortens = op in compiler.counting, compiler.vocabulary.shortens(op)
 
     def step(run: Run) -> None:
         env = run.env
         values = [env.get(v, 0) for v in inits]
-        chosen = indices(run, range(env[lo], env[hi], max(1, env[step_])), counts)
+        chosen: Sequence[int] = range(env[lo], env[hi], max(1, env[step_]))
+        if shortens:
+            chosen = indices(run, chosen, counts)
         if chosen:
             run.covered.update(((op, 1), (op, 2)) if len(chosen) > 1 else ((op, 1),))
         for i in chosen:

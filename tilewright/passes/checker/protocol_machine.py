@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tilewright.ir.core import Value
 from tilewright.passes.checker.barriers import Clock
 from tilewright.passes.checker.faults import Fault
@@ -195,8 +197,11 @@ class ProtocolMachine(Machine):
         for signal in signals:
             assert signal is not None
             self._join(thread, (signal.clock, signal.proxy))
-        if getattr(event.op, "proxy_fence", False):
-            thread.proxy = thread.clock.copy()
+        return True
+
+    def _async_global_fence(self, thread: Thread, event: Event) -> bool:
+        """The copy engine sees what the thread sees."""
+        thread.proxy = thread.clock.copy()
         return True
 
     # --- begin and end ------------------------------------------------------------------------------
@@ -222,7 +227,7 @@ class ProtocolMachine(Machine):
                 continue
             if rank not in self.entered:
                 return False
-            thread.clock = list(map(max, thread.clock, self.entered[rank]))
+            thread.clock = np.maximum(thread.clock, self.entered[rank])
         return True
 
     def _leave(self, thread: Thread, event: Event) -> bool:
@@ -244,11 +249,10 @@ class ProtocolMachine(Machine):
         last = self.threads[0].events[-1].op if self.threads[0].events else self.model.ops[-1]
         if any(len(left) < self.blocks for left in self.left):
             raise Fault("a block ends without leaving the launch, which would never end", last, hint="comm.leave")
-        together = [max(places) for places in zip(*(clock for left in self.left for clock in left), strict=True)]
+        together = np.maximum.reduce([clock for left in self.left for clock in left])
         for rank in range(self.world):
-            mine = (thread.clock for thread in self.threads if self._rank(thread) == rank)
-            known = [max(places) for places in zip(*mine, strict=True)]
-            self.far.check_end(rank, list(map(max, known, together)) if self.after_all else known)
+            known = np.maximum.reduce([thread.clock for thread in self.threads if self._rank(thread) == rank])
+            self.far.check_end(rank, np.maximum(known, together) if self.after_all else known)
 
     # --- deadlock -----------------------------------------------------------------------------------
 
@@ -287,6 +291,7 @@ ProtocolMachine.rules = {
     "far_read": ProtocolMachine._far_read,
     "far_write": ProtocolMachine._far_write,
     "far_update": ProtocolMachine._far_update,
+    "async_global_fence": ProtocolMachine._async_global_fence,
     "signal": ProtocolMachine._signal,
     "wait_flags": ProtocolMachine._wait_flags,
     "enter": ProtocolMachine._enter,

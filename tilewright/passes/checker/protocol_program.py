@@ -28,7 +28,8 @@ READS, WRITES, UPDATES = (Load | Element | Gather), (Store | Scatter | c.Put), (
 COMMUNICATES = c.Signal | c.WaitFlags | c.Enter | c.Credit | c.Leave
 #: what orders accesses within a block
 ORDERS = (
-    a.Acquire | a.Publish | a.Await | a.Release | a.Copy | a.Barrier | a.BulkStore | a.BulkWait | a.TakeTurn | a.PassTurn
+    a.Acquire | a.Publish | a.Await | a.Release | a.Copy | a.Barrier | a.BulkStore | a.BulkWait | a.TakeTurn
+    | a.PassTurn | a.Fence
 )
 
 
@@ -50,18 +51,29 @@ def relevant_roles(model: Model) -> list[RoleModel]:
     return [r for r in model.roles if r.op is None or any(touches_ranks(op) for op in r.op.walk())]
 
 
-class ProtocolProgram(RoleProgram):
-    """The steps of one role that matter between ranks."""
+def protocol_programs(model: Model, roles: list[RoleModel]) -> list[RoleProgram]:
+    """For each role the steps that matter between ranks."""
+    rings = _rings_between(model, roles)  # others order nothing here
+    vocabulary = Vocabulary(lambda op, flying: _acts(model, op, rings), _arguments, _events, _shortens(model))
+    return [RoleProgram(model, role, vocabulary) for role in roles]
 
-    def __init__(self, model: Model, role: RoleModel, roles: list[RoleModel]):
-        """``roles``: all that are followed. Rings between others order nothing here."""
-        self.followed = roles
-        rings = _rings_between(model, roles)
-        vocabulary = Vocabulary(lambda op, flying: _acts(model, op, rings), _arguments, _events)
-        super().__init__(model, role, vocabulary)
-        flags = [op for op in self.compiler.busy if isinstance(op, c.Signal | c.WaitFlags)]
-        #: whether data decides which flags are used, and when
-        self.by_data = any(_depends_on_data(self.compiler, _decides(self.compiler, op)) for op in flags)
+
+def flag_programs(model: Model, roles: list[RoleModel]) -> list[RoleProgram]:
+    """For each role its signals and waits alone."""
+    acting = c.Signal | c.WaitFlags | Assume
+    vocabulary = Vocabulary(lambda op, flying: isinstance(op, acting), _arguments, _events, _shortens(model))
+    return [RoleProgram(model, role, vocabulary) for role in roles]
+
+
+def flags_depend_on_data(programs: list[RoleProgram]) -> bool:
+    """Whether what tensors hold decides which flags are used, and when."""
+    return any(
+        _depends_on_data(program.compiler, _decides(program.compiler, op))
+        for program in programs
+        for op in program.compiler.busy
+        if isinstance(op, c.Signal | c.WaitFlags)
+    )
+
 
 
 def _rings_between(model: Model, roles: list[RoleModel]) -> set[Value]:
@@ -78,9 +90,16 @@ def _acts(model: Model, op: Operation, rings: set[Value]) -> bool:
         return op.ring in rings
     if isinstance(op, a.Copy):
         return touches_ranks(op) or op.result not in model.publishes or ring_of(op.slot) in rings
-    if isinstance(op, a.Wait):
-        return op.token is not None and kind_of(op.token) != "mma"
-    return isinstance(op, Assume | ORDERS | a.Fence) or touches_ranks(op)
+    if isinstance(op, a.AsyncDot | a.Wait):  # what a warpgroup's threads know of each other when they release a stage
+        return bool(rings) or (isinstance(op, a.Wait) and op.token is not None and kind_of(op.token) != "mma")
+    return isinstance(op, Assume | ORDERS) or touches_ranks(op)
+
+
+def _shortens(model: Model) -> Callable[[Operation], bool]:
+    """Every signal meets its wait: loops with such are followed to their ends, in all roles that a loop has gone to."""
+    loops = [op for op in model.ops if isinstance(op, For)]
+    whole = {loop.loc for loop in loops if any(isinstance(op, COMMUNICATES) for op in loop.walk())}
+    return lambda loop: loop.loc not in whole
 
 
 def _arguments(op: Operation) -> list[Value]:
@@ -140,7 +159,7 @@ def _depends_on_data(compiler: Compiler, values: list[Value]) -> bool:
 
 def _events(compiler: Compiler, op: Operation) -> list[Step]:
     if isinstance(op, a.Fence):
-        return []
+        return [] if op.proxy == "async" else [emit(f"{op.proxy}_fence", op)]
     make = _MAKERS.get(type(op))
     if make is not None:
         return [*make(compiler, op), *result(compiler, op)]
@@ -238,4 +257,4 @@ _MAKERS: dict[type[Operation], Callable[[Compiler, Any], list[Step]]] = {
     c.Leave: lambda compiler, op: [emit("leave", op, other=op.after_all)],
 }
 
-__all__ = ["ProtocolProgram", "is_shared_by_ranks", "relevant_roles", "touches_ranks"]
+__all__ = ["flag_programs", "flags_depend_on_data", "protocol_programs", "relevant_roles", "touches_ranks"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.ir.core import Value
+from tilewright.passes.checker.barriers import Clock
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Agent
 from tilewright.passes.checker.places import Box, Place, overlap
@@ -36,7 +37,7 @@ class FarAccess:
     rank: int
     event: Event
     #: what the agent knew then
-    clock: list[int]
+    clock: Clock
 
 
 class RankMemory:
@@ -46,7 +47,7 @@ class RankMemory:
         #: by tensor and rank, then by box; None: a place that data decides, of which only begin and end are checked
         self.accesses: dict[tuple[Value, int], dict[Box | None, dict[Any, FarAccess]]] = {}
 
-    def touch(self, place: Place, new: FarAccess, proxy: list[int]) -> None:
+    def touch(self, place: Place, new: FarAccess, proxy: Clock) -> None:
         """Check an access against those before it, and remember it. Raises Fault."""
         boxes = self.accesses.setdefault((place.root, place.rank), {})
         for box, accesses in boxes.items():
@@ -55,7 +56,7 @@ class RankMemory:
                     _compare(place, old, new, proxy)
         boxes.setdefault(place.box if place.exact else None, {})[new.unit, new.kind, new.generic] = new
 
-    def check_end(self, rank: int, known: list[int]) -> None:
+    def check_end(self, rank: int, known: Clock) -> None:
         """``known``: what is over for certain when the launch of ``rank`` ends. Raises Fault."""
         for (root, owner), boxes in self.accesses.items():
             for access in (access for accesses in boxes.values() for access in accesses.values()):
@@ -63,7 +64,7 @@ class RankMemory:
                     raise _too_late(Place(root, owner, ()), access)
 
 
-def _compare(place: Place, old: FarAccess, new: FarAccess, proxy: list[int]) -> None:
+def _compare(place: Place, old: FarAccess, new: FarAccess, proxy: Clock) -> None:
     if old.kind == new.kind != WRITE:
         return  # two reads; two updates, whose order is open
     same_role = (old.agent.cta, old.agent.role) == (new.agent.cta, new.agent.role)

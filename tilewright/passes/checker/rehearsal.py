@@ -9,28 +9,29 @@ that inputs do not fit is one only if none do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from tilewright.ir.comm_ops import WaitFlags
 from tilewright.ir.core import Value
+from tilewright.ir.tile_ops import Binary, Constant, Dim, For
 from tilewright.ir.types import ViewType
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
 from tilewright.passes.checker.places import Place
 from tilewright.passes.checker.program import RoleProgram
 from tilewright.passes.checker.scalars import root_axis
-from tilewright.passes.checker.scenarios import Inputs, Leaves
+from tilewright.passes.checker.scenarios import Inputs, Leaves, find_leaves
 from tilewright.passes.checker.trace import Event, Infeasible, Run
 
 #: launches to try for one number of ranks, those that the search goes on from, and changes from the smallest sizes
 MOST_TRIES, MOST_KEPT, MOST_CHANGES = 160, 3, 4
 #: programs of a rank, and events of one role, that a launch may have
-MOST_PROGRAMS, MOST_EVENTS = 16, 600
-#: further inputs that fit, for loops and branches that the first ones do not reach
-MOST_MORE = 2
+MOST_PROGRAMS, MOST_EVENTS = 16, 2000
+#: further launches that fit, for loops and branches that the first one does not reach, and tries for them
+MOST_MORE, MOST_TRIES_FOR_MORE = 1, 40
 
 #: what a launch is made of: ("grid", axis), ("dim", (tensor, axis)) or ("scalar", parameter)
 Knob = tuple[str, Any]
@@ -41,17 +42,17 @@ Runs = list[dict[int, Run]]
 
 @dataclass(eq=False)
 class Launch:
-    """One launch of a world: what each block does."""
+    """One launch of a world, with a block for each program."""
 
     world: int
     inputs: Inputs
-    #: one block for each program
+    #: of each block the signals and waits
     runs: Runs
     #: flags that found their other side, and what went wrong
     met: int = 0
     wrong: int = 0
-    #: a first flag at fault
-    unmet: Event | None = None
+    #: the signal of a flag that nobody waits for
+    unread: Event | None = None
 
     @property
     def fits(self) -> bool:
@@ -65,76 +66,74 @@ class Launch:
     def covered(self) -> set[Any]:
         return {goal for roles in self.runs for run in roles.values() for goal in run.covered}
 
-    def text(self, blocks: int | None = None) -> str:
-        """As a message names it. ``blocks``: of each rank, if not one for each program."""
+    def text(self, blocks: int) -> str:
+        """As a message names it. ``blocks``: of each rank."""
         parts = str(self.inputs).rsplit(", block", 1)[0]
-        how = "each program in a block of its own" if blocks is None else f"{blocks} block on each rank"
+        how = "each program in a block of its own" if blocks > 1 else "one block on each rank"
         return f"{self.world} ranks, {parts}, {how}"
 
 
 @dataclass(eq=False)
 class Search:
-    """Looks for launches that fit."""
+    """Looks for launches that fit. ``programs``: the roles' signals and waits."""
 
     model: Model
     programs: Sequence[RoleProgram]
+    #: all sizes and scalars that decide what roles do
     leaves: Leaves
     tried: dict[tuple[int, Sizes], Launch | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for op in self.model.ops:
-            if isinstance(op, WaitFlags):
-                for axis in range(op.flags.type.rank):  # type: ignore[union-attr]
-                    root, number = root_axis(op.flags, axis)
-                    if isinstance(root.type, ViewType) and root.type.shape[number] is None:
-                        self.leaves.dims.setdefault((root, number), 1)
+        waited = [root_axis(op.flags, axis) for op in self.model.ops if isinstance(op, WaitFlags) for axis in _axes(op.flags)]
+        self.waited = {(root, axis) for root, axis in waited if root.type.shape[axis] is None}  # type: ignore[union-attr]
+        for leaf in waited:
+            self.leaves.dims.setdefault(leaf, 1)
+        self.tiles = _tile_sizes(self.model)
+        needed = find_leaves(self.model, {value for program in self.programs for value in program.compiler.needed})
+        waited = [leaf for leaf in self.leaves.dims if leaf in needed.dims or leaf in self.waited]
         self.knobs: list[Knob] = [("grid", axis) for axis in range(3)]
-        self.knobs += [("dim", leaf) for leaf in self.leaves.dims]
-        self.knobs += [("scalar", leaf) for leaf in self.leaves.scalars]
-        self.steps = [1, 1, 1, *self.leaves.dims.values(), *self.leaves.scalars.values()]
-
-    @property
-    def persistent(self) -> bool:
-        return bool(self.model.function.attributes.get("persistent"))
+        self.knobs += [("dim", leaf) for leaf in waited]
+        self.knobs += [("scalar", leaf) for leaf in needed.scalars]
+        self.steps = [1 if kind == "grid" else self.tiles.get(what, 1) for kind, what in self.knobs]
 
     # --- search -------------------------------------------------------------------------------------
 
-    def launches(self, world: int) -> tuple[list[Launch], Launch | None]:
-        """The launches that fit, the smallest first, and the best of the others."""
-        budget = len(self.tried) + MOST_TRIES
+    def launches(self, world: int, more: bool) -> tuple[list[Launch], Launch | None]:
+        """The launches that fit, with ``more`` than one if that reaches more code, and the best of the others."""
         start = (1,) * len(self.knobs)
         best: list[tuple[Sizes, Launch]] = []
-        frontier = [start]
+        frontier: Iterable[Sizes] = [start]
         for _ in range(MOST_CHANGES + 1):
-            found = [(sizes, launch) for sizes in frontier if (launch := self._try(world, sizes, budget)) is not None]
-            best = sorted([*best, *found], key=lambda item: (item[1].share_wrong, sum(item[0])))[:MOST_KEPT]
-            if best and best[0][1].fits:
-                break
+            for sizes in frontier:
+                launch = self._try(world, sizes, MOST_TRIES)
+                if launch is None:
+                    continue
+                if launch.fits:
+                    return [launch, *(self._more(world, sizes, launch) if more else ())], None
+                best.append((sizes, launch))
+            best = sorted(best, key=lambda item: (item[1].share_wrong, sum(item[0])))[:MOST_KEPT]
             frontier = [new for sizes, _ in best or [(start, None)] for new in _changed(sizes, values(world))]
-        fitting = [(sizes, launch) for sizes, launch in best if launch.fits]
-        if not fitting:
-            return [], best[0][1] if best else None
-        return [fitting[0][1], *self._more(world, *fitting[0], budget)], None
+        return [], best[0][1] if best else None
 
-    def _more(self, world: int, sizes: Sizes, first: Launch, budget: int) -> Iterator[Launch]:
+    def _more(self, world: int, sizes: Sizes, first: Launch) -> Iterator[Launch]:
         """Launches that reach what the first one does not."""
         missed = {goal for program in self.programs for goal in program.goals} - first.covered
-        given = 0
+        most, given = len(self.tried) + MOST_TRIES_FOR_MORE, 0
         for new in _changed(sizes, (2, 0)):
             for larger in (new, *_changed(new, values(world))):
                 if not missed or given == MOST_MORE:
                     return
-                launch = self._try(world, larger, budget)
+                launch = self._try(world, larger, most)
                 if launch is not None and launch.fits and launch.covered & missed:
                     missed -= launch.covered
                     given += 1
                     yield launch
                     break
 
-    def _try(self, world: int, sizes: Sizes, budget: int) -> Launch | None:
+    def _try(self, world: int, sizes: Sizes, most: int) -> Launch | None:
         key = world, sizes
         if key not in self.tried:
-            if len(self.tried) >= budget:
+            if len(self.tried) >= most:
                 return None
             self.tried[key] = self._launch(world, sizes)
         return self.tried[key]
@@ -145,17 +144,16 @@ class Search:
         if not 0 < programs <= MOST_PROGRAMS:
             return None
         try:
-            launch = Launch(world, inputs, self.trace(inputs, programs))
+            launch = Launch(world, inputs, trace(self.programs, inputs, programs))
         except (Infeasible, Fault):
-            return None
-        if any(run.cut for roles in launch.runs for run in roles.values()):
             return None
         rehearse(launch)
         return launch
 
     def _inputs(self, world: int, sizes: Sizes) -> Inputs:
-        period = self.model.most_stages
-        inputs = Inputs(world=world, most_trips=2 * period + 2, period=period)
+        inputs = Inputs(world=world, most_trips=1, period=self.model.most_stages)
+        inputs.dims = {leaf: self.tiles.get(leaf, 1) for leaf in self.leaves.dims}
+        inputs.scalars = {leaf: _scalar(leaf, self.tiles.get(leaf, 1)) for leaf in self.leaves.scalars}
         grid = [1, 1, 1]
         for (kind, what), size, step in zip(self.knobs, sizes, self.steps, strict=True):
             if kind == "grid":
@@ -167,16 +165,42 @@ class Search:
         inputs.grid = (grid[0], grid[1], grid[2])
         return inputs
 
-    def trace(self, inputs: Inputs, blocks: int) -> Runs:
-        """What each block of each rank does. Raises Fault, Infeasible."""
-        runs: Runs = []
-        x, y, _ = inputs.grid
-        for rank in range(inputs.world):
-            for block in range(blocks):
-                ids = block % x, block // x % y, block // (x * y)
-                own = replace(inputs, rank=rank, block=block, blocks=blocks, ids=ids)
-                runs.append({p.role.number: p.trace(own, MOST_EVENTS * (1 if blocks > 1 else 4)) for p in self.programs})
-        return runs
+
+def trace(programs: Sequence[RoleProgram], inputs: Inputs, blocks: int) -> Runs:
+    """What each of ``blocks`` blocks of each rank does. Raises Fault, Infeasible."""
+    runs: Runs = []
+    x, y, _ = inputs.grid
+    for rank in range(inputs.world):
+        for block in range(blocks):
+            ids = block % x, block // x % y, block // (x * y)
+            own = replace(inputs, rank=rank, block=block, blocks=blocks, ids=ids)
+            runs.append({program.role.number: program.trace(own, MOST_EVENTS) for program in programs})
+    if any(run.cut for roles in runs for run in roles.values()):
+        raise Infeasible("a role does too much")
+    return runs
+
+
+def _axes(view: Value) -> range:
+    assert isinstance(view.type, ViewType)
+    return range(view.type.rank)
+
+
+def _tile_sizes(model: Model) -> dict[Any, int]:
+    """What sizes and scalars are divided by, or counted in, just as they are or with a constant added."""
+    found: dict[Any, int] = {}
+    for op in model.ops:
+        value, step = None, None
+        if isinstance(op, Binary) and op.fn == "floordiv":
+            value, step = op.lhs, op.rhs.op
+        elif isinstance(op, For):
+            value, step = op.hi, op.step.op
+        if value is None or not isinstance(step, Constant):
+            continue
+        while isinstance(value.op, Binary) and value.op.fn in ("add", "sub") and isinstance(value.op.rhs.op, Constant):
+            value = value.op.lhs
+        key = root_axis(value.op.view, value.op.axis) if isinstance(value.op, Dim) else value
+        found[key] = max(found.get(key, 1), int(step.value))
+    return found
 
 
 def values(world: int) -> tuple[int, ...]:
@@ -224,7 +248,7 @@ def rehearse(launch: Launch) -> None:
     unread = [flag for flag in signals if flag not in awaited]
     launch.met = len(awaited) - len(never)
     launch.wrong = outside + len(never) + len(unread)
-    launch.unmet = signals[unread[0]] if unread else None
+    launch.unread = signals[unread[0]] if unread else None
 
 
 def _inside(place: Place, launch: Launch) -> bool:
@@ -260,4 +284,4 @@ def goes_on(runs: Runs) -> bool:
     return not any(pending)
 
 
-__all__ = ["Launch", "Runs", "Search", "goes_on"]
+__all__ = ["Launch", "Runs", "Search", "goes_on", "trace"]

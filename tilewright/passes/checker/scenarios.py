@@ -76,6 +76,9 @@ def find_leaves(model: Model, needed: Iterable[Value]) -> Leaves:
     for value, step in steps:
         if step > 1:
             _set_steps(leaves, backward_slice([value], loops), step, params)
+    order = {param: number for number, param in enumerate(model.function.params)}
+    leaves.dims = dict(sorted(leaves.dims.items(), key=lambda item: (order[item[0][0]], item[0][1])))
+    leaves.scalars = dict(sorted(leaves.scalars.items(), key=lambda item: order[item[0]]))
     return leaves
 
 
