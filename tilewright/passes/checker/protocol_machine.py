@@ -9,13 +9,15 @@ is ordered and the more can race. So one block for each program and one block fo
 PTX ISA, "Memory Consistency Model": a signal is a release at system scope by one thread, which speaks for others of
 its block that it has met at a barrier; a wait is a poll by one thread with an acquire behind it. The copy engine's
 writes are done for the thread that issued them once it has waited for the writes, not for the reads alone; what was
-written before a flag is seen by the copy engine behind a proxy fence.
+written before a flag is seen by the copy engine behind a proxy fence. On AMD a barrier tells threads of each other, but
+other ranks see what a thread did only behind a release fence of its own, and it sees what they did behind an acquire.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.machine import Machine, Thread
 from tilewright.passes.checker.model import Agent, Model, RoleModel, find_agents
 from tilewright.passes.checker.places import Place
-from tilewright.passes.checker.rank_memory import READ, UPDATE, WRITE, FarAccess, FarFault, RankMemory
+from tilewright.passes.checker.rank_memory import READ, UPDATE, WRITE, FarAccess, FarFault, RankMemory, fence_hint
 from tilewright.passes.checker.trace import Event, Run
 
 #: a flag: its tensor, whose rank it is, which element
@@ -47,6 +49,8 @@ class ProtocolMachine(Machine):
 
     def __init__(self, model: Model, roles: Sequence[RoleModel], world: int, runs: Sequence[dict[int, Run]]):
         self.world, self.blocks = world, len(runs) // world
+        #: each thread's accesses need fences of its own towards other ranks
+        self.each_thread = model.target.vendor == "amd"
         names = [f"rank {n // self.blocks} block {n % self.blocks}" for n in range(len(runs))]
         super().__init__(model, runs, list(find_agents(roles, names)))
         self.far = RankMemory()
@@ -55,11 +59,14 @@ class ProtocolMachine(Machine):
         self.left: list[list[Clock]] = [[] for _ in range(world)]
         self.after_all = False
         for thread in self.threads:  # a rank's threads begin behind the begin of its launch
-            thread.clock[self.units["begin", self._rank(thread)]] = 1
+            begin = self.units["begin", self._rank(thread)]
+            thread.clock[begin] = thread.proxy[begin] = 1
 
     def _add_units(self, agent: Agent, kinds: set[tuple[str, str]], count: int) -> None:
         super()._add_units(agent, kinds, count)
         wanted: list[object] = [("begin", agent.cta // self.blocks)]
+        if self.each_thread:
+            wanted.append(("released", agent.number))
         if ("bulk_store", "") in kinds and agent.first:
             wanted.append(("writes", agent.number))
         for key in wanted:
@@ -88,29 +95,41 @@ class ProtocolMachine(Machine):
         """``unit``: what works beside the thread, if not the thread itself."""
         agent, place = thread.agent, event.place
         assert isinstance(place, Place)
-        self._check_begun(thread, event, place.rank, place.label)
         generic = unit is None or event.kind == "start_copy"
+        self._check_begun(thread, event, place.rank, place.label, kind == READ, generic)
         if unit is None:
-            unit, when = agent.number, thread.clock[agent.number]
-        spread = getattr(event.op.results[0].type, "layout", None) if event.op.results else None
-        if kind != READ and hasattr(event.op, "value"):
-            spread = getattr(event.op.value.type, "layout", None)
+            unit, when = agent.number, int(thread.clock[agent.number])
+            if self.each_thread:
+                unit = self.units["released", agent.number]
+        fenced = self.each_thread or not generic
         access = FarAccess(
-            unit, when, kind, generic, spread, agent, self._rank(thread), event, thread.clock.copy()
+            unit, when, kind, generic, fenced, _spread(event), agent, self._rank(thread), event, thread.clock.copy()
         )
         self.far.touch(place, access, thread.proxy)
 
-    def _check_begun(self, thread: Thread, event: Event, rank: int, what: str) -> None:
+    def _check_begun(
+        self, thread: Thread, event: Event, rank: int, what: str, reads: bool = False, generic: bool = True
+    ) -> None:
         if not 0 <= rank < self.world:
             raise Fault(f"'{event.op.name}' names rank {rank} of {self.world}", event.op, kind="no such rank")
-        if not thread.clock[self.units["begin", rank]]:
+        begin, events = self.units["begin", rank], [(thread.agent.name, event)]
+        if not thread.clock[begin]:
             raise Fault(
                 f"missing credit: '{event.op.name}' ({thread.agent.name}) may touch {what} before rank {rank} has begun "
                 "the launch, while it still uses that for something else",
                 event.op,
                 hint="comm.credit of that rank before it",
-                events=[*self._past([(thread.agent, thread.clock)]), (thread.agent.name, event)],
+                events=[*self._past([(thread.agent, thread.clock)]), *events],
                 kind="credit",
+            )
+        if reads and (self.each_thread or not generic) and not thread.proxy[begin]:
+            raise Fault(
+                f"missing fence: '{event.op.name}' ({thread.agent.name}) reads {what} and may miss what was written "
+                "before the launch",
+                event.op,
+                hint=fence_hint(generic),
+                events=[*self._past([(thread.agent, thread.clock)]), *events],
+                kind="fence",
             )
 
     def _far_read(self, thread: Thread, event: Event) -> bool:
@@ -161,6 +180,28 @@ class ProtocolMachine(Machine):
             thread.clock[unit] = max(thread.clock[unit], len(thread.stores) - event.other)
         return True
 
+    # --- fences -------------------------------------------------------------------------------------
+
+    def _join(self, thread: Thread, known: tuple[Clock, Clock]) -> None:
+        if not self.each_thread:
+            return super()._join(thread, known)
+        thread.clock = np.maximum(thread.clock, known[0])
+        return None
+
+    def _acquire_fence(self, thread: Thread, event: Event) -> bool:
+        """What the thread knows of, its copies or it itself now see."""
+        thread.proxy = thread.clock.copy()
+        return True
+
+    def _release_fence(self, thread: Thread, event: Event) -> bool:
+        self._release_all(thread)
+        return True
+
+    def _release_all(self, thread: Thread) -> None:
+        if self.each_thread:
+            number = thread.agent.number
+            thread.clock[self.units["released", number]] = thread.clock[number]
+
     # --- flags --------------------------------------------------------------------------------------
 
     def _signal(self, thread: Thread, event: Event) -> bool:
@@ -184,6 +225,7 @@ class ProtocolMachine(Machine):
                 ],
                 kind="double signal",
             )
+        self._release_all(thread)
         self.flags[flag] = Signalled(thread.agent, event, thread.clock.copy(), thread.proxy.copy())
         return True
 
@@ -197,11 +239,12 @@ class ProtocolMachine(Machine):
         for signal in signals:
             assert signal is not None
             self._join(thread, (signal.clock, signal.proxy))
-        return True
+        return self._polled(thread)
 
-    def _async_global_fence(self, thread: Thread, event: Event) -> bool:
-        """The copy engine sees what the thread sees."""
-        thread.proxy = thread.clock.copy()
+    def _polled(self, thread: Thread) -> bool:
+        """A poll ends with an acquire of the thread that polled."""
+        if self.each_thread:
+            thread.proxy = thread.clock.copy()
         return True
 
     # --- begin and end ------------------------------------------------------------------------------
@@ -228,7 +271,7 @@ class ProtocolMachine(Machine):
             if rank not in self.entered:
                 return False
             thread.clock = np.maximum(thread.clock, self.entered[rank])
-        return True
+        return self._polled(thread)
 
     def _leave(self, thread: Thread, event: Event) -> bool:
         if not self._meet(thread, self._meeting(thread.agent, "block")):
@@ -237,6 +280,7 @@ class ProtocolMachine(Machine):
             left = self.left[self._rank(thread)]
             if len(left) == self.blocks:
                 raise Fault("a block leaves the launch twice", event.op, hint="comm.leave once, at the end")
+            self._release_all(thread)
             left.append(thread.clock.copy())
             self.after_all |= bool(event.other)
         return True
@@ -276,6 +320,13 @@ class ProtocolMachine(Machine):
         return "which nobody signals"
 
 
+def _spread(event: Event) -> object:
+    """How the elements of a tile are spread over threads."""
+    op: Any = event.op
+    tile = op.value if hasattr(op, "value") else op.results[0] if op.results else None
+    return None if tile is None else getattr(tile.type, "layout", None)
+
+
 def flags_of(place: Place) -> list[Flag]:
     """The flags that a wait names."""
     return [(place.root, place.rank, index) for index in place.elements()]
@@ -291,7 +342,9 @@ ProtocolMachine.rules = {
     "far_read": ProtocolMachine._far_read,
     "far_write": ProtocolMachine._far_write,
     "far_update": ProtocolMachine._far_update,
-    "async_global_fence": ProtocolMachine._async_global_fence,
+    "async_global_fence": ProtocolMachine._acquire_fence,
+    "acquire_fence": ProtocolMachine._acquire_fence,
+    "release_fence": ProtocolMachine._release_fence,
     "signal": ProtocolMachine._signal,
     "wait_flags": ProtocolMachine._wait_flags,
     "enter": ProtocolMachine._enter,

@@ -30,6 +30,8 @@ class FarAccess:
     kind: str
     #: by the threads' own loads and stores, not through the async proxy
     generic: bool
+    #: sees only what a fence of its thread has let it see: of what other blocks did, or of all where it is not generic
+    fenced: bool
     #: how elements are spread over the threads of a role; the same spread: the same thread for each element
     spread: Any
     agent: Agent
@@ -74,7 +76,8 @@ def _compare(place: Place, old: FarAccess, new: FarAccess, proxy: Clock) -> None
         return  # warpgroups that store their parts of one tile
     if new.clock[old.unit] < old.when:
         raise _race(place, old, new)
-    if not new.generic and old.kind != READ and proxy[old.unit] < old.when:
+    by_fence = new.fenced and (not new.generic or old.agent.cta != new.agent.cta)
+    if by_fence and old.kind != READ and proxy[old.unit] < old.when:
         raise _no_fence(place, old, new)
 
 
@@ -86,16 +89,26 @@ def _race(place: Place, old: FarAccess, new: FarAccess) -> Fault:
     if started:
         how = f"while {before} may still be at work on it"
         hint = "async.bulk_wait for the writes, not the reads alone, then a barrier, before the signal"
+        if old.generic:
+            hint = "a release fence of each thread, then a barrier, before the signal"
     text = f"race: '{new.event.op.name}' ({new.agent.name}) {new.kind} {place.label} {how}"
     return FarFault(text, old, new, hint, "race")
 
 
 def _no_fence(place: Place, old: FarAccess, new: FarAccess) -> Fault:
+    how = "" if new.generic else " through the async proxy"
     text = (
-        f"missing proxy fence: '{new.event.op.name}' ({new.agent.name}) {new.kind} {place.label} through the async "
-        f"proxy, and '{old.event.op.name}' ({old.agent.name}) wrote it"
+        f"missing fence: '{new.event.op.name}' ({new.agent.name}) {new.kind} {place.label}{how}, which "
+        f"'{old.event.op.name}' ({old.agent.name}) wrote"
     )
-    return FarFault(text, old, new, "a proxy fence of the copying thread, behind its wait for the flag", "fence")
+    return FarFault(text, old, new, fence_hint(new.generic), "fence")
+
+
+def fence_hint(generic: bool) -> str:
+    """What an access without a fence lacks."""
+    if generic:
+        return "an acquire fence of each thread, behind the barrier behind the wait"
+    return "async.fence {proxy = async_global} of the copying thread, behind its wait"
 
 
 def _too_late(place: Place, access: FarAccess) -> Fault:
@@ -118,4 +131,4 @@ class FarFault(Fault):
         self.old, self.new = old, new
 
 
-__all__ = ["READ", "UPDATE", "WRITE", "FarAccess", "FarFault", "RankMemory"]
+__all__ = ["READ", "UPDATE", "WRITE", "FarAccess", "FarFault", "RankMemory", "fence_hint"]
