@@ -123,8 +123,8 @@ def test_a_symmetric_parameter_needs_a_tensor_of_a_world() -> None:
     x, y, flags = np.zeros(N, np.float32), np.zeros((2, N), np.float32), world.flags(2)
     with pytest.raises(ArgumentError, match="'slots' must be a tensor that every rank has"):
         device.launch(function, ring_abi(2), 1, [y, flags.on(0), x, y])
+    slots = tw.World.emulated("sm_90a", 2).zeros((2, N), "f32")
     with pytest.raises(ArgumentError, match="tensors of several worlds"):
-        slots = tw.World.emulated("sm_90a", 2).zeros((2, N), "f32")
         device.launch(function, ring_abi(2), 1, [slots.on(0), flags.on(0), x, y])
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from itertools import count, repeat
+from typing import TYPE_CHECKING, Any, cast
 
 from tilewright.compiler.environment import WAIT_TIMEOUT
 from tilewright.compiler.launch import Grid, interpret_ranks
 from tilewright.frontend.errors import ArgumentError
+from tilewright.runtime.device import open_device
+from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.rendezvous import new_address
 from tilewright.runtime.symmetric import BoundTensor, SymmetricHeap, SymmetricTensor
 from tilewright.runtime.symmetric_memory import SymmetricMemory
 
 if TYPE_CHECKING:
     from tilewright.compiler.kernel import Kernel
+    from tilewright.runtime.cuda import CudaDevice
+    from tilewright.runtime.gpu_memory import GpuMemory
+    from tilewright.runtime.hip import HipDevice
 
 
 class World(SymmetricHeap):
-    """``size`` ranks. ``empty``, ``zeros``, ``flags`` and ``tensor`` make symmetric tensors; `launch` runs kernels on them.
+    """``size`` ranks: ``empty``, ``zeros``, ``flags``, ``tensor`` make symmetric tensors, `launch` runs kernels.
 
     Every rank launches the same kernels of a world in the same order, on one stream at a time. Worlds are made by
     the class methods: `emulated` and `interpreter` without GPUs, `local` for several GPUs of one process,
@@ -25,12 +31,21 @@ class World(SymmetricHeap):
     with (``with tw.World.local([0, 1]) as world:``).
     """
 
+    #: of the launches to come, in the interpreter
+    seeds: Iterator[int | None]
+
     @classmethod
-    def interpreter(cls, ranks: int) -> World:
-        """Ranks that run side by side in the interpreter, on NumPy arrays. Waiting in vain is an error that says who."""
+    def interpreter(cls, ranks: int, *, seed: int | None = None) -> World:
+        """Ranks that run side by side in the interpreter, on NumPy arrays. Waiting in vain is an error.
+
+        ``seed``: blocks go on in a random order, another one in each launch, and puts land at any time; without one
+        they go on in turn and puts land as late as they may.
+        """
         from tilewright.runtime.symmetric_host import HostMemory
 
-        return cls(HostMemory(ranks), timeout=0)
+        world = cls(HostMemory(ranks), timeout=0)
+        world.seeds = repeat(None) if seed is None else count(seed)
+        return world
 
     @classmethod
     def emulated(
@@ -51,10 +66,9 @@ class World(SymmetricHeap):
 
         DeviceError unless each of them has access to the memory of all others.
         """
-        from tilewright.runtime.gpu_memory import open_memory
         from tilewright.runtime.symmetric_local import LocalMemory
 
-        return cls._on_gpus(LocalMemory([open_memory(device_name(device)) for device in devices]))
+        return cls._on_gpus(LocalMemory([gpu_memory(device) for device in devices]))
 
     @classmethod
     def distributed(cls, group: Any = None) -> World:
@@ -62,10 +76,9 @@ class World(SymmetricHeap):
 
         Collective. DeviceError if torch.distributed is not up or a GPU cannot reach another one's memory.
         """
-        from tilewright.runtime.gpu_memory import open_memory
         from tilewright.runtime.symmetric_torch import TorchMemory, current_gpu
 
-        return cls._on_gpus(TorchMemory(open_memory(current_gpu()), group))
+        return cls._on_gpus(TorchMemory(gpu_memory(current_gpu()), group))
 
     @classmethod
     def connect(cls, rank: int, size: int, address: str, device: int | str | None = None) -> World:
@@ -74,10 +87,9 @@ class World(SymmetricHeap):
         ``device``: an ordinal of a CUDA device or a name (default: ordinal ``rank``). Collective. DeviceError
         after a minute without the others, or if a GPU cannot reach another one's memory.
         """
-        from tilewright.runtime.gpu_memory import open_memory
         from tilewright.runtime.symmetric_connect import ConnectedMemory
 
-        gpu = open_memory(device_name(rank if device is None else device))
+        gpu = gpu_memory(rank if device is None else device)
         return cls._on_gpus(ConnectedMemory(gpu, rank, size, address))
 
     @staticmethod
@@ -100,7 +112,7 @@ class World(SymmetricHeap):
         keywords = [{name: self._of_rank(value, rank) for name, value in meta.items()} for rank in self.ranks]
         devices = [self.memory.device(rank) for rank in self.ranks]
         if devices[0] == "cpu":
-            interpret_ranks(kernel, grid, arguments, keywords)
+            interpret_ranks(kernel, grid, arguments, keywords, seed=next(self.seeds))
             return
         with self.memory.together():
             starts = [
@@ -128,9 +140,19 @@ class World(SymmetricHeap):
         return f"<world of {self.size} ranks: {', '.join(map(self.memory.device, self.ranks))}>"
 
 
-def device_name(device: int | str) -> str:
-    """The name of a device given by name or as the ordinal of a CUDA device."""
-    return f"cuda:{device}" if isinstance(device, int) else device
+def gpu_memory(device: int | str) -> GpuMemory:
+    """The memory of a GPU by name ("hip:1") or as the ordinal of a CUDA device. DeviceError if there is none."""
+    name = f"cuda:{device}" if isinstance(device, int) else device
+    opened = open_device(name)
+    if name.startswith("cuda"):
+        from tilewright.runtime.gpu_memory import CudaMemory
+
+        return CudaMemory(cast("CudaDevice", opened))
+    if name.startswith("hip"):
+        from tilewright.runtime.hip_memory import HipMemory
+
+        return HipMemory(cast("HipDevice", opened))
+    raise DeviceError(f"{name} has no memory that other GPUs reach: use cuda:N, hip:N or an emulated world.")
 
 
 __all__ = ["World"]

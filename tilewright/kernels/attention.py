@@ -65,7 +65,9 @@ def weigh(
         p = tw.exp2(s * factor - (new_top * factor)[:, None])
         shrink = tw.exp2((top - new_top) * factor)
         total = total * shrink + tw.sum(p, axis=1)
-        out = tw.dot(p.to(values.dtype), tw.load(values, (j, 0), (BN, out.shape[1]), after=after), out * shrink[:, None])
+        out = tw.dot(
+            p.to(values.dtype), tw.load(values, (j, 0), (BN, out.shape[1]), after=after), out * shrink[:, None]
+        )
         top = new_top
     return top, total, out
 

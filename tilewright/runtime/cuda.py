@@ -16,7 +16,7 @@ from typing import Any
 from tilewright.ir.abi import KernelABI, TensorMapParam
 from tilewright.runtime.arguments import DevicePointer, TensorView
 from tilewright.runtime.device import Device, DeviceInfo, Module, nvidia_target
-from tilewright.runtime.errors import ArgumentError, DeviceError
+from tilewright.runtime.errors import ArgumentError, DeviceError, explain_failure
 from tilewright.runtime.launching import Launcher, ReadyLaunch, stream_handle
 from tilewright.runtime.tensor_maps import TensorMapEncoder
 
@@ -165,9 +165,7 @@ class CudaDevice(Device):
 
     def fail(self, status: Any, doing: str) -> None:
         """Raise the DeviceError of a failed call, with the reason that a kernel left behind if one did."""
-        reasons = [reason for fault in self.faults if (reason := fault()) is not None]
-        if reasons:
-            raise DeviceError(reasons[0], getattr(status, "name", str(status)))
+        explain_failure(self.faults, status)
         _check(status, doing)
 
     @contextmanager

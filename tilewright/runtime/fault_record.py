@@ -29,8 +29,8 @@ class FaultRecord:
         name = abi.name if abi is not None else "that another process launched"
         return (
             f"rank {self.words[Fault.RANK]} waited {self.timeout:g} s in kernel {name} at line "
-            f"{self.words[Fault.LINE]} {self._what()}. That rank has died, hangs, or does not launch the same kernels in "
-            "the same order; restart all ranks. TILEWRIGHT_WAIT_TIMEOUT sets the seconds, 0 waits forever."
+            f"{self.words[Fault.LINE]} {self._what()}. That rank has died, hangs, or does not launch the same kernels "
+            "in the same order; restart all ranks. TILEWRIGHT_WAIT_TIMEOUT sets the seconds, 0 waits forever."
         )
 
     def _what(self) -> str:

@@ -19,7 +19,6 @@ from tilewright.ir.interpreter_numerics import NUMPY
 from tilewright.ir.types import DTYPES
 from tilewright.runtime.arguments import TensorView, Viewed, row_major
 from tilewright.runtime.cuda import CudaDevice
-from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.symmetric_memory import SharedWords
 
 #: bytes of device memory that tables and tensor maps are cut from, and what their addresses are multiples of
@@ -312,17 +311,3 @@ def gpu_array(memory: GpuMemory, address: int, shape: tuple[int, ...], dtype: st
         return torch.empty(shape, dtype=torch_dtype(torch, dtype), device=f"cuda:{memory.ordinal}")
     octets = torch.as_tensor(_Bytes(address, nbytes, owner), device=f"cuda:{memory.ordinal}")
     return octets.view(torch_dtype(torch, dtype)).view(shape)
-
-
-def open_memory(name: str) -> GpuMemory:
-    """The memory of a device by name: "cuda:0", "hip:1". DeviceError if there is none."""
-    from tilewright.runtime.device import open_device
-
-    device = open_device(name)
-    if isinstance(device, CudaDevice):
-        return CudaMemory(device)
-    if name.startswith("hip"):
-        from tilewright.runtime.hip_memory import HipMemory
-
-        return HipMemory(device)
-    raise DeviceError(f"{name} has no memory that other devices reach: use cuda:N, hip:N or an emulated world.")

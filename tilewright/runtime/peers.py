@@ -42,7 +42,7 @@ class Endpoint:
 
 @dataclass(frozen=True, eq=False)
 class SymmetricPlace:
-    """Where a symmetric tensor lies: ``addresses`` by rank as the endpoint's rank sees them, ``table`` where it reads them.
+    """Where a symmetric tensor lies: ``addresses`` by rank, as the endpoint's rank sees them; ``table`` holds them.
 
     Places compare by identity: a place is made once for a tensor and a rank.
     """

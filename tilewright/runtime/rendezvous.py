@@ -143,7 +143,7 @@ class Rendezvous:
         for rank, peer in self._peers.items():
             others = [(r, one) for r in range(self.size) for one in parts[r][1] if r != rank]
             _send(peer, (values, [r for r, _ in others], None), [one for _, one in others])
-        return values, [None, *((parts[r][1] or [None])[0] for r in range(1, self.size))]
+        return values, [next(iter(parts[r][1]), None) if r else None for r in range(self.size)]
 
     def _tell(self, complaint: str) -> None:
         """Let the other ranks fail too instead of waiting."""

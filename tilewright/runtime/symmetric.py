@@ -83,7 +83,9 @@ class SymmetricTensor(Viewed):
     @property
     def view(self) -> TensorView:
         if self.rank is None:
-            raise ArgumentError("A tensor of several ranks of one process: launch with world.launch(kernel, grid, ...).")
+            raise ArgumentError(
+                "A tensor of several ranks of one process: launch with world.launch(kernel, grid, ...)."
+            )
         return self._bound[self.rank].view
 
     @property
@@ -126,13 +128,17 @@ class SymmetricHeap:
         self.memory = memory
         self.timeout = timeout
         self.closed = False
-        self.control = memory.allocate(4 * CONTROL_WORDS)
         self.endpoints: dict[int, Endpoint] = {}
         self.faults: dict[int, FaultRecord] = {}
-        for rank in memory.ranks:
-            self.endpoints[rank], self.faults[rank] = self._endpoint(rank)
-            memory.explain(rank, self.faults[rank].message)
-        memory.barrier()  # no rank writes to another's control block before it has been cleared
+        try:
+            self.control = memory.allocate(4 * CONTROL_WORDS)
+            for rank in memory.ranks:
+                self.endpoints[rank], self.faults[rank] = self._endpoint(rank)
+                memory.explain(rank, self.faults[rank].message)
+            memory.barrier()  # no rank writes to another's control block before it has been cleared
+        except BaseException:
+            memory.close()
+            raise
 
     def _endpoint(self, rank: int) -> tuple[Endpoint, FaultRecord]:
         memory, controls = self.memory, self.control.addresses
@@ -212,7 +218,9 @@ class SymmetricHeap:
         kinds = {(tuple(array.shape), dtype_of(array.dtype)) for array in given}
         if len(kinds) != 1:
             listing = ", ".join(f"{dtype} {list(shape)}" for shape, dtype in kinds)
-            raise ArgumentError(f"The arrays of the ranks differ: {listing}. A symmetric tensor has one shape and dtype.")
+            raise ArgumentError(
+                f"The arrays of the ranks differ: {listing}. A symmetric tensor has one shape and dtype."
+            )
         shape, dtype = kinds.pop()
         tensor = self.empty(shape, dtype)
         for rank, array in zip(ranks, given, strict=True):

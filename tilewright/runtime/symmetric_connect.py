@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.gpu_memory import GpuMemory
 from tilewright.runtime.rendezvous import Rendezvous
 from tilewright.runtime.symmetric_local import GpuRanks
 from tilewright.runtime.symmetric_memory import Allocation, check_size, differing
+
+T = TypeVar("T")
 
 
 class ConnectedMemory(GpuRanks):
@@ -31,20 +34,39 @@ class ConnectedMemory(GpuRanks):
 
     def allocate(self, nbytes: int) -> Allocation:
         size = max(self.meeting.gather(self.gpu.padded(nbytes)))
+        own, descriptor = self._all_succeed(lambda: self._export(size))
+        try:
+            _, received = self.meeting.gather_descriptors(None, descriptor)
+        finally:
+            os.close(descriptor)
+        peers = self._all_succeed(
+            lambda: {rank: self._map_peer(rank, one, size) for rank, one in enumerate(received) if one is not None}
+        )
+        return Allocation(tuple(peers.get(rank, own) for rank in range(self.size)), nbytes)
+
+    def _export(self, size: int) -> tuple[int, int]:
+        """New memory of this rank: its address and a descriptor of it."""
         handle = self.gpu.create(size)
         try:
             own = self.gpu.map(handle, size, [self.gpu.ordinal])
             self._own.append((own, size))
-            descriptor = self.gpu.export(handle)
-            try:
-                _, received = self.meeting.gather_descriptors(None, descriptor)
-            finally:
-                os.close(descriptor)
+            return own, self.gpu.export(handle)
         finally:
-            self.gpu.release(handle)
-        addresses = tuple(own if one is None else self._map_peer(rank, one, size) for rank, one in enumerate(received))
-        self.meeting.barrier()
-        return Allocation(addresses, nbytes)
+            self.gpu.release(handle)  # mapping and descriptor keep it
+
+    def _all_succeed(self, action: Callable[[], T]) -> T:
+        """What ``action`` gives here. If it fails on one rank, its DeviceError is raised on all."""
+        result, failure = None, None
+        try:
+            result = action()
+        except DeviceError as error:
+            failure = error
+        complaints = self.meeting.gather(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        for complaint in filter(None, complaints):
+            raise DeviceError(complaint)
+        return cast(T, result)
 
     def _map_peer(self, rank: int, descriptor: int, size: int) -> int:
         """The memory of another rank in this process. The descriptor stays open until it is mapped, as HIP wants it."""

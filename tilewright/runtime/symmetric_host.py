@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -50,6 +51,15 @@ class HostMemory(SymmetricMemory):
     def place(self, rank: int, data: bytes) -> int:
         """The emulator places tables in its own memory (`emulated_peers`), and the interpreter needs none."""
         return 0
+
+    def explain(self, rank: int, reason: Callable[[], str | None]) -> None:
+        """Kernels here do not give up: who waits in vain is found out."""
+
+    def agree(self, what: str, value: Any) -> None:
+        """One process agrees with itself."""
+
+    def barrier(self) -> None:
+        """One process is all there is to wait for."""
 
     def together(self) -> AbstractContextManager[None]:
         return nullcontext() if self.group is None else self.group.together()

@@ -66,7 +66,7 @@ class SymmetricMemory(ABC):
 
     @abstractmethod
     def fill(self, rank: int, allocation: Allocation, values: Any | None) -> None:
-        """Overwrite the rank's part of an allocation: with an array's bytes, or with zeros. It has happened on return."""
+        """Overwrite the rank's part of an allocation with an array's bytes, or with zeros, before returning."""
 
     @abstractmethod
     def place(self, rank: int, data: bytes) -> int:
@@ -76,9 +76,11 @@ class SymmetricMemory(ABC):
         """The record that a kernel of the rank writes when it gives up waiting."""
         return SharedWords.absent()
 
+    @abstractmethod
     def explain(self, rank: int, reason: Callable[[], str | None]) -> None:
         """Have failed calls of the rank's device say ``reason()`` where that is not None, until `close`."""
 
+    @abstractmethod
     def agree(self, what: str, value: Any) -> None:
         """DeviceError on every rank unless all processes pass the same ``value`` (numbers, strings, lists)."""
 
@@ -90,6 +92,7 @@ class SymmetricMemory(ABC):
     def synchronize(self) -> None:
         """Wait for this process's devices. DeviceError for what failed on them."""
 
+    @abstractmethod
     def barrier(self) -> None:
         """Wait until every process has come here. DeviceError when one is gone."""
 
@@ -109,4 +112,6 @@ def differing(what: str, values: Sequence[Any]) -> DeviceError | None:
     if all(value == values[0] for value in values):
         return None
     listing = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-    return DeviceError(f"The ranks disagree on {what}: {listing}. Every rank must make the same calls in the same order.")
+    return DeviceError(
+        f"The ranks disagree on {what}: {listing}. Every rank must make the same calls in the same order."
+    )

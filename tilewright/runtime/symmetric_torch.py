@@ -44,8 +44,8 @@ class TorchMemory(GpuRanks):
             handle = symmetric.rendezvous(octets, group=self.group.group_name)
         except RuntimeError as error:
             raise DeviceError(
-                f"torch could not share memory between the {self.size} ranks: {error} They must be GPUs of one machine, "
-                "with NVLink or PCIe peer access between them."
+                f"torch could not share memory between the {self.size} ranks: {error} They must be GPUs of one "
+                "machine, with NVLink or PCIe peer access between them."
             ) from error
         lead = octets.data_ptr() - handle.buffer_ptrs[self.rank]
         return Allocation(tuple(base + lead for base in handle.buffer_ptrs), nbytes, (octets, handle))

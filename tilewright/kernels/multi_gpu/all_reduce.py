@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.multi_gpu.workspace import flags, share
+from tilewright.kernels.multi_gpu.workspace import flags, own, share, symmetric
 
 #: elements of a tile, and the blocks of a launch at most: all of them run at the same time
 ELEMENTS, BLOCKS = 4096, 264
@@ -25,13 +25,38 @@ def sum_of_ranks(x: Any, tile: Any, BN: tw.constexpr) -> Any:
 
 
 @tw.kernel
-def all_reduce_one_shot(x: tw.Symmetric, y: tw.Tensor, *, BN: tw.constexpr = ELEMENTS) -> None:
+def all_reduce_pull(x: tw.Symmetric, y: tw.Tensor, *, BN: tw.constexpr = ELEMENTS) -> None:
     """``y``: the sum of the ranks' x; both (N,). Grid: any number of programs that run at the same time.
 
     Every rank reads all of the peers' x. There are no flags: x is there when a peer has begun the launch.
     """
     for tile in tw.range(tw.program_id(0), tw.cdiv(x.shape[0], BN), tw.num_programs(0)):
         tw.store(y, tile, sum_of_ranks(x, tile, BN).to(y.dtype))
+
+
+@tw.kernel
+def all_reduce_push(
+    x: tw.Tensor, y: tw.Tensor, slots: tw.Symmetric, sent: tw.Symmetric, *, BN: tw.constexpr = ELEMENTS
+) -> None:
+    """The same, where every rank puts its x into the peers' ``slots`` (world, N).
+
+    ``sent``: flags (cdiv(N, BN), world). Grid as of `all_reduce_pull`.
+    """
+    me, world = tw.rank(), tw.world_size()
+    for hop in tw.range(1, world):
+        peer = (me + hop) % world
+        for tile in tw.range(tw.program_id(0), tw.cdiv(x.shape[0], BN), tw.num_programs(0)):
+            token = tw.put(slots.peer(peer)[me], tile, tw.load(x, tile, BN))
+            tw.signal(sent[tile, me], peer, after=token)
+    for tile in tw.range(tw.program_id(0), tw.cdiv(x.shape[0], BN), tw.num_programs(0)):
+        total = tw.zeros((BN,), tw.float32)
+        for source in tw.range(world):
+            if source == me:
+                total = total + tw.load(x, tile, BN).to(tw.float32)
+            else:
+                arrived = tw.wait(sent[tile, source])
+                total = total + tw.load(slots[source], tile, BN, after=arrived).to(tw.float32)
+        tw.store(y, tile, total.to(y.dtype))
 
 
 @tw.kernel
@@ -52,18 +77,30 @@ def all_reduce_two_shot(x: tw.Symmetric, y: tw.Symmetric, done: tw.Symmetric, *,
         tw.wait(done[i])
 
 
-def all_reduce(world: Any, x: Any, y: Any, *, two_shot: bool | None = None, **meta: int) -> None:
-    """``y = sum over ranks of x``: symmetric tensors (N,). In one shot, y may be an array of each rank."""
+def all_reduce(world: Any, x: Any, y: Any, *, algorithm: str | None = None, **meta: int) -> None:
+    """``y = sum over ranks of x``: both (N,). Equal bits on every rank.
+
+    ``algorithm``: "push" takes any arrays, "pull" a symmetric x, "two-shot" a symmetric x and y. None: "two-shot" where
+    that is possible and moves less, else "push".
+    """
     elements, size = meta.get("BN", ELEMENTS), world.size
-    if two_shot is None:
-        two_shot = size > 2 and x.shape[0] >= TWO_SHOT
-    tiles = tw.cdiv(x.shape[0], elements)
-    if not two_shot:
-        world.launch(all_reduce_one_shot, (min(tiles, BLOCKS),), x, y, **meta)
-        return
-    each = share(tiles, size)
-    done = flags(world, "all_reduce", (each, size))
-    world.launch(all_reduce_two_shot, (min(each, BLOCKS),), x, y, done, **meta)
+    count = own(x).shape[0]
+    if algorithm is None:
+        possible = all(isinstance(array, tw.SymmetricTensor) for array in (x, y))
+        algorithm = "two-shot" if possible and size > 2 and count >= TWO_SHOT else "push"
+    tiles = tw.cdiv(count, elements)
+    grid = (min(tiles, BLOCKS),)
+    if algorithm == "pull":
+        world.launch(all_reduce_pull, grid, x, y, **meta)
+    elif algorithm == "push":
+        slots = symmetric(world, "all_reduce", (size, count), own(x).dtype)
+        world.launch(all_reduce_push, grid, x, y, slots, flags(world, "all_reduce_push", (tiles, size)), **meta)
+    elif algorithm == "two-shot":
+        each = share(tiles, size)
+        done = flags(world, "all_reduce_two_shot", (each, size))
+        world.launch(all_reduce_two_shot, (min(each, BLOCKS),), x, y, done, **meta)
+    else:
+        raise ValueError(f"algorithm={algorithm!r} is none of push, pull and two-shot")
 
 
 def reference(x: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

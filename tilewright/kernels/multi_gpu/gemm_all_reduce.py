@@ -80,16 +80,19 @@ def gemm_all_reduce_one_shot(
     tw.store(c, (m, n), total.to(c.dtype))
 
 
-def gemm_ar(world: Any, a: Any, b: Any, c: Any, **meta: int) -> None:
+def gemm_ar(world: Any, a: Any, b: Any, c: Any, *, one_shot: bool | None = None, **meta: int) -> None:
     """``c``: the sum of the ranks' ``a @ b`` on each rank. a (M, K), b (K, N) with the rank's part of K.
 
-    ``c`` is a symmetric tensor (world, cdiv(M, world), N), that is a matrix of at least M rows.
+    ``c`` is a symmetric tensor (world, cdiv(M, world), N), that is a matrix of at least M rows. ``one_shot``: every
+    rank sums up everything, which takes M to be a multiple of the number of ranks; None: where c is small.
     """
     (rows, columns), size, each = (own(a).shape[0], own(b).shape[1]), world.size, c.shape[1]
     if c.shape != (size, share(rows, size), columns):
         raise ValueError(f"c is {c.shape}, not {(size, share(rows, size), columns)}: a part of the rows for each rank")
     meta = {**configuration(rows, columns), **meta}
-    if rows * columns <= ONE_SHOT and rows == size * each:
+    if one_shot is None:
+        one_shot = rows * columns <= ONE_SHOT and rows == size * each
+    if one_shot:
         tiles = tw.cdiv(rows, meta["BM"]), tw.cdiv(columns, meta["BN"])
         parts = symmetric(world, "gemm_ar_one_shot", (size, rows, columns), c.dtype)
         sent = flags(world, "gemm_ar_one_shot", (*tiles, size))
@@ -103,7 +106,6 @@ def gemm_ar(world: Any, a: Any, b: Any, c: Any, **meta: int) -> None:
 
 def reference(a: list[np.ndarray[Any, Any]], b: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """The sum in float64."""
-    total: np.ndarray[Any, Any] = sum(  # type: ignore[assignment]
-        x.astype(np.float64) @ y.astype(np.float64) for x, y in zip(a, b, strict=True)
-    )
+    products = [x.astype(np.float64) @ y.astype(np.float64) for x, y in zip(a, b, strict=True)]
+    total: np.ndarray[Any, Any] = np.sum(products, axis=0)
     return total

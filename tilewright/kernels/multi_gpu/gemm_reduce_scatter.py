@@ -71,9 +71,7 @@ def gemm_rs(world: Any, a: Any, b: Any, c: Any, **meta: int) -> None:
     world.launch(gemm_reduce_scatter, (*tiles, size), a, b, parts, sent, c, **meta)
 
 
-def reference(
-    a: list[np.ndarray[Any, Any]], b: list[np.ndarray[Any, Any]]
-) -> list[np.ndarray[Any, Any]]:
+def reference(a: list[np.ndarray[Any, Any]], b: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     """Each rank's rows in float64."""
     total = sum(x.astype(np.float64) @ y.astype(np.float64) for x, y in zip(a, b, strict=True))
     each = share(a[0].shape[0], len(a))

@@ -44,7 +44,13 @@ def moe_route(
 
 @tw.kernel
 def moe_plan(
-    counts: tw.Symmetric, before: tw.Tensor, starts: tw.Tensor, rows: tw.Tensor, *, BM: tw.constexpr, EXPERTS: tw.constexpr
+    counts: tw.Symmetric,
+    before: tw.Tensor,
+    starts: tw.Tensor,
+    rows: tw.Tensor,
+    *,
+    BM: tw.constexpr,
+    EXPERTS: tw.constexpr,
 ) -> None:
     """Where the rows of experts lie: those of each in tiles of BM rows, in the order of ranks. Grid: (1,).
 
@@ -230,6 +236,8 @@ def reference(
     """Each rank's out in float64."""
     matrices = np.concatenate(w).astype(np.float64)
     return [
-        np.einsum("tk,tkn->tn", share.astype(np.float64), np.einsum("th,tkhn->tkn", rows.astype(np.float64), matrices[e]))
+        np.einsum(
+            "tk,tkn->tn", share.astype(np.float64), np.einsum("th,tkhn->tkn", rows.astype(np.float64), matrices[e])
+        )
         for rows, e, share in zip(x, experts, weights, strict=True)
     ]

@@ -25,9 +25,11 @@ def place_of(communicators: Any, rounds: Any, period: Any) -> Any:
 
 
 @tw.function
-def load_parts(source: Any, row: Any, column: Any, BM: tw.constexpr, WIDTH: tw.constexpr, PARTS: tw.constexpr, after: Any = None) -> Any:
-    """The tile (BM, WIDTH) at (row, column) of a matrix, as PARTS tiles of rows: all of them are on their way at once."""
-    tiles = ()
+def load_parts(
+    source: Any, row: Any, column: Any, BM: tw.constexpr, WIDTH: tw.constexpr, PARTS: tw.constexpr, after: Any = None
+) -> Any:
+    """The tile (BM, WIDTH) at (row, column) of a matrix, as PARTS tiles of rows, all of them on their way at once."""
+    tiles: Any = ()
     for part in tw.static_range(PARTS):
         place = row * PARTS + part, column
         tiles = (*tiles, tw.load(source, place, (BM // PARTS, WIDTH), after=after))
@@ -37,7 +39,7 @@ def load_parts(source: Any, row: Any, column: Any, BM: tw.constexpr, WIDTH: tw.c
 @tw.function
 def put_parts(target: Any, row: Any, column: Any, tiles: Any, PARTS: tw.constexpr) -> Any:
     """Put what `load_parts` gave to the same place of another rank's matrix; gives the tokens."""
-    tokens = ()
+    tokens: Any = ()
     for part in tw.static_range(PARTS):
         tokens = (*tokens, tw.put(target, (row * PARTS + part, column), tiles[part]))
     return tokens

@@ -50,7 +50,7 @@ def ring_attention(
     PARTS: tw.constexpr = PARTS,
     CAUSAL: tw.constexpr = False,
 ) -> None:
-    """q (C, B, H, S, D), o (C, B, H, S, DV), lse (C, B, H, S): the rank's C chunks of S places, C 2 with CAUSAL, else 1.
+    """q (C, B, H, S, D), o (C, B, H, S, DV), lse (C, B, H, S): the rank's chunks of S places, 2 with CAUSAL, else 1.
 
     k (C * world, B, G, S, D) and v (C * world, B, G, S, DV), in the order of the sequence: the own chunks are there
     before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G, cdiv(S, ROWS)). ``scale`` includes
@@ -139,7 +139,7 @@ def reference(
 ) -> tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
     """o and lse of each rank in float64, from each rank's chunks (C, B, H, S, D) and (C, B, G, S, D)."""
     ranks = len(q)
-    o, lse = whole_reference(*(joined(x) for x in (q, k, v)), causal)
+    o, lse = whole_reference(joined(q), joined(k), joined(v), causal)
     return divided(o, ranks, causal), divided(lse, ranks, causal)
 
 

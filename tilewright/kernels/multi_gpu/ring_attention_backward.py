@@ -151,7 +151,9 @@ def ring_sdpa_backward(
     world.launch(ring_attention_dkdv, grid, *inputs, dk, dv, *parts, sent, factor, **sizes, **meta)
     rows = meta.get("BN", 128)
     meta = {"BM": meta["BN"], "BN": meta["BM"]} if meta else {}
-    world.launch(ring_attention_dq, (tw.cdiv(length, rows), heads, chunks * batch), *inputs, dq, factor, **sizes, **meta)
+    world.launch(
+        ring_attention_dq, (tw.cdiv(length, rows), heads, chunks * batch), *inputs, dq, factor, **sizes, **meta
+    )
 
 
 def reference(
@@ -162,5 +164,5 @@ def reference(
     causal: bool = False,
 ) -> tuple[list[np.ndarray[Any, Any]], ...]:
     """dq, dk, dv of each rank's chunks in float64, from each rank's chunks."""
-    gradients = whole_reference(*(joined(x) for x in (q, k, v, do)), causal)
+    gradients = whole_reference(joined(q), joined(k), joined(v), joined(do), causal)
     return tuple(divided(x, len(q), causal) for x in gradients)

@@ -103,7 +103,8 @@ def reference(
 ) -> tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
     """o and lse of each rank in float64."""
     size = len(q)
-    o, lse = whole_reference(*(np.concatenate(x, 1).transpose(0, 2, 1, 3) for x in (q, k, v)), causal)
+    queries, keys, values = (np.concatenate(x, 1).transpose(0, 2, 1, 3) for x in (q, k, v))
+    o, lse = whole_reference(queries, keys, values, causal)
     batch, heads, length = lse.shape
     logarithms = lse.reshape(batch, size, heads // size, size, length // size)
     return np.split(o.transpose(0, 2, 1, 3), size, 1), [logarithms[:, rank] for rank in range(size)]

@@ -23,7 +23,7 @@ def symmetric(world: Any, purpose: str, shape: tuple[int, ...], dtype: Any) -> A
 
 
 def flags(world: Any, purpose: str, shape: tuple[int, ...]) -> Any:
-    """Flags, as `symmetric` gives tensors. They need no resetting: a launch does not see the signals of those before."""
+    """Flags, as `symmetric` gives tensors. They need no reset: a launch does not see the signals of those before."""
     kept = _kept.setdefault(world, {})
     key = purpose, shape
     if key not in kept:

@@ -1,0 +1,146 @@
+"""Kernels that communicate against NCCL and torch in the same run: python benchmarks/multi_gpu.py [--json FILE].
+
+One process for each GPU (--ranks). Before each sample all ranks meet on the GPU; a sample takes as long as its slowest
+rank; medians. Random normal inputs, outputs poisoned with NaN, errors against float64. Our side of a work is the
+function of its name in multi_gpu_ours.py, where there is one. NVLink multicast is off (NCCL_NVLS_ENABLE=0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+import torch
+import torch.distributed as distributed
+from multi_gpu_works import WORKS, Case, error_of
+
+import tilewright as tw
+from tilewright.runtime.bench import TorchClock, compare
+
+Row = dict[str, Any]
+Run = Callable[[], Any]
+
+
+class MeetingClock(TorchClock):
+    """Ranks meet on the GPU before each sample, behind idle time in which Python queues the sample."""
+
+    def __init__(self) -> None:
+        super().__init__(torch)
+        self._token = torch.zeros(1, device="cuda")
+
+    def prepare(self, flush: bool) -> None:
+        super().prepare(flush)
+        distributed.all_reduce(self._token)
+
+
+def times_of_slowest(candidates: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Microseconds of each sample on the rank that took longest."""
+    found = compare(candidates, repeats, warmup=5, clock=MeetingClock())
+    mine = torch.tensor([found[name].times_us for name in candidates], device="cuda")
+    distributed.all_reduce(mine, distributed.ReduceOp.MAX)
+    return dict(zip(candidates, mine.tolist(), strict=True))
+
+
+def ours_of(world: Any, case: Case) -> tuple[Run, torch.Tensor] | None:
+    """Our side of a work: what runs it, and its output."""
+    try:
+        import multi_gpu_ours
+    except ModuleNotFoundError:
+        return None
+    make = getattr(multi_gpu_ours, case.work, None)
+    return None if make is None else make(world, case.inputs)
+
+
+def measure(world: Any, case: Case, repeats: int) -> Row:
+    row: Row = {"work": case.work, "size": case.size, "ranks": world.size}
+    candidates: dict[str, Run] = {}
+    ours = ours_of(world, case)
+    if ours is not None:
+        run, output = ours
+        output.fill_(float("nan"))
+        run()
+        row["error"] = worst(error_of(output, case))
+        candidates["ours"] = run
+    for name, rival in case.rivals.items():
+        try:
+            row[f"{name}_error"] = worst(error_of(rival(), case))
+            candidates[name] = rival
+        except (RuntimeError, AttributeError, NotImplementedError, TypeError) as error:
+            row[f"{name}_missing"] = str(error).splitlines()[0][:120]
+    times = times_of_slowest(candidates | case.parts, repeats)
+    for name, values in times.items():
+        row[f"{name}_us"] = median(values)
+    if ours is not None:
+        for name in case.rivals:
+            if name in times:
+                row[f"over_{name}"] = median(b / a for a, b in zip(times["ours"], times[name], strict=True))
+    row["link_gb_s"] = case.link_bytes / row[f"{next(iter(candidates))}_us"] / 1e3
+    return row
+
+
+def worst(error: float) -> float:
+    """The largest of all ranks' errors."""
+    value = torch.tensor(error, device="cuda")
+    distributed.all_reduce(value, distributed.ReduceOp.MAX)
+    return float(value)
+
+
+def line(row: Row) -> str:
+    times = [f"{key.removesuffix('_us')} {value:.1f}" for key, value in row.items() if key.endswith("_us")]
+    ratios = [f"{key.replace('_', ' ', 1)} {value:.3f}" for key, value in row.items() if key.startswith("over_")]
+    errors = [f"{value:.1e}" for key, value in row.items() if key.endswith("error")]
+    missing = [f"no {key.removesuffix('_missing')}: {row[key]}" for key in row if key.endswith("_missing")]
+    return (
+        f"{row['work']:<20} {row['size']:>7}  us: {', '.join(times)}  {' '.join(ratios)}  "
+        f"{row['link_gb_s']:.0f} GB/s  errors {' '.join(errors)}  {' '.join(missing)}"
+    )
+
+
+def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.cuda.set_device(rank)
+    distributed.init_process_group("nccl", rank=rank, world_size=options.ranks, device_id=torch.device("cuda", rank))
+    rows = []
+    for name in options.works:
+        make, sizes = WORKS[name]
+        for size in options.sizes or sizes:
+            with tw.World.distributed() as world:
+                row = measure(world, make(size), options.repeats)
+            rows.append(row)
+            if rank == 0:
+                print(line(row), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1))
+            gc.collect()
+            torch.cuda.empty_cache()
+    distributed.barrier()
+    os._exit(0)  # NCCL's teardown waits for tensors that torch's symmetric memory keeps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--works", nargs="+", choices=sorted(WORKS), default=list(WORKS))
+    parser.add_argument("--sizes", nargs="+", type=int, help="instead of each work's own: n, or bytes")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    print(f"{options.ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, medians, random normal inputs")
+    torch.multiprocessing.spawn(rank_main, (options, port), nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()
