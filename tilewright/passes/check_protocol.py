@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tilewright.ir.core import Function
+from tilewright.ir.core import Function, Operation
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
 from tilewright.passes.checker.program import RoleProgram
@@ -22,6 +22,7 @@ from tilewright.passes.checker.protocol_program import (
     flags_depend_on_data,
     protocol_programs,
     relevant_roles,
+    touches_ranks,
 )
 from tilewright.passes.checker.rehearsal import Launch, Runs, Search, goes_on, trace
 from tilewright.passes.checker.scenarios import find_leaves
@@ -47,7 +48,10 @@ class Result:
 
     launches: list[str] = field(default_factory=list)
     steps: int = 0
+    #: launches looked at to find those
     tried: int = 0
+    #: operations between ranks that none of them runs
+    missed: set[Operation] = field(default_factory=set)
 
 
 def check(function: Function, context: PassContext) -> Result:
@@ -59,6 +63,7 @@ def check(function: Function, context: PassContext) -> Result:
         flags = programs  # no flags: what is left to search for is inputs that reach all of the program
     leaves = find_leaves(model, {value for program in programs for value in program.compiler.needed})
     search, checker = Search(model, flags, leaves), _Checker(model, programs, result)
+    result.missed = {op for op in model.ops if touches_ranks(op)}
     for world in WORLDS:
         launches, other = search.launches(world, more=world == WORLDS[0])
         for launch in launches:
@@ -105,7 +110,8 @@ class _Checker:
     def _play(self, launch: Launch, blocks: int) -> None:
         try:
             roles = [program.role for program in self.programs]
-            machine = ProtocolMachine(self.model, roles, launch.world, self._trace(launch, blocks))
+            runs = self._trace(launch, blocks)
+            machine = ProtocolMachine(self.model, roles, launch.world, runs)
             self.result.steps += machine.run()
             machine.check_ends()
         except Infeasible:
@@ -113,6 +119,7 @@ class _Checker:
         except Fault as fault:
             raise fault.error(launch.text(blocks)) from None
         self.result.launches.append(launch.text(blocks))
+        self.result.missed -= {event.op for block in runs for run in block.values() for event in run.events}
 
 
 def _unread(signal: Event) -> Fault:

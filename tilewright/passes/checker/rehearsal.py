@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from tilewright.ir.comm_ops import WaitFlags
+from tilewright.ir.comm_ops import Signal, WaitFlags
 from tilewright.ir.core import Value
 from tilewright.ir.tile_ops import Binary, Constant, Dim, For
 from tilewright.ir.types import ViewType
@@ -22,6 +22,7 @@ from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
 from tilewright.passes.checker.places import Place
 from tilewright.passes.checker.program import RoleProgram
+from tilewright.passes.checker.protocol_program import flags_depend_on_data
 from tilewright.passes.checker.scalars import root_axis
 from tilewright.passes.checker.scenarios import Inputs, Leaves, find_leaves
 from tilewright.passes.checker.trace import Event, Infeasible, Run
@@ -33,7 +34,8 @@ MOST_PROGRAMS, MOST_EVENTS = 16, 2000
 #: further launches that fit, for loops and branches that the first one does not reach, and tries for them
 MOST_MORE, MOST_TRIES_FOR_MORE = 1, 40
 
-#: what a launch is made of: ("grid", axis), ("dim", (tensor, axis)) or ("scalar", parameter)
+#: what a launch is made of: ("grid", axis), ("dim", (tensor, axis)), ("scalar", parameter), and ("seed", None) for what
+#: data decides
 Knob = tuple[str, Any]
 Sizes = tuple[int, ...]
 #: for each block of each rank the runs of the roles by number
@@ -55,12 +57,9 @@ class Launch:
     unread: Event | None = None
 
     @property
-    def fits(self) -> bool:
-        return not self.wrong
-
-    @property
     def share_wrong(self) -> float:
-        return self.wrong / (self.wrong + self.met) if self.wrong else 0.0
+        """1 also where no flag is used."""
+        return self.wrong / (self.wrong + self.met) if self.met else 1.0
 
     @property
     def covered(self) -> set[Any]:
@@ -69,8 +68,8 @@ class Launch:
     def text(self, blocks: int) -> str:
         """As a message names it. ``blocks``: of each rank."""
         parts = str(self.inputs).rsplit(", block", 1)[0]
-        how = "each program in a block of its own" if blocks > 1 else "one block on each rank"
-        return f"{self.world} ranks, {parts}, {how}"
+        how = "" if prod(self.inputs.grid) == 1 else ", a block for each program" if blocks > 1 else ", one block on each"
+        return f"{self.world} ranks{how}, {parts}"
 
 
 @dataclass(eq=False)
@@ -88,18 +87,24 @@ class Search:
         self.waited = {(root, axis) for root, axis in waited if root.type.shape[axis] is None}  # type: ignore[union-attr]
         for leaf in waited:
             self.leaves.dims.setdefault(leaf, 1)
+        self.uses_flags = any(isinstance(op, Signal | WaitFlags) for op in self.model.ops)
         self.tiles = _tile_sizes(self.model)
         needed = find_leaves(self.model, {value for program in self.programs for value in program.compiler.needed})
         waited = [leaf for leaf in self.leaves.dims if leaf in needed.dims or leaf in self.waited]
         self.knobs: list[Knob] = [("grid", axis) for axis in range(3)]
         self.knobs += [("dim", leaf) for leaf in waited]
         self.knobs += [("scalar", leaf) for leaf in needed.scalars]
-        self.steps = [1 if kind == "grid" else self.tiles.get(what, 1) for kind, what in self.knobs]
+        if flags_depend_on_data(self.programs):
+            self.knobs.append(("seed", None))
+        self.steps = [1 if kind in ("grid", "seed") else self.tiles.get(what, 1) for kind, what in self.knobs]
 
     # --- search -------------------------------------------------------------------------------------
 
     def launches(self, world: int, more: bool) -> tuple[list[Launch], Launch | None]:
-        """The launches that fit, with ``more`` than one if that reaches more code, and the best of the others."""
+        """The launches that fit, with ``more`` than one if that reaches more code; if none does, the best of the others.
+
+        One that uses no flags fits if there is no other.
+        """
         start = (1,) * len(self.knobs)
         best: list[tuple[Sizes, Launch]] = []
         frontier: Iterable[Sizes] = [start]
@@ -108,12 +113,13 @@ class Search:
                 launch = self._try(world, sizes, MOST_TRIES)
                 if launch is None:
                     continue
-                if launch.fits:
+                if not launch.wrong and (launch.met or not self.uses_flags):
                     return [launch, *(self._more(world, sizes, launch) if more else ())], None
                 best.append((sizes, launch))
             best = sorted(best, key=lambda item: (item[1].share_wrong, sum(item[0])))[:MOST_KEPT]
             frontier = [new for sizes, _ in best or [(start, None)] for new in _changed(sizes, values(world))]
-        return [], best[0][1] if best else None
+        silent = [launch for _, launch in best if not launch.wrong]
+        return silent[:1], best[0][1] if best and not silent else None
 
     def _more(self, world: int, sizes: Sizes, first: Launch) -> Iterator[Launch]:
         """Launches that reach what the first one does not."""
@@ -124,7 +130,7 @@ class Search:
                 if not missed or given == MOST_MORE:
                     return
                 launch = self._try(world, larger, most)
-                if launch is not None and launch.fits and launch.covered & missed:
+                if launch is not None and not launch.wrong and launch.covered & missed:
                     missed -= launch.covered
                     given += 1
                     yield launch
@@ -158,6 +164,8 @@ class Search:
         for (kind, what), size, step in zip(self.knobs, sizes, self.steps, strict=True):
             if kind == "grid":
                 grid[what] = size
+            elif kind == "seed":
+                inputs.seed = size
             elif kind == "dim":
                 inputs.dims[what] = size * step
             else:
