@@ -30,6 +30,9 @@ from tilewright.runtime.bench import TorchClock, compare
 Row = dict[str, Any]
 Run = Callable[[], Any]
 
+#: floating-point operations from which on a work is repeated less often
+LARGE = 5e12
+
 
 class MeetingClock(TorchClock):
     """Ranks meet on the GPU before each sample, behind idle time in which Python queues the sample."""
@@ -77,6 +80,8 @@ def measure(world: Any, case: Case, repeats: int) -> Row:
             candidates[name] = rival
         except (RuntimeError, AttributeError, NotImplementedError, TypeError) as error:
             row[f"{name}_missing"] = str(error).splitlines()[0][:120]
+    if case.flops > LARGE:
+        repeats = max(5, round(repeats * LARGE / case.flops))
     times = times_of_slowest(candidates | case.parts, repeats)
     for name, values in times.items():
         row[f"{name}_us"] = median(values)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import tilewright as tw
-from tests.support.multi_gpu_cases import CASES
+from tests.support.multi_gpu_cases import CASES, Tiles
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-TILES = ((64, 64, 32), (128, 128, 64))
+TILES = (Tiles(64, 64, 32, 150), Tiles(128, 128, 64, 300))
 
 
 class Mirrored:
@@ -36,7 +36,7 @@ class MirroredWorld:
 
     def __init__(self, world: Any) -> None:
         self.world, self.size, self.ranks = world, world.size, world.ranks
-        self.flags = world.flags
+        self.flags, self.workspaces = world.flags, {}
 
     def empty(self, shape: Any, dtype: Any) -> Mirrored:
         tensor = self.world.empty(shape, dtype)
@@ -90,7 +90,7 @@ def on_host(tensor: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_two_gpus(case: str, tiles: tuple[int, int, int]) -> None:
+def test_two_gpus(case: str, tiles: Tiles) -> None:
     with tw.World.local([0, 1]) as world:
         mirrored = MirroredWorld(world)
         for seed in range(4):

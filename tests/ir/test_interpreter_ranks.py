@@ -155,19 +155,9 @@ def test_reduce_put_adds() -> None:
     assert (ranks[0]["total"] == 7).all() and (ranks[1]["total"] == 1).all()
 
 
-@tw.kernel
-def meet(y: tw.Tensor, places: tw.Symmetric, flags: tw.Symmetric):
-    """Everybody reads everybody's element, after a barrier."""
-    i = tw.program_id(0)
-    token = tw.put(places, i, tw.full((1,), tw.rank() + 1, tw.int32))
-    together = tw.barrier(flags[i], after=token)
-    for peer in range(tw.world_size()):
-        tw.store(y[peer], i, tw.get(places.peer(peer), i, (1,), after=together))
-
-
 def test_barrier() -> None:
     ranks = [{"y": np.zeros((3, 6), np.int32), "places": np.zeros(6, np.int32), "flags": unset(6, 3)} for _ in range(3)]
-    launch(meet, (6,), ranks)
+    launch(comm_kernels.meet, (6,), ranks)
     for rank in ranks:
         assert (rank["y"] == np.arange(1, 4)[:, None]).all()
 
@@ -176,4 +166,4 @@ def test_ranks_must_not_share_symmetric_memory() -> None:
     shared = np.zeros(8, np.int32)
     ranks = [{"y": np.zeros((2, 6), np.int32), "places": shared, "flags": unset(6, 2)} for _ in range(2)]
     with pytest.raises(ExecutionError, match="ranks 0 and 1 share its memory"):
-        launch(meet, (6,), ranks)
+        launch(comm_kernels.meet, (6,), ranks)

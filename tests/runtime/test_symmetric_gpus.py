@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -17,15 +18,16 @@ import numpy as np
 import pytest
 from fake_driver import CUresult, FakeDriver
 
-from tilewright.ir.abi import CONTROL_WORDS, Control, Fault, KernelABI, TensorMapParam, TensorParam
+import tilewright as tw
+from tilewright.ir.abi import CONTROL_WORDS, Control, Fault, KernelABI, TensorMapParam, TensorParam, kernel_number
 from tilewright.runtime.cuda import CudaDevice
 from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.gpu_memory import CudaMemory, DeviceArray
-from tilewright.runtime.peers import kernel_number
 from tilewright.runtime.rendezvous import Rendezvous, new_address
 from tilewright.runtime.symmetric import SymmetricHeap
 from tilewright.runtime.symmetric_connect import ConnectedMemory
 from tilewright.runtime.symmetric_local import LocalMemory
+from tilewright.runtime.symmetric_torch import TorchMemory, current_gpu
 
 MIB = 2**20
 
@@ -47,6 +49,7 @@ SCALE = KernelABI(
     tensor_maps=(TensorMapParam("x", (8, 4), (1, 0), 0, peers=True),),
     persistent=True,
     communicates=True,
+    source="scale.py",
 )
 
 
@@ -131,7 +134,7 @@ def test_a_failed_call_says_what_the_kernel_waited_for(driver: FakeDriver) -> No
         (Fault.PARAM, 0), (Fault.KIND, 1),
     ]:  # fmt: skip
         words[place] = value
-    said = r"^rank 1 waited 2 s in kernel scale at line 31 for flag 12 of 'x' \(never signalled by rank 0\)\. "
+    said = r"^rank 1 waited 2 s in kernel scale at scale.py:31 for flag 12 of 'x' \(never signalled by rank 0\)\. "
     for fails in (heap.synchronize, heap.check, device.synchronize, lambda: device.call("cuCtxSynchronize")):
         with pytest.raises(DeviceError, match=said):
             fails()
@@ -302,3 +305,151 @@ def test_torch_tensors_share_the_memory(driver: FakeDriver, monkeypatch: pytest.
     x = heap.empty((8, 4), "bf16")
     assert isinstance(x[1], Octets) and heap.endpoints[0].torch_stream
     assert seen[3:] == [((x.addresses[1], False), (64,), "cuda:1"), "bfloat16", (8, 4)]
+
+
+# --- the real bindings, with libraries that only report ---------------------------------------------
+
+_SHARED = """\
+granularity of type {type} on 1.0 handles 1 option 1
+create 8192 on 1.0 handles 1
+export {x}a11 as 1
+import 1 as 1
+map 1 8192 of {x}b22
+access 8192 for 1.0 flags 3
+access 8192 for 1.1 flags 3
+release {x}b22
+write 8{write}
+[50462976, 117835012, 0]
+write 8{write}
+host 64 flags {host}
+0 0 True True True
+load ELF
+function k 1
+{loaded}cooperative 1 grid 5 1 1 rank 1 of 2
+unmap 8192
+free
+"""
+_EXPECTED = {
+    "cuda": dict(type="1", x="", write=" stream 0x51 mode 2", host="3", loaded="loaded 1\n"),
+    "hip": dict(type="40000000", x="0x", write="", host="40000003", loaded=""),
+}
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="builds a stand-in for the library with gcc")
+@pytest.mark.parametrize("kind", ["cuda", "hip"])
+def test_memory_through_the_bindings(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip({"cuda": "cuda.bindings.driver", "hip": "rocm.bindings.hip"}[kind])
+    support = Path(__file__).parent.parent / "support"
+    (tmp_path / "lib").mkdir()
+    source, library = {"cuda": ("stub_libcuda.c", "libcuda.so.1"), "hip": ("stub_libamdhip64.c", "lib/libamdhip64.so")}[
+        kind
+    ]
+    command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{Path(library).name}", "-o", tmp_path / library]
+    subprocess.run([*command, support / source, "-ldl"], check=True)
+    paths = [str(support.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment |= {"LD_LIBRARY_PATH": str(tmp_path)} if kind == "cuda" else {"ROCM_PATH": str(tmp_path)}
+    program = [sys.executable, support / "memory_through_bindings.py", kind]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(("device ", "synchronize"))]
+    assert lines == _SHARED.format(**_EXPECTED[kind]).splitlines(), done.stderr
+
+
+# --- launches of a world, and torch's memory --------------------------------------------------------
+
+
+@tw.kernel
+def copy(x: tw.Symmetric, y: tw.Tensor, *, B: tw.constexpr):
+    tw.store(y, (0,), tw.load(x, (0,), (B,)))
+
+
+def test_all_ranks_are_ready_before_any_starts(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [CudaDevice(n, driver) for n in range(2)]
+    world = tw.World(LocalMemory([CudaMemory(device) for device in devices]))
+    events: list[Any] = []
+
+    class Artifact:
+        def ready(self, device: CudaDevice, grid: Any, args: list[Any]) -> Callable[[Any], None]:
+            events.append(("ready", device.name, args[0].rank, args[1].memory.name))
+            return lambda stream: events.append(("start", device.name, stream))
+
+    monkeypatch.setattr(type(copy), "artifact", lambda *ignored: Artifact())
+    monkeypatch.setattr("tilewright.compiler.launch.open_device", lambda name: devices[int(name[-1])])
+    x = world.empty(16, "f32")
+    ys = [DeviceArray(world.memory.gpus[rank], 0x5000 + rank, (16,), "f32") for rank in range(2)]
+    world.launch(copy, (1,), x, ys, B=16, stream=[7, 8])
+    ready = [("ready", f"cuda:{rank}", rank, f"cuda:{rank}") for rank in range(2)]
+    assert events == [*ready, ("start", "cuda:0", 7), ("start", "cuda:1", 8)]
+    assert repr(world) == "<world of 2 ranks: cuda:0, cuda:1>"
+
+
+class FakeTorch:
+    """Two processes of torch.distributed in one, whose symmetric memory lies 64 bytes into a buffer."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.values = rank, ["another's"] * 2
+        self.shared = [0x100000, 0x200000]
+        self.allocated: list[int] = []
+        self.complaint: str | None = None
+
+    def all_gather_object(self, values: list[Any], value: Any, group: Any) -> None:
+        values[:] = [value if self.values is None else self.values[r] for r in range(2)]
+
+    def modules(self) -> dict[str, Any]:
+        group = SimpleNamespace(group_name="everybody")
+        distributed = SimpleNamespace(
+            group=SimpleNamespace(WORLD=group), get_world_size=lambda g: 2, get_rank=lambda g: self.rank,
+            all_gather_object=self.all_gather_object, barrier=lambda group: None, is_available=lambda: True,
+            is_initialized=lambda: True,
+        )  # fmt: skip
+        symmetric = SimpleNamespace(empty=self.empty, rendezvous=self.rendezvous)
+        distributed._symmetric_memory = symmetric
+        cuda = SimpleNamespace(is_available=lambda: True, current_device=lambda: self.rank)
+        torch = SimpleNamespace(
+            Tensor=type(self), uint8="uint8", bfloat16=SimpleNamespace(itemsize=2), cuda=cuda, distributed=distributed,
+            version=SimpleNamespace(hip=None),
+        )  # fmt: skip
+        return {
+            "torch": torch,
+            "torch.distributed": distributed,
+            "torch.distributed._symmetric_memory": symmetric,
+        }
+
+    def empty(self, nbytes: int, dtype: Any, device: str) -> Any:
+        self.allocated.append(nbytes)
+        return SimpleNamespace(data_ptr=lambda: self.shared[self.rank] + 64)
+
+    def rendezvous(self, tensor: Any, group: str) -> Any:
+        if self.complaint:
+            raise RuntimeError(self.complaint)
+        return SimpleNamespace(buffer_ptrs=self.shared)
+
+
+def test_memory_of_torch(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = FakeTorch(rank=1)
+    for name, module in torch.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert current_gpu() == "cuda:1"
+    monkeypatch.setattr(TorchMemory, "array", lambda *ignored: "a tensor of torch")
+    torch.values = None
+    heap = SymmetricHeap(TorchMemory(CudaMemory(CudaDevice(1, driver))))
+    x = heap.empty((8, 4), "bf16")
+    assert (heap.rank, heap.size, x.local, x.addresses) == (1, 2, "a tensor of torch", (0x100040, 0x200040))
+    assert torch.allocated == [4 * CONTROL_WORDS, 64] and x.view.address == 0x200040
+    assert driver.written(x.view.symmetric.table) == struct.pack("<2q", *x.addresses)
+    torch.values = ["bf16 [8, 4]", "bf16 [9]"]
+    with pytest.raises(DeviceError, match=r"rank 0: bf16 \[8, 4\]; rank 1: bf16 \[9\]"):
+        heap.empty(9, "bf16")
+    torch.values, torch.complaint = None, "no peer access"
+    with pytest.raises(DeviceError, match="could not share memory between the 2 ranks: no peer access"):
+        heap.empty(9, "bf16")
+    heap.close()
+
+
+def test_torch_distributed_that_is_not_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = FakeTorch(rank=0).modules()
+    modules["torch.distributed"].is_initialized = lambda: False
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(DeviceError, match=r"torch\.distributed is not up"):
+        tw.World.distributed()

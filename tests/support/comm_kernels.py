@@ -45,3 +45,65 @@ def gemm_reduce_scatter(
             arrived = tw.wait(flags[source, m, n])
             acc += tw.load(parts[source], (m, n), (BM, BN), after=arrived).to(tw.float32)
         tw.store(c, (m, n), acc.to(c.dtype))
+
+
+@tw.kernel
+def gather_gemm_pull(
+    a: tw.Symmetric, b: tw.Tensor, c: tw.Tensor, *, BM: tw.constexpr, BN: tw.constexpr, BK: tw.constexpr
+):
+    """c (world * M, N) = all ranks' a (each M, K), one below the other, times b (K, N). Grid (N / BN, M / BM, world)."""
+    n, m, turn = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    source = (tw.rank() + turn) % tw.world_size()
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in range(tw.cdiv(a.shape[1], BK)):
+        acc = tw.dot(tw.get(a.peer(source), (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
+    tw.store(c, (source * tw.num_programs(1) + m, n), acc.to(c.dtype))
+
+
+@tw.kernel
+def gather_gemm_push(
+    a: tw.Symmetric, b: tw.Tensor, c: tw.Tensor, whole: tw.Symmetric, flags: tw.Symmetric,
+    *, BM: tw.constexpr, BN: tw.constexpr, BK: tw.constexpr,
+):  # fmt: skip
+    """The same with M = BM: the first program of each rank sends its rows to all others' ``whole`` (world, M, K)."""
+    me, world = tw.rank(), tw.world_size()
+    n, turn = tw.program_id(0), tw.program_id(2)
+    if n == 0 and turn == 0:
+        for step in range(world):
+            peer = (me + step) % world
+            for k in range(tw.cdiv(a.shape[1], BK)):
+                token = tw.put(whole.peer(peer)[me], (0, k), tw.load(a, (0, k), (BM, BK)))
+            tw.signal(flags[me], peer, after=token)
+    source = (me + turn) % world
+    arrived = tw.wait(flags[source])
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in range(tw.cdiv(a.shape[1], BK)):
+        acc = tw.dot(tw.load(whole[source], (0, k), (BM, BK), after=arrived), tw.load(b, (k, n), (BK, BN)), acc)
+    tw.store(c, (source, n), acc.to(c.dtype))
+
+
+@tw.kernel
+def add_to_first(
+    x: tw.Tensor, y: tw.Tensor, total: tw.Symmetric, flags: tw.Symmetric, *, M: tw.constexpr, N: tw.constexpr
+):
+    """Everybody adds x to rank 0's total, which rank 0 copies to y."""
+    token = tw.reduce_put(total.peer(0), (0, 0), tw.load(x, (0, 0), (M, N)))
+    tw.signal(flags[tw.rank()], 0, after=token)
+    if tw.rank() == 0:
+        arrived = tw.wait(flags)
+        tw.store(y, (0, 0), tw.load(total, (0, 0), (M, N), after=arrived))
+
+
+@tw.kernel
+def meet(y: tw.Tensor, places: tw.Symmetric, flags: tw.Symmetric):
+    """y (world, programs): everybody reads everybody's element of places (programs), after a barrier."""
+    i = tw.program_id(0)
+    token = tw.put(places, i, tw.full((1,), tw.rank() + 1, tw.int32))
+    together = tw.barrier(flags[i], after=token)
+    for peer in range(tw.world_size()):
+        tw.store(y[peer], i, tw.get(places.peer(peer), i, (1,), after=together))
+
+
+@tw.kernel
+def wait_in_vain(flags: tw.Symmetric):
+    tw.wait(flags[3])

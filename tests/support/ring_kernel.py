@@ -6,8 +6,7 @@ to y (world, N). It ends when all have ended, and gives up as its control block 
 
 from __future__ import annotations
 
-from tilewright.ir.abi import FAULT_WORDS, Control, Fault, KernelABI, TensorParam
-from tilewright.runtime.peers import kernel_number
+from tilewright.ir.abi import FAULT_WORDS, Control, Fault, KernelABI, TensorParam, kernel_number
 
 N = 256
 #: the source line that the kernel reports
@@ -27,6 +26,7 @@ def ring_abi(world: int, persistent: bool = True) -> KernelABI:
         0,
         persistent=persistent,
         communicates=True,
+        source="ring.py",
     )
 
 

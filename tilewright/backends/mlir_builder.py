@@ -510,6 +510,19 @@ class FunctionBuilder:
             attributes["alignment"] = self.module.integer(64, align)
         return self._value("llvm.atomicrmw", value.type, [pointer, value], attributes)
 
+    def cmpxchg(self, pointer: Value, expected: Value, value: Value, align: int, syncscope: str | None = None) -> Value:
+        """The old value; ``value`` is written where that is ``expected``. Relaxed, on integers."""
+        attributes = {
+            "success_ordering": self.module.integer(64, _ORDERING["monotonic"]),
+            "failure_ordering": self.module.integer(64, _ORDERING["monotonic"]),
+            "alignment": self.module.integer(64, align),
+        }
+        if syncscope is not None:
+            attributes["syncscope"] = self.module.string(syncscope)
+        pair = self.types.struct([expected.type, self.types.i1])
+        both = self.op("llvm.cmpxchg", [pair], [pointer, expected, value], attributes).result
+        return self.extractvalue(both, 0, expected.type)
+
     def _atomic(self, ordering: str, syncscope: str | None) -> dict[str, Any]:
         attributes = {"ordering": self.module.integer(64, _ORDERING[ordering])}
         if syncscope is not None:

@@ -53,7 +53,7 @@ class Fault:
     """Places in a fault record, in int32 words."""
 
     KIND = 0  #: 1: a wait timed out
-    LINE = 1  #: of the wait, in the source
+    LINE = 1  #: of the wait, or of the call that it was inlined for, in the kernel's source
     FLAG = 2  #: the element of the tensor of flags (row-major), or ENTRY or EXIT
     PEER = 3  #: the rank that is waited for, -1 where that is not known
     RANK = 4  #: the rank that waited
@@ -123,6 +123,8 @@ class KernelABI:
     cluster: tuple[int, int, int] = (1, 1, 1)
     #: the ranks of a world launch this kernel together
     communicates: bool = False
+    #: the file of the kernel's source, for messages
+    source: str = ""
 
     @property
     def cluster_blocks(self) -> int:

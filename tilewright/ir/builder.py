@@ -248,6 +248,10 @@ class Builder:
         """The token of an asynchronous addition to memory."""
         return self.insert(comm_ops.ReducePut(view, index, value, after, types=[TokenType("put")], fn="add")).result
 
+    def join(self, tokens: Sequence[Value] = ()) -> Value:
+        """One token for several puts, or for none."""
+        return self.insert(comm_ops.Join(tokens, types=[TokenType("put")])).result
+
     def signal(self, flag: Value, peer: Value, after: Sequence[Value] = ()) -> None:
         self.insert(comm_ops.Signal(flag, peer, after))
 

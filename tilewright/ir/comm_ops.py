@@ -101,6 +101,17 @@ class ReducePut(Operation):
         _verify_tokens(self, self.after, (FLAG,))
 
 
+@operation("comm.join")
+class Join(Operation):
+    """One token for several puts, or for none."""
+
+    tokens: list[Value] = operands()
+
+    def verify(self) -> None:
+        _verify_tokens(self, self.tokens, (PUT,))
+        self.require(self.result.type == PUT, "gives token<put>")
+
+
 @operation("comm.signal", effect=Effect.SYNC)
 class Signal(Operation):
     """Set a flag on rank ``peer``: whoever waits for it sees the puts of ``after``.

@@ -1,7 +1,8 @@
 """The interpreter's rules of communication: the ranks of a world, puts on their way, flags.
 
 A put lands as late as it may, at the signal that covers it, or, where that is left to chance, at once; what nobody
-signals lands when all ranks have ended. A flag is set once in a launch. Flags are kept beside the tensors, which stay as they are: no rank can see a count.
+signals lands when all ranks have ended. A flag is set once in a launch. Flags are kept beside the tensors, which stay
+as they are: no rank can see a count.
 """
 
 from __future__ import annotations
@@ -127,6 +128,22 @@ def _start_put(frame: Frame, op: c.Put | c.ReducePut, combine: Any) -> PutInFlig
     return put
 
 
+@dataclass(eq=False)
+class Joined:
+    """The token of several puts."""
+
+    tokens: list[PutInFlight | Joined]
+
+    def land(self) -> None:
+        for token in self.tokens:
+            token.land()
+
+
+@rule(c.Join)
+def _join(frame: Frame, op: c.Join) -> Joined:
+    return Joined(frame.reads(op.tokens))
+
+
 # --- flags --------------------------------------------------------------------------------------
 
 
@@ -134,7 +151,7 @@ def _start_put(frame: Frame, op: c.Put | c.ReducePut, combine: Any) -> PutInFlig
 def _signal(frame: Frame, op: c.Signal) -> None:
     world, peer = _world(frame), _rank_number(frame, op.peer)
     for token in frame.reads(op.after):
-        if isinstance(token, PutInFlight):
+        if isinstance(token, PutInFlight | Joined):
             token.land()
     address = _address(frame.read(op.flag).ranks[peer])
     if address in world.flags:

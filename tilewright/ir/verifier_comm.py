@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tilewright.ir.async_ops import Copy
-from tilewright.ir.comm_ops import Put, ReducePut, Signal, view_root
+from tilewright.ir.comm_ops import Join, Put, ReducePut, Signal, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Gather
 from tilewright.ir.tile_ops import Element, For, If, Load, While, Yield
@@ -54,8 +54,8 @@ def _passed_on(op: Operation, value: Value) -> list[Value]:
         return [op.body.block.args[1 + n] for n, init in enumerate(op.inits) if init is value]
     if isinstance(op, While):
         return [r.block.args[n] for r in op.regions for n, init in enumerate(op.inits) if init is value]
-    if isinstance(op, Put | ReducePut):
-        return []
+    if isinstance(op, Join):
+        return [op.result]
     if not isinstance(op, Yield) or op.parent is None or op.parent.parent is None:
         return []
     owner = op.parent.parent.parent

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.ir.abi import Fault
+from tilewright.ir.abi import Fault, KernelABI
 from tilewright.runtime.peers import Endpoint
 
 _TIMED_OUT = 1
@@ -25,13 +25,21 @@ class FaultRecord:
         """Who waited where for what, or None if nobody gave up."""
         if self.words[Fault.KIND] != _TIMED_OUT:
             return None
-        abi = self.endpoint.kernels.get(int(self.words[Fault.KERNEL]))
-        name = abi.name if abi is not None else "that another process launched"
         return (
-            f"rank {self.words[Fault.RANK]} waited {self.timeout:g} s in kernel {name} at line "
-            f"{self.words[Fault.LINE]} {self._what()}. That rank has died, hangs, or does not launch the same kernels "
-            "in the same order; restart all ranks. TILEWRIGHT_WAIT_TIMEOUT sets the seconds, 0 waits forever."
+            f"rank {self.words[Fault.RANK]} waited {self.timeout:g} s {self._where()} {self._what()}. That rank has "
+            "died, hangs, or does not launch the same kernels in the same order; restart all ranks. TILEWRIGHT_WAIT_TIMEOUT "
+            "sets the seconds, 0 waits forever."
         )
+
+    def _abi(self) -> KernelABI | None:
+        """The kernel that gave up, if this process launched it."""
+        return self.endpoint.kernels.get(int(self.words[Fault.KERNEL]))
+
+    def _where(self) -> str:
+        abi, line = self._abi(), self.words[Fault.LINE]
+        if abi is None:
+            return f"at line {line} of a kernel"
+        return f"in kernel {abi.name} at {f'{abi.source}:' if abi.source else 'line '}{line}"
 
     def _what(self) -> str:
         flag, peer = int(self.words[Fault.FLAG]), int(self.words[Fault.PEER])
@@ -43,7 +51,7 @@ class FaultRecord:
         return f"for flag {flag}{self._flags()} (never signalled by {who if peer >= 0 else 'any rank'})"
 
     def _flags(self) -> str:
-        abi, index = self.endpoint.kernels.get(int(self.words[Fault.KERNEL])), int(self.words[Fault.PARAM])
+        abi, index = self._abi(), int(self.words[Fault.PARAM])
         if abi is None or not 0 <= index < len(abi.params):
             return ""
         return f" of '{abi.params[index].name}'"

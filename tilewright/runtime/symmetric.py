@@ -128,6 +128,8 @@ class SymmetricHeap:
         self.memory = memory
         self.timeout = timeout
         self.closed = False
+        #: tensors that kernels keep for their next launches, by what they are for
+        self.workspaces: dict[Any, SymmetricTensor] = {}
         self.endpoints: dict[int, Endpoint] = {}
         self.faults: dict[int, FaultRecord] = {}
         try:

@@ -48,6 +48,11 @@ def lower_peer(lw: Lowering, op: comm_ops.Peer) -> None:
     lw.define(op.result, replace(view, base=_address(lw, view.table, rank), table=None, peer=rank))
 
 
+@lowers(comm_ops.Join)
+def lower_join(lw: Lowering, op: comm_ops.Join) -> None:
+    lw.define(op.result, TokenRef(comm_ops.PUT.kind))
+
+
 @lowers(comm_ops.Put)
 def lower_put(lw: Lowering, op: comm_ops.Put) -> None:
     layout, values = lw.layout(op.value), lw.registers(op.value)
@@ -81,7 +86,7 @@ def lower_signal(lw: Lowering, op: comm_ops.Signal) -> None:
     assert flag.table is not None
     base, launch = _address(lw, flag.table, lw.scalar(op.peer)), _world(lw).launch
     pointer = fb.gep(base, lw.index.value(lw.index.mul(flag.offset, WORD), 64))
-    run_if(lw, _first_thread(lw), lambda: fb.store(launch, pointer, WORD, ordering="release"))
+    run_if(lw, _first_thread(lw), lambda: lw.ops.store_release(lw, launch, pointer))
 
 
 @lowers(comm_ops.WaitFlags)
@@ -121,7 +126,7 @@ def lower_fence(lw: Lowering, op: Fence) -> None:
     """Between ranks; other kinds are the targets'."""
     if op.proxy not in ("release", "acquire"):
         raise lw.error(f"no fence for proxy {op.proxy!r}")
-    lw.fb.fence(op.proxy)
+    lw.ops.fence(lw, op.proxy)
 
 
 # --- a launch's beginning and end -----------------------------------------------------------------
@@ -171,7 +176,7 @@ def lower_leave(lw: Lowering, op: comm_ops.Leave) -> None:
                 _each(lw, fb.i32(0), world.size, 1, lambda peer: _tell(lw, peer, Control.LEFT))
                 _each(lw, fb.i32(0), world.size, 1, await_end)
             fb.store(fb.i32(0), _control(lw, Control.BLOCKS), WORD, ordering="monotonic")
-            fb.store(world.launch, _control(lw, Control.EPOCH), WORD, ordering="release")
+            lw.ops.store_release(lw, world.launch, _control(lw, Control.EPOCH))
 
     def await_end(peer: mlir.Value) -> None:
         line = lw.function.loc.line
@@ -260,7 +265,7 @@ def _give_up(lw: Lowering, awaited: _Awaited) -> None:
     }
     for place, word in words.items():
         fb.store(word, fb.gep(record, WORD * place), WORD, ordering="monotonic")
-    fb.store(fb.i32(1), fb.gep(record, WORD * Fault.KIND), WORD, ordering="release")
+    lw.ops.store_release(lw, fb.i32(1), fb.gep(record, WORD * Fault.KIND))
     fb.intrinsic("llvm.trap", None)
 
 
@@ -291,7 +296,7 @@ def _tell(lw: Lowering, peer: mlir.Value, row: int) -> None:
     """Write this launch's number to the own place in a row of a rank's control block."""
     world = _world(lw)
     pointer = _control(lw, row, world.rank, _address(lw, world.controls, peer))
-    lw.fb.store(world.launch, pointer, WORD, ordering="release")
+    lw.ops.store_release(lw, world.launch, pointer)
 
 
 def _first_thread(lw: Lowering) -> mlir.Value | None:

@@ -97,6 +97,7 @@ def declare_kernel(
         blocks_per_unit=int(function.attributes.get("blocks_per_unit", 1)),
         cluster=_cluster(function),
         communicates=bool(function.attributes.get("communicates", False)),
+        source=function.loc.file,
     )
     module = Module(target.triple, function.loc.file, function.loc.line)
     types, attributes = _signature(module, function, abi)

@@ -85,6 +85,14 @@ class TargetOps(ABC):
 
     # --- other ranks ----------------------------------------------------------------------------
 
+    def fence(self, lw: Lowering, order: str) -> None:
+        """Among all GPUs: ``release`` this thread's accesses before, or ``acquire`` for those behind."""
+        lw.fb.fence(order)
+
+    def store_release(self, lw: Lowering, value: mlir.Value, pointer: mlir.Value) -> None:
+        """Write an i32 that tells any GPU of what this thread knows."""
+        lw.fb.store(value, pointer, 4, ordering="release")
+
     @abstractmethod
     def pause(self, lw: Lowering) -> None:
         """Let others run for a moment, between two looks at a flag."""

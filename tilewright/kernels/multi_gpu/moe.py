@@ -3,7 +3,7 @@
 Nobody counts in another rank's memory. Each rank lists for every expert the tokens that it has for it (`moe_route`);
 from the counts of all ranks everybody computes where each token's row lies at its expert (`moe_plan`). Programs of the
 product's launch then fetch the rows of one tile after the other, other programs multiply them (`moe_gemm`), and each
-rank reads the results of its tokens and adds them up in the order of its choices (`moe_combine`).
+rank reads the results of its tokens and adds them up in one order (`moe_combine`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from tilewright.kernels.gemm_grouped import group_of, most_tiles
 from tilewright.kernels.multi_gpu.collectives import reshaped
 from tilewright.kernels.multi_gpu.pushing import UNITS
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
+
+
+#: columns of tokens that a program fetches at a time, and how many times in a row
+WIDTH, PARTS = 256, 4
 
 
 @tw.kernel
@@ -78,16 +82,25 @@ def moe_plan(
 
 
 @tw.function
-def fetch(x: Any, lists: Any, before: Any, e: Any, row: Any, column: Any, BM: tw.constexpr, WIDTH: tw.constexpr) -> Any:
-    """Tokens of expert e, from its row ``row`` on: the tile (BM, WIDTH) of their columns; rows of no token are 0."""
+def find(lists: Any, before: Any, e: Any, row: Any, BM: tw.constexpr) -> Any:
+    """Of expert e's rows from ``row`` on: whose token each one is, and which; -1 for rows of no token."""
     place = row + tw.arange(0, BM)
-    tile = tw.zeros((BM, WIDTH), x.dtype)
+    owner, token = tw.full((BM,), -1, tw.int32), tw.full((BM,), -1, tw.int32)
     for source in tw.range(tw.world_size()):
         first, last = tw.load(before[source], e), tw.load(before[source + 1], e)
         index = tw.where((place >= first) & (place < last), place - first, -1)
-        tokens = tw.gather(lists.peer(source)[e], index, pad=-1)
-        # of each row one rank has the token: the others add 0
-        tile = tile + tw.gather(x.peer(source), tokens, 0, tile=(0, column), shape=(BM, WIDTH))
+        owner = tw.where(index >= 0, source, owner)
+        token = tw.maximum(token, tw.gather(lists.peer(source)[e], index, pad=-1))
+    return owner, token
+
+
+@tw.function
+def fetch(x: Any, owner: Any, token: Any, column: Any, WIDTH: tw.constexpr) -> Any:
+    """The tile (BM, WIDTH) of columns of the tokens that `find` gave; rows of no token are 0."""
+    tile = tw.zeros((token.shape[0], WIDTH), x.dtype)
+    for source in tw.range(tw.world_size()):  # of each row one rank has the token: the others add 0
+        mine = tw.where(owner == source, token, -1)
+        tile = tile + tw.gather(x.peer(source), mine, 0, tile=(0, column), shape=(token.shape[0], WIDTH))
     return tile
 
 
@@ -107,13 +120,14 @@ def moe_gemm(
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
-    WIDTH: tw.constexpr = 256,
+    WIDTH: tw.constexpr = WIDTH,
+    PARTS: tw.constexpr = PARTS,
     WINDOW: tw.constexpr = 8,
 ) -> None:
     """``y``: rows of this rank's experts, x (T, H) of all ranks times w (E / world, H, N).
 
     ``gathered`` (tiles, BM, H) gets the rows, y (tiles, BM, N); lists, before, starts as `moe_plan` says; ``fetched``
-    flags (tiles, cdiv(H, WIDTH)). Of each ``period`` programs the first ``communicators`` fetch what those of the next
+    flags (tiles, cdiv(H, PARTS * WIDTH)). Of each ``period`` programs the first ``communicators`` fetch what those of the next
     period multiply, and in the first also what those of this one do. Grid: programs for the most tiles there can be.
     """
     me, columns, tiles = tw.rank(), tw.cdiv(w.shape[2], BN), tw.load(starts, starts.shape[0] - 1)
@@ -122,14 +136,17 @@ def moe_gemm(
     if slot < communicators:
         begin = tw.where(round_ == 0, 0, tw.minimum(tw.cdiv((round_ + 1) * each, window) * WINDOW, tiles))
         end = tw.minimum(tw.cdiv((round_ + 2) * each, window) * WINDOW, tiles)
-        slices = tw.cdiv(x.shape[1], WIDTH)
+        slices = tw.cdiv(x.shape[1], PARTS * WIDTH)
         for unit in tw.range(begin * slices + slot, end * slices, communicators):
-            tile, column = unit // slices, unit % slices
+            tile, part = unit // slices, unit % slices
             i = group_of(tile, starts)
             row = (tile - tw.load(starts, i)) * BM
-            value = fetch(x, lists, before, me * w.shape[0] + i, row, column, BM, WIDTH)
-            token = tw.put(gathered.peer(me)[tile], (0, column), value)
-            tw.signal(fetched[tile, column], me, after=token)
+            owner, token = find(lists, before, me * w.shape[0] + i, row, BM)
+            puts: Any = ()
+            for column in tw.static_range(PARTS):
+                value = fetch(x, owner, token, part * PARTS + column, WIDTH)
+                puts = (*puts, tw.put(gathered.peer(me)[tile], (0, part * PARTS + column), value))
+            tw.signal(fetched[tile, part], me, after=puts)
     else:
         number = round_ * each + slot - communicators
         if number < tiles * columns:
@@ -152,35 +169,38 @@ def moe_combine(
     each: tw.int32,
     *,
     K: tw.constexpr,
-    BT: tw.constexpr = 8,
+    BT: tw.constexpr = 4,
     BN: tw.constexpr = 512,
 ) -> None:
     """``out[t]``: the sum over its K choices of weight times result. Grid: any number that runs at the same time.
 
     experts, weights (float32), places (T, K); y (rows of all tiles, N) of every rank, whose experts are ``each`` in
-    number; out (T, N). Adds in float32 in the order of choices.
+    number; out (T, N). Adds in float32, in the order of
+    ranks and of choices.
     """
     columns = tw.cdiv(out.shape[1], BN)
     for program in tw.range(tw.program_id(0), tw.cdiv(out.shape[0], BT) * columns, tw.num_programs(0)):
         t, n = program // columns, program % columns
         token = t * BT + tw.arange(0, BT)
         token = tw.where(token < out.shape[0], token, -1)
-        total = tw.zeros((BT, BN), tw.float32)
-        for choice in tw.range(K):
+        chosen: Any = ()
+        for choice in tw.static_range(K):
             e = tw.gather(experts.permute(1, 0)[choice], token, pad=-1)
             row = tw.gather(rows, e) + tw.gather(places.permute(1, 0)[choice], token)
-            weight = tw.gather(weights.permute(1, 0)[choice], token)
-            for owner in tw.range(tw.world_size()):
-                theirs = tw.where((e >= 0) & (e // each == owner), row, -1)
+            chosen = (*chosen, (e // each, row, tw.gather(weights.permute(1, 0)[choice], token)))
+        total = tw.zeros((BT, BN), tw.float32)
+        for owner in tw.range(tw.world_size()):
+            for choice in tw.static_range(K):
+                theirs = tw.where(chosen[choice][0] == owner, chosen[choice][1], -1)
                 part = tw.gather(y.peer(owner), theirs, 0, tile=(0, n), shape=(BT, BN))
-                total = total + part.to(tw.float32) * weight[:, None]
+                total = total + part.to(tw.float32) * chosen[choice][2][:, None]
         tw.store(out, (t, n), total.to(out.dtype))
 
 
 #: blocks that fetch rows while the others multiply, and those of `moe_combine`
-COMMUNICATORS, BLOCKS = 16, 264
+COMMUNICATORS, BLOCKS = 24, 528
 #: choices that `moe_route` looks at in one step
-CHOICES = 1024
+CHOICES = 4096
 
 
 def moe(
@@ -214,9 +234,11 @@ def moe(
     rows = symmetric(world, "moe_rows", (count,), "int32")
     gathered = symmetric(world, "moe_gathered", (tiles, meta["BM"], depth), dtype)
     results = symmetric(world, "moe_results", (tiles, meta["BM"], width), own(out).dtype)
-    fetched = flags(world, "moe", (tiles, tw.cdiv(depth, meta.get("WIDTH", 256))))
+    fetched = flags(world, "moe", (tiles, tw.cdiv(depth, meta.get("WIDTH", WIDTH) * meta.get("PARTS", PARTS))))
     flat = reshaped(experts, tokens * choices)
-    world.launch(moe_route, (count,), flat, lists, counts, places.reshape(tokens * choices), K=choices, BN=CHOICES)
+    world.launch(
+        moe_route, (count,), flat, lists, counts, places.reshape(tokens * choices), K=choices, BN=CHOICES, num_warps=8
+    )
     world.launch(moe_plan, (1,), counts, before, starts, rows, BM=meta["BM"], EXPERTS=1 << (count - 1).bit_length())
     rounds = tw.cdiv(tiles * columns, units - communicators)
     world.launch(

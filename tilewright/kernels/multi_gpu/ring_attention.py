@@ -53,8 +53,9 @@ def ring_attention(
     """q (C, B, H, S, D), o (C, B, H, S, DV), lse (C, B, H, S): the rank's chunks of S places, 2 with CAUSAL, else 1.
 
     k (C * world, B, G, S, D) and v (C * world, B, G, S, DV), in the order of the sequence: the own chunks are there
-    before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G, cdiv(S, ROWS)). ``scale`` includes
-    log2(e). Grid: (communicators * rounds + C * B * H * cdiv(S, BM),), see `tilewright.kernels.multi_gpu.pushing`.
+    before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G,
+    cdiv(S, ROWS)). ``scale`` includes log2(e). Grid: (communicators * rounds + C * B * H * cdiv(S, BM),), see
+    `tilewright.kernels.multi_gpu.pushing`.
     """
     CHUNKS = 2 if CAUSAL else 1
     me, world, batch, heads, groups = tw.rank(), tw.world_size(), q.shape[1], q.shape[2], k.shape[2]

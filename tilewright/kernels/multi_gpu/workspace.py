@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
-
-#: by world: what is kept, by purpose, shape and dtype
-_kept: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
 def symmetric(world: Any, purpose: str, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -15,20 +11,18 @@ def symmetric(world: Any, purpose: str, shape: tuple[int, ...], dtype: Any) -> A
     Launches of one world follow one another, so that kernels may share what they do not need at the same time.
     Every rank must ask for it: making one is a collective operation.
     """
-    kept = _kept.setdefault(world, {})
     key = purpose, shape, str(dtype)
-    if key not in kept:
-        kept[key] = world.empty(shape, dtype)
-    return kept[key]
+    if key not in world.workspaces:
+        world.workspaces[key] = world.empty(shape, dtype)
+    return world.workspaces[key]
 
 
 def flags(world: Any, purpose: str, shape: tuple[int, ...]) -> Any:
     """Flags, as `symmetric` gives tensors. They need no reset: a launch does not see the signals of those before."""
-    kept = _kept.setdefault(world, {})
-    key = purpose, shape
-    if key not in kept:
-        kept[key] = world.flags(shape)
-    return kept[key]
+    key = purpose, shape, "flags"
+    if key not in world.workspaces:
+        world.workspaces[key] = world.flags(shape)
+    return world.workspaces[key]
 
 
 def own(arrays: Any) -> Any:

@@ -290,7 +290,7 @@ BESIDE_ROLES = frozenset(
 
 
 def _stands_beside(op: Operation) -> bool:
-    """Where the blocks of a cluster meet, or a block leaves a launch, all roles have come to their ends or not begun."""
+    """Where the blocks of a cluster meet, or a block leaves a launch, all roles are at their ends or have not begun."""
     return op.base_name in BESIDE_ROLES and not (isinstance(op, Barrier) and (op.scope == "cluster" or _ends(op)))
 
 
