@@ -61,11 +61,18 @@ def mutants(module: Module) -> Iterator[Mutant]:
 
 
 def protocol_mutants(module: Module) -> Iterator[Mutant]:
-    """Of a function that communicates: what orders ranks, and threads towards other ranks, but not its rings."""
-    for mutant in mutants(module):
-        op = list(module.functions[0].walk())[mutant.position]
-        if isinstance(op, COMMUNICATION | Barrier | BulkWait | Fence):
-            yield mutant
+    """Of a function that communicates: what orders ranks, and the threads of a block towards other ranks."""
+    ops = list(module.functions[0].walk())
+    chosen = {op for op in ops if isinstance(op, COMMUNICATION)}
+    for op in [op for op in ops if isinstance(op, Signal | Leave | WaitFlags | Credit)]:
+        assert op.parent is not None
+        block, at = op.parent.ops, op.parent.ops.index(op)
+        beside = block[:at][::-1] if isinstance(op, Signal | Leave) else block[at + 1 :]
+        for other in beside:
+            if not isinstance(other, Barrier | BulkWait | Fence):
+                break
+            chosen.add(other)
+    return (mutant for mutant in mutants(module) if ops[mutant.position] in chosen)
 
 
 def _weaker_scopes(function: Function) -> dict[str, str]:
@@ -114,7 +121,7 @@ def _changes(op: Operation, weaker: dict[str, str]) -> Iterator[Change]:
         yield "wait for the reads alone", _set("read", True)
     if isinstance(op, Barrier) and weaker.get(op.scope):
         yield f"scope {op.scope} -> {weaker[op.scope]}", _set("scope", weaker[op.scope])
-    if isinstance(op, Fence):
+    if isinstance(op, Fence) and op.proxy == "async":
         yield "behind the next operation", _later
     if isinstance(op, Release) and any(isinstance(o, Wait) for o in _before(_with_branch(op))):
         yield "before the wait", _before_wait

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tilewright.ir.comm_ops import WaitFlags
 from tilewright.ir.core import Function, Operation
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
@@ -21,7 +22,6 @@ from tilewright.passes.checker.protocol_program import (
     flag_programs,
     flags_depend_on_data,
     protocol_programs,
-    relevant_roles,
     touches_ranks,
 )
 from tilewright.passes.checker.rehearsal import Launch, Runs, Search, goes_on, trace
@@ -57,19 +57,21 @@ class Result:
 def check(function: Function, context: PassContext) -> Result:
     """Check one function. Raises IRError."""
     model, result = Model(function, context.target), Result()
-    roles = relevant_roles(model)
-    programs, flags = protocol_programs(model, roles), flag_programs(model, roles)
+    programs, flags = protocol_programs(model), flag_programs(model)
     if not any(program.compiler.busy for program in flags):
         flags = programs  # no flags: what is left to search for is inputs that reach all of the program
     leaves = find_leaves(model, {value for program in programs for value in program.compiler.needed})
     search, checker = Search(model, flags, leaves), _Checker(model, programs, result)
     result.missed = {op for op in model.ops if touches_ranks(op)}
+    waits = [op for op in model.ops if isinstance(op, WaitFlags)]
     for world in WORLDS:
         launches, other = search.launches(world, more=world == WORLDS[0])
         for launch in launches:
             checker.check(launch)
         if not flags_depend_on_data(flags):
             checker.require(launches, other)
+        elif other is not None and other.unread is not None and not any(search.runs(op) for op in waits):
+            raise _unread(other.unread).error(other.text(1))
     result.tried = len(search.tried)
     return result
 
@@ -109,9 +111,8 @@ class _Checker:
 
     def _play(self, launch: Launch, blocks: int) -> None:
         try:
-            roles = [program.role for program in self.programs]
             runs = self._trace(launch, blocks)
-            machine = ProtocolMachine(self.model, roles, launch.world, runs)
+            machine = ProtocolMachine(self.model, launch.world, runs)
             self.result.steps += machine.run()
             machine.check_ends()
         except Infeasible:

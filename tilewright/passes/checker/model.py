@@ -79,6 +79,10 @@ class RoleModel:
     groups: int
     single_thread: bool
 
+    def operations(self, model: Model) -> list[Operation]:
+        """All that it runs, but for what stands beside roles."""
+        return model.ops if self.op is None else list(self.op.walk())
+
 
 @dataclass(eq=False)
 class Agent:

@@ -314,8 +314,9 @@ def _for(compiler: Compiler, op: For) -> Step:
         chosen: Sequence[int] = range(env[lo], env[hi], max(1, env[step_]))
         if shortens:
             chosen = indices(run, chosen, counts)
-        if chosen:
-            run.covered.update(((op, 1), (op, 2)) if len(chosen) > 1 else ((op, 1),))
+        run.covered.add((op, min(len(chosen), 2)))
+        if len(chosen) > 1:
+            run.covered.add((op, 1))
         for i in chosen:
             env[index] = i
             env.update(zip(arguments, values, strict=True))

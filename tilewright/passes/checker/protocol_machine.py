@@ -25,7 +25,7 @@ from tilewright.ir.core import Value
 from tilewright.passes.checker.barriers import Clock
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.machine import Machine, Thread
-from tilewright.passes.checker.model import Agent, Model, RoleModel, find_agents
+from tilewright.passes.checker.model import Agent, Model, find_agents
 from tilewright.passes.checker.places import Place
 from tilewright.passes.checker.rank_memory import READ, UPDATE, WRITE, FarAccess, FarFault, RankMemory, fence_hint
 from tilewright.passes.checker.trace import Event, Run
@@ -47,12 +47,12 @@ class Signalled:
 class ProtocolMachine(Machine):
     """One launch of a world. ``runs``: for each block of each rank, rank by rank, those of its roles by number."""
 
-    def __init__(self, model: Model, roles: Sequence[RoleModel], world: int, runs: Sequence[dict[int, Run]]):
+    def __init__(self, model: Model, world: int, runs: Sequence[dict[int, Run]]):
         self.world, self.blocks = world, len(runs) // world
         #: each thread's accesses need fences of its own towards other ranks
         self.each_thread = model.target.vendor == "amd"
         names = [f"rank {n // self.blocks} block {n % self.blocks}" for n in range(len(runs))]
-        super().__init__(model, runs, list(find_agents(roles, names)))
+        super().__init__(model, runs, list(find_agents(model.roles, names)))
         self.far = RankMemory()
         self.flags: dict[Flag, Signalled] = {}
         self.entered: dict[int, Clock] = {}
@@ -274,9 +274,8 @@ class ProtocolMachine(Machine):
         return self._polled(thread)
 
     def _leave(self, thread: Thread, event: Event) -> bool:
-        if not self._meet(thread, self._meeting(thread.agent, "block")):
-            return False
         if self._acts(thread, event):
+            self._check_block(thread, event)
             left = self.left[self._rank(thread)]
             if len(left) == self.blocks:
                 raise Fault("a block leaves the launch twice", event.op, hint="comm.leave once, at the end")
@@ -284,6 +283,21 @@ class ProtocolMachine(Machine):
             left.append(thread.clock.copy())
             self.after_all |= bool(event.other)
         return True
+
+    def _check_block(self, thread: Thread, event: Event) -> None:
+        """All that the block's other threads do, reading the launch's number included, comes before its end."""
+        for other in self.threads:
+            if other.agent.cta != thread.agent.cta or other is thread:
+                continue
+            behind = [e.kind for e in other.events].index("leave") if other.events else 0
+            if thread.clock[other.agent.number] < behind:
+                raise Fault(
+                    f"{thread.agent.name} ends the block's part in the launch while {other.agent.name} may be at work",
+                    event.op,
+                    hint="async.barrier of the block before comm.leave",
+                    events=self._past([(thread.agent, thread.clock)]),
+                    kind="early end",
+                )
 
     def _finish(self, thread: Thread) -> None:
         """Each thread's own ends are those of its block, which `check-schedule` looks after."""
@@ -307,8 +321,6 @@ class ProtocolMachine(Machine):
             return f"flag {list(index)} of %{root.hint} of rank {rank}, {self._who_signals(missing)}"
         if event.kind == "credit":
             return f"rank {event.other} to begin the launch" if event.other is not None else "all to begin the launch"
-        if event.kind == "leave":
-            return "the block's other threads"
         return super()._what(thread, event)
 
     def _who_signals(self, flag: Flag) -> str:

@@ -46,23 +46,18 @@ def touches_ranks(op: Operation) -> bool:
     return isinstance(op, READS | WRITES | UPDATES | a.Copy | a.BulkStore) and is_shared_by_ranks(op.view)  # type: ignore[attr-defined]
 
 
-def relevant_roles(model: Model) -> list[RoleModel]:
-    """The roles that ranks see; all of a function without roles."""
-    return [r for r in model.roles if r.op is None or any(touches_ranks(op) for op in r.op.walk())]
-
-
-def protocol_programs(model: Model, roles: list[RoleModel]) -> list[RoleProgram]:
+def protocol_programs(model: Model) -> list[RoleProgram]:
     """For each role the steps that matter between ranks."""
-    rings = _rings_between(model, roles)  # others order nothing here
+    rings = _rings_between(model, [r for r in model.roles if any(touches_ranks(op) for op in r.operations(model))])
     vocabulary = Vocabulary(lambda op, flying: _acts(model, op, rings), _arguments, _events, _shortens(model))
-    return [RoleProgram(model, role, vocabulary) for role in roles]
+    return [RoleProgram(model, role, vocabulary) for role in model.roles]
 
 
-def flag_programs(model: Model, roles: list[RoleModel]) -> list[RoleProgram]:
+def flag_programs(model: Model) -> list[RoleProgram]:
     """For each role its signals and waits alone."""
     acting = c.Signal | c.WaitFlags | Assume
     vocabulary = Vocabulary(lambda op, flying: isinstance(op, acting), _arguments, _events, _shortens(model))
-    return [RoleProgram(model, role, vocabulary) for role in roles]
+    return [RoleProgram(model, role, vocabulary) for role in model.roles]
 
 
 def flags_depend_on_data(programs: list[RoleProgram]) -> bool:
@@ -77,9 +72,10 @@ def flags_depend_on_data(programs: list[RoleProgram]) -> bool:
 
 
 def _rings_between(model: Model, roles: list[RoleModel]) -> set[Value]:
+    """Rings that two of the roles share; others order nothing between ranks."""
     users: dict[Value, set[int]] = {ring: set() for ring in model.rings}
     for role in roles:
-        for op in model.ops if role.op is None else role.op.walk():
+        for op in role.operations(model):
             if isinstance(op, a.Acquire | a.Publish | a.Await | a.Release):
                 users[op.ring].add(role.number)
     return {ring for ring, numbers in users.items() if len(numbers) > 1}
@@ -257,4 +253,4 @@ _MAKERS: dict[type[Operation], Callable[[Compiler, Any], list[Step]]] = {
     c.Leave: lambda compiler, op: [emit("leave", op, other=op.after_all)],
 }
 
-__all__ = ["flag_programs", "flags_depend_on_data", "protocol_programs", "relevant_roles", "touches_ranks"]
+__all__ = ["flag_programs", "flags_depend_on_data", "protocol_programs", "touches_ranks"]

@@ -46,17 +46,18 @@ class RankMemory:
     """The accesses to all tensors of all ranks in one launch."""
 
     def __init__(self) -> None:
-        #: by tensor and rank, then by box; None: a place that data decides, of which only begin and end are checked
-        self.accesses: dict[tuple[Value, int], dict[Box | None, dict[Any, FarAccess]]] = {}
+        #: by tensor and rank, then by box, and whether that is exact
+        self.accesses: dict[tuple[Value, int], dict[tuple[Box, bool], dict[Any, FarAccess]]] = {}
 
     def touch(self, place: Place, new: FarAccess, proxy: Clock) -> None:
         """Check an access against those before it, and remember it. Raises Fault."""
         boxes = self.accesses.setdefault((place.root, place.rank), {})
-        for box, accesses in boxes.items():
-            if box is not None and place.exact and overlap(box, place.box):
+        for (box, exact), accesses in boxes.items():
+            # what data decides, the checker guesses, and boxes of two writers may meet that never do
+            if ((exact and place.exact) or new.kind == READ) and overlap(box, place.box):
                 for old in accesses.values():
                     _compare(place, old, new, proxy)
-        boxes.setdefault(place.box if place.exact else None, {})[new.unit, new.kind, new.generic] = new
+        boxes.setdefault((place.box, place.exact), {})[new.unit, new.kind, new.generic] = new
 
     def check_end(self, rank: int, known: Clock) -> None:
         """``known``: what is over for certain when the launch of ``rank`` ends. Raises Fault."""

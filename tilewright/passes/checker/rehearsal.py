@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import prod
 from typing import Any
 
 from tilewright.ir.comm_ops import Signal, WaitFlags
-from tilewright.ir.core import Value
-from tilewright.ir.tile_ops import Binary, Constant, Dim, For
+from tilewright.ir.core import Operation, Value
+from tilewright.ir.tile_ops import Binary, BlockId, Constant, Dim, For, NumPrograms, ProgramId
 from tilewright.ir.types import ViewType
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
 from tilewright.passes.checker.places import Place
-from tilewright.passes.checker.program import RoleProgram
+from tilewright.passes.checker.program import RoleProgram, control
 from tilewright.passes.checker.protocol_program import flags_depend_on_data
 from tilewright.passes.checker.scalars import root_axis
 from tilewright.passes.checker.scenarios import Inputs, Leaves, find_leaves
@@ -32,7 +33,7 @@ MOST_TRIES, MOST_KEPT, MOST_CHANGES = 160, 3, 4
 #: programs of a rank, and events of one role, that a launch may have
 MOST_PROGRAMS, MOST_EVENTS = 16, 2000
 #: further launches that fit, for loops and branches that the first one does not reach, and tries for them
-MOST_MORE, MOST_TRIES_FOR_MORE = 1, 40
+MOST_MORE, MOST_TRIES_FOR_MORE = 2, 60
 
 #: what a launch is made of: ("grid", axis), ("dim", (tensor, axis)), ("scalar", parameter), and ("seed", None) for what
 #: data decides
@@ -103,7 +104,7 @@ class Search:
     def launches(self, world: int, more: bool) -> tuple[list[Launch], Launch | None]:
         """The launches that fit, with ``more`` than one if that reaches more code; if none does, the best of the others.
 
-        One that uses no flags fits if there is no other.
+        One that uses no flags fits if all are so.
         """
         start = (1,) * len(self.knobs)
         best: list[tuple[Sizes, Launch]] = []
@@ -116,25 +117,30 @@ class Search:
                 if not launch.wrong and (launch.met or not self.uses_flags):
                     return [launch, *(self._more(world, sizes, launch) if more else ())], None
                 best.append((sizes, launch))
-            best = sorted(best, key=lambda item: (item[1].share_wrong, sum(item[0])))[:MOST_KEPT]
+            best = sorted(best, key=lambda item: (item[1].share_wrong, not item[1].wrong, sum(item[0])))[:MOST_KEPT]
             frontier = [new for sizes, _ in best or [(start, None)] for new in _changed(sizes, values(world))]
-        silent = [launch for _, launch in best if not launch.wrong]
-        return silent[:1], best[0][1] if best and not silent else None
+        using = [launch for _, launch in best if launch.wrong]
+        return [launch for _, launch in best[: not using]], using[0] if using else None
 
     def _more(self, world: int, sizes: Sizes, first: Launch) -> Iterator[Launch]:
         """Launches that reach what the first one does not."""
-        missed = {goal for program in self.programs for goal in program.goals} - first.covered
+        missed = {goal for program in self.programs for goal in _goals(program)} - first.covered
         most, given = len(self.tried) + MOST_TRIES_FOR_MORE, 0
-        for new in _changed(sizes, (2, 0)):
-            for larger in (new, *_changed(new, values(world))):
-                if not missed or given == MOST_MORE:
-                    return
-                launch = self._try(world, larger, most)
-                if launch is not None and not launch.wrong and launch.covered & missed:
-                    missed -= launch.covered
-                    given += 1
-                    yield launch
-                    break
+        changed = list(_changed(sizes, (2, 0)))
+        for larger in chain(changed, (further for new in changed for further in _changed(new, values(world)))):
+            if not missed or given == MOST_MORE:
+                return
+            launch = self._try(world, larger, most)
+            if launch is not None and not launch.wrong and launch.covered & missed:
+                missed -= launch.covered
+                given += 1
+                yield launch
+
+    def runs(self, op: Operation) -> bool:
+        """Whether some launch that was tried comes to an operation."""
+        launches = (launch for launch in self.tried.values() if launch is not None)
+        roles = (run for launch in launches for block in launch.runs for run in block.values())
+        return any(event.op is op for run in roles for event in run.events)
 
     def _try(self, world: int, sizes: Sizes, most: int) -> Launch | None:
         key = world, sizes
@@ -158,7 +164,9 @@ class Search:
 
     def _inputs(self, world: int, sizes: Sizes) -> Inputs:
         inputs = Inputs(world=world, most_trips=1, period=self.model.most_stages)
-        inputs.dims = {leaf: self.tiles.get(leaf, 1) for leaf in self.leaves.dims}
+        # what has no say in flags is as large as any tile: what one loop writes by large ones others read by small ones
+        largest = max((self.tiles.get(leaf, 1) for leaf in self.leaves.dims), default=1)
+        inputs.dims = dict.fromkeys(self.leaves.dims, largest)
         inputs.scalars = {leaf: _scalar(leaf, self.tiles.get(leaf, 1)) for leaf in self.leaves.scalars}
         grid = [1, 1, 1]
         for (kind, what), size, step in zip(self.knobs, sizes, self.steps, strict=True):
@@ -186,6 +194,21 @@ def trace(programs: Sequence[RoleProgram], inputs: Inputs, blocks: int) -> Runs:
     if any(run.cut for roles in runs for run in roles.values()):
         raise Infeasible("a role does too much")
     return runs
+
+
+def _goals(program: RoleProgram) -> Iterator[tuple[Operation, int]]:
+    """How often loops may run (2: more than once) and which branches may be taken, where sizes have a say in it."""
+    for op, times in program.goals:
+        values, pending = set(), control(op)
+        while pending:
+            value = pending.pop()
+            if value not in values:
+                values.add(value)
+                pending += program.compiler.sources(value)
+        if any(value.op is None or isinstance(value.op, Dim | ProgramId | NumPrograms | BlockId) for value in values):
+            yield op, times
+            if isinstance(op, For):
+                yield op, 0
 
 
 def _axes(view: Value) -> range:

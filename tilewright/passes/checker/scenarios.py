@@ -120,7 +120,8 @@ def _inputs(
     model: Model, leaves: Leaves, trips: tuple[int, ...], tiles: int, number: int, many: int, period: int
 ) -> Inputs:
     persistent = bool(model.function.attributes.get("persistent"))
-    inputs = Inputs(seed=number, most_trips=many + 1, period=period, world=2 + number % 2, rank=number // 2 % 2)
+    inputs = Inputs(seed=number, most_trips=many + 1, period=period, world=1 + number % 3)
+    inputs.rank = number // 3 % inputs.world
     items: list[tuple[Any, int]] = [*leaves.dims.items(), *leaves.scalars.items()]
     for position, (leaf, step) in enumerate(items):
         size = trips[position % len(trips)] * step
