@@ -247,12 +247,13 @@ class PassTurn(Operation):
 class BulkStore(Operation):
     """Start copying a slot to the tile at ``index`` of a global view; parts outside are dropped.
 
-    With ``scope`` warpgroup each warpgroup copies the rows that its own threads wrote.
+    With ``scope`` warpgroup each warpgroup copies the rows that its own threads wrote. ``after``: as for comm.put.
     """
 
     slot: Value = operand()
     view: Value = operand()
     index: list[Value] = operands()
+    after: list[Value] = named_operands()
     scope: str = attribute(default="role")
 
 

@@ -129,7 +129,7 @@ class _Assignment:
         if isinstance(access.op, Load):
             return access.tile.layout is None
         in_role = any(isinstance(op, Role) for op in self.loops.values())
-        return not (in_role and isinstance(access.op, Store) and may_stage(access.op, self.target))
+        return not (in_role and isinstance(access.op, Store | Put) and may_stage(access.op, self.target))
 
     def run(self) -> None:
         for op in self.ops:

@@ -17,7 +17,7 @@ On AMD a barrier does not make one thread's order that of others, so that each t
 
 from __future__ import annotations
 
-from tilewright.ir.async_ops import Barrier, Copy, Fence, Role
+from tilewright.ir.async_ops import Barrier, BulkStore, Copy, Fence, Role
 from tilewright.ir.builder import Builder
 from tilewright.ir.comm_ops import Credit, Leave, Signal, WaitFlags
 from tilewright.ir.core import Block, Function, Operation, uses_of
@@ -70,4 +70,6 @@ class _Order:
 
 
 def _is_engine_copy(op: Operation) -> bool:
-    return isinstance(op, Copy) and isinstance(op.result.type, TokenType) and op.result.type.kind == "tma"
+    return isinstance(op, BulkStore) or (
+        isinstance(op, Copy) and isinstance(op.result.type, TokenType) and op.result.type.kind == "tma"
+    )

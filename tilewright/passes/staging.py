@@ -3,7 +3,8 @@
 A tile in accumulator layout would store a few bytes per thread and row. Instead the warps write
 column chunks into a swizzled slot and the engine copies the slot out, clipping ragged edges, while
 the warps go on. Where each warpgroup owns whole rows of the tile, it stages and stores them on its own.
-An atomic update that releases what the program wrote comes after these copies have arrived.
+An atomic update or a signal that releases what the program wrote comes after these copies have arrived.
+Puts into other ranks' tensors take the same way.
 Layouts whose stores fill sectors of global memory anyway (float64 accumulators) stay direct.
 """
 
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 
 from tilewright.ir.async_ops import Barrier, BulkWait, LocalStore, Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, Value
+from tilewright.ir.comm_ops import PUT, Put, Signal
+from tilewright.ir.core import Block, Function, Operation, Value, replace_uses
 from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import SharedLayout, shared_candidates
 from tilewright.ir.target import Target
@@ -40,7 +42,7 @@ class Staging(FunctionPass):
         for role in [op for op in function.walk() if isinstance(op, Role)]:
             buffers: dict[_Plan, Value] = {}
             staged = False
-            for store in [op for op in role.body.walk() if isinstance(op, Store)]:
+            for store in [op for op in role.body.walk() if isinstance(op, Store | Put)]:
                 layout = self._slot_layout(store, context.target)
                 if layout is not None:
                     _stage(function, store, layout, buffers)
@@ -49,7 +51,7 @@ class Staging(FunctionPass):
                 _finish(role)
                 _complete_before_releases(role)
 
-    def _slot_layout(self, store: Store, target: Target) -> SharedLayout | None:
+    def _slot_layout(self, store: Store | Put, target: Target) -> SharedLayout | None:
         """The slot for one chunk of the stored tile; None where the store stays direct."""
         view, tile = store.view.type, store.value.type
         assert isinstance(view, ViewType) and isinstance(tile, TileType) and tile.layout is not None
@@ -68,7 +70,7 @@ class Staging(FunctionPass):
         return swizzled[0] if swizzled else None
 
 
-def may_stage(store: Store, target: Target) -> bool:
+def may_stage(store: Store | Put, target: Target) -> bool:
     """Whether a store of a role may go through a slot; its layout decides in the end."""
     view, tile = store.view.type, store.value.type
     assert isinstance(view, ViewType) and isinstance(tile, TileType)
@@ -96,7 +98,7 @@ class _Plan:
     scope: str
 
 
-def _stage(function: Function, store: Store, layout: SharedLayout, buffers: dict[_Plan, Value]) -> None:
+def _stage(function: Function, store: Store | Put, layout: SharedLayout, buffers: dict[_Plan, Value]) -> None:
     tile, block = store.value.type, store.parent
     assert isinstance(tile, TileType) and block is not None
     chunks = tile.shape[1] // layout.shape[1]
@@ -111,9 +113,11 @@ def _stage(function: Function, store: Store, layout: SharedLayout, buffers: dict
     b = Builder(block, store.loc)
     with b.at(block, position):
         _emit(b, store, buffers[plan], plan, chunks)
+        if isinstance(store, Put):  # its signal waits for all bulk stores
+            replace_uses(function.body, {store.result: b.join()})
 
 
-def _emit(b: Builder, store: Store, buffer: Value, plan: _Plan, chunks: int) -> None:
+def _emit(b: Builder, store: Store | Put, buffer: Value, plan: _Plan, chunks: int) -> None:
     tile = store.value.type
     assert isinstance(tile, TileType) and tile.layout is not None
     row, column = store.index
@@ -128,7 +132,8 @@ def _emit(b: Builder, store: Store, buffer: Value, plan: _Plan, chunks: int) -> 
         b.insert(Barrier(scope=plan.scope))
         b.insert(LocalStore(part, slot))
         b.insert(Barrier(scope=plan.scope))
-        b.bulk_store(slot, store.view, [row, b.add(first, b.index(chunk))], scope=plan.scope)
+        place = [row, b.add(first, b.index(chunk))]
+        b.bulk_store(slot, store.view, place, plan.scope, store.after if isinstance(store, Put) else ())
 
 
 def owns_rows(tile: TileType) -> bool:
@@ -154,9 +159,16 @@ def _finish(role: Role) -> None:
 def _complete_before_releases(role: Role) -> None:
     """Each thread waits until its bulk stores are visible to itself; then a release covers them as its own stores."""
     scopes = sorted({op.scope for op in role.body.walk() if isinstance(op, BulkWait)})
-    for atomic in [op for op in role.body.walk() if isinstance(op, Atomic) and op.order != "relaxed"]:
-        assert atomic.parent is not None
-        b = Builder(atomic.parent, atomic.loc)
-        with b.at(atomic.parent, atomic.parent.ops.index(atomic)):
+    for op in [op for op in role.body.walk() if _releases(op)]:
+        assert op.parent is not None
+        b = Builder(op.parent, op.loc)
+        with b.at(op.parent, op.parent.ops.index(op)):
             for scope in scopes:
                 b.insert(BulkWait(pending=0, read=False, scope=scope))
+
+
+def _releases(op: Operation) -> bool:
+    """Whether others may rely on stores of the program once they have seen this operation."""
+    if isinstance(op, Atomic):
+        return op.order != "relaxed"
+    return isinstance(op, Signal) and any(token.type == PUT for token in op.after)

@@ -131,8 +131,8 @@ def _compare_and_swap(
     lw: Lowering, pointer: mlir.Value, expected: mlir.Value, value: mlir.Value, dtype: DType
 ) -> mlir.Value:
     fb, type_ = lw.fb, _bits(lw, dtype)
-    operands = [pointer, fb.bitcast(expected, type_), fb.bitcast(value, type_)]
-    return fb.bitcast(fb.cmpxchg(*operands, dtype.bytes, lw.ops.device_scope), element(lw, dtype))
+    expected, value = fb.bitcast(expected, type_), fb.bitcast(value, type_)
+    return fb.bitcast(fb.cmpxchg(pointer, expected, value, dtype.bytes, lw.ops.device_scope), element(lw, dtype))
 
 
 # --- old values for threads that hold copies --------------------------------------------------------
