@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tilewright.ir.comm_ops import WaitFlags
 from tilewright.ir.core import Function, Operation
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
@@ -63,15 +62,14 @@ def check(function: Function, context: PassContext) -> Result:
     leaves = find_leaves(model, {value for program in programs for value in program.compiler.needed})
     search, checker = Search(model, flags, leaves), _Checker(model, programs, result)
     result.missed = {op for op in model.ops if touches_ranks(op)}
-    waits = [op for op in model.ops if isinstance(op, WaitFlags)]
     for world in WORLDS:
         launches, other = search.launches(world, more=world == WORLDS[0])
         for launch in launches:
             checker.check(launch)
         if not flags_depend_on_data(flags):
             checker.require(launches, other)
-        elif other is not None and other.unread is not None and not any(search.runs(op) for op in waits):
-            raise _unread(other.unread).error(other.text(1))
+        elif other is not None:
+            _require_both(search, other)
     result.tried = len(search.tried)
     return result
 
@@ -121,6 +119,17 @@ class _Checker:
             raise fault.error(launch.text(blocks)) from None
         self.result.launches.append(launch.text(blocks))
         self.result.missed -= {event.op for block in runs for run in block.values() for event in run.events}
+
+
+def _require_both(search: Search, launch: Launch) -> None:
+    """Where data decides which flags are used: those of a tensor are both signalled and waited for. Raises IRError."""
+    signalled, awaited = search.used_flags()
+    for event in (event for block in launch.runs for run in block.values() for event in run.events):
+        root = event.place.root
+        if event.kind == "signal" and root not in awaited:
+            raise _unread(event).error(launch.text(1))
+        if event.kind == "wait_flags" and root not in signalled:
+            raise Fault(f"deadlock: nobody signals flags of %{root.hint}", event.op).error(launch.text(1))
 
 
 def _unread(signal: Event) -> Fault:

@@ -122,10 +122,10 @@ class ProtocolMachine(Machine):
                 events=[*self._past([(thread.agent, thread.clock)]), *events],
                 kind="credit",
             )
-        if reads and (self.each_thread or not generic) and not thread.proxy[begin]:
+        if (not generic or (self.each_thread and reads)) and not thread.proxy[begin]:
             raise Fault(
-                f"missing fence: '{event.op.name}' ({thread.agent.name}) reads {what} and may miss what was written "
-                "before the launch",
+                f"missing fence: '{event.op.name}' ({thread.agent.name}) {'reads' if reads else 'writes'} {what}, and what "
+                "was done to it before the launch may come later for it",
                 event.op,
                 hint=fence_hint(generic),
                 events=[*self._past([(thread.agent, thread.clock)]), *events],

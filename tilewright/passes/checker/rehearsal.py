@@ -136,11 +136,12 @@ class Search:
                 given += 1
                 yield launch
 
-    def runs(self, op: Operation) -> bool:
-        """Whether some launch that was tried comes to an operation."""
+    def used_flags(self) -> tuple[set[Value], set[Value]]:
+        """The tensors whose flags some launch that was tried signals, and waits for."""
         launches = (launch for launch in self.tried.values() if launch is not None)
         roles = (run for launch in launches for block in launch.runs for run in block.values())
-        return any(event.op is op for run in roles for event in run.events)
+        used = {(event.kind, event.place.root) for run in roles for event in run.events if event.place is not None}
+        return tuple({root for kind, root in used if kind == which} for which in ("signal", "wait_flags"))  # type: ignore[return-value]
 
     def _try(self, world: int, sizes: Sizes, most: int) -> Launch | None:
         key = world, sizes
@@ -163,7 +164,7 @@ class Search:
         return launch
 
     def _inputs(self, world: int, sizes: Sizes) -> Inputs:
-        inputs = Inputs(world=world, most_trips=1, period=self.model.most_stages)
+        inputs = Inputs(world=world, most_trips=4, period=self.model.most_stages)
         # what has no say in flags is as large as any tile: what one loop writes by large ones others read by small ones
         largest = max((self.tiles.get(leaf, 1) for leaf in self.leaves.dims), default=1)
         inputs.dims = dict.fromkeys(self.leaves.dims, largest)
