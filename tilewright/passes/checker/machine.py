@@ -45,7 +45,7 @@ class Thread:
 
 
 class Machine:
-    """One block, or the blocks of a cluster, on given inputs. ``runs``: for each block those of its roles, by number."""
+    """One block, or the blocks of a cluster, on given inputs. ``runs``: for each block those of its roles by number."""
 
     #: what each kind of event does; false: it has to wait
     rules: ClassVar[dict[str, Callable[[Any, Thread, Event], bool]]]
@@ -312,8 +312,8 @@ class Machine:
         own, how = spread
         rows = 1 << agent.group if own and agent.role.groups == self.model.groups else self.everything
         now = thread.clock[agent.number]
-        place = (agent.number, now) if unit is None else (unit, when)
-        access = Access(*place, rows, write, how, generic, agent, now, event, thread.clock.copy())
+        at, when = (agent.number, now) if unit is None else (unit, when)
+        access = Access(at, when, rows, write, how, generic, agent, now, event, thread.clock.copy())
         self.memory[agent.cta if cta is None else cta].touch(number, access, thread.proxy)
 
     def _load(self, thread: Thread, event: Event) -> bool:

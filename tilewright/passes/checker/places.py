@@ -47,10 +47,12 @@ class Place:
 
 def overlap(one: Box, other: Box) -> bool:
     """Whether two boxes of one tensor have an element in common."""
-    for (a, b), (c, d) in zip(one, other):  # noqa: B905, this runs often
+    for (a, b), (c, d) in zip(one, other, strict=True):
         if a >= d or c >= b:
-            return False
-    return True
+            break
+    else:
+        return True
+    return False
 
 
 #: what gives a place, from an execution's environment
@@ -59,7 +61,8 @@ FindPlace = Callable[[Run], Place]
 
 def tile_place(view: Value, index: Sequence[Value], shape: Sequence[int], exact: bool) -> FindPlace:
     """The tile at ``index``, counted in tiles."""
-    return _find(view, lambda run: [(run.env[i] * n, run.env[i] * n + n) for i, n in zip(index, shape, strict=True)], exact)
+    sizes = list(zip(index, shape, strict=True))
+    return _find(view, lambda run: [(run.env[i] * n, run.env[i] * n + n) for i, n in sizes], exact)
 
 
 def gathered_place(

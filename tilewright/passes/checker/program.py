@@ -89,8 +89,6 @@ class Compiler:
     def __init__(self, model: Model, role: RoleModel, vocabulary: Vocabulary):
         self.model, self.role, self.vocabulary = model, role, vocabulary
         body = model.function.body if role.op is None else role.op.body
-        barriers = [op for op in model.function.body.block.ops if isinstance(op, a.Barrier) and op.scope == "cluster"]
-        beside = barriers if role.op is not None else []
         self.constants: dict[Value, Any] = {}
         self.owners = {r.block: op for op in model.ops for r in op.regions}
         self.flying = _flying(body)

@@ -115,8 +115,8 @@ class ProtocolMachine(Machine):
         begin, events = self.units["begin", rank], [(thread.agent.name, event)]
         if not thread.clock[begin]:
             raise Fault(
-                f"missing credit: '{event.op.name}' ({thread.agent.name}) may touch {what} before rank {rank} has begun "
-                "the launch, while it still uses that for something else",
+                f"missing credit: '{event.op.name}' ({thread.agent.name}) may touch {what} before rank {rank} has "
+                "begun the launch, while it still uses that for something else",
                 event.op,
                 hint="comm.credit of that rank before it",
                 events=[*self._past([(thread.agent, thread.clock)]), *events],
@@ -124,8 +124,8 @@ class ProtocolMachine(Machine):
             )
         if (not generic or (self.each_thread and reads)) and not thread.proxy[begin]:
             raise Fault(
-                f"missing fence: '{event.op.name}' ({thread.agent.name}) {'reads' if reads else 'writes'} {what}, and what "
-                "was done to it before the launch may come later for it",
+                f"missing fence: '{event.op.name}' ({thread.agent.name}) {'reads' if reads else 'writes'} {what}, and "
+                "what was done to it before the launch may come later for it",
                 event.op,
                 hint=fence_hint(generic),
                 events=[*self._past([(thread.agent, thread.clock)]), *events],

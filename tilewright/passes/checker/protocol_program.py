@@ -6,7 +6,7 @@ waits and accesses come before another's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,17 @@ READS, WRITES, UPDATES = (Load | Element | Gather), (Store | Scatter | c.Put), (
 COMMUNICATES = c.Signal | c.WaitFlags | c.Enter | c.Credit | c.Leave
 #: what orders accesses within a block
 ORDERS = (
-    a.Acquire | a.Publish | a.Await | a.Release | a.Copy | a.Barrier | a.BulkStore | a.BulkWait | a.TakeTurn
-    | a.PassTurn | a.Fence
+    a.Acquire
+    | a.Publish
+    | a.Await
+    | a.Release
+    | a.Copy
+    | a.Barrier
+    | a.BulkStore
+    | a.BulkWait
+    | a.TakeTurn
+    | a.PassTurn
+    | a.Fence
 )
 
 
@@ -43,7 +52,7 @@ def touches_ranks(op: Operation) -> bool:
     """Whether an operation communicates, or accesses memory that ranks share."""
     if isinstance(op, COMMUNICATES):
         return True
-    return isinstance(op, READS | WRITES | UPDATES | a.Copy | a.BulkStore) and is_shared_by_ranks(op.view)  # type: ignore[attr-defined]
+    return isinstance(op, READS | WRITES | UPDATES | a.Copy | a.BulkStore) and is_shared_by_ranks(op.view)
 
 
 def protocol_programs(model: Model) -> list[RoleProgram]:
@@ -60,7 +69,7 @@ def flag_programs(model: Model) -> list[RoleProgram]:
     return [RoleProgram(model, role, vocabulary) for role in model.roles]
 
 
-def flags_depend_on_data(programs: list[RoleProgram]) -> bool:
+def flags_depend_on_data(programs: Sequence[RoleProgram]) -> bool:
     """Whether what tensors hold decides which flags are used, and when."""
     return any(
         _depends_on_data(program.compiler, _decides(program.compiler, op))
@@ -68,7 +77,6 @@ def flags_depend_on_data(programs: list[RoleProgram]) -> bool:
         for op in program.compiler.busy
         if isinstance(op, c.Signal | c.WaitFlags)
     )
-
 
 
 def _rings_between(model: Model, roles: list[RoleModel]) -> set[Value]:
@@ -188,8 +196,8 @@ def _add_place(find: FindPlace) -> Step:
 def _place(compiler: Compiler, op: Any) -> FindPlace:
     exact = not _depends_on_data(compiler, [*op.index, *_numbers_of(op.view)])
     if isinstance(op, Gather | Scatter | Atomic):
-        tile: Any = op.result.type if isinstance(op, Gather) else op.value.type
-        return gathered_place(op.view, op.index, tile.shape, op.axes, exact)
+        values: Any = op.result if isinstance(op, Gather) else op.value
+        return gathered_place(op.view, op.index, values.type.shape, op.axes, exact)
     return tile_place(op.view, op.index, _shape(op), exact)
 
 
@@ -199,7 +207,7 @@ def _shape(op: Any) -> tuple[int, ...]:
     if isinstance(op, a.Copy | a.BulkStore):
         assert isinstance(op.slot.type, SlotType)
         return op.slot.type.shape
-    tile = op.result.type if isinstance(op, Load) else op.value.type
+    tile: Any = op.result.type if isinstance(op, Load) else op.value.type
     return tuple(tile.shape)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tilewright.ir.comm_ops import Signal, WaitFlags
 from tilewright.ir.core import Operation, Value
 from tilewright.ir.tile_ops import Binary, BlockId, Constant, Dim, For, NumPrograms, ProgramId
-from tilewright.ir.types import ViewType
+from tilewright.ir.types import ScalarType, ViewType
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
 from tilewright.passes.checker.places import Place
@@ -69,7 +69,8 @@ class Launch:
     def text(self, blocks: int) -> str:
         """As a message names it. ``blocks``: of each rank."""
         parts = str(self.inputs).rsplit(", block", 1)[0]
-        how = "" if prod(self.inputs.grid) == 1 else ", a block for each program" if blocks > 1 else ", one block on each"
+        how = ", a block for each program" if blocks > 1 else ", one block on each"
+        how = how if prod(self.inputs.grid) > 1 else ""
         return f"{self.world} ranks{how}, {parts}"
 
 
@@ -84,16 +85,17 @@ class Search:
     tried: dict[tuple[int, Sizes], Launch | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        waited = [root_axis(op.flags, axis) for op in self.model.ops if isinstance(op, WaitFlags) for axis in _axes(op.flags)]
-        self.waited = {(root, axis) for root, axis in waited if root.type.shape[axis] is None}  # type: ignore[union-attr]
-        for leaf in waited:
+        waits = [op for op in self.model.ops if isinstance(op, WaitFlags)]
+        waited = {root_axis(op.flags, axis) for op in waits for axis in range(len(_shape(op.flags)))}
+        self.waited = {(root, axis) for root, axis in waited if _shape(root)[axis] is None}
+        for leaf in self.waited:
             self.leaves.dims.setdefault(leaf, 1)
         self.uses_flags = any(isinstance(op, Signal | WaitFlags) for op in self.model.ops)
         self.tiles = _tile_sizes(self.model)
         needed = find_leaves(self.model, {value for program in self.programs for value in program.compiler.needed})
-        waited = [leaf for leaf in self.leaves.dims if leaf in needed.dims or leaf in self.waited]
+        dims = [leaf for leaf in self.leaves.dims if leaf in needed.dims or leaf in self.waited]
         self.knobs: list[Knob] = [("grid", axis) for axis in range(3)]
-        self.knobs += [("dim", leaf) for leaf in waited]
+        self.knobs += [("dim", leaf) for leaf in dims]
         self.knobs += [("scalar", leaf) for leaf in needed.scalars]
         if flags_depend_on_data(self.programs):
             self.knobs.append(("seed", None))
@@ -102,9 +104,9 @@ class Search:
     # --- search -------------------------------------------------------------------------------------
 
     def launches(self, world: int, more: bool) -> tuple[list[Launch], Launch | None]:
-        """The launches that fit, with ``more`` than one if that reaches more code; if none does, the best of the others.
+        """The launches that fit, and the best of the others if none does. One that uses no flags fits if all are so.
 
-        One that uses no flags fits if all are so.
+        ``more`` than one, if that reaches more code.
         """
         start = (1,) * len(self.knobs)
         best: list[tuple[Sizes, Launch]] = []
@@ -118,7 +120,7 @@ class Search:
                     return [launch, *(self._more(world, sizes, launch) if more else ())], None
                 best.append((sizes, launch))
             best = sorted(best, key=lambda item: (item[1].share_wrong, not item[1].wrong, sum(item[0])))[:MOST_KEPT]
-            frontier = [new for sizes, _ in best or [(start, None)] for new in _changed(sizes, values(world))]
+            frontier = [new for sizes in [s for s, _ in best] or [start] for new in _changed(sizes, values(world))]
         using = [launch for _, launch in best if launch.wrong]
         return [launch for _, launch in best[: not using]], using[0] if using else None
 
@@ -164,7 +166,7 @@ class Search:
         return launch
 
     def _inputs(self, world: int, sizes: Sizes) -> Inputs:
-        inputs = Inputs(world=world, most_trips=4, period=self.model.most_stages)
+        inputs = Inputs(world=world, most_trips=2, period=self.model.most_stages)
         # what has no say in flags is as large as any tile: what one loop writes by large ones others read by small ones
         largest = max((self.tiles.get(leaf, 1) for leaf in self.leaves.dims), default=1)
         inputs.dims = dict.fromkeys(self.leaves.dims, largest)
@@ -212,9 +214,9 @@ def _goals(program: RoleProgram) -> Iterator[tuple[Operation, int]]:
                 yield op, 0
 
 
-def _axes(view: Value) -> range:
+def _shape(view: Value) -> tuple[int | None, ...]:
     assert isinstance(view.type, ViewType)
-    return range(view.type.rank)
+    return view.type.shape
 
 
 def _tile_sizes(model: Model) -> dict[Any, int]:
@@ -249,7 +251,8 @@ def _changed(sizes: Sizes, to: Sequence[int]) -> Iterator[Sizes]:
 
 
 def _scalar(param: Value, size: int) -> Any:
-    name = param.type.dtype.name  # type: ignore[union-attr]
+    assert isinstance(param.type, ScalarType)
+    name = param.type.dtype.name
     return bool(size % 2) if name == "i1" else size if name[0] == "i" else float(size)
 
 
@@ -287,7 +290,7 @@ def _inside(place: Place, launch: Launch) -> bool:
     if not 0 <= place.rank < launch.world:
         return False
     for axis, (first, end) in enumerate(place.box):
-        known = place.root.type.shape[axis]  # type: ignore[union-attr]
+        known = _shape(place.root)[axis]
         size = known if known is not None else launch.inputs.dims.get((place.root, axis))
         if first < 0 or (size is not None and end > size):
             return False
@@ -297,9 +300,8 @@ def _inside(place: Place, launch: Launch) -> bool:
 def goes_on(runs: Runs) -> bool:
     """Whether every role comes to its end if each goes through its signals and waits in order."""
     signalled: set[Any] = set()
-    pending = [
-        [event for event in run.events if event.kind in ("signal", "wait_flags")] for roles in runs for run in roles.values()
-    ]
+    every = [run.events for roles in runs for run in roles.values()]
+    pending = [[event for event in events if event.kind in ("signal", "wait_flags")] for events in every]
     moved = True
     while moved:
         moved = False
