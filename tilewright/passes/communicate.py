@@ -5,22 +5,24 @@ tells all others that it has entered the launch, and nobody touches its memory, 
 
     comm.enter
     ...
-    %there = comm.peer %x, %r
-    %entered = comm.credit peer(%r)
-    %put = comm.put %there, [...], %tile, after(%entered)
+    %entered = comm.credit : token<flag>
+    tile.for ... {                               // over tiles, or peers
+      %there = comm.peer %x, %r
+      %put = comm.put %there, [...], %tile, after(%entered)
+      comm.signal %flag, %r, after(%put, %entered) }
+
+There is one credit, for all ranks, in front of the loop or conditional with the first such access: ranks begin a launch
+at about the same time, and waiting for each other anew at every tile costs more than it hides.
 
 At its end each block counts itself out; with the last one the rank leaves the launch. Where ranks read each other's
 memory, none ends the launch before all have come that far: what runs next may overwrite what others still read.
-
-A credit stands once in front of the first access to a rank in its block or in a loop around it, right behind the
-comm.peer; `licm` has moved that out of loops.
 """
 
 from __future__ import annotations
 
 from tilewright.ir.builder import Builder
-from tilewright.ir.comm_ops import FLAG, Credit, Enter, Leave, Peer, Put, ReducePut, Signal, peer_of
-from tilewright.ir.core import Block, Function, IRError, Operation, Value
+from tilewright.ir.comm_ops import FLAG, Credit, Enter, Leave, Put, ReducePut, Signal, peer_of
+from tilewright.ir.core import Block, Function, IRError, Operation
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.tile_ops import Element, Load, Store
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -44,33 +46,26 @@ class Communicate(FunctionPass):
                 raise IRError(f"'{op.name}' writes to the tensor of another rank", op.loc, "use tw.put")
         reads_peers = any(isinstance(op, READS) and peer_of(op.view) is not None for op in function.walk())
         body = function.body.block
-        _add_credits(body, {})
+        _add_credit(body)
         b = Builder(body, function.loc)
         with b.at(body, 0):
             b.insert(Enter())
         b.insert(Leave(after_all=reads_peers))
 
 
-def _add_credits(block: Block, known: dict[Value, Value]) -> None:
-    """Insert credits into a block and those inside. ``known``: the token of each rank that has been waited for."""
-    known = dict(known)
-    for op in list(block.ops):
-        if isinstance(op, Peer):
-            _credit(block, block.ops.index(op) + 1, op, op.rank, known)
-        elif isinstance(op, Signal):
-            op.after = [*op.after, _credit(block, block.ops.index(op), op, op.peer, known)]
-        elif isinstance(op, READS | Put | ReducePut):
-            peer = peer_of(op.view)
-            if peer is not None:
-                op.after = [*op.after, known[peer]]
-        for region in op.regions:
-            _add_credits(region.block, known)
+def _add_credit(body: Block) -> None:
+    """A credit in front of the first operation that reaches other ranks; all such accesses come after it."""
+    accesses = [op for top in body.ops for op in top.walk() if _reaches_ranks(op)]
+    if not accesses:
+        return
+    first = next(top for top in body.ops if any(op in accesses for op in top.walk()))
+    b = Builder(body, accesses[0].loc)
+    with b.at(body, body.ops.index(first)):
+        entered = b.insert(Credit(types=[FLAG], hints=["entered"])).result
+    for op in accesses:
+        assert isinstance(op, READS | Put | ReducePut | Signal)
+        op.after = [*op.after, entered]
 
 
-def _credit(block: Block, position: int, op: Operation, peer: Value, known: dict[Value, Value]) -> Value:
-    """The token of the credit for a rank, made at ``position`` where there is none yet."""
-    if peer not in known:
-        b = Builder(block, op.loc)
-        with b.at(block, position):
-            known[peer] = b.insert(Credit(peer, types=[FLAG], hints=["entered"])).result
-    return known[peer]
+def _reaches_ranks(op: Operation) -> bool:
+    return isinstance(op, Signal) or (isinstance(op, READS | Put | ReducePut) and peer_of(op.view) is not None)

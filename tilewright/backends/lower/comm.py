@@ -24,6 +24,7 @@ from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import comm_ops
 from tilewright.ir.abi import Control, Fault, kernel_number
 from tilewright.ir.async_ops import Fence
+from tilewright.ir.core import Location
 
 WORD, ADDRESS = 4, 8
 
@@ -99,7 +100,7 @@ def lower_wait(lw: Lowering, op: comm_ops.WaitFlags) -> None:
         offset = _element(lw, view, number)
         pointer = fb.gep(view.base, math.value(math.mul(offset, WORD), 64))
         flag = math.value(math.narrow(offset))
-        _poll(lw, pointer, _Awaited(flag, fb.i32(-1), op.loc.line, param))
+        _poll(lw, pointer, _Awaited(flag, fb.i32(-1), _line(op.loc), param))
 
     run_if(lw, None if op.when is None else lw.scalar(op.when), lambda: _poll_each(lw, count, poll))
     lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
@@ -150,7 +151,7 @@ def lower_credit(lw: Lowering, op: comm_ops.Credit) -> None:
     fb, world = lw.fb, _world(lw)
 
     def poll(peer: mlir.Value) -> None:
-        awaited = _Awaited(fb.i32(Fault.ENTRY), peer, op.loc.line)
+        awaited = _Awaited(fb.i32(Fault.ENTRY), peer, _line(op.loc))
         _poll(lw, _control(lw, Control.ENTERED, peer), awaited)
 
     if op.peer is None:
@@ -179,11 +180,18 @@ def lower_leave(lw: Lowering, op: comm_ops.Leave) -> None:
             lw.ops.store_release(lw, world.launch, _control(lw, Control.EPOCH))
 
     def await_end(peer: mlir.Value) -> None:
-        line = lw.function.loc.line
+        line = _line(lw.function.loc)
         _poll(lw, _control(lw, Control.LEFT, peer), _Awaited(fb.i32(Fault.EXIT), peer, line))
 
     with fb.if_then(fb.icmp("eq", lw.scope.thread, 0)):
         end()
+
+
+def _line(loc: Location) -> int:
+    """The line in the kernel's file: of the outermost call where helpers were inlined."""
+    while loc.caller is not None:
+        loc = loc.caller
+    return loc.line
 
 
 # --- polling ------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from tilewright.kernels.multi_gpu.collectives import reshaped
 from tilewright.kernels.multi_gpu.pushing import UNITS
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
 
-
 #: columns of tokens that a program fetches at a time, and how many times in a row
-WIDTH, PARTS = 256, 4
+WIDTH, PARTS = 128, 8
 
 
 @tw.kernel
@@ -127,8 +126,9 @@ def moe_gemm(
     """``y``: rows of this rank's experts, x (T, H) of all ranks times w (E / world, H, N).
 
     ``gathered`` (tiles, BM, H) gets the rows, y (tiles, BM, N); lists, before, starts as `moe_plan` says; ``fetched``
-    flags (tiles, cdiv(H, PARTS * WIDTH)). Of each ``period`` programs the first ``communicators`` fetch what those of the next
-    period multiply, and in the first also what those of this one do. Grid: programs for the most tiles there can be.
+    flags (tiles, cdiv(H, PARTS * WIDTH)). Of each ``period`` programs the first ``communicators`` fetch what those of
+    the next period multiply, and in the first also what those of this one do. Grid: programs for the most tiles there
+    can be.
     """
     me, columns, tiles = tw.rank(), tw.cdiv(w.shape[2], BN), tw.load(starts, starts.shape[0] - 1)
     round_, slot, each = tw.program_id(0) // period, tw.program_id(0) % period, period - communicators

@@ -15,10 +15,11 @@ import numpy as np
 import tilewright as tw
 from tilewright.kernels.attention import LN2, LOG2E, weigh
 from tilewright.kernels.attention import reference as whole_reference
-from tilewright.kernels.multi_gpu.all_gather_gemm import COMMUNICATORS, pushing_rounds
-from tilewright.kernels.multi_gpu.pushing import Pushers, load_parts, place_of, put_parts
+from tilewright.kernels.multi_gpu.pushing import load_parts, put_parts
 from tilewright.kernels.multi_gpu.workspace import flags, own
 
+#: blocks that push at the same time
+COMMUNICATORS = 16
 #: keys that a pushing program moves at a time, and in how many parts
 ROWS, PARTS = 128, 2
 
@@ -39,8 +40,6 @@ def ring_attention(
     arrived: tw.Symmetric,
     scale: tw.float32,
     communicators: tw.int32,
-    rounds: tw.int32,
-    period: tw.int32,
     *,
     D: tw.constexpr = 128,
     DV: tw.constexpr = 128,
@@ -54,16 +53,15 @@ def ring_attention(
 
     k (C * world, B, G, S, D) and v (C * world, B, G, S, DV), in the order of the sequence: the own chunks are there
     before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G,
-    cdiv(S, ROWS)). ``scale`` includes log2(e). Grid: (communicators * rounds + C * B * H * cdiv(S, BM),), see
-    `tilewright.kernels.multi_gpu.pushing`.
+    cdiv(S, ROWS)). ``scale`` includes log2(e). The first ``communicators`` programs push, a block each, which then
+    computes as the others do. Grid: (communicators + C * B * H * cdiv(S, BM),).
     """
     CHUNKS = 2 if CAUSAL else 1
     me, world, batch, heads, groups = tw.rank(), tw.world_size(), q.shape[1], q.shape[2], k.shape[2]
-    pushes, number, program = place_of(communicators, rounds, period)
-    length = k.shape[3]
-    if pushes:
+    number, length = tw.program_id(0), k.shape[3]
+    if number < communicators:
         tiles = tw.cdiv(length, ROWS)
-        for unit in tw.range(number, CHUNKS * batch * groups * tiles, communicators * rounds):
+        for unit in tw.range(number, CHUNKS * batch * groups * tiles, communicators):
             row, bg, c = unit % tiles, unit // (tiles * CHUNKS), own_chunk(unit // tiles % CHUNKS, CHUNKS)
             b, g = bg // groups, bg % groups
             here = tw.wait(arrived[c, bg, row], when=False)
@@ -76,7 +74,7 @@ def ring_attention(
                     sent_too = put_parts(v.peer(peer)[c, b, g], row, 0, values, PARTS)
                     tw.signal(arrived[c, bg, row], peer, after=(*sent, *sent_too))
     else:
-        rows = tw.cdiv(length, BM)
+        program, rows = number - communicators, tw.cdiv(length, BM)
         m, h, b = program % rows, program // rows % heads, program // (rows * heads) % batch
         # the later chunk sees more keys: it comes first
         which = CHUNKS - 1 - program // (rows * heads * batch)
@@ -125,14 +123,10 @@ def ring_sdpa(
     factor = (depth**-0.5 if scale is None else scale) * LOG2E
     tiles, rows = tw.cdiv(length, meta["ROWS"]), tw.cdiv(length, meta["BM"])
     arrived = flags(world, "ring_attention", (k.shape[0], batch * groups, tiles))
-    moved = (world.size - 1) * chunks * batch * groups * length * (depth + width) * 2
-    rounds = pushing_rounds(moved, meta["BM"] * k.shape[0] * length * (depth + width))
-    programs = chunks * batch * heads * rows
-    # every program waits for peers in its end: those that push come before all others
-    pushers = Pushers.choose(min(communicators, chunks * batch * groups * tiles), rounds, 0)
-    numbers = pushers.communicators, pushers.rounds, pushers.period
+    communicators = min(communicators, chunks * batch * groups * tiles)
+    grid = (communicators + chunks * batch * heads * rows,)
     sizes = {"D": depth, "DV": width, "CAUSAL": causal, **meta}
-    world.launch(ring_attention, (pushers.programs + programs,), q, k, v, o, lse, arrived, factor, *numbers, **sizes)
+    world.launch(ring_attention, grid, q, k, v, o, lse, arrived, factor, communicators, **sizes)
 
 
 def reference(

@@ -19,6 +19,17 @@ from tilewright.kernels.multi_gpu.ring_attention import divided, joined, own_chu
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
 
 
+@tw.function
+def add_parts(total: Any, parts: Any, sent: Any, which: Any, place: Any, bg: Any, n: Any) -> Any:
+    """Add what peers have sent for a tile of keys or values, in the order of ranks."""
+    for source in tw.range(tw.world_size()):
+        if source != tw.rank():
+            here = tw.wait(sent[source, place, bg])
+            part = parts[source, which, bg // parts.shape[3], bg % parts.shape[3]]
+            total = total + tw.load(part, (n, 0), total.shape, after=here).to(tw.float32)
+    return total
+
+
 @tw.kernel
 def ring_attention_dkdv(
     q: tw.Tensor,
@@ -43,7 +54,7 @@ def ring_attention_dkdv(
     """Gradients of the own chunks of keys and values: dk (C, B, G, S, D), dv (C, B, G, S, DV).
 
     q, do, lse as in `ring_attention`, delta like lse; k (C * world, B, G, S, D) and v (C * world, B, G, S, DV) whole.
-    ``dk_parts``, ``dv_parts`` float32 (world, C, B, G, S, D or DV) get what peers send, ``sent`` flags
+    ``dk_parts``, ``dv_parts`` (world, C, B, G, S, D or DV) get what peers send, in their dtype, ``sent`` flags
     (world, C * cdiv(S, BN), B * G). ``scale`` without log2(e). Grid: (C * cdiv(S, BN), B * G, world).
     """
     CHUNKS = 2 if CAUSAL else 1
@@ -63,16 +74,14 @@ def ring_attention_dkdv(
             dkeys, dvalues, BM, CAUSAL,
         )  # fmt: skip
     if owner != me:
-        first = tw.put(dk_parts.peer(owner)[me, which, b, g], (n, 0), dkeys)
-        second = tw.put(dv_parts.peer(owner)[me, which, b, g], (n, 0), dvalues)
+        first = tw.put(dk_parts.peer(owner)[me, which, b, g], (n, 0), dkeys.to(dk_parts.dtype))
+        second = tw.put(dv_parts.peer(owner)[me, which, b, g], (n, 0), dvalues.to(dv_parts.dtype))
         tw.signal(sent[me, place, bg], owner, after=(first, second))
     else:
-        for source in tw.range(world):
-            if source != me:
-                here = tw.wait(sent[source, place, bg])
-                dkeys = dkeys + tw.load(dk_parts[source, which, b, g], (n, 0), (BN, D), after=here)
-                dvalues = dvalues + tw.load(dv_parts[source, which, b, g], (n, 0), (BN, DV), after=here)
+        # one after the other: registers do not hold more
+        dkeys = add_parts(dkeys, dk_parts, sent, which, place, bg, n)
         tw.store(dk[which, b, g], (n, 0), (dkeys * scale).to(dk.dtype))
+        dvalues = add_parts(dvalues, dv_parts, sent, which, place, bg, n)
         tw.store(dv[which, b, g], (n, 0), dvalues.to(dv.dtype))
 
 
@@ -143,7 +152,7 @@ def ring_sdpa_backward(
     inputs = q, k, v, do, lse, delta
     tiles = chunks * tw.cdiv(length, meta.get("BN", 128))
     parts = [
-        symmetric(world, f"ring_attention_{name}", (world.size, chunks, batch, groups, length, size), "float32")
+        symmetric(world, f"ring_attention_{name}", (world.size, chunks, batch, groups, length, size), own(dk).dtype)
         for name, size in (("dk", depth), ("dv", width))
     ]
     sent = flags(world, "ring_attention_backward", (world.size, tiles, batch * groups))
