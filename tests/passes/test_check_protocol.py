@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from time import process_time
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from schedule_mutants import Mutant, protocol_mutants
 
-from tests.support.comm_cases import CASES, scheduled
+import tilewright as tw
+from tests.support.comm_cases import CASES, all_ranks, flags, own, schedule, scheduled
 from tilewright.ir.core import IRError, Module
 from tilewright.ir.interpreter import run_ranks
 from tilewright.ir.target import get_target
 from tilewright.ir.verifier import verify
 from tilewright.passes import check_schedule
 from tilewright.passes.check_protocol import Result, check
-from tilewright.passes.manager import PassContext
+from tilewright.passes.manager import PassContext, PassError, PassManager
 
 TABLE = Path(__file__).with_name("protocol_mutants.md")
 BF16 = ml_dtypes.bfloat16
@@ -43,6 +46,178 @@ def test_kernels_are_sound(name: str, target: str) -> None:
     #: what the own rank has written is there: its wait never waits
     never = {"all-gather + GEMM", "ring attention", "ring attention, causal"}
     assert len(result.missed) == (name in never), result.missed
+
+
+@pytest.mark.parametrize("name", ["GEMM + reduce-scatter", "all-to-all", "ring attention, causal"])
+def test_it_is_fast(name: str) -> None:
+    """Some tens of milliseconds, where code generation takes hundreds."""
+    module, times = scheduled(name, "sm_90a"), []
+    for _ in range(3):
+        start = process_time()
+        checked(module)
+        times.append(process_time() - start)
+    assert min(times) < 0.2
+
+
+# --- what it finds ----------------------------------------------------------------------------------
+
+
+@tw.kernel
+def own_rows_first(
+    a: tw.Tensor, b: tw.Tensor, c: tw.Tensor, parts: tw.Symmetric, flags: tw.Symmetric, *, FIRST: tw.constexpr = 0
+):
+    """A reduce-scatter whose blocks wait for peers before they send, with FIRST 0."""
+    me, world = tw.rank(), tw.world_size()
+    owner = (me + FIRST + tw.program_id(0)) % world
+    acc = tw.dot(tw.load(a, (owner, 0), (64, 64)), tw.load(b, (0, 0), (64, 64)))
+    if owner != me:
+        token = tw.put(parts.peer(owner)[me], (0, 0), acc)
+        tw.signal(flags[me], owner, after=token)
+    else:
+        for step in tw.range(1, world):
+            source = (me + step) % world
+            acc += tw.load(parts[source], (0, 0), (64, 64), after=tw.wait(flags[source]))
+        tw.store(c, (0, 0), acc.to(c.dtype))
+
+
+@tw.kernel
+def twice_through_a_slot(
+    x: tw.Tensor, y: tw.Tensor, slot: tw.Symmetric, sent: tw.Symmetric, read: tw.Symmetric,
+    *, GIVE_BACK: tw.constexpr, AFTER: tw.constexpr = True,
+):  # fmt: skip
+    """Two tiles go to the next rank through one slot (1, 256); flags (2,)."""
+    me, world = tw.rank(), tw.world_size()
+    after, before = (me + 1) % world, (me + world - 1) % world
+    for step in tw.range(2):
+        tile = tw.load(x, (step, 0), (1, 256))
+        if GIVE_BACK:
+            free = tw.wait(read[0], when=step > 0)
+            token = tw.put(slot.peer(after), (0, 0), tile, after=free)
+        else:
+            token = tw.put(slot.peer(after), (0, 0), tile)
+        tw.signal(sent[step], after, after=token)
+        tw.store(y, (step, 0), tw.load(slot, (0, 0), (1, 256), after=tw.wait(sent[step])))
+        if GIVE_BACK:
+            if step == 0:
+                tw.signal(read[0], before)
+
+
+@tw.kernel
+def one_flag_for_all(y: tw.Tensor, flags: tw.Symmetric):
+    tw.signal(flags[0], 0)
+    if tw.rank() == 0:
+        tw.wait(flags[0])
+
+
+@tw.kernel
+def wrong_slot(x: tw.Tensor, y: tw.Tensor, slots: tw.Symmetric, flags: tw.Symmetric, *, SHIFT: tw.constexpr):
+    """Flags of one rank, data of another, unless SHIFT is 0."""
+    me, world = tw.rank(), tw.world_size()
+    for peer in tw.range(world):
+        token = tw.put(slots.peer(peer)[me], (0, 0), tw.load(x, (0, 0), (1, 256)))
+        tw.signal(flags[me], peer, after=token)
+    for source in tw.range(world):
+        arrived = tw.wait(flags[source])
+        place = (source + SHIFT) % world
+        tw.store(y, (source, 0), tw.load(slots[place], (0, 0), (1, 256), after=arrived))
+
+
+@tw.kernel
+def nobody_waits(x: tw.Tensor, slots: tw.Symmetric, flags: tw.Symmetric):
+    for peer in tw.range(tw.world_size()):
+        token = tw.put(slots.peer(peer)[tw.rank()], (0, 0), tw.load(x, (0, 0), (1, 256)))
+        tw.signal(flags[tw.rank()], peer, after=token)
+
+
+@tw.kernel
+def nobody_signals(flags: tw.Symmetric):
+    tw.wait(flags[tw.rank()])
+
+
+@tw.kernel
+def for_two_ranks(flags: tw.Symmetric, *, SAID: tw.constexpr):
+    """The other rank of two."""
+    if SAID:
+        tw.assume(tw.world_size() == 2)
+    tw.signal(flags[0], 1 - tw.rank())
+    tw.wait(flags[0])
+
+
+@tw.kernel
+def as_data_says(x: tw.Tensor, flags: tw.Symmetric):
+    """The flags that a tensor names."""
+    tw.signal(flags[tw.load(x, tw.rank())], 0)
+    if tw.rank() == 0:
+        for source in tw.range(tw.world_size()):
+            tw.wait(flags[tw.load(x, source + 1)])
+
+
+_SLOT = {"x": own("bf16", 2), "y": own("bf16", 2), "slot": all_ranks("bf16", 2), "sent": flags(1), "read": flags(1)}
+_SLOTS = {"x": own("bf16", 2), "y": own("bf16", 2), "slots": all_ranks("bf16", 3), "flags": flags(1)}
+_PRODUCT = {
+    "a": own("bf16", 2),
+    "b": own("bf16", 2),
+    "c": own("bf16", 2),
+    "parts": all_ranks("f32", 3),
+    "flags": flags(1),
+}
+FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no progress on few blocks": (own_rows_first, _PRODUCT, "deadlock.*signals later than what it waits for.*one block"),
+    "rewritten while it may be read": (twice_through_a_slot, {**_SLOT, "GIVE_BACK": False}, "race: .* %slot of rank"),
+    "a flag for several ranks": (one_flag_for_all, {"y": own("bf16", 2), "flags": flags(1)}, "double signal"),
+    "another rank's data": (wrong_slot, {**_SLOTS, "SHIFT": 1}, "race: 'tile.load'.*nothing orders it with 'comm.put'"),
+    "nobody waits": (
+        nobody_waits, {name: t for name, t in _SLOTS.items() if name != "y"},
+        "'comm.put'.*when the launch of rank . has ended|nobody waits for flag",
+    ),
+    "nobody signals": (nobody_signals, {"flags": flags(1)}, "deadlock.*flag .* which nobody signals"),
+    "two ranks alone": (for_two_ranks, {"flags": flags(1), "SAID": False}, "3 ranks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(name: str, target: str) -> None:
+    kernel, types, message = FAULTS[name]
+    if name == "no progress on few blocks" and target != "sm_90a":
+        pytest.skip("every program has a block of its own there")
+    with pytest.raises(IRError, match=f"(?s){message}"):
+        checked(schedule(kernel, types, target), target)
+
+
+SOUND: list[tuple[Any, dict[str, Any]]] = [
+    (own_rows_first, {**_PRODUCT, "FIRST": 1}),
+    (twice_through_a_slot, {**_SLOT, "GIVE_BACK": True}),
+    (wrong_slot, {**_SLOTS, "SHIFT": 0}),
+    (for_two_ranks, {"flags": flags(1), "SAID": True}),
+    (as_data_says, {"x": own("i32", 1), "flags": flags(1)}),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel, types", SOUND, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_same_done_right(kernel: Any, types: dict[str, Any], target: str) -> None:
+    checked(schedule(kernel, types, target), target)
+
+
+def test_an_error_names_both_lines_and_the_sequence() -> None:
+    kernel, types, _ = FAULTS["rewritten while it may be read"]
+    with pytest.raises(IRError) as caught:
+        checked(schedule(kernel, types, "sm_80"), "sm_80")
+    message = str(caught.value)
+    lines = Path(__file__).read_text(encoding="utf-8").split("\n")
+    for part in ("token = tw.put(slot.peer(after), (0, 0), tile)", "tw.load(slot, (0, 0)"):
+        line = next(n for n, text in enumerate(lines, 1) if part in text)
+        assert f'test_check_protocol.py":{line}' in message
+    assert "shortest failing sequence (2 ranks" in message and "hint: a flag between the two" in message
+
+
+def test_the_pass_is_for_functions_that_communicate() -> None:
+    module = schedule(nobody_signals, {"flags": flags(1)}, "sm_90a")
+    with pytest.raises(PassError, match="nobody signals"):
+        PassManager("check-protocol", PassContext(get_target("sm_90a"))).run(module)
+    del module.functions[0].attributes["communicates"]
+    PassManager("check-protocol", PassContext(get_target("sm_90a"))).run(module)
 
 
 # --- mutants ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support import comm_kernels
+from tilewright.compiler.driver import complete_types
 from tilewright.frontend.build import build_module
 from tilewright.ir.core import Module
 from tilewright.ir.target import get_target
@@ -39,19 +40,18 @@ def flags(rank: int) -> ViewType:
 
 
 _MATRICES = {name: own("bf16", 2) for name in "abc"}
-_PUSHERS = {"communicators": DTYPES["i32"], "period": DTYPES["i32"]}
 _ATTENTION: dict[str, Any] = {
     "q": own("bf16", 5), "k": all_ranks("bf16", 5), "v": all_ranks("bf16", 5), "o": own("bf16", 5),
-    "lse": own("f32", 4), "arrived": flags(3), "scale": DTYPES["f32"], **_PUSHERS, "rounds": DTYPES["i32"],
+    "lse": own("f32", 4), "arrived": flags(3),
 }  # fmt: skip
 _GRADIENTS: dict[str, Any] = {
     **{name: own("bf16", 5) for name in ("q", "k", "v", "do", "dk", "dv")},
     **{name: own("f32", 4) for name in ("lse", "delta")},
-    **{name: all_ranks("f32", 6) for name in ("dk_parts", "dv_parts")}, "sent": flags(3), "scale": DTYPES["f32"],
+    **{name: all_ranks("f32", 6) for name in ("dk_parts", "dv_parts")}, "sent": flags(3),
 }  # fmt: skip
 _PARTS = {"parts": all_ranks("bf16", 3), "sent": flags(3)}
 
-#: by name: kernel, types and meta-parameters
+#: by name: kernel, types of its tensors, and meta-parameters without a default
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "small all-reduce": (
         comm_kernels.all_reduce,
@@ -81,7 +81,6 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         all_gather_gemm.all_gather_gemm,
         {
             "a": all_ranks("bf16", 3), "b": own("bf16", 2), "c": own("bf16", 3), "arrived": flags(3),
-            **_PUSHERS, "rounds": DTYPES["i32"],
         },
     ),
     "ring attention": (ring_attention.ring_attention, _ATTENTION),
@@ -91,23 +90,27 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         ulysses.ulysses_attention,
         {
             "q": own("bf16", 5), "k": own("bf16", 4), "v": own("bf16", 4), "o": all_ranks("bf16", 4),
-            "lse": own("f32", 4), "done": flags(3), "scale": DTYPES["f32"],
+            "lse": own("f32", 4), "done": flags(3),
         },
     ),
     "mixture of experts": (
         moe.moe_gemm,
         {
             "x": all_ranks("bf16", 2), "lists": all_ranks("i32", 2), "before": own("i32", 2), "starts": own("i32", 1),
-            "w": own("bf16", 3), "gathered": all_ranks("bf16", 3), "fetched": flags(2), "y": own("bf16", 3), **_PUSHERS,
+            "w": own("bf16", 3), "gathered": all_ranks("bf16", 3), "fetched": flags(2), "y": own("bf16", 3),
         },
     ),
 }  # fmt: skip
 
 
 def scheduled(name: str, target: str) -> Module:
-    """The kernel as the passes leave it, not checked."""
-    kernel, types = CASES[name]
-    module = build_module(kernel.definition, types)
+    """The case as the passes leave it, not checked."""
+    return schedule(*CASES[name], target)
+
+
+def schedule(kernel: Any, types: dict[str, Any], target: str) -> Module:
+    """A kernel as the passes leave it, not checked."""
+    module = build_module(kernel.definition, complete_types(kernel.definition, types))
     context = PassContext(get_target(target), PassOptions())
     PassManager(default_pipeline(get_target(target), check=False), context).run(module)
     return module

@@ -40,9 +40,8 @@ class Place:
         return found
 
     def __str__(self) -> str:
-        if all(end == first + 1 for first, end in self.box):
-            return f"{[first for first, _ in self.box]} of {self.label}"
-        return self.label
+        parts = [str(first) if end == first + 1 else f"{first}:{end}" for first, end in self.box]
+        return f"[{', '.join(parts)}] of {self.label}"
 
 
 def overlap(one: Box, other: Box) -> bool:
