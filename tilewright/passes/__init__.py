@@ -3,6 +3,7 @@
 from tilewright.passes import (
     alternate,
     canonicalize,
+    check_protocol,
     check_schedule,
     collectives,
     communicate,
@@ -34,6 +35,7 @@ from tilewright.passes import (
 __all__ = [
     "alternate",
     "canonicalize",
+    "check_protocol",
     "check_schedule",
     "collectives",
     "communicate",
