@@ -3,7 +3,9 @@
 from tilewright.passes import (
     alternate,
     canonicalize,
+    check_protocol,
     check_schedule,
+    collectives,
     communicate,
     copy_ahead,
     cse,
@@ -33,7 +35,9 @@ from tilewright.passes import (
 __all__ = [
     "alternate",
     "canonicalize",
+    "check_protocol",
     "check_schedule",
+    "collectives",
     "communicate",
     "copy_ahead",
     "cse",

@@ -38,9 +38,6 @@ class Communicate(FunctionPass):
     def run_on_function(self, function: Function, context: PassContext) -> None:
         if not function.attributes.get("communicates"):
             return
-        if (context.options.num_ctas or 1) != 1 or function.attributes.get("num_ctas", 1) != 1:
-            hint = "leave out num_ctas"
-            raise IRError("kernels that communicate do not run in clusters", function.loc, hint)
         for op in function.walk():
             if isinstance(op, Store | Scatter | Atomic) and peer_of(op.view) is not None:
                 raise IRError(f"'{op.name}' writes to the tensor of another rank", op.loc, "use tw.put")

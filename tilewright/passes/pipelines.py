@@ -24,4 +24,5 @@ PREFETCH = (
 def default_pipeline(target: Target, check: bool = True) -> str:
     """The textual pipeline from a frontend's module to scheduled IR for ``target``; ``check``: prove the schedule."""
     middle = ROLES if target.has("setmaxnreg") else PREFETCH
-    return f"{middle},rank-order,shared-plan,cse,dce" + (",check-schedule" if check else "")
+    proofs = ",check-schedule,check-protocol" if check else ""
+    return f"collectives,{middle},rank-order,shared-plan,cse,dce{proofs}"

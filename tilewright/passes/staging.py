@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 from tilewright.ir.async_ops import Barrier, BulkWait, LocalStore, Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.comm_ops import PUT, Put, Signal
-from tilewright.ir.core import Block, Function, Operation, Value, replace_uses
+from tilewright.ir.comm_ops import Put
+from tilewright.ir.core import Block, Function, Operation, Value, replace_uses, uses_of
 from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import SharedLayout, shared_candidates
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Store
 from tilewright.ir.types import SlotType, TileType, ViewType
+from tilewright.ir.verifier_comm import signals_of
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.placement import bulk_copyable
 
@@ -39,17 +40,22 @@ class Staging(FunctionPass):
     line_bytes: int = LINE_BYTES
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
+        uses = uses_of(function.body)
         for role in [op for op in function.walk() if isinstance(op, Role)]:
             buffers: dict[_Plan, Value] = {}
+            releases: set[Operation] = {
+                op for op in role.body.walk() if isinstance(op, Atomic) and op.order != "relaxed"
+            }
             staged = False
             for store in [op for op in role.body.walk() if isinstance(op, Store | Put)]:
                 layout = self._slot_layout(store, context.target)
                 if layout is not None:
+                    releases |= signals_of(store, uses) if isinstance(store, Put) else set()
                     _stage(function, store, layout, buffers)
                     staged = True
             if staged:
                 _finish(role)
-                _complete_before_releases(role)
+                _complete_before(releases)
 
     def _slot_layout(self, store: Store | Put, target: Target) -> SharedLayout | None:
         """The slot for one chunk of the stored tile; None where the store stays direct."""
@@ -156,19 +162,10 @@ def _finish(role: Role) -> None:
         b.insert(BulkWait(pending=0, read=False, scope=scope))
 
 
-def _complete_before_releases(role: Role) -> None:
+def _complete_before(releases: set[Operation]) -> None:
     """Each thread waits until its bulk stores are visible to itself; then a release covers them as its own stores."""
-    scopes = sorted({op.scope for op in role.body.walk() if isinstance(op, BulkWait)})
-    for op in [op for op in role.body.walk() if _releases(op)]:
+    for op in releases:
         assert op.parent is not None
         b = Builder(op.parent, op.loc)
         with b.at(op.parent, op.parent.ops.index(op)):
-            for scope in scopes:
-                b.insert(BulkWait(pending=0, read=False, scope=scope))
-
-
-def _releases(op: Operation) -> bool:
-    """Whether others may rely on stores of the program once they have seen this operation."""
-    if isinstance(op, Atomic):
-        return op.order != "relaxed"
-    return isinstance(op, Signal) and any(token.type == PUT for token in op.after)
+            b.insert(BulkWait(pending=0, read=False))
