@@ -10,7 +10,7 @@ import numpy as np
 from tilewright.runtime.emulator.nvidia import syntax
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.integer import elementwise
-from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, flush
+from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, flush, flush16
 from tilewright.runtime.emulator.nvidia.operands import Reader, dest, parts, source
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.state import State
@@ -66,8 +66,9 @@ def _comparer(inst: Instruction, types: list[Type]) -> Callable[[Array, Array], 
     compare = comparison(name, type_)
     if type_.name == "bf16":
         return lambda a, b: compare(bf16_to_f32(a), bf16_to_f32(b))
-    if ftz and type_.name == "f32":
-        return lambda a, b: compare(flush(a), flush(b))
+    flushes = {"f32": flush, "f16": flush16}.get(type_.name)
+    if ftz and flushes is not None:
+        return lambda a, b: compare(flushes(a), flushes(b))
     return compare
 
 
@@ -98,13 +99,26 @@ def _setp(inst: Instruction) -> Execute:
     return execute
 
 
+#: the bits of 1.0
+_ONE = {"f16": 0x3C00, "bf16": 0x3F80, "f32": 0x3F800000}
+
+
 @instruction("set")
 def _set(inst: Instruction) -> Execute:
-    """set.CmpOp.dtype.stype: all ones (or 1.0 for f32) where it holds."""
+    """set.CmpOp{.BoolOp}.dtype.stype d, a, b{, c}: all ones, or 1.0 of a float type, where it holds."""
     result, type_ = inst.types()
+    if type_.name.endswith("x2"):
+        raise Problem("comparisons of pairs are not implemented")
+    combine = inst.one_of(*_COMBINE, default="")
     compare = _comparer(inst, [type_])
-    one = np.float32(1) if result.name == "f32" else result.dtype(-1 if result.kind == "s" else 0xFFFFFFFF)
-    return elementwise(inst, result, [type_, type_], lambda a, b: np.where(compare(a, b), one, result.dtype(0)))
+    bits = TYPES[f"b{result.bits}"]
+    one = bits.dtype(_ONE[result.name] if result.kind == "f" else (1 << result.bits) - 1)
+
+    def compute(a: Array, b: Array, c: Array | None = None) -> Array:
+        holds = compare(a, b)
+        return np.where(holds if c is None else _COMBINE[combine](holds, c), one, bits.dtype(0))
+
+    return elementwise(inst, bits, [type_, type_, *(["pred"] if combine else [])], compute)
 
 
 @instruction("selp")

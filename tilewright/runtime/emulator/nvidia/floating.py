@@ -21,6 +21,7 @@ from tilewright.runtime.emulator.nvidia.numerics import (
     canonical_nan,
     f32_to_bf16,
     flush,
+    flush16,
     fma64,
     fma_to_odd,
     narrow,
@@ -92,12 +93,6 @@ class Format:
             value = np.where(value < zero, zero, value)
             value = np.where(value == zero, zero, value)
         return value
-
-
-def flush16(value: Array) -> Array:
-    """float16 subnormals -> zeros of their sign."""
-    result: Array = np.where(np.abs(value) < np.float16(2.0**-14), np.copysign(np.float16(0), value), value)
-    return result
 
 
 def halves(function: Function, type_: Type) -> Function:
@@ -296,12 +291,11 @@ def _min_max(inst: Instruction) -> Execute:
     if not _is_float(inst):
         relu = inst.flag("relu")
         type_ = inst.type()
-        if type_.name.endswith("x2"):
-            raise Problem("packed integers are not implemented")
         extreme: Function = np.maximum if largest else np.minimum
-        return elementwise(
-            inst, type_, [type_, type_], (lambda a, b: np.maximum(extreme(a, b), 0)) if relu else extreme
-        )
+        chosen = (lambda a, b: np.maximum(extreme(a, b), 0)) if relu else extreme
+        if type_.name.endswith("x2"):
+            chosen = halves(chosen, TYPES[type_.name.removesuffix("x2")])
+        return elementwise(inst, type_, [type_, type_], chosen)
     nan, xorsign = inst.flag("NaN"), inst.flag("xorsign") and inst.flag("abs")
     form = Format(inst)
     compute = _extreme(largest, nan, xorsign)

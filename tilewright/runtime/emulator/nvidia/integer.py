@@ -200,6 +200,22 @@ def _dot4(inst: Instruction) -> Execute:
     return elementwise(inst, result, ["b32", "b32", result], compute)
 
 
+@instruction("dp2a")
+def _dot2(inst: Instruction) -> Execute:
+    """c + the products of a's halves with the lower (.lo) or upper (.hi) two octets of b (9.7.1.24)."""
+    upper = inst.one_of("lo", "hi") == "hi"
+    a_type, b_type = inst.types()
+    result = TYPES["u32" if a_type.kind == b_type.kind == "u" else "s32"]
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        left = np.ascontiguousarray(a)[..., None].view(np.int16 if a_type.kind == "s" else np.uint16)
+        right = np.ascontiguousarray(b)[..., None].view(np.int8 if b_type.kind == "s" else np.uint8)
+        chosen = right[..., 2:] if upper else right[..., :2]
+        return ((left.astype(_I64) * chosen).sum(-1) + c).astype(_U32).view(result.dtype)
+
+    return elementwise(inst, result, ["b32", "b32", result], compute)
+
+
 # --- bits ------------------------------------------------------------------------------------------
 
 

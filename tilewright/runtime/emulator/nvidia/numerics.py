@@ -71,6 +71,12 @@ def flush(value: Array) -> Array:
     return result
 
 
+def flush16(value: Array) -> Array:
+    """float16 subnormals -> zeros of their sign."""
+    result: Array = np.where(np.abs(value) < np.float16(2.0**-14), np.copysign(np.float16(0), value), value)
+    return result
+
+
 # --- exact arithmetic ------------------------------------------------------------------------------
 
 
