@@ -159,10 +159,13 @@ def test_dot_products_of_bytes_and_carries() -> None:
     a, b, c = (typed(np.roll(ints(32, s), s), U32) for s in (1, 2, 3))
     octets = [v.astype("<u4")[:, None].view(np.uint8).astype(int) for v in (a, b)]
     signed = [v.astype("<u4")[:, None].view(np.int8).astype(int) for v in (a, b)]
+    pairs = a[:, None].view(np.int16).astype(int)
     check_table(
         [
             ("dp4a.u32.u32 %d, %a, %b, %c;", U32, typed((octets[0] * octets[1]).sum(1) + c.astype(int), U32)),
             ("dp4a.s32.s32 %d, %a, %b, %c;", U32, typed((signed[0] * signed[1]).sum(1) + c.astype(int), U32)),
+            ("dp2a.lo.s32.u32 %d, %a, %b, %c;", U32, typed((pairs * octets[1][:, :2]).sum(1) + c.astype(int), U32)),
+            ("dp2a.hi.s32.s32 %d, %a, %b, %c;", U32, typed((pairs * signed[1][:, 2:]).sum(1) + c.astype(int), U32)),
             ("{.reg .u32 t; add.cc.u32 t, %a, %b; addc.u32 %d, %c, 0;}", U32,
              python(lambda x, y, z: z + (x + y >> 32), U32, a, b, c)),
             ("{.reg .u32 t; sub.cc.u32 t, %a, %b; subc.u32 %d, %c, 0;}", U32,
@@ -285,6 +288,41 @@ def test_special_values_flushing_and_saturation() -> None:
             ],
             {"a": a, "b": b},
         )
+
+
+def test_comparisons_of_halves() -> None:
+    a = np.array([0.0, 6e-8, -6e-8, 1.0, np.nan], np.float16)
+    b = np.array([6e-8, -6e-8, 0.0, 2.0, 1.0], np.float16)
+    (a, b), one = (np.resize(x, 32) for x in (a, b)), np.float16(1)
+    check_table(
+        [
+            ("set.lt.f16.f16 %d, %a, %b;", np.float16, np.where(a < b, one, np.float16(0))),
+            ("set.lt.ftz.f16.f16 %d, %a, %b;", np.float16, np.where((a == 1) & (b == 2), one, np.float16(0))),
+            ("setp.eq.ftz.f16 %d, %a, %b;", np.bool_, np.resize([True, True, True, False, False], 32)),
+            ("{.reg .pred q; setp.eq.f16 q, %a, %a; set.lt.and.u32.f16 %d, %a, %b, !q;}", U32, np.zeros(32)),
+        ],
+        {"a": a, "b": b},
+    )
+    octets = np.resize(np.arange(0x3F70, 0x3F90, dtype=np.uint16), 32)  # bf16 around one
+    check_table([("set.lt.bf16.bf16 %d, %a, %b;", np.uint16, np.where(octets < 0x3F80, 0x3F80, 0))],
+                {"a": octets, "b": np.full(32, 0x3F80, np.uint16)})  # fmt: skip
+
+
+def test_pairs_of_integers() -> None:
+    a, b = (typed(np.roll(ints(32, s), s), U32) for s in (1, 2))
+    left, right = (x[:, None].view(np.int16) for x in (a, b))
+
+    def packed(pairs: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(pairs).view(U32)[:, 0]
+
+    check_table(
+        [
+            ("min.s16x2 %d, %a, %b;", U32, packed(np.minimum(left, right))),
+            ("max.u16x2 %d, %a, %b;", U32, packed(np.maximum(left.view(np.uint16), right.view(np.uint16)))),
+            ("max.relu.s16x2 %d, %a, %b;", U32, packed(np.maximum(np.maximum(left, right), 0))),
+        ],
+        {"a": a, "b": b},
+    )
 
 
 def test_zeros_of_both_signs() -> None:
