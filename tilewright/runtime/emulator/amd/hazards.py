@@ -23,6 +23,7 @@ from tilewright.runtime.emulator.amd.operands import Operand, Where
 
 _FURTHEST = 20
 _VALU_BEFORE_MATRIX = 2
+_SPARSE = "v_smfmac"
 _MEMORY = ("ds_", "buffer_", "global_", "flat_", "scratch_")
 _STORES = ("_store_", "ds_write")
 #: vector instructions that read their destination
@@ -65,6 +66,8 @@ class Timing:
 @lru_cache(maxsize=256)
 def timing(name: str, settings: tuple[int, int], arch: str) -> Timing:
     """Of a matrix instruction by its mnemonic; ``settings`` are CBSZ and BLGP (CDNA3 ISA chapter 7, passes)."""
+    if name.startswith(_SPARSE):
+        return Timing(8 if "32x32" in name else 4, "xdl")
     tail = name.removeprefix("v_mfma_").removeprefix("scale_")
     if tail.endswith("f8f6f4"):
         slow = min(settings) < 2
@@ -89,7 +92,17 @@ def check_hazards(kernel: Kernel) -> Iterator[tuple[Instruction, str]]:
 
 
 def _is_matrix(inst: Instruction) -> bool:
-    return inst.name.startswith("v_mfma")
+    return inst.name.startswith(("v_mfma", _SPARSE))
+
+
+def _factors(inst: Instruction) -> tuple[Operand, ...]:
+    """What is read before the addend: A and B, and the indices of a sparse A."""
+    return inst.operands[1:4] if inst.name.startswith(_SPARSE) else inst.operands[1:3]
+
+
+def _addend(inst: Instruction) -> tuple[Operand, ...]:
+    """Source C, which is the destination where A is sparse."""
+    return inst.operands[:1] if inst.name.startswith(_SPARSE) else inst.operands[3:4]
 
 
 def _timing(inst: Instruction, arch: str) -> Timing:
@@ -128,14 +141,14 @@ def _following(kernel: Kernel, index: int, reach: int) -> Iterator[tuple[Instruc
 def _after_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, str]]:
     producer = kernel.instructions[index]
     its = _timing(producer, kernel.arch)
-    result, addend = _registers(producer.operands[:1]), _registers(producer.operands[3:4])
+    result, addend = _registers(producer.operands[:1]), _registers(_addend(producer))
     for inst, waited in _following(kernel, index, _FURTHEST):
         memory = inst.name.startswith(_MEMORY)
         needed, what = 0, ""
         if _is_matrix(inst):
-            if result & _registers(inst.operands[1:3]):
+            if result & _registers(_factors(inst)):
                 needed, what = its.result_read(kernel.arch, memory=False), "reads the result"
-            elif result & (third := _registers(inst.operands[3:4])):
+            elif result & (third := _registers(_addend(inst))):
                 needed = its.accumulate(third == result, _timing(inst, kernel.arch).unit)
                 what = "accumulates to the result"
         elif memory or inst.name.startswith("v_"):
@@ -154,7 +167,7 @@ def _before_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, st
     producer = kernel.instructions[index]
     result = _registers(_written(producer))
     for inst, waited in _following(kernel, index, _VALU_BEFORE_MATRIX):
-        if _is_matrix(inst) and result & _registers(inst.operands[1:]):
+        if _is_matrix(inst) and result & (_registers(inst.operands[1:]) | _registers(_addend(inst))):
             text = f"reads the result of `{producer.text}` (line {producer.line}) after {waited} wait states"
             yield inst, f"{text}, but {_VALU_BEFORE_MATRIX} are needed"
 

@@ -17,6 +17,7 @@ from tilewright.runtime.emulator.amd import (  # noqa: F401
     mfma,
     salu,
     scaled_mfma,
+    sparse_mfma,
     valu_convert,
     valu_float,
     valu_integer,
