@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.runtime.emulator.nvidia import exact
+from tilewright.runtime.emulator import exact
+from tilewright.runtime.emulator.exact import directed
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
-from tilewright.runtime.emulator.nvidia.exact import directed
 from tilewright.runtime.emulator.nvidia.integer import divide, elementwise, integer_add, integer_multiply
 from tilewright.runtime.emulator.nvidia.numerics import (
     bf16_to_f32,
@@ -23,15 +23,14 @@ from tilewright.runtime.emulator.nvidia.numerics import (
     flush,
     flush16,
     fma64,
-    fma_to_odd,
     narrow,
     quotient_to_odd,
     root_to_odd,
-    sum_to_odd,
     to_f64,
 )
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
+from tilewright.runtime.emulator.rounding import fma_to_odd, signed_zero, sum_to_odd
 
 _U32, _U16 = np.uint32, np.uint16
 _FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
@@ -131,13 +130,6 @@ def _sum(form: Format, sign: int) -> Function:
         return narrow(signed_zero(total, wide_a, other, mode), type_, mode)
 
     return compute
-
-
-def signed_zero(total: Array, a: Array, b: Array, mode: str) -> Array:
-    """a + b, where a sum that is exactly zero is -0 when rounding down, unless both are +0."""
-    if mode != "rm":
-        return total
-    return np.where((total == 0) & (np.signbit(a) | np.signbit(b)), -0.0, total)
 
 
 def _mixed(inst: Instruction) -> Type | None:

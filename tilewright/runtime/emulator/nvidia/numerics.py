@@ -1,9 +1,7 @@
 """Rounding as PTX does it (PTX ISA 4.5, 9.7.3 to 9.7.5, 9.7.9.21 cvt), on NumPy arrays.
 
-Everything below float64 is computed in float64 *rounded to odd* and then rounded once more in the
-mode asked for: a float64 that was rounded to odd still tells on which side of any float32, float16
-or bfloat16 (or midpoint of two) the exact value lies, so the second rounding gives what a single
-one of the exact value would (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums").
+Everything below float64 is computed in float64 rounded to odd and then rounded once more in the mode asked for
+(`tilewright.runtime.emulator.rounding`).
 """
 
 from __future__ import annotations
@@ -13,8 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tilewright.runtime.emulator.nvidia.exact import directed, fused_to_nearest, total
+from tilewright.runtime.emulator.exact import directed, fused_to_nearest, total
 from tilewright.runtime.emulator.nvidia.types import Array, Type
+from tilewright.runtime.emulator.rounding import round_from_odd, round_to_odd, sum_to_odd
 
 _U16, _U32, _U64, _I64 = np.uint16, np.uint32, np.uint64, np.int64
 #: what the hardware gives for every NaN result of f32 and f16 arithmetic, and of bf16
@@ -80,30 +79,6 @@ def flush16(value: Array) -> Array:
 # --- exact arithmetic ------------------------------------------------------------------------------
 
 
-def round_to_odd(value: Array, error: Array) -> Array:
-    """``value`` + ``error`` (the nearest float64 and the exact remainder) rounded to odd."""
-    bits = value.view(_I64)
-    even = (bits & 1) == 0
-    step = np.where((error > 0) == (value > 0), 1, -1)
-    wrong = even & (error != 0) & np.isfinite(value) & (value != 0)
-    result: Array = np.where(wrong, bits + step, bits).view(np.float64)
-    return result
-
-
-def sum_to_odd(a: Array, b: Array) -> Array:
-    """a + b in float64, rounded to odd (Knuth's error-free sum)."""
-    a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
-    plain = a + b
-    other = plain - a
-    error = (a - (plain - other)) + (b - other)
-    return round_to_odd(plain, error)
-
-
-def fma_to_odd(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c rounded to odd; the product of two numbers of at most 26 bits is exact."""
-    return sum_to_odd(a.astype(np.float64) * b.astype(np.float64), c)
-
-
 def quotient_to_odd(a: Array, b: Array) -> Array:
     """a / b of float32 or float16 values, rounded to odd: the remainder is exact in float64."""
     a, b = np.broadcast_arrays(a.astype(np.float64), b.astype(np.float64))
@@ -158,15 +133,7 @@ def narrow(value: Array, type_: Type, mode: str = "rn") -> Array:
         return _narrow_bf16(value, mode)
     if type_.name not in ("f32", "f16"):
         raise AssertionError(type_.name)
-    nearest: Array = value.astype(type_.dtype)
-    if mode == "rn":
-        return nearest
-    back = nearest.astype(np.float64)
-    below, above = type_.dtype(-np.inf), type_.dtype(np.inf)
-    toward_zero = {"rz": np.abs(back) > np.abs(value), "rm": back > value, "rp": back < value}[mode]
-    if mode == "rz":
-        return np.where(toward_zero, np.nextafter(nearest, type_.dtype(0)), nearest)
-    return np.where(toward_zero, np.nextafter(nearest, below if mode == "rm" else above), nearest)
+    return round_from_odd(value, type_.dtype, mode)
 
 
 def _narrow_bf16(value: Array, mode: str) -> Array:
