@@ -12,6 +12,7 @@ import numpy as np
 # importing the modules fills the table of instructions
 from tilewright.runtime.emulator.amd import (  # noqa: F401
     control,
+    hwreg,
     lanes,
     lds,
     mfma,

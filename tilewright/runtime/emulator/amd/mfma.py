@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
+from tilewright.runtime.emulator.amd.mode import sources as sources_in_mode
 from tilewright.runtime.emulator.amd.numerics import bf16_to_f32, fp8_to_f32
 from tilewright.runtime.emulator.amd.operands import KINDS, Array, Operand, Where
 from tilewright.runtime.emulator.amd.registry import ARCHITECTURES, Handler, define
@@ -71,7 +72,9 @@ def read_elements(state: WaveState, operand: Operand, name: str, items: int) -> 
     words = np.empty((state.count, 64, registers), _U32)
     for part in range(registers):
         words[..., part] = state.raw(operand, part)
-    return decode_elements(words, name, state.memory.fnuz)
+    elements = decode_elements(words, name, state.memory.fnuz)
+    # of narrower ones and of f64 no denormals are dropped (ISA section 7.4)
+    return sources_in_mode(state, KINDS["f32"], elements)[0] if name in ("f32", "xf32") else elements
 
 
 _LANE = np.arange(64)
