@@ -19,6 +19,7 @@ from tilewright.runtime.emulator.amd import (  # noqa: F401
     salu,
     scaled_mfma,
     sparse_mfma,
+    valu_blocks,
     valu_convert,
     valu_float,
     valu_integer,

@@ -13,7 +13,6 @@ from tilewright.runtime.emulator.amd.numerics import (
     bf16_to_f32,
     f32_to_bf16,
     f32_to_f16_toward_zero,
-    f32_to_fp8,
     float_to_int,
     fma16,
     fma32,
@@ -21,6 +20,7 @@ from tilewright.runtime.emulator.amd.numerics import (
 )
 from tilewright.runtime.emulator.amd.operands import KINDS, Array, Operand, Where
 from tilewright.runtime.emulator.amd.registry import define, instruction
+from tilewright.runtime.emulator.amd.small_floats import encode
 from tilewright.runtime.emulator.amd.state import WaveState
 from tilewright.runtime.emulator.amd.valu import Function, clamped, saturating, valu
 
@@ -94,8 +94,7 @@ def _pack_fp8(name: str) -> Callable[[WaveState, Instruction], None]:
 
     def execute(state: WaveState, inst: Instruction) -> None:
         destination, first, second = inst.operands
-        fnuz = state.memory.fnuz
-        low, high = (f32_to_fp8(state.vector(operand, KINDS["f32"]), name, fnuz) for operand in (first, second))
+        low, high = (encode(state, state.vector(operand, KINDS["f32"]), name) for operand in (first, second))
         pair = low.astype(_U16) | (high.astype(_U16) << _U16(8))
         upper = bool(inst.bits("op_sel", 3, 0)[-1])
         state.write_vector(destination, KINDS["b16"], np.broadcast_to(pair, state.lanes.shape), upper)
