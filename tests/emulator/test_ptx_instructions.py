@@ -308,6 +308,34 @@ def test_comparisons_of_halves() -> None:
                 {"a": octets, "b": np.full(32, 0x3F80, np.uint16)})  # fmt: skip
 
 
+def test_nan_and_zeros_as_on_a_gpu() -> None:
+    """What the PTX ISA leaves open, as an H200 gave it (benchmarks/results/emulator_agreement.json)."""
+    single = np.resize(np.array([0x7FC00001, 0xFFC00001], U32), 32)
+    double = np.resize(np.array([0x7FF8000000000001, 0xFFF8000000000001], np.uint64), 32)
+    half = np.resize(np.array([0x0001, 0x83FF], np.uint16), 32)
+    u16, u64 = np.uint16, np.uint64
+    check_table(
+        [
+            ("cvt.f32.f32 %d, %s;", U32, single),
+            ("cvt.ftz.f64.f32 %d, %s;", u64, np.full(32, 0x7FFFFFFFE0000000, u64)),
+            ("cvt.rn.tf32.f32 %d, %s;", U32, np.full(32, 0x7FFFE000, U32)),
+            ("cvt.rz.relu.tf32.f32 %d, %s;", U32, np.full(32, 0x7FFFE000, U32)),
+            ("cvt.rna.tf32.f32 %d, %s;", U32, np.resize(np.array([0x7FC00000, 0xFFC00000], U32), 32)),
+            ("cvt.rn.f16.f64 %d, %w;", u16, np.resize(np.array([0x7E00, 0xFE00], u16), 32)),
+            ("cvt.rz.bf16.f64 %d, %w;", u16, np.resize(np.array([0x7FC0, 0xFFC0], u16), 32)),
+            ("neg.ftz.f16 %d, %h;", u16, np.resize(np.array([0x8000, 0x0000], u16), 32)),
+            ("abs.ftz.f16 %d, %h;", u16, np.zeros(32, u16)),
+        ],
+        {"s": single, "w": double, "h": half},
+    )
+    huge = np.full(32, 1e200)
+    wide = np.resize(np.array([-np.inf, 1e308]), 32)
+    check_table(
+        [("fma.rn.f64 %d, %a, %a, %c;", np.float64, np.resize(np.array([-np.inf, np.inf]), 32))],
+        {"a": huge, "c": wide},
+    )
+
+
 def test_pairs_of_integers() -> None:
     a, b = (typed(np.roll(ints(32, s), s), U32) for s in (1, 2))
     left, right = (x[:, None].view(np.int16) for x in (a, b))
@@ -320,6 +348,7 @@ def test_pairs_of_integers() -> None:
             ("min.s16x2 %d, %a, %b;", U32, packed(np.minimum(left, right))),
             ("max.u16x2 %d, %a, %b;", U32, packed(np.maximum(left.view(np.uint16), right.view(np.uint16)))),
             ("max.relu.s16x2 %d, %a, %b;", U32, packed(np.maximum(np.maximum(left, right), 0))),
+            ("add.u16x2 %d, %a, %b;", U32, packed(left + right)),
         ],
         {"a": a, "b": b},
     )

@@ -1,9 +1,9 @@
-"""Sums, products and conversions of float32 and float16 in every rounding mode: rn, rz, rm, rp (as in `exact`).
+"""Arithmetic that NumPy lacks: float64 fused multiply-add, and float32 and float16 in every rounding mode.
 
-They are computed in float64 *rounded to odd* and then rounded once more in the mode asked for: a float64 that was
-rounded to odd still tells on which side of any float32, float16 or bfloat16 (or midpoint of two) the exact value lies,
-so the second rounding gives what a single one of the exact value would (Boldo and Melquiond, "Emulation of FMA and
-correctly rounded sums").
+The modes are rn, rz, rm and rp (as in `exact`). What is narrower than float64 is computed in float64 *rounded to odd*
+and then rounded once more in the mode asked for: a float64 that was rounded to odd still tells on which side of any
+float32, float16 or bfloat16 (or midpoint of two) the exact value lies, so the second rounding gives what a single one
+of the exact value would (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums").
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tilewright.runtime.emulator.exact import fused_to_nearest
 
 Array = NDArray[Any]
 _I64 = np.int64
@@ -39,6 +41,31 @@ def sum_to_odd(a: Array, b: Array) -> Array:
 def fma_to_odd(a: Array, b: Array, c: Array) -> Array:
     """a * b + c rounded to odd; the product of two numbers of at most 26 bits is exact."""
     return sum_to_odd(a.astype(np.float64) * b.astype(np.float64), c)
+
+
+def fma64(a: Array, b: Array, c: Array) -> Array:
+    """float64 fused multiply-add, to nearest: Dekker's product, and sums rounded to odd before the last.
+
+    Where the splitting overflows or the product's error underflows, by rationals. An infinite c stays, whatever a * b.
+    """
+    a, b, c = np.broadcast_arrays(a, b, c)
+    product = a * b
+    high_a, low_a = _split(a)
+    high_b, low_b = _split(b)
+    error = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
+    plain = product + c
+    other = plain - product
+    rest = (product - (plain - other)) + (c - other)
+    corrected = plain + sum_to_odd(rest, error)
+    quick: Array = np.where(np.isfinite(corrected), corrected, plain)
+    result = fused_to_nearest(a, b, c, quick)
+    return np.where(np.isinf(c) & np.isfinite(a) & np.isfinite(b), c, result)
+
+
+def _split(value: Array) -> tuple[Array, Array]:
+    scaled = value * 134217729.0
+    high = scaled - (scaled - value)
+    return high, value - high
 
 
 def round_from_odd(value: Array, dtype: Any, mode: str) -> Array:

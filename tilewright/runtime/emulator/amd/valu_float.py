@@ -14,11 +14,12 @@ import numpy as np
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.mode import ADD, FUSED, MULTIPLY, REVERSED_SUBTRACT, SUBTRACT, Exactly
 from tilewright.runtime.emulator.amd.mode import compute as compute_in_mode
-from tilewright.runtime.emulator.amd.numerics import div_fixup, div_fmas, div_scale, fma16, fma32, fma64
+from tilewright.runtime.emulator.amd.numerics import div_fixup, div_fmas, div_scale, fma16, fma32
 from tilewright.runtime.emulator.amd.operands import KINDS, Array
 from tilewright.runtime.emulator.amd.registry import define
 from tilewright.runtime.emulator.amd.state import WaveState
 from tilewright.runtime.emulator.amd.valu import Function, output_modifiers, valu
+from tilewright.runtime.emulator.rounding import fma64
 
 _FMA: dict[str, Function] = {"f16": fma16, "f32": fma32, "f64": fma64}
 _U32 = np.uint32

@@ -15,14 +15,13 @@ import numpy as np
 from tilewright.runtime.emulator import exact
 from tilewright.runtime.emulator.exact import directed
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
-from tilewright.runtime.emulator.nvidia.integer import divide, elementwise, integer_add, integer_multiply
+from tilewright.runtime.emulator.nvidia.integer import divide, elementwise, halves, integer_add, integer_multiply
 from tilewright.runtime.emulator.nvidia.numerics import (
     bf16_to_f32,
     canonical_nan,
     f32_to_bf16,
     flush,
     flush16,
-    fma64,
     narrow,
     quotient_to_odd,
     root_to_odd,
@@ -30,7 +29,7 @@ from tilewright.runtime.emulator.nvidia.numerics import (
 )
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
-from tilewright.runtime.emulator.rounding import fma_to_odd, signed_zero, sum_to_odd
+from tilewright.runtime.emulator.rounding import fma64, fma_to_odd, signed_zero, sum_to_odd
 
 _U32, _U16 = np.uint32, np.uint16
 _FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
@@ -92,18 +91,6 @@ class Format:
             value = np.where(value < zero, zero, value)
             value = np.where(value == zero, zero, value)
         return value
-
-
-def halves(function: Function, type_: Type) -> Function:
-    """A function of 16-bit values applied to both halves of uint32 words."""
-    dtype = type_.dtype
-
-    def compute(*words: Array) -> Array:
-        low = function(*[word.astype(_U16).view(dtype) for word in words])
-        high = function(*[(word >> _U32(16)).astype(_U16).view(dtype) for word in words])
-        return low.view(_U16).astype(_U32) | high.view(_U16).astype(_U32) << _U32(16)
-
-    return compute
 
 
 def _is_float(inst: Instruction) -> bool:
@@ -236,8 +223,9 @@ def _sign_bit(inst: Instruction, function: Function) -> Execute:
     sign, infinity = bits.dtype(1 << (single.bits - 1)), bits.dtype(_INFINITY[single.name])
 
     def compute(a: Array) -> Array:
-        if ftz and single.name == "f32":
-            a = flush(a.view(np.float32)).view(_U32)
+        if ftz and single.name in ("f32", "f16"):
+            flushes = flush if single.name == "f32" else flush16
+            a = flushes(a.view(single.dtype)).view(bits.dtype)
         nan = (a & ~sign) > infinity
         kept = a if single.bits == 64 else bits.dtype((1 << (single.bits - 1)) - 1)
         return np.where(nan, kept, function(a, sign))

@@ -13,7 +13,7 @@ from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
 
-_U32, _U64, _I64 = np.uint32, np.uint64, np.int64
+_U16, _U32, _U64, _I64 = np.uint16, np.uint32, np.uint64, np.int64
 Function = Callable[..., Any]
 
 
@@ -35,6 +35,18 @@ def elementwise(inst: Instruction, result: Type | str, types: list[Type | str], 
         first, second = reads
         return lambda state: finish(state, function(first(state), second(state)))
     return lambda state: finish(state, function(*[read(state) for read in reads]))
+
+
+def halves(function: Function, type_: Type) -> Function:
+    """A function of 16-bit values applied to both halves of uint32 words."""
+    dtype = type_.dtype
+
+    def compute(*words: Array) -> Array:
+        low = function(*[word.astype(_U16).view(dtype) for word in words])
+        high = function(*[(word >> _U32(16)).astype(_U16).view(dtype) for word in words])
+        return low.view(_U16).astype(_U32) | high.view(_U16).astype(_U32) << _U32(16)
+
+    return compute
 
 
 # --- arithmetic ------------------------------------------------------------------------------------
@@ -99,9 +111,10 @@ def integer_add(inst: Instruction, sign: int) -> Execute:
         return elementwise(inst, type_, [type_, type_], lambda a, b: _saturate_add(a, b, sign))
     if sets_carry:
         return _with_carry(inst, type_, sign, False)
-    if sign > 0:
-        return elementwise(inst, type_, [type_, type_], lambda a, b: a + b)
-    return elementwise(inst, type_, [type_, type_], lambda a, b: a - b)
+    compute: Function = (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b)
+    if type_.name.endswith("x2"):
+        compute = halves(compute, TYPES[type_.name.removesuffix("x2")])
+    return elementwise(inst, type_, [type_, type_], compute)
 
 
 def _with_carry(inst: Instruction, type_: Type, sign: int, uses: bool) -> Execute:

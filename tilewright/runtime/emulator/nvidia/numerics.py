@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tilewright.runtime.emulator.exact import directed, fused_to_nearest, total
+from tilewright.runtime.emulator.exact import directed, total
 from tilewright.runtime.emulator.nvidia.types import Array, Type
 from tilewright.runtime.emulator.rounding import round_from_odd, round_to_odd, sum_to_odd
 
@@ -96,30 +96,6 @@ def root_to_odd(a: Array) -> Array:
     high = root.astype(np.float32).astype(np.float64)
     remainder = ((wide - high * high) - 2 * high * (root - high)) - (root - high) ** 2
     return round_to_odd(root, np.where(np.isfinite(remainder), remainder, 0.0))
-
-
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    """float64 fused multiply-add, to nearest: Dekker's product, and sums rounded to odd before the last.
-
-    Where the splitting overflows or the product's error underflows, by rationals.
-    """
-    a, b, c = np.broadcast_arrays(a, b, c)
-    product = a * b
-    high_a, low_a = _split(a)
-    high_b, low_b = _split(b)
-    error = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
-    plain = product + c
-    other = plain - product
-    rest = (product - (plain - other)) + (c - other)
-    corrected = plain + sum_to_odd(rest, error)
-    result: Array = np.where(np.isfinite(corrected), corrected, plain)
-    return fused_to_nearest(a, b, c, result)
-
-
-def _split(value: Array) -> tuple[Array, Array]:
-    scaled = value * 134217729.0
-    high = scaled - (scaled - value)
-    return high, value - high
 
 
 # --- rounding --------------------------------------------------------------------------------------
