@@ -17,6 +17,7 @@ from tilewright.kernels.attention_decode import reference as decoded
 
 #: tiles that fit into 64 KiB
 SMALL = {"BM": 64, "BN": 32}
+AMD = ("emulate:gfx942", "emulate:gfx950")
 
 
 def inputs(shape: tuple[int, ...], dtype: str = "bf16") -> list[np.ndarray]:
@@ -69,20 +70,21 @@ def test_forward_on_emulated_hopper(shape: tuple[int, ...], options: dict[str, A
     forward("emulate:sm_90a", shape, **options)
 
 
-@pytest.mark.parametrize("device", ["emulate:gfx942", "emulate:gfx950"])
+@pytest.mark.parametrize("device", AMD)
 def test_forward_on_emulated_amd(device: str) -> None:
     forward(device, (1, 2, 1, 70, 50, 64, 64), causal=True, tiles=SMALL)
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulate:sm_90a"])
+@pytest.mark.parametrize("device", ["cpu", "emulate:sm_90a", *AMD])
 def test_sequences_one_after_the_other(device: str) -> None:
     rows, keys, heads, groups, d = [30, 0, 150, 7], [40, 5, 150, 3], 2, 1, 64
     q_starts, k_starts = (np.cumsum([0, *n]).astype(np.int32) for n in (rows, keys))
     q = normal(q_starts[-1], heads, d, dtype="bf16")
     k, v = (normal(k_starts[-1], groups, d, dtype="bf16", seed=s) for s in (1, 2))
     o, lse = poisoned(*q.shape, dtype="bf16"), poisoned(heads, q_starts[-1])
-    grid = (tw.cdiv(max(rows), 128), heads, len(rows))
-    meta = {"D": d, "DV": d, "CAUSAL": True}
+    tiles = SMALL if device in AMD else {"BM": 128, "BN": 128}
+    grid = (tw.cdiv(max(rows), tiles["BM"]), heads, len(rows))
+    meta = {"D": d, "DV": d, "CAUSAL": True, **tiles}
     launch(device, attention_varlen, grid, q, k, v, o, q_starts, k_starts, d**-0.5 * LOG2E, lse, **meta)
     for i in (0, 2, 3):
         mine, theirs = slice(*q_starts[i : i + 2]), slice(*k_starts[i : i + 2])
@@ -165,8 +167,9 @@ def test_backward_on_emulated_hopper(shape: tuple[int, ...], options: dict[str, 
     backward("emulate:sm_90a", shape, **options)
 
 
-def test_backward_on_emulated_amd() -> None:
-    backward("emulate:gfx950", (1, 2, 1, 40, 50, 64, 64), causal=True, tile=32)
+@pytest.mark.parametrize("device", AMD)
+def test_backward_on_emulated_amd(device: str) -> None:
+    backward(device, (1, 2, 1, 40, 50, 64, 64), causal=True, tile=32)
 
 
 @pytest.mark.parametrize("device", DEVICES)
