@@ -308,6 +308,23 @@ def test_comparisons_of_halves() -> None:
                 {"a": octets, "b": np.full(32, 0x3F80, np.uint16)})  # fmt: skip
 
 
+def test_comparisons_of_pairs() -> None:
+    """The first predicate is for the lower halves, the second for the upper ones."""
+    rng = np.random.default_rng(7)
+    a, b = (rng.integers(-2, 3, (32, 2)).astype(np.float16) for _ in range(2))
+    a[0, 1] = np.nan
+    words = {"a": a.view(U32)[:, 0], "b": b.view(U32)[:, 0]}
+    check_table(
+        [
+            ("{.reg .pred q; setp.lt.f16x2 %d|q, %a, %b;}", np.bool_, (a < b)[:, 0]),
+            ("{.reg .pred q; setp.lt.f16x2 q|%d, %a, %b;}", np.bool_, (a < b)[:, 1]),
+            ("{.reg .pred q; setp.neu.f16x2 q|%d, %a, %b;}", np.bool_, (a != b)[:, 1]),
+            ("set.ge.f16x2.f16x2 %d, %a, %b;", U32, (a >= b).astype(np.float16).view(U32)[:, 0]),
+        ],
+        words,
+    )
+
+
 def test_nan_and_zeros_as_on_a_gpu() -> None:
     """What the PTX ISA leaves open, as an H200 gave it (benchmarks/results/emulator_agreement.json)."""
     single = np.resize(np.array([0x7FC00001, 0xFFC00001], U32), 32)

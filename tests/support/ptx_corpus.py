@@ -337,6 +337,10 @@ def _rare_arithmetic() -> Iterator[Family]:
     lines += [(f"setp.lt.{op}.f32 %d, %f32, %f32_, %p;", np.bool_) for op in ("and", "or", "xor")]
     lines += [(f"setp.{op}.ftz.{name} %d, %{name}, %{name}_;", np.bool_)
               for op in ("eq", "gt") for name in ("f16", "f32")]  # fmt: skip
+    lines += [("{.reg .pred q; setp.lt.f16x2 %d|q, %x, %x_;}", np.bool_),
+              ("{.reg .pred q; setp.geu.ftz.f16x2 q|%d, %x, %x_;}", np.bool_),
+              ("{.reg .pred q; setp.ne.xor.bf16x2 q|%d, %y, %y_, %p;}", np.bool_)]  # fmt: skip
+    lines += [("set.gt.f16x2.f16x2 %d, %x, %x_;", word), ("set.leu.bf16x2.bf16x2 %d, %y, %y_;", word)]
     lines += [(f"dp4a.{a}.{b} %d, %i, %j, %f32;", word) for a, b in (("u32", "s32"), ("s32", "u32"))]
     lines += [(f"dp2a.{half}.{a}.{b} %d, %i, %j, %f32;", word) for half in ("lo", "hi") for a in ("s32", "u32")
               for b in ("s32", "u32")]  # fmt: skip
