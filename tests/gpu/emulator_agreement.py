@@ -116,7 +116,7 @@ def compare_kernel(launch: library_launches.Launch) -> dict[str, Any]:
         apart = (mine != other) & ~(np.isnan(mine) & np.isnan(other))
         values, different = values + ours.size, different + int(apart.sum())
         if apart.any():
-            relative = np.abs(mine - other)[apart] / np.maximum(np.abs(other[apart]), 1e-3)
+            relative = np.abs(mine[apart] - other[apart]) / np.maximum(np.abs(other[apart]), 1e-3)
             furthest = max(furthest, float(relative.max()))
     return {"exact": launch.exact, "values": values, "different": different, "largest_relative": furthest}
 

@@ -30,7 +30,7 @@ def test_instructions(gpu, family):
     assert compare_family(gpu, family)["different"] == []
 
 
-@pytest.mark.parametrize("operands", ["integers", "normal"])
+@pytest.mark.parametrize("operands", ["integers", "normal", "extreme"])
 def test_matrix_instructions(gpu, operands):
     assert {p.name: compare_product(gpu, p)["different"] for p in products(operands)} == {
         p.name: 0 for p in products(operands)
