@@ -24,10 +24,12 @@ def under(mode: str, body: str, inputs: list[np.ndarray], **options: Any) -> np.
 def test_fields_are_set_and_read() -> None:
     body = """
     s_setreg_imm32_b32 hwreg(HW_REG_MODE, 0, 4), 9
+    s_nop 1
     s_getreg_b32 s8, hwreg(HW_REG_MODE)
     s_getreg_b32 s9, hwreg(HW_REG_MODE, 2, 2)
     s_mov_b32 s10, 0xff6
     s_setreg_b32 hwreg(HW_REG_MODE, 4, 2), s10
+    s_nop 1
     s_getreg_b32 s11, hwreg(HW_REG_MODE, 0, 10)
     s_getreg_b32 s12, 0x1881
     s_getreg_b32 s13, hwreg(HW_REG_XCC_ID)

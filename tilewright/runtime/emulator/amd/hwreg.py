@@ -53,6 +53,11 @@ def _parse(settings: str) -> _Access:
     return _Access(name, is_mode, offset, bits, parse_operand(rest.strip(" ,"), 0))
 
 
+def accesses_mode(inst: Instruction) -> bool:
+    """Whether it reads or writes fields of MODE."""
+    return inst.name.startswith(("s_getreg", "s_setreg")) and _parse(inst.settings).is_mode
+
+
 @instruction("s_getreg_b32")
 def _getreg(state: WaveState, inst: Instruction) -> None:
     access = _parse(inst.settings)
