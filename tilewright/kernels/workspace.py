@@ -43,4 +43,13 @@ class Workspace:
         return kept[:size]
 
 
-__all__ = ["Workspace"]
+def temporary(like: Any, shape: tuple[int, ...], dtype: str = "float32") -> Any:
+    """A new array of any content where the array ``like`` lives: for launches that need too much to keep it."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
+    import torch
+
+    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
+
+
+__all__ = ["Workspace", "temporary"]

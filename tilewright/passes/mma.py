@@ -77,13 +77,15 @@ class _Group:
 
 
 def _issue_and_wait(function: Function, block: Block) -> None:
-    """Issue each dot where it stands and wait where its result is first needed, or its operands are given back.
+    """Issue each dot where it stands and wait where its result is first needed.
 
-    The unit finishes groups in order, so waiting for one leaves exactly the younger ones in flight.
+    The unit finishes groups in order, so waiting for one leaves exactly the younger ones in flight. Operands are given
+    back behind the first wait that shows that they were read.
     """
     mapping: dict[Value, Value] = {}
     uses = uses_of(function.body)
     flying: list[_Group] = []
+    held: list[Release] = []
     old = list(block.ops)
     block.set_ops([])
     b = Builder(block)
@@ -93,26 +95,45 @@ def _issue_and_wait(function: Function, block: Block) -> None:
         needed = [n for n, group in enumerate(flying) if _needs(op, group, chained)]
         if op.terminator and flying:
             needed = [len(flying) - 1]
+        elif any(_refills(op, release.ring) for release in held):
+            needed = [len(flying) - 1]
         if needed:
             flying = _wait(b, flying, max(needed), mapping)
-        if isinstance(op, Dot):
+            held = _release_read(b, held, flying)
+        if isinstance(op, Release) and any(op.ring in group.rings for group in flying):
+            held.append(op)
+        elif isinstance(op, Dot):
             flying.append(_issue(b, op, flying))
         else:
             b.insert(op)
     if flying:
         _wait(b, flying, len(flying) - 1, mapping)
+        _release_read(b, held, [])
     replace_uses(function.body, mapping)
 
 
+def _release_read(b: Builder, held: list[Release], flying: list[_Group]) -> list[Release]:
+    """Place the releases of rings that no group in flight reads; gives the others."""
+    unread = [release for release in held if not any(release.ring in group.rings for group in flying)]
+    for release in unread:
+        b.insert(release)
+    return [release for release in held if release not in unread]
+
+
+def _refills(op: Operation, ring: Value) -> bool:
+    """Whether an operation waits for a later use of the ring: its stages may all be taken until one is released."""
+    return any(isinstance(o, Await) and o.ring is ring for o in op.walk())
+
+
 def _needs(op: Operation, group: _Group, chained: Value | None) -> bool:
-    """The operation reads a group's result, or gives back memory that the group reads."""
+    """The operation reads a group's result, or writes or (further inside) gives back memory that the group reads."""
     inside = list(op.walk())
     if any(isinstance(o, Dot | AsyncDot) for o in inside[1:]):
         return True  # groups are counted within one block
     if any(group.result in o.operands for o in inside):
         return group.result is not chained
     return any(
-        (isinstance(o, Release) and o.ring in group.rings)
+        (isinstance(o, Release) and o.ring in group.rings and o is not op)
         or (isinstance(o, LocalStore) and buffer_of(o.slot) in group.buffers)
         for o in inside
     )

@@ -59,6 +59,7 @@ class Pipeline(FunctionPass):
         if schedule_of(function, context.target) != ROLES:
             return
         groups = find_groups(function)
+        riders = _join_riders(function, groups)
         if not groups:
             return
         shared, ctas = any(group.shared for group in groups), cluster_size(function)
@@ -76,6 +77,7 @@ class Pipeline(FunctionPass):
         with top.at(function.body.block, position=_after_allocations(function)):
             counts = {id(g): top.index(0) for g in groups}
         rewriter.rewrite(function.body.block, counts)
+        _read_riders(function, riders, rewriter.slots)
         _use_slots(function, rewriter.slots)
         if not matrix_unit(context.target, function).reads_slots:
             _read_slots(function)
@@ -102,7 +104,7 @@ def find_groups(function: Function) -> list[Group]:
     """Placed loads by block and by the operations that first and last read them."""
     uses, loops = uses_of(function.body), enclosing_operations(function)
     groups: dict[tuple[int, int, int], Group] = {}
-    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]:
+    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None and not is_rider(op)]:
         block = load.parent
         assert block is not None
         readers = [ancestor_in(op, block) for op in _readers(load.result, uses)]
@@ -118,6 +120,34 @@ def find_groups(function: Function) -> list[Group]:
         if axis is not None:
             group.shared[load] = axis
     return _merge_neighbours(list(groups.values()))
+
+
+def is_rider(load: Load) -> bool:
+    """A vector that placement lets travel with dot operands."""
+    return isinstance(load.result.type, TileType) and load.result.type.rank == 1
+
+
+def _join_riders(function: Function, groups: list[Group]) -> list[Load]:
+    """Let each vector join a group that is there while it is used; the others stay loads into registers."""
+    uses, joined = uses_of(function.body), []
+    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None and is_rider(op)]:
+        group = next((g for g in groups if g.block is load.parent and _covers(g, load, uses)), None)
+        if group is None:
+            load.shared, load.engine = None, "threads"
+            continue
+        order = {id(op): n for n, op in enumerate(group.block.ops)}
+        group.loads = sorted([*group.loads, load], key=lambda op: order[id(op)])
+        joined.append(load)
+    return joined
+
+
+def _covers(group: Group, load: Load, uses: dict[Value, list[Operation]]) -> bool:
+    """Whether the group's tiles are awaited behind the load and in front of its uses, and released behind these."""
+    ops = group.block.ops
+    readers = [ancestor_in(op, group.block) for op in uses.get(load.result, [])]
+    places = [ops.index(op) for op in readers if op is not None]
+    first, last = ops.index(group.first_use), ops.index(group.last_use)
+    return bool(places) and ops.index(load) < first < min(places) and max(places) < last
 
 
 def _merge_neighbours(groups: list[Group]) -> list[Group]:
@@ -273,6 +303,22 @@ def _use_slots(function: Function, slots: dict[Value, Value]) -> None:
     for op in doomed:
         assert op.parent is not None
         op.parent.ops.remove(op)
+
+
+def _read_riders(function: Function, riders: list[Load], slots: dict[Value, Value]) -> None:
+    """Read each vector where it is first used, not before: it takes registers from there on."""
+    uses = uses_of(function.body)
+    for load in riders:
+        slot = slots.pop(load.result)
+        assert slot.op is not None and slot.op.parent is not None
+        block = slot.op.parent
+        readers = [ancestor_in(op, block) for op in uses[load.result]]
+        first = min(block.ops.index(op) for op in readers if op is not None)
+        b = Builder(block, load.loc)
+        with b.at(block, first):
+            tile = b.local_load(slot)
+        tile.hint = load.result.hint
+        replace_uses(function.body, {load.result: tile})
 
 
 def _read_slots(function: Function) -> None:
