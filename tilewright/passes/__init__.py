@@ -2,6 +2,7 @@
 
 from tilewright.passes import (
     alternate,
+    barriers,
     canonicalize,
     check_schedule,
     copy_ahead,
@@ -29,6 +30,7 @@ from tilewright.passes import (
 
 __all__ = [
     "alternate",
+    "barriers",
     "canonicalize",
     "check_schedule",
     "copy_ahead",
