@@ -105,6 +105,10 @@ class TargetOps(ABC):
     def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
         """f32 quotient, at most 2.5 ulp off."""
 
+    def to_int(self, lw: Lowering, x: mlir.Value) -> mlir.Value:
+        """The i32 nearest to an f32 or f64 towards zero, NaN as 0."""
+        return lw.fb.fptosi_sat(x, lw.fb.types.i32)
+
     def widen_fp8(self, lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
         """An 8-bit float as f32."""
         return fp8.widen(lw, value, dtype)

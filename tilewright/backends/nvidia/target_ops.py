@@ -124,6 +124,13 @@ class NvidiaOps(TargetOps):
         """div.full.f32: at most 2 ulp over the full range."""
         return lw.fb.inline_asm(x.type, "div.full.f32 $0, $1, $2;", "=f,f,f", [x, y], side_effects=False)
 
+    def to_int(self, lw: Lowering, x: mlir.Value) -> mlir.Value:
+        """cvt.rzi.s32.f32 saturates, and gives 0 for NaN by itself ("Floating Point Conversions"); LLVM adds code."""
+        if x.type != lw.fb.types.f32:
+            return super().to_int(lw, x)
+        text = "cvt.rzi.s32.f32 $0, $1;"
+        return lw.fb.inline_asm(lw.fb.types.i32, text, "=r,f", [x], side_effects=False)
+
     def widen_fp8(self, lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
         """cvt.rn.f16x2.e4m3x2 and e5m2x2 (sm_89 and later): f16 holds every 8-bit float."""
         fb, types = lw.fb, lw.fb.types
