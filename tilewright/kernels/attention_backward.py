@@ -117,6 +117,7 @@ def attention_gradients(
         for m in tw.range(begin, end):
             logarithm = tw.load(rows[0, b, h], m, (BM,))
             delta = tw.load(rows[1, b, h], m, (BM,))
+            steps = tw.load(rows[2, b, h], m, (BM,))
             queries = tw.load(q[b, h], (m, 0), (BM, D))
             gradients = tw.load(do[b, h], (m, 0), (BM, DV))
             s = tw.dot(keys, queries.T)
@@ -130,13 +131,10 @@ def attention_gradients(
             dvalues = tw.dot(p.to(do.dtype), gradients, dvalues)
             ds = (p * (dp - delta[None, :])).to(q.dtype)
             dqueries = tw.dot(keys.T, ds)
+            dkeys = tw.dot(ds, queries, dkeys)
             if EXACT:
-                steps = tw.load(rows[2, b, h], m, (BM,))
-                dkeys = tw.dot(ds, queries, dkeys)
-                tw.atomic_add(sums[b, h], (m, 0), (dqueries * steps[None, :]).to(tw.int32).T)
-            else:
-                dkeys = tw.dot(ds, queries, dkeys)
-                tw.atomic_add(sums[b, h], (m, 0), dqueries.T)
+                dqueries = (dqueries * steps[None, :]).to(tw.int32)
+            tw.atomic_add(sums[b, h], (m, 0), dqueries.T)
     tw.store(dk[b, g], (n, 0), (dkeys * scale).to(dk.dtype))
     tw.store(dv[b, g], (n, 0), dvalues.to(dv.dtype))
 

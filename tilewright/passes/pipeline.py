@@ -29,6 +29,7 @@ from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.clusters import cluster_size, shared_axis
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import ROLES, matrix_unit, schedule_of
+from tilewright.passes.roles import registers_are_scarce
 
 #: a copy and a use at the same time
 LEAST_STAGES = 2
@@ -77,7 +78,7 @@ class Pipeline(FunctionPass):
         with top.at(function.body.block, position=_after_allocations(function)):
             counts = {id(g): top.index(0) for g in groups}
         rewriter.rewrite(function.body.block, counts)
-        _read_riders(function, riders, rewriter.slots)
+        _read_riders(function, context, riders, rewriter.slots)
         _use_slots(function, rewriter.slots)
         if not matrix_unit(context.target, function).reads_slots:
             _read_slots(function)
@@ -128,26 +129,26 @@ def is_rider(load: Load) -> bool:
 
 
 def _join_riders(function: Function, groups: list[Group]) -> list[Load]:
-    """Let each vector join a group that is there while it is used; the others stay loads into registers."""
+    """Let each vector join a group that is loaded behind it and used first; the others stay loads into registers.
+
+    The group is given back when the vector has been used too.
+    """
     uses, joined = uses_of(function.body), []
     for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None and is_rider(op)]:
-        group = next((g for g in groups if g.block is load.parent and _covers(g, load, uses)), None)
+        block = load.parent
+        assert block is not None
+        order = {id(op): n for n, op in enumerate(block.ops)}
+        readers = [ancestor_in(op, block) for op in uses.get(load.result, [])]
+        places = [order[id(op)] for op in readers if op is not None]
+        hosts = [g for g in groups if g.block is block and order[id(load)] < order[id(g.first_use)]]
+        group = next((g for g in hosts if places and order[id(g.first_use)] < min(places)), None)
         if group is None:
             load.shared, load.engine = None, "threads"
             continue
-        order = {id(op): n for n, op in enumerate(group.block.ops)}
         group.loads = sorted([*group.loads, load], key=lambda op: order[id(op)])
+        group.last_use = block.ops[max(order[id(group.last_use)], *places)]
         joined.append(load)
     return joined
-
-
-def _covers(group: Group, load: Load, uses: dict[Value, list[Operation]]) -> bool:
-    """Whether the group's tiles are awaited behind the load and in front of its uses, and released behind these."""
-    ops = group.block.ops
-    readers = [ancestor_in(op, group.block) for op in uses.get(load.result, [])]
-    places = [ops.index(op) for op in readers if op is not None]
-    first, last = ops.index(group.first_use), ops.index(group.last_use)
-    return bool(places) and ops.index(load) < first < min(places) and max(places) < last
 
 
 def _merge_neighbours(groups: list[Group]) -> list[Group]:
@@ -305,15 +306,19 @@ def _use_slots(function: Function, slots: dict[Value, Value]) -> None:
         op.parent.ops.remove(op)
 
 
-def _read_riders(function: Function, riders: list[Load], slots: dict[Value, Value]) -> None:
-    """Read each vector where it is first used, not before: it takes registers from there on."""
-    uses = uses_of(function.body)
+def _read_riders(function: Function, context: PassContext, riders: list[Load], slots: dict[Value, Value]) -> None:
+    """Read each vector behind the last dot before its first use, so that it arrives while that one is waited for; at
+    the use itself where registers are scarce."""
+    uses, scarce = uses_of(function.body), registers_are_scarce(function.body, function, context.target)
     for load in riders:
         slot = slots.pop(load.result)
         assert slot.op is not None and slot.op.parent is not None
         block = slot.op.parent
         readers = [ancestor_in(op, block) for op in uses[load.result]]
         first = min(block.ops.index(op) for op in readers if op is not None)
+        dots = [n for n, op in enumerate(block.ops[:first]) if isinstance(op, Dot) and n > block.ops.index(slot.op)]
+        if dots and not scarce:
+            first = dots[-1] + 1
         b = Builder(block, load.loc)
         with b.at(block, first):
             tile = b.local_load(slot)

@@ -45,7 +45,7 @@ class Roles(FunctionPass):
         engines = {op.result.type.kind for op in copies if isinstance(op.result.type, TokenType)}
         consumers = int(function.attributes["num_warps"])
         engine = "tma" if engines == {"tma"} else "threads"
-        scarce = results_per_thread(program, consumers * context.target.warp_size) > MANY_RESULTS
+        scarce = registers_are_scarce(program, function, context.target)
         registers = distribute_registers(context.target, consumers, engine, scarce)
         body.set_ops(shared)
         b = Builder(body, function.loc)
@@ -85,13 +85,14 @@ def _drop(block: Block, keep: Callable[[Operation], bool]) -> None:
     block.set_ops(kept)
 
 
-def results_per_thread(program: Region, threads: int) -> int:
-    """32-bit words of the results of a block's matrix products, at most."""
+def registers_are_scarce(program: Region, function: Function, target: Target) -> bool:
+    """Whether the results of the matrix products of some block take most of the consumers' registers."""
     words: dict[Block | None, int] = {}
     for op in program.walk():
         if isinstance(op, Dot) and isinstance(op.result.type, TileType):
             words[op.parent] = words.get(op.parent, 0) + op.result.type.size * op.result.type.dtype.bits // 32
-    return max(words.values(), default=0) // threads
+    threads = int(function.attributes["num_warps"]) * target.warp_size
+    return max(words.values(), default=0) > MANY_RESULTS * threads
 
 
 def distribute_registers(target: Target, consumers: int, engine: str, scarce: bool = False) -> tuple[int, int]:
