@@ -33,8 +33,16 @@ class Mma(FunctionPass):
         if not unit.asynchronous:
             return
         warps = int(function.attributes["num_warps"])
-        for dot in dots:
-            _share_operand(function, dot, unit, warps)
+        buffers: dict[tuple[SlotType, int], Value] = {}
+        taken: dict[tuple[SlotType, Block | None], int] = {}
+        for dot in [dot for dot in dots if not isinstance(dot.b.type, SlotType)]:
+            slot = _operand_slot(dot, unit, warps)
+            number = taken[slot, dot.parent] = taken.get((slot, dot.parent), -1) + 1
+            if (slot, number) not in buffers:
+                top = Builder(function.body.block, dot.loc)
+                with top.at(function.body.block, 0):
+                    buffers[slot, number] = top.alloc(slot, hint=dot.b.hint)
+            _share_operand(dot, buffers[slot, number])
         for block in list({id(d.parent): d.parent for d in dots}.values()):
             assert block is not None
             loop = _accumulating_loop(function, block) if self.in_flight else None
@@ -44,18 +52,19 @@ class Mma(FunctionPass):
                 _issue_and_wait(function, block)
 
 
-def _share_operand(function: Function, dot: Dot, unit: MatrixUnit, warps: int) -> None:
-    """Operand b lies in shared memory; one that was computed in registers is written there first."""
-    if isinstance(dot.b.type, SlotType):
-        return
+def _operand_slot(dot: Dot, unit: MatrixUnit, warps: int) -> SlotType:
+    """The slot for an operand b that was computed in registers."""
     layout = unit.shared("b", dot, None, warps)
     tile = dot.b.type
-    assert isinstance(tile, TileType) and dot.parent is not None
+    assert isinstance(tile, TileType)
     if layout is None:
         raise IRError("operand b is too narrow for shared memory", dot.loc, "make K a multiple of 16")
-    top = Builder(function.body.block, dot.loc)
-    with top.at(function.body.block, 0):
-        buffer = top.alloc(SlotType(tile.shape, tile.dtype, layout), hint=dot.b.hint)
+    return SlotType(tile.shape, tile.dtype, layout)
+
+
+def _share_operand(dot: Dot, buffer: Value) -> None:
+    """Write operand b to shared memory. Dots of different blocks, which follow each other, take one buffer in turn."""
+    assert dot.parent is not None
     b = Builder(dot.parent, dot.loc)
     with b.at(dot.parent, dot.parent.ops.index(dot)):
         slot = b.slot(buffer, b.index(0))
@@ -95,7 +104,7 @@ def _issue_and_wait(function: Function, block: Block) -> None:
         needed = [n for n, group in enumerate(flying) if _needs(op, group, chained)]
         if op.terminator and flying:
             needed = [len(flying) - 1]
-        elif any(_refills(op, release.ring) for release in held):
+        elif any(_refills(op, release.ring, held) for release in held):
             needed = [len(flying) - 1]
         if needed:
             flying = _wait(b, flying, max(needed), mapping)
@@ -120,9 +129,11 @@ def _release_read(b: Builder, held: list[Release], flying: list[_Group]) -> list
     return [release for release in held if release not in unread]
 
 
-def _refills(op: Operation, ring: Value) -> bool:
-    """Whether an operation waits for a later use of the ring: its stages may all be taken until one is released."""
-    return any(isinstance(o, Await) and o.ring is ring for o in op.walk())
+def _refills(op: Operation, ring: Value, held: list[Release]) -> bool:
+    """Whether an operation waits for a later use of the ring while all of its stages may be held."""
+    waits = [o for o in op.walk() if isinstance(o, Await) and o.ring is ring]
+    all_held = sum(release.ring is ring for release in held) >= _stages(ring)
+    return bool(waits) and (all_held or op not in waits)
 
 
 def _needs(op: Operation, group: _Group, chained: Value | None) -> bool:
