@@ -81,6 +81,8 @@ class _Group:
     result: Value
     flying: Value
     token: Value
+    #: operand a
+    operand: Value
     rings: set[Value]
     buffers: set[Value]
 
@@ -89,10 +91,11 @@ def _issue_and_wait(function: Function, block: Block) -> None:
     """Issue each dot where it stands and wait where its result is first needed.
 
     The unit finishes groups in order, so waiting for one leaves exactly the younger ones in flight. Operands are given
-    back behind the first wait that shows that they were read.
+    back behind the first wait that shows that they were read. What a dot takes from registers in the next iteration
+    has the registers of what it takes in this one, so that is waited for too: ptxas would serialise all (C7513).
     """
     mapping: dict[Value, Value] = {}
-    uses = uses_of(function.body)
+    uses, successors = uses_of(function.body), _successors(block)
     flying: list[_Group] = []
     held: list[Release] = []
     old = list(block.ops)
@@ -101,7 +104,7 @@ def _issue_and_wait(function: Function, block: Block) -> None:
     for op in old:
         b.loc = op.loc
         chained = op.acc if isinstance(op, Dot) and uses[op.acc] == [op] else None
-        needed = [n for n, group in enumerate(flying) if _needs(op, group, chained)]
+        needed = [n for n, group in enumerate(flying) if _needs(op, group, chained) or successors.get(group.operand) in op.results]
         if op.terminator and flying:
             needed = [len(flying) - 1]
         elif any(_refills(op, release.ring, held) for release in held):
@@ -150,6 +153,15 @@ def _needs(op: Operation, group: _Group, chained: Value | None) -> bool:
     )
 
 
+def _successors(block: Block) -> dict[Value, Value]:
+    """What a loop carries into an iteration -> what this one hands to the next."""
+    loop = block.parent.parent if block.parent is not None else None
+    terminator = block.terminator
+    if not isinstance(loop, For) or not isinstance(terminator, Yield):
+        return {}
+    return dict(zip(loop.carried, terminator.values, strict=True))
+
+
 def _issue(b: Builder, dot: Dot, flying: list[_Group]) -> _Group:
     """Issue a dot; an accumulator still in flight passes on to it."""
     acc = next((g.flying for g in flying if g.result is dot.acc), dot.acc)
@@ -157,7 +169,7 @@ def _issue(b: Builder, dot: Dot, flying: list[_Group]) -> _Group:
     result.hint = dot.result.hint
     buffers = {buffer_of(v) for v in (dot.a, dot.b) if isinstance(v.type, SlotType)}
     rings = {buffer.op.ring for buffer in buffers if isinstance(buffer.op, Alloc) and buffer.op.ring is not None}
-    return _Group(dot.result, result, token, rings, buffers)
+    return _Group(dot.result, result, token, dot.a, rings, buffers)
 
 
 def _wait(b: Builder, flying: list[_Group], last: int, mapping: dict[Value, Value]) -> list[_Group]:

@@ -83,6 +83,10 @@ class TargetOps(ABC):
         """How tiles of these sizes are read and written, where not by 64-bit addresses and branches."""
         return None
 
+    def from_here(self, lw: Lowering, value: mlir.Value) -> mlir.Value:
+        """The same i32; on targets where it pays, what follows from it is not moved in front of this place."""
+        return value
+
     # --- messages -------------------------------------------------------------------------------
 
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:

@@ -111,6 +111,10 @@ class NvidiaOps(TargetOps):
             else:
                 _predicated_store(lw, predicate, pointer, value)
 
+    def from_here(self, lw: Lowering, value: mlir.Value) -> mlir.Value:
+        """Without this LLVM computes masks of rare iterations in front of the loop, and keeps them in registers."""
+        return lw.fb.inline_asm(value.type, "", "=r,0", [value])
+
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
         debug.print_line(lw, text, values)
 
