@@ -27,7 +27,6 @@ from tilewright.ir.core import (
 )
 from tilewright.ir.types import BufferType, SlotType, TileType, TokenType, ViewType, element_type, multipliable
 
-
 #: atomic updates of global memory that the copy engine makes, and of which element types
 BULK_UPDATES = {"add": ("i32", "f32")}
 

@@ -60,11 +60,11 @@ class Barriers(FunctionPass):
         for role in [op for op in function.walk() if isinstance(op, Role) and not op.single_thread]:
             for wait in [op for op in role.body.walk() if isinstance(op, BulkWait)]:
                 _wait_earlier(wait)
-            for barrier in [op for op in role.body.walk() if isinstance(op, Barrier)]:
-                if barrier.scope in ("role", "warpgroup") and not _serves_release(barrier):
-                    if not _Search(barrier).needed(role.body.block):
-                        assert barrier.parent is not None
-                        barrier.parent.ops.remove(barrier)
+            barriers = [op for op in role.body.walk() if isinstance(op, Barrier) and op.scope in ("role", "warpgroup")]
+            for barrier in [op for op in barriers if not _serves_release(op)]:
+                if not _Search(barrier).needed(role.body.block):
+                    assert barrier.parent is not None
+                    barrier.parent.ops.remove(barrier)
 
 
 def _serves_release(barrier: Barrier) -> bool:

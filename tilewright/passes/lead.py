@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from tilewright.ir.async_ops import Await, LocalLoad, Role, Slot, buffer_of
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Effect, Function, Operation, Value, uses_of
+from tilewright.ir.core import Function, Operation, Value, uses_of
 from tilewright.ir.tile_ops import Constant, Dot, For, Yield
 from tilewright.ir.types import RingType, ScalarType, SlotType, TileType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass

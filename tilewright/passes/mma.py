@@ -104,10 +104,9 @@ def _issue_and_wait(function: Function, block: Block) -> None:
     for op in old:
         b.loc = op.loc
         chained = op.acc if isinstance(op, Dot) and uses[op.acc] == [op] else None
-        needed = [n for n, group in enumerate(flying) if _needs(op, group, chained) or successors.get(group.operand) in op.results]
-        if op.terminator and flying:
-            needed = [len(flying) - 1]
-        elif any(_refills(op, release.ring, held) for release in held):
+        replaced = {value for value, successor in successors.items() if successor in op.results}
+        needed = [n for n, group in enumerate(flying) if group.operand in replaced or _needs(op, group, chained)]
+        if (op.terminator and flying) or any(_refills(op, release.ring, held) for release in held):
             needed = [len(flying) - 1]
         if needed:
             flying = _wait(b, flying, max(needed), mapping)

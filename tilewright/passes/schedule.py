@@ -65,4 +65,5 @@ def check_rows(warps: int, dots: Sequence[Dot]) -> None:
         rows = operand_shape(dot, "a")[0]
         if not from_registers(dot) and not divides(dot, groups):
             message = f"num_warps={warps}: {rows} rows do not divide among {groups} groups of {WARPGROUP} warps"
-            raise IRError(message, dot.loc, f"each group takes a multiple of {WGMMA_ROWS} rows, or columns of {WGMMA_ROWS}")
+            hint = f"each group takes a multiple of {WGMMA_ROWS} rows, or columns of {WGMMA_ROWS}"
+            raise IRError(message, dot.loc, hint)

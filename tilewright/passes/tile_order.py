@@ -293,9 +293,7 @@ def _direction(value: Value, axis: int) -> int | None:
     return left or right if left * right >= 0 else None
 
 
-def decode_longest_first(
-    b: Builder, tile: Value, sizes: list[Value], axis: int, slope: int, group: int
-) -> list[Value]:
+def decode_longest_first(b: Builder, tile: Value, sizes: list[Value], axis: int, slope: int, group: int) -> list[Value]:
     """Program ids of a linear tile number: ``axis`` falls (``slope`` 1) or rises, slowest in windows of ``group``
     other places."""
     first, second = (a for a in range(3) if a != axis)
