@@ -198,13 +198,14 @@ def test_backward_on_emulated_amd() -> None:
     check_backward("emulate:gfx950", (1, 2, 1, 40, 50, 64, 64), causal=True, BM=32, BN=64)
 
 
-def test_backward_of_arrays() -> None:
-    arrays = backward_inputs((1, 2, 1, 70, 150, 64, 64), True, None)
+@pytest.mark.parametrize("causal", [False, True])
+def test_backward_of_arrays(causal: bool) -> None:
+    arrays = backward_inputs((1, 4, 2, 70, 150, 64, 64), causal, None)
     q, k, v, _, do, _ = arrays
     for deterministic in (True, False):
         results = [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)]
-        sdpa_backward(*arrays, *results, causal=True, deterministic=deterministic)
-        for actual, wanted in zip(results, gradients(q, k, v, do, True), strict=True):
+        sdpa_backward(*arrays, *results, causal=causal, deterministic=deterministic)
+        for actual, wanted in zip(results, gradients(q, k, v, do, causal), strict=True):
             check(actual, wanted, "bf16")
 
 

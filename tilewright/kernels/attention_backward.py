@@ -97,11 +97,12 @@ def attention_gradients(
 ) -> None:
     """Gradients of a tile of keys and values, and what it adds to ``sums``, the gradients of q without the scale.
 
-    Shapes as in `attention` and `attention_rows`; EXACT: sums are int32, in steps. ``scale`` without log2(e).
-    Grid: (cdiv(N, BN), G, B).
+    Shapes as in `attention` and `attention_rows`, but dk and dv (B, P, N, ...) with P a multiple of G: each for
+    H / P heads. EXACT: sums are int32, in steps. ``scale`` without log2(e). Grid: (cdiv(N, BN), P, B).
     """
-    n, g, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-    shared = q.shape[1] // k.shape[1]
+    n, part, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    g = part // (dk.shape[1] // k.shape[1])
+    shared = q.shape[1] // dk.shape[1]
     shift = k.shape[2] - q.shape[2]
     keys = tw.load(k[b, g], (n, 0), (BN, D))
     values = tw.load(v[b, g], (n, 0), (BN, DV))
@@ -113,7 +114,7 @@ def attention_gradients(
         end = tw.minimum(end, tw.cdiv(tw.maximum((n + 1) * BN + left - shift, 0), BM))
     dkeys = tw.zeros((BN, D), tw.float32)
     dvalues = tw.zeros((BN, DV), tw.float32)
-    for h in tw.range(g * shared, (g + 1) * shared):
+    for h in tw.range(part * shared, (part + 1) * shared):
         for m in tw.range(begin, end):
             logarithm = tw.load(rows[0, b, h], m, (BM,))
             delta = tw.load(rows[1, b, h], m, (BM,))
@@ -135,8 +136,8 @@ def attention_gradients(
             if EXACT:
                 dqueries = (dqueries * steps[None, :]).to(tw.int32)
             tw.atomic_add(sums[b, h], (m, 0), dqueries.T)
-    tw.store(dk[b, g], (n, 0), (dkeys * scale).to(dk.dtype))
-    tw.store(dv[b, g], (n, 0), dvalues.to(dv.dtype))
+    tw.store(dk[b, part], (n, 0), (dkeys * scale).to(dk.dtype))
+    tw.store(dv[b, part], (n, 0), dvalues.to(dv.dtype))
 
 
 @tw.kernel
@@ -147,6 +148,20 @@ def attention_dq(sums: tw.Tensor, rows: tw.Tensor, dq: tw.Tensor, scale: tw.floa
     if sums.dtype == tw.int32:
         total = total * tw.load(rows[3, b, h], m, (TILE,))[:, None]
     tw.store(dq[b, h], (m, 0), total.to(dq.dtype))
+
+
+@tw.kernel
+def attention_sum_heads(parts: tw.Tensor, total: tw.Tensor, *, D: tw.constexpr) -> None:
+    """``total[b, g]`` = the sum of the parts of group g. parts (B, P, N, D), total (B, G, N, D).
+
+    Grid: (cdiv(N, TILE), G, B).
+    """
+    n, g, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    count = parts.shape[1] // total.shape[1]
+    added = tw.zeros((TILE, D), tw.float32)
+    for part in tw.range(g * count, (g + 1) * count):
+        added += tw.load(parts[b, part], (n, 0), (TILE, D)).to(tw.float32)
+    tw.store(total[b, g], (n, 0), added.to(total.dtype))
 
 
 def configuration(depth: int) -> dict[str, int]:
@@ -173,6 +188,8 @@ def sdpa_backward(
     """Gradients of `tilewright.kernels.attention.sdpa`, which gave ``o`` and ``lse``. Arrays of NumPy or torch.
 
     Bitwise equal from run to run, unless ``deterministic`` is False: then dq is added up in float32, in any order.
+    With CAUSAL grouped heads get gradients of keys and values for each query head first, in the dtype of q: programs
+    of a head run side by side and share what they read, which programs that walk several heads lose.
     """
     batch, heads, length, depth = q.shape
     width, groups, keys = v.shape[3], k.shape[1], k.shape[2]
@@ -185,10 +202,16 @@ def sdpa_backward(
         largest = temporary(q, (2, batch, groups, tw.cdiv(keys, TILE)))
         attention_largest[tw.cdiv(keys, TILE), groups, batch](k, v, largest, D=depth, DV=width)
     attention_rows[tiles, heads, batch](o, do, lse, rows, sums, largest, D=depth, DV=width)
-    attention_gradients[tw.cdiv(keys, meta["BN"]), groups, batch](
-        q, k, v, do, rows, sums, dk, dv, factor, left, D=depth, DV=width, CAUSAL=causal, EXACT=deterministic, **meta
+    parts = [dk, dv]
+    if causal and groups != heads:
+        parts = [temporary(q, (batch, heads, keys, x.shape[3]), q.dtype) for x in (k, v)]
+    attention_gradients[tw.cdiv(keys, meta["BN"]), parts[0].shape[1], batch](
+        q, k, v, do, rows, sums, *parts, factor, left, D=depth, DV=width, CAUSAL=causal, EXACT=deterministic, **meta
     )
     attention_dq[tiles, heads, batch](sums, rows, dq, factor, D=depth)
+    for part, total in zip(parts, (dk, dv), strict=True):
+        if part is not total:
+            attention_sum_heads[tw.cdiv(keys, TILE), groups, batch](part, total, D=total.shape[3])
 
 
 def reference(
