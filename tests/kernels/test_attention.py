@@ -13,6 +13,7 @@ from tilewright.kernels.attention import LOG2E, attention, attention_varlen, con
 from tilewright.kernels.attention_backward import (
     ROWS,
     TILE,
+    attention_bound,
     attention_dq,
     attention_gradients,
     attention_largest,
@@ -162,11 +163,12 @@ def backward(
     (b, h, m, d), (g, n), dv = q.shape, k.shape[1:3], v.shape[3]
     blocks = tw.cdiv(m, TILE)
     rows, sums = poisoned(ROWS, b, h, blocks * TILE), np.full(q.shape, 123, np.int32 if exact else np.float32)
-    results, largest = [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)], None
+    results, bound = [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)], None
     if exact:
-        largest = poisoned(2, b, g, tw.cdiv(n, TILE))
+        largest, bound = poisoned(2, b, g, tw.cdiv(n, TILE)), poisoned(b, g)
         launch(device, attention_largest, (tw.cdiv(n, TILE), g, b), k, v, largest, D=d, DV=dv)
-    launch(device, attention_rows, (blocks, h, b), o, do, lse, rows, sums, largest, D=d, DV=dv)
+        launch(device, attention_bound, (g, b), largest, bound)
+    launch(device, attention_rows, (blocks, h, b), o, do, lse, rows, sums, bound, D=d, DV=dv)
     meta = {"D": d, "DV": dv, "CAUSAL": causal, "EXACT": exact, **(tiles or backward_configuration(max(d, dv)))}
     grid = (tw.cdiv(n, meta["BN"]), g, b)
     launch(device, attention_gradients, grid, q, k, v, do, rows, sums, *results[1:], d**-0.5, left, **meta)

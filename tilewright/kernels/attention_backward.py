@@ -38,13 +38,24 @@ def attention_largest(k: tw.Tensor, v: tw.Tensor, largest: tw.Tensor, *, D: tw.c
 
 
 @tw.kernel
+def attention_bound(largest: tw.Tensor, bound: tw.Tensor) -> None:
+    """max|v| max|k| of a group of heads. largest as in `attention_largest`, bound (B, G) float32. Grid: (G, B)."""
+    g, b = tw.program_id(0), tw.program_id(1)
+    key, value = tw.zeros((1, 128), tw.float32), tw.zeros((1, 128), tw.float32)
+    for j in tw.range(tw.cdiv(largest.shape[3], 128)):
+        key = tw.maximum(key, tw.load(largest[0, b, g], j, (128,))[None, :])
+        value = tw.maximum(value, tw.load(largest[1, b, g], j, (128,))[None, :])
+    tw.store(bound[b], g, tw.max(key, axis=1) * tw.sqrt(tw.max(value, axis=1)))
+
+
+@tw.kernel
 def attention_rows(
     o: tw.Tensor,
     do: tw.Tensor,
     lse: tw.Tensor,
     rows: tw.Tensor,
     sums: tw.Tensor,
-    largest: tw.Tensor = None,
+    bound: tw.Tensor = None,
     *,
     D: tw.constexpr,
     DV: tw.constexpr,
@@ -52,7 +63,7 @@ def attention_rows(
     """What a walk needs of each query, and zeros to add to.
 
     o, do (B, H, M, DV), lse (B, H, M), rows (ROWS, B, H, M rounded up to TILE) float32, sums (B, H, M, D); with
-    ``largest`` of `attention_largest` sums are int32, else float32. Grid: (cdiv(M, TILE), H, B).
+    ``bound`` of `attention_bound` sums are int32, else float32. Grid: (cdiv(M, TILE), H, B).
     """
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     gradients = tw.load(do[b, h], (m, 0), (TILE, DV)).to(tw.float32)
@@ -62,17 +73,12 @@ def attention_rows(
     tw.store(rows[0, b, h], m, tw.where(logarithm == float("-inf"), float("inf"), logarithm * LOG2E))
     tw.store(rows[1, b, h], m, delta)
     tw.store(sums[b, h], (m, 0), tw.zeros((TILE, D), sums.dtype))
-    if largest is not None:
-        key, value = tw.zeros((1, 128), tw.float32), tw.zeros((1, 128), tw.float32)
-        g = h // (lse.shape[1] // largest.shape[2])
-        for j in tw.range(tw.cdiv(largest.shape[3], 128)):
-            key = tw.maximum(key, tw.load(largest[0, b, g], j, (128,))[None, :])
-            value = tw.maximum(value, tw.load(largest[1, b, g], j, (128,))[None, :])
-        bound = tw.sqrt(tw.sum(gradients * gradients, axis=1) * tw.max(value, axis=1)) * tw.max(key, axis=1)
+    if bound is not None:
+        most = tw.sqrt(tw.sum(gradients * gradients, axis=1)) * tw.load(bound[b], h // (lse.shape[1] // bound.shape[1]))
         # integers have no NaN: what is not finite in the other sums of a query makes its step NaN
         spoiled = (delta + tw.where(logarithm == float("-inf"), 0.0, logarithm)) * 0.0
-        tw.store(rows[2, b, h], m, 2.0**29 / bound)
-        tw.store(rows[3, b, h], m, bound * 2.0**-29 + spoiled)
+        tw.store(rows[2, b, h], m, 2.0**29 / most)
+        tw.store(rows[3, b, h], m, most * 2.0**-29 + spoiled)
 
 
 @tw.kernel
@@ -197,11 +203,13 @@ def sdpa_backward(
     tiles, meta = tw.cdiv(length, TILE), configuration(max(depth, width))
     rows = temporary(q, (ROWS, batch, heads, tiles * TILE))
     sums = temporary(q, q.shape, "int32" if deterministic else "float32")
-    largest = None
+    bound = None
     if deterministic:
         largest = temporary(q, (2, batch, groups, tw.cdiv(keys, TILE)))
+        bound = temporary(q, (batch, groups))
         attention_largest[tw.cdiv(keys, TILE), groups, batch](k, v, largest, D=depth, DV=width)
-    attention_rows[tiles, heads, batch](o, do, lse, rows, sums, largest, D=depth, DV=width)
+        attention_bound[groups, batch](largest, bound)
+    attention_rows[tiles, heads, batch](o, do, lse, rows, sums, bound, D=depth, DV=width)
     parts = [dk, dv]
     if causal and groups != heads:
         parts = [temporary(q, (batch, heads, keys, x.shape[3]), q.dtype) for x in (k, v)]
