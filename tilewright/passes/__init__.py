@@ -2,6 +2,7 @@
 
 from tilewright.passes import (
     alternate,
+    barriers,
     canonicalize,
     check_protocol,
     check_schedule,
@@ -14,6 +15,7 @@ from tilewright.passes import (
     hand_back,
     late_signals,
     layouts,
+    lead,
     licm,
     load_ahead,
     mma,
@@ -34,6 +36,7 @@ from tilewright.passes import (
 
 __all__ = [
     "alternate",
+    "barriers",
     "canonicalize",
     "check_protocol",
     "check_schedule",
@@ -46,6 +49,7 @@ __all__ = [
     "hand_back",
     "late_signals",
     "layouts",
+    "lead",
     "licm",
     "load_ahead",
     "mma",

@@ -14,13 +14,24 @@ import numpy as np
 
 import tilewright as tw
 from tilewright.kernels.gemm import product
-from tilewright.kernels.gemm_grouped import group_of, most_tiles
+from tilewright.kernels.gemm_grouped import most_tiles
 from tilewright.kernels.multi_gpu.collectives import reshaped
 from tilewright.kernels.multi_gpu.pushing import UNITS
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
 
 #: columns of tokens that a program fetches at a time, and how many times in a row
 WIDTH, PARTS = 128, 8
+
+
+@tw.function
+def group_of(tile, starts):
+    """The last group whose tiles start at or before ``tile``."""
+    low, high = 0, starts.shape[0] - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tw.load(starts, middle) <= tile
+        low, high = tw.where(before, middle, low), tw.where(before, high, middle)
+    return low
 
 
 @tw.kernel

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.attention_backward import attention_delta, key_gradients, query_gradients
 from tilewright.kernels.attention_backward import reference as whole_reference
 from tilewright.kernels.multi_gpu.collectives import reshaped
 from tilewright.kernels.multi_gpu.ring_attention import divided, joined, own_chunk
+from tilewright.kernels.multi_gpu.ring_gradients import attention_delta, key_gradients, query_gradients
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
 
 
