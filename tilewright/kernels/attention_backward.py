@@ -23,103 +23,6 @@ def attention_delta(o: tw.Tensor, do: tw.Tensor, delta: tw.Tensor, *, DV: tw.con
     tw.store(delta[b, h], m, tw.sum(product, axis=1))
 
 
-@tw.function
-def key_gradients(
-    keys: Any,
-    values: Any,
-    q: Any,
-    do: Any,
-    lse: Any,
-    delta: Any,
-    head: Any,
-    heads: Any,
-    key: Any,
-    shift: Any,
-    left: Any,
-    scale: Any,
-    dkeys: Any,
-    dvalues: Any,
-    BM: tw.constexpr,
-    CAUSAL: tw.constexpr,
-) -> Any:
-    """Add to dkeys (BN, D) and dvalues (BN, DV) what ``heads`` heads from ``head`` on of queries q (H, M, D) give.
-
-    keys (BN, D) and values (BN, DV) start at ``key``, query i stands at key i + ``shift``; do (H, M, DV), lse and delta
-    (H, M). ``dkeys`` lacks the factor ``scale``.
-    """
-    BN = keys.shape[0]
-    columns = key + tw.arange(0, BN)
-    begin, end = 0, tw.cdiv(q.shape[1], BM)
-    if CAUSAL:
-        begin = tw.maximum(key - shift, 0) // BM
-    if left is not None:
-        end = tw.minimum(end, tw.cdiv(tw.maximum(key + BN + left - shift, 0), BM))
-    for step in tw.range(tw.maximum(end - begin, 0) * heads):
-        h, m = head + step // (end - begin), begin + step % (end - begin)
-        queries = tw.load(q[h], (m, 0), (BM, keys.shape[1]))
-        gradients = tw.load(do[h], (m, 0), (BM, values.shape[1]))
-        rows = m * BM + tw.arange(0, BM)
-        # beyond the last query lse reads as +inf: those weights are 0
-        logarithm = tw.load(lse[h], m, (BM,), pad=float("inf"))
-        s = tw.dot(keys, queries.T)
-        p = tw.exp2(s * (scale * LOG2E) - (logarithm * LOG2E)[None, :])
-        p = tw.where((logarithm == float("-inf"))[None, :], 0.0, p)
-        if CAUSAL:
-            p = tw.where(columns[:, None] <= (rows + shift)[None, :], p, 0.0)
-        if left is not None:
-            p = tw.where(columns[:, None] >= (rows + shift - left)[None, :], p, 0.0)
-        dvalues = tw.dot(p.to(do.dtype), gradients, dvalues)
-        dp = tw.dot(values, gradients.T)
-        ds = p * (dp - tw.load(delta[h], m, (BM,))[None, :])
-        dkeys = tw.dot(ds.to(q.dtype), queries, dkeys)
-    return dkeys, dvalues
-
-
-@tw.function
-def query_gradients(
-    queries: Any,
-    gradients: Any,
-    logarithm: Any,
-    row_delta: Any,
-    k: Any,
-    v: Any,
-    row: Any,
-    shift: Any,
-    left: Any,
-    scale: Any,
-    dqueries: Any,
-    BN: tw.constexpr,
-    CAUSAL: tw.constexpr,
-) -> Any:
-    """Add to dqueries (BM, D) what keys k (N, D) and values v (N, DV) give, without the factor ``scale``.
-
-    queries (BM, D), their gradients of the output (BM, DV), lse and delta (BM,) start at ``row``; query i stands at
-    key i + ``shift``.
-    """
-    BM = queries.shape[0]
-    rows = row + shift + tw.arange(0, BM)
-    begin, end = 0, tw.cdiv(k.shape[0], BN)
-    if CAUSAL:
-        end = tw.minimum(end, tw.cdiv(tw.maximum(row + BM + shift, 0), BN))
-    if left is not None:
-        begin = tw.maximum(row + shift - left, 0) // BN
-    for j in tw.range(begin, end):
-        keys = tw.load(k, (j, 0), (BN, queries.shape[1]))
-        columns = j * BN + tw.arange(0, BN)
-        s = tw.dot(queries, keys.T)
-        p = tw.exp2(s * (scale * LOG2E) - (logarithm * LOG2E)[:, None])
-        p = tw.where((columns < k.shape[0])[None, :], p, 0.0)
-        p = tw.where((logarithm == float("-inf"))[:, None], 0.0, p)
-        if CAUSAL:
-            p = tw.where(columns[None, :] <= rows[:, None], p, 0.0)
-        if left is not None:
-            p = tw.where(columns[None, :] >= (rows - left)[:, None], p, 0.0)
-        dp = tw.dot(gradients, tw.load(v, (j, 0), (BN, gradients.shape[1])).T)
-        ds = p * (dp - row_delta[:, None])
-        dqueries = tw.dot(ds.to(k.dtype), keys, dqueries)
-    return dqueries
-
-
 @tw.kernel
 def attention_dkdv(
     q: tw.Tensor,
@@ -148,12 +51,32 @@ def attention_dkdv(
     shift = k.shape[2] - q.shape[2]
     keys = tw.load(k[b, g], (n, 0), (BN, D))
     values = tw.load(v[b, g], (n, 0), (BN, DV))
+    columns = n * BN + tw.arange(0, BN)
+    begin, end = 0, tw.cdiv(q.shape[2], BM)
+    if CAUSAL:
+        begin = tw.maximum(n * BN - shift, 0) // BM
+    if left is not None:
+        end = tw.minimum(end, tw.cdiv(tw.maximum((n + 1) * BN + left - shift, 0), BM))
     dkeys = tw.zeros((BN, D), tw.float32)
     dvalues = tw.zeros((BN, DV), tw.float32)
-    dkeys, dvalues = key_gradients(
-        keys, values, q[b], do[b], lse[b], delta[b], g * shared, shared, n * BN, shift, left, scale, dkeys, dvalues,
-        BM, CAUSAL,
-    )  # fmt: skip
+    for step in tw.range(tw.maximum(end - begin, 0) * shared):
+        h, m = g * shared + step // (end - begin), begin + step % (end - begin)
+        queries = tw.load(q[b, h], (m, 0), (BM, D))
+        gradients = tw.load(do[b, h], (m, 0), (BM, DV))
+        rows = m * BM + tw.arange(0, BM)
+        # beyond the last query lse reads as +inf: those weights are 0
+        logarithm = tw.load(lse[b, h], m, (BM,), pad=float("inf"))
+        s = tw.dot(keys, queries.T)
+        p = tw.exp2(s * (scale * LOG2E) - (logarithm * LOG2E)[None, :])
+        p = tw.where((logarithm == float("-inf"))[None, :], 0.0, p)
+        if CAUSAL:
+            p = tw.where(columns[:, None] <= (rows + shift)[None, :], p, 0.0)
+        if left is not None:
+            p = tw.where(columns[:, None] >= (rows + shift - left)[None, :], p, 0.0)
+        dvalues = tw.dot(p.to(do.dtype), gradients, dvalues)
+        dp = tw.dot(values, gradients.T)
+        ds = p * (dp - tw.load(delta[b, h], m, (BM,))[None, :])
+        dkeys = tw.dot(ds.to(q.dtype), queries, dkeys)
     tw.store(dk[b, g], (n, 0), (dkeys * scale).to(dk.dtype))
     tw.store(dv[b, g], (n, 0), dvalues.to(dv.dtype))
 
@@ -184,10 +107,27 @@ def attention_dq(
     gradients = tw.load(do[b, h], (m, 0), (BM, DV))
     logarithm = tw.load(lse[b, h], m, (BM,), pad=float("inf"))
     row_delta = tw.load(delta[b, h], m, (BM,))
+    rows = m * BM + shift + tw.arange(0, BM)
+    begin, end = 0, tw.cdiv(k.shape[2], BN)
+    if CAUSAL:
+        end = tw.minimum(end, tw.cdiv(tw.maximum((m + 1) * BM + shift, 0), BN))
+    if left is not None:
+        begin = tw.maximum(m * BM + shift - left, 0) // BN
     dqueries = tw.zeros((BM, D), tw.float32)
-    dqueries = query_gradients(
-        queries, gradients, logarithm, row_delta, k[b, g], v[b, g], m * BM, shift, left, scale, dqueries, BN, CAUSAL
-    )
+    for j in tw.range(begin, end):
+        keys = tw.load(k[b, g], (j, 0), (BN, D))
+        columns = j * BN + tw.arange(0, BN)
+        s = tw.dot(queries, keys.T)
+        p = tw.exp2(s * (scale * LOG2E) - (logarithm * LOG2E)[:, None])
+        p = tw.where((columns < k.shape[2])[None, :], p, 0.0)
+        p = tw.where((logarithm == float("-inf"))[:, None], 0.0, p)
+        if CAUSAL:
+            p = tw.where(columns[None, :] <= rows[:, None], p, 0.0)
+        if left is not None:
+            p = tw.where(columns[None, :] >= (rows - left)[:, None], p, 0.0)
+        dp = tw.dot(gradients, tw.load(v[b, g], (j, 0), (BN, DV)).T)
+        ds = p * (dp - row_delta[:, None])
+        dqueries = tw.dot(ds.to(k.dtype), keys, dqueries)
     tw.store(dq[b, h], (m, 0), (dqueries * scale).to(dq.dtype))
 
 
