@@ -30,25 +30,28 @@ from tilewright.runtime.bench import TorchClock, compare
 Row = dict[str, Any]
 Run = Callable[[], Any]
 
+#: idle time before each sample, in cycles (about 0.6 ms): launches of several calls and the meeting are queued in it
+LEAD_CYCLES = 1_100_000
 #: floating-point operations from which on a work is repeated less often
 LARGE = 5e12
 
 
 class MeetingClock(TorchClock):
-    """Ranks meet on the GPU before each sample, behind idle time in which Python queues the sample."""
+    """Ranks meet on the GPU before each sample, behind idle time in which Python queues meeting and sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, reset: Run) -> None:
         super().__init__(torch)
-        self._token = torch.zeros(1, device="cuda")
+        self._token, self._reset = torch.zeros(1, device="cuda"), reset
 
     def prepare(self, flush: bool) -> None:
-        super().prepare(flush)
+        self._reset()
+        torch.cuda._sleep(LEAD_CYCLES)
         distributed.all_reduce(self._token)
 
 
-def times_of_slowest(candidates: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Microseconds of each sample on the rank that took longest."""
-    found = compare(candidates, repeats, warmup=5, clock=MeetingClock())
+def times_of_slowest(candidates: dict[str, Run], repeats: int, reset: Run = lambda: None) -> dict[str, list[float]]:
+    """Microseconds of each sample on the rank that took longest. ``reset`` precedes each sample."""
+    found = compare(candidates, repeats, warmup=5, clock=MeetingClock(reset))
     mine = torch.tensor([found[name].times_us for name in candidates], device="cuda")
     distributed.all_reduce(mine, distributed.ReduceOp.MAX)
     return dict(zip(candidates, mine.tolist(), strict=True))
@@ -78,6 +81,8 @@ def measure(world: Any, case: Case, repeats: int) -> Row:
         row["error"] = worst(error_of(output, case))
         candidates["ours"] = run
     for name, rival in case.rivals.items():
+        case.reset()
+        distributed.barrier()  # a peer reads what was put back
         try:
             row[f"{name}_error"] = worst(error_of(rival(), case))
             candidates[name] = rival
@@ -85,7 +90,7 @@ def measure(world: Any, case: Case, repeats: int) -> Row:
             row[f"{name}_missing"] = str(error).splitlines()[0][:120]
     if case.flops > LARGE:
         repeats = max(5, round(repeats * LARGE / case.flops))
-    times = times_of_slowest(candidates | case.parts, repeats)
+    times = times_of_slowest(candidates | case.parts, repeats, case.reset)
     for name, values in times.items():
         row[f"{name}_us"] = median(values)
     if ours is not None:

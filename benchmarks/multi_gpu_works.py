@@ -40,6 +40,8 @@ class Case:
     link_bytes: float = 0.0
     #: what lies in rivals alone, such as the product without communication: measured, but no rival
     parts: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    #: puts back what rivals overwrite, before each sample
+    reset: Callable[[], Any] = lambda: None
 
     def rows_of(self, result: Tensor) -> Tensor:
         """The rows of an output whose error is measured."""
@@ -174,17 +176,19 @@ def all_reduce(nbytes: int) -> Case:
     x = randn("x", rank, *shape)
     plain, mine = x.clone(), shared(*shape)
 
-    def nccl() -> Tensor:
+    def reset() -> None:
+        """Rivals find their input where they want it; two of them overwrite it."""
         plain.copy_(x)
+        mine.copy_(x)
+
+    def nccl() -> Tensor:
         distributed.all_reduce(plain)
         return plain
 
     def one_shot() -> Tensor:
-        mine.copy_(x)
         return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", group_name())
 
     def two_shot() -> Tensor:
-        mine.copy_(x)
         return torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", group_name())
 
     def exact(rows: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ def all_reduce(nbytes: int) -> Case:
         exact,
         0.0,
         2.0 * (ranks - 1) / ranks * nbytes,
-        {"copy": lambda: plain.copy_(x)},
+        reset=reset,
     )
 
 

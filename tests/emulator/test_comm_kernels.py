@@ -102,9 +102,33 @@ def test_barrier_and_get(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90a", "gfx942"])
-def test_waiting_in_vain_is_reported(target: str) -> None:
+def test_waiting_in_vain_is_reported(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At run time, too, where nobody has proved the protocol."""
+    monkeypatch.setenv("TILEWRIGHT_CHECK_SCHEDULE", "0")
     with tw.World.emulated(target, 2) as world:
         flags = world.flags((4,))
         with pytest.raises(tw.DeviceError, match="livelock|deadlock") as caught:
             world.launch(comm_kernels.wait_in_vain, (1,), flags)
     assert "comm_kernels.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["interpreter", "sm_90a", "gfx942"])
+def test_collectives(where: str) -> None:
+    size, programs, columns = 3, 2, 16
+    rng = np.random.default_rng(0)
+    x = [normal(rng, programs, columns) for _ in range(size)]
+    parts = [normal(rng, size, programs, columns) for _ in range(size)]
+    outputs = [[poisoned(programs, columns) for _ in range(size)] for _ in range(3)]
+    gathered, exchanged = ([poisoned(size, programs, columns) for _ in range(size)] for _ in range(2))
+    world = tw.World.interpreter(size) if where == "interpreter" else tw.World.emulated(where, size, seed=1, races=True)
+    with world:
+        buffers, flags = world.empty((5, programs, size, 1, columns), "f32"), world.flags((5, programs, size))
+        summed, shifted, scattered = outputs
+        given = (x, parts, summed, shifted, gathered, scattered, exchanged, buffers, flags)
+        world.launch(comm_kernels.collectives, (programs,), *given, N=columns)
+    for rank in range(size):
+        np.testing.assert_array_equal(summed[rank], sum(x))
+        np.testing.assert_array_equal(shifted[rank], x[rank - 1])
+        np.testing.assert_array_equal(gathered[rank], np.stack(x))
+        np.testing.assert_array_equal(scattered[rank], sum(part[rank] for part in parts))
+        np.testing.assert_array_equal(exchanged[rank], np.stack([part[rank] for part in parts]))

@@ -139,38 +139,44 @@ class AllReduce(Work):
 
 
 class Product(Work):
-    """A compiled product whose tiles go to their owners by the copy engine, while the next are computed."""
+    """A compiled product whose tiles go to their owners by the copy engine, while the next are computed.
+
+    Factors are integers from -3 to 3, so that sums are exact, and what is sent is rounded once.
+    """
 
     WIDTH, DEPTH = 2048, 128
+    #: values come again after as many launches; they are computed beforehand
+    PERIOD = 7
 
     def __init__(self, world: Any) -> None:
         super().__init__(world)
-        self.offsets, self.b, self.a = {}, {}, {}
+        self.a, self.b, self.inputs, self.results = {}, {}, {}, {}
+        each = self.WIDTH // world.size
         for rank, place in self.places.items():
-            self.offsets[rank] = torch.arange(self.WIDTH * self.DEPTH, device=place).view(self.WIDTH, self.DEPTH)
-            self.b[rank] = [self.value(rank, 5 * of, 3).T.contiguous() for of in range(world.size)]
-            self.a[rank] = self.value(rank, rank, 0)
-            self.outputs[rank] = torch.full(
-                (self.WIDTH // world.size, self.WIDTH), float("nan"), device=place, dtype=BF16
-            )
+            places = torch.arange(self.WIDTH * self.DEPTH, device=place).view(self.WIDTH, self.DEPTH)
+            factors = [(places * 31 % 1009 + 13 * r) % self.PERIOD for r in range(world.size)]
+            left = [torch.stack([(f + n) % self.PERIOD - 3.0 for n in range(self.PERIOD)]) for f in factors]
+            right = [(f * 5 % self.PERIOD - 3.0).T.contiguous() for f in factors]
+            rows = slice(rank * each, (rank + 1) * each)
+            sums = [x[:, rows] @ y for x, y in zip(left, right, strict=True)]
+            sent = sum(part.to(BF16).float() for r, part in enumerate(sums) if r != rank)
+            self.inputs[rank], self.results[rank] = left[rank].to(BF16), (sums[rank] + sent).to(BF16)
+            self.a[rank], self.b[rank] = torch.empty_like(self.inputs[rank][0]), right[rank].to(BF16)
+            self.outputs[rank] = torch.full((each, self.WIDTH), float("nan"), device=place, dtype=BF16)
 
-    def value(self, rank: int, of: int, number: Any) -> torch.Tensor:
-        """Integers from -2 to 2: sums of their products are exact, and what is sent is rounded once."""
-        return ((self.offsets[rank] * 31 % 1009 + 7 * number + 13 * of) % 5 - 2).to(BF16)
+    def picked(self, table: torch.Tensor, number: Any) -> torch.Tensor:
+        if isinstance(number, int):
+            return table[number % self.PERIOD]
+        return table.index_select(0, (number % self.PERIOD).view(1))[0]
 
     def fill(self, rank: int, number: Any) -> None:
-        self.a[rank].copy_(self.value(rank, rank, number))
+        self.a[rank].copy_(self.picked(self.inputs[rank], number))
 
     def launch(self) -> None:
-        b = [parts[rank] for rank, parts in self.b.items()]
-        gemm_rs(self.world, list(self.a.values()), b, list(self.outputs.values()))
+        gemm_rs(self.world, *(list(arrays.values()) for arrays in (self.a, self.b, self.outputs)))
 
     def expected(self, rank: int, number: Any) -> torch.Tensor:
-        each = self.WIDTH // self.world.size
-        rows = slice(rank * each, (rank + 1) * each)
-        sums = [self.value(rank, of, number)[rows].float() @ self.b[rank][of].float() for of in range(self.world.size)]
-        sent = sum(part.to(BF16).float() for of, part in enumerate(sums) if of != rank)
-        return (sums[rank] + sent).to(BF16)
+        return self.picked(self.results[rank], number)
 
 
 WORKS = (ByHand, AllReduce, Product)

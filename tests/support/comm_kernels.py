@@ -51,7 +51,7 @@ def gemm_reduce_scatter(
 def gather_gemm_pull(
     a: tw.Symmetric, b: tw.Tensor, c: tw.Tensor, *, BM: tw.constexpr, BN: tw.constexpr, BK: tw.constexpr
 ):
-    """c (world * M, N) = all ranks' a (each M, K), one below the other, times b (K, N). Grid (N / BN, M / BM, world)."""
+    """c (world * M, N) = all ranks' a (M, K), one below the other, times b (K, N). Grid (N / BN, M / BM, world)."""
     n, m, turn = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     source = (tw.rank() + turn) % tw.world_size()
     acc = tw.zeros((BM, BN), tw.float32)
@@ -107,3 +107,22 @@ def meet(y: tw.Tensor, places: tw.Symmetric, flags: tw.Symmetric):
 @tw.kernel
 def wait_in_vain(flags: tw.Symmetric):
     tw.wait(flags[3])
+
+
+@tw.kernel
+def collectives(
+    x: tw.Tensor, parts: tw.Tensor, summed: tw.Tensor, shifted: tw.Tensor, gathered: tw.Tensor, scattered: tw.Tensor,
+    exchanged: tw.Tensor, buffers: tw.Symmetric, flags: tw.Symmetric, *, N: tw.constexpr,
+):  # fmt: skip
+    """All collectives on tiles: x (programs, N), parts (world, programs, N); buffers (5, programs, world, 1, N)."""
+    i, origin, shape = tw.program_id(0), (tw.program_id(0), 0), (1, N)
+    tile = tw.load(x, origin, shape)
+    tw.store(summed, origin, tw.all_reduce(tile, buffers[0, i], flags[0, i]))
+    tw.store(shifted, origin, tw.ring_shift(tile, buffers[1, i], flags[1, i]))
+    arrived = tw.all_gather(tile, buffers[2, i], flags[2, i])
+    for rank in range(tw.world_size()):
+        tw.store(gathered[rank], origin, tw.load(buffers[2, i, rank], (0, 0), shape, after=arrived))
+    tw.store(scattered, origin, tw.reduce_scatter(parts, origin, shape, buffers[3, i], flags[3, i]))
+    arrived = tw.all_to_all(parts, origin, shape, buffers[4, i], flags[4, i])
+    for rank in range(tw.world_size()):
+        tw.store(exchanged[rank], origin, tw.load(buffers[4, i, rank], (0, 0), shape, after=arrived))

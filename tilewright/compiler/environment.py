@@ -91,7 +91,10 @@ ALWAYS_COMPILE: Variable[bool] = Variable(
     "ALWAYS_COMPILE", _flag, False, "compile every kernel anew, whatever the cache holds, and store the result"
 )
 CHECK_SCHEDULE: Variable[bool] = Variable(
-    "CHECK_SCHEDULE", _flag, True, "prove schedules before generating code (pass check-schedule); 0 skips it"
+    "CHECK_SCHEDULE",
+    _flag,
+    True,
+    "prove schedules before generating code (passes check-schedule, check-protocol); 0 skips it",
 )
 DUMP_DIR: Variable[Path | None] = Variable(
     "DUMP_DIR", _path, None, "directory for one IR file per pass and the emitted assembly of every kernel"

@@ -12,7 +12,7 @@ from tilewright.frontend.errors import ArgumentError
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.rendezvous import new_address
-from tilewright.runtime.symmetric import BoundTensor, SymmetricHeap, SymmetricTensor
+from tilewright.runtime.symmetric import SymmetricHeap, SymmetricTensor
 from tilewright.runtime.symmetric_memory import SymmetricMemory
 
 if TYPE_CHECKING:
@@ -108,36 +108,41 @@ class World(SymmetricHeap):
         so may ``stream`` be. Other arguments are the same for all. Raises what a launch does; DeviceError
         when kernels failed or wait for each other in vain.
         """
-        arguments = [[self._of_rank(value, rank) for value in args] for rank in self.ranks]
-        keywords = [{name: self._of_rank(value, rank) for name, value in meta.items()} for rank in self.ranks]
-        devices = [self.memory.device(rank) for rank in self.ranks]
+        devices = self.devices
+        if len(devices) == 1 and devices[0] != "cpu" and not any(type(value) is list for value in args):
+            kernel.bind(grid, devices[0])(*args, stream=stream, **meta)
+            return
+        columns = [self._by_rank(value) for value in args]
+        arguments = list(zip(*columns, strict=True)) if columns else [()] * len(devices)
+        named = {name: self._by_rank(value) for name, value in meta.items()}
+        keywords = [{name: values[i] for name, values in named.items()} for i in range(len(devices))]
         if devices[0] == "cpu":
             interpret_ranks(kernel, grid, arguments, keywords, seed=next(self.seeds))
             return
+        streams = self._by_rank(stream)
         with self.memory.together():
             starts = [
-                kernel.bind(grid, device).complete(tuple(given), named)
-                for device, given, named in zip(devices, arguments, keywords, strict=True)
+                kernel.bind(grid, device).complete(given, keyword)
+                for device, given, keyword in zip(devices, arguments, keywords, strict=True)
             ]
-            for rank, start in zip(self.ranks, starts, strict=True):
-                start(self._of_rank(stream, rank))
+            for start, each in zip(starts, streams, strict=True):
+                start(each)
 
-    def _of_rank(self, value: Any, rank: int) -> Any:
-        """The rank's own of an argument."""
+    def _by_rank(self, value: Any) -> Sequence[Any]:
+        """An argument of each of this process's ranks."""
         if isinstance(value, list):
             if len(value) != len(self.ranks):
                 message = f"a list of {len(value)} arguments for the {len(self.ranks)} ranks of this process"
                 raise ArgumentError(message, hint="give one for each rank; write a compile-time sequence as a tuple")
-            value = value[list(self.ranks).index(rank)]
-        if isinstance(value, SymmetricTensor):
-            if value.heap is not self:
-                raise ArgumentError(f"{value!r} is a tensor of another world", hint="make it with this one")
-            bound: BoundTensor = value.on(rank)
-            return bound.array if self.memory.device(rank) == "cpu" else bound
-        return value
+            return [self._by_rank(own)[i] if isinstance(own, SymmetricTensor) else own for i, own in enumerate(value)]
+        if not isinstance(value, SymmetricTensor):
+            return [value] * len(self.ranks)
+        if value.heap is not self:
+            raise ArgumentError(f"{value!r} is a tensor of another world", hint="make it with this one")
+        return value.arrays if self.devices[0] == "cpu" else value.bound
 
     def __repr__(self) -> str:
-        return f"<world of {self.size} ranks: {', '.join(map(self.memory.device, self.ranks))}>"
+        return f"<world of {self.size} ranks: {', '.join(self.devices)}>"
 
 
 def gpu_memory(device: int | str) -> GpuMemory:

@@ -455,6 +455,39 @@ def barrier(flags, after=None):
     """
 
 
+# --- collectives on tiles ----------------------------------------------------------------------------
+
+
+@_builtin
+def all_reduce(value, buffer, flags):
+    """The sum of a tile of each rank, on all ranks, in the order of ranks (float16 and bfloat16 in float32).
+
+    ``buffer``: a `Symmetric` view (world, *tile) of the tile's dtype, ``flags``: a view of ``world_size()`` flags. Both
+    belong to this call alone in a launch; the programs with the same ones on all ranks take part. All collectives
+    have them.
+    """
+
+
+@_builtin
+def all_gather(value, buffer, flags):
+    """Send a tile to all ranks; gives a token, after which ``buffer[r]`` is the tile of rank r."""
+
+
+@_builtin
+def reduce_scatter(view, index, shape, buffer, flags):
+    """The sum over ranks of the tiles for this rank: each sends the tile at ``index`` of ``view[r]`` to rank r."""
+
+
+@_builtin
+def all_to_all(view, index, shape, buffer, flags):
+    """Send the tile at ``index`` of ``view[r]`` to rank r; gives a token: then ``buffer[r]`` is what r has sent."""
+
+
+@_builtin
+def ring_shift(value, buffer, flags):
+    """Send a tile to the next rank, and give that of the rank before."""
+
+
 bool = i1  # last: from here on the name is the dtype
 
 #: every builtin by name; the public package re-exports all of `EXPORTS`

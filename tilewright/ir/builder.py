@@ -351,9 +351,15 @@ class Builder:
         return self.insert(async_ops.LocalLoad(slot, types=[TileType(type_.shape, type_.dtype, layout)])).result
 
     def bulk_store(
-        self, slot: Value, view: Value, index: Sequence[Value], scope: str = "role", after: Sequence[Value] = ()
+        self,
+        slot: Value,
+        view: Value,
+        index: Sequence[Value],
+        scope: str = "role",
+        update: str | None = None,
+        after: Sequence[Value] = (),
     ) -> None:
-        self.insert(async_ops.BulkStore(slot, view, index, after, scope=scope))
+        self.insert(async_ops.BulkStore(slot, view, index, after, scope=scope, update=update))
 
 
 def _tile(value: Value) -> TileType:

@@ -16,8 +16,20 @@ import numpy as np
 
 from tilewright.ir import comm_ops as c
 from tilewright.ir import interpreter_numerics as numerics
-from tilewright.ir.core import IRError, Location, Operation, Value
-from tilewright.ir.interpreter_machine import Blocked, Frame, Steps, Trap, View, load_tile, rule, store_tile
+from tilewright.ir.builder import Builder
+from tilewright.ir.collectives import TileCollective, ViewCollective, expand
+from tilewright.ir.core import IRError, Location, Operation, Region, Value
+from tilewright.ir.interpreter_machine import (
+    Blocked,
+    Frame,
+    Steps,
+    Trap,
+    View,
+    load_tile,
+    rule,
+    run_region,
+    store_tile,
+)
 
 
 @dataclass(eq=False)
@@ -194,6 +206,18 @@ def _flag_name(frame: Frame, flags: Value, number: int) -> str:
     places = dict(zip(_addresses(whole), np.ndindex(whole.shape), strict=True))
     place = places.get(_addresses(part)[number], ())
     return f"flag {list(place)} of %{root.hint}"
+
+
+@rule(TileCollective)
+@rule(ViewCollective)
+def _collective(frame: Frame, op: TileCollective | ViewCollective) -> Steps:
+    """Its puts, signals and waits, made once a program."""
+    region = frame.program.cache.get(op.result)
+    if region is None:
+        region = frame.program.cache[op.result] = Region()
+        b = Builder(region.block, op.loc)
+        b.yield_([expand(b, op)])
+    return (yield from run_region(frame, region))
 
 
 # --- generated ----------------------------------------------------------------------------------

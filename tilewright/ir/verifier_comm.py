@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tilewright.ir.async_ops import Copy
+from tilewright.ir.collectives import TileCollective, ViewCollective
 from tilewright.ir.comm_ops import Join, Put, ReducePut, Signal, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Gather
 from tilewright.ir.tile_ops import Element, For, If, Load, While, Yield
 from tilewright.ir.types import ViewType
 
+#: operations that write to other ranks' tensors
+PUTS = Put | ReducePut | TileCollective | ViewCollective
+
 
 def verify_communication(function: Function) -> None:
     """Every put reaches a signal, and what ranks put into is read behind a wait."""
-    puts = [op for op in function.walk() if isinstance(op, Put | ReducePut)]
+    puts = [op for op in function.walk() if isinstance(op, PUTS)]
     if not puts:
         return
     uses = uses_of(function.body)
     received: dict[Value, Operation] = {}
     for put in puts:
+        if not isinstance(put, Put | ReducePut):
+            received.setdefault(view_root(put.buffer), put)
+            continue
         root = view_root(put.view)
         if not isinstance(root.type, ViewType) or not root.type.symmetric:
             put.require(False, f"writes to {_name(root)}, which is not symmetric: no other rank can see it")
-        if not any(isinstance(op, Signal) for op in _reached(put.result, uses)):
+        if not signals_of(put, uses):
             message = f"'{put.name}': its token reaches no signal, so that nobody may read what it writes"
             raise IRError(message, put.loc, "pass it on: tw.signal(flag, peer, after=token)")
         received.setdefault(root, put)
@@ -33,6 +40,11 @@ def verify_communication(function: Function) -> None:
             line = received[root].loc.line
             message = f"'{op.name}' reads {_name(root)}, into which ranks put (line {line}), without a token"
             raise IRError(message, op.loc, "wait for the flag that tells of the put: load(..., after=tw.wait(flag))")
+
+
+def signals_of(put: Put | ReducePut, uses: dict[Value, list[Operation]]) -> set[Signal]:
+    """The signals that publish a put, whatever way control flow takes its token. ``uses``: `uses_of` the function."""
+    return {op for op in _reached(put.result, uses) if isinstance(op, Signal)}
 
 
 def _reached(token: Value, uses: dict[Value, list[Operation]]) -> Iterator[Operation]:

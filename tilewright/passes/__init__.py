@@ -2,8 +2,11 @@
 
 from tilewright.passes import (
     alternate,
+    barriers,
     canonicalize,
+    check_protocol,
     check_schedule,
+    collectives,
     communicate,
     copy_ahead,
     cse,
@@ -12,6 +15,7 @@ from tilewright.passes import (
     hand_back,
     late_signals,
     layouts,
+    lead,
     licm,
     load_ahead,
     mma,
@@ -32,8 +36,11 @@ from tilewright.passes import (
 
 __all__ = [
     "alternate",
+    "barriers",
     "canonicalize",
+    "check_protocol",
     "check_schedule",
+    "collectives",
     "communicate",
     "copy_ahead",
     "cse",
@@ -42,6 +49,7 @@ __all__ = [
     "hand_back",
     "late_signals",
     "layouts",
+    "lead",
     "licm",
     "load_ahead",
     "mma",

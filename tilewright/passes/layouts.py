@@ -127,7 +127,7 @@ class _Assignment:
     def _is_open(self, access: Access) -> bool:
         """Whether the layout of a load or store is to be decided here: not by earlier passes, nor by `staging`.
 
-        Staging takes results of the matrix unit, whose layouts are known by now; a tile that comes from memory has none.
+        Staging takes results of the matrix unit, whose layouts are known by now; a tile from memory has none.
         """
         if isinstance(access.op, Load):
             return access.tile.layout is None

@@ -11,7 +11,8 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
     f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,pipeline,roles,alternate,copy-ahead,"
-    f"prefetch,load-ahead,{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,mma,turns,layouts,late-signals,staging,hand-back,fences"
+    f"prefetch,load-ahead,{SIMPLIFY},split-products,skew,lead,peel,canonicalize,cse,dce,mma,turns,layouts,late-signals,"
+    "staging,barriers,hand-back,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use
@@ -24,4 +25,5 @@ PREFETCH = (
 def default_pipeline(target: Target, check: bool = True) -> str:
     """The textual pipeline from a frontend's module to scheduled IR for ``target``; ``check``: prove the schedule."""
     middle = ROLES if target.has("setmaxnreg") else PREFETCH
-    return f"{middle},rank-order,shared-plan,cse,dce" + (",check-schedule" if check else "")
+    proofs = ",check-schedule,check-protocol" if check else ""
+    return f"collectives,{middle},rank-order,shared-plan,cse,dce{proofs}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import operator
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,13 +69,13 @@ class TensorView(NamedTuple):
     symmetric: SymmetricPlace | None = None
 
 
-class Viewed(ABC):
-    """An argument that knows its own view."""
+class Viewed:
+    """Base of arguments that know their own views. No abstract class, of which every launch would ask at some cost."""
 
     @property
-    @abstractmethod
     def view(self) -> TensorView:
         """Where and how it lies. ArgumentError if it cannot be launched on."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ class FaultRecord:
             return None
         return (
             f"rank {self.words[Fault.RANK]} waited {self.timeout:g} s {self._where()} {self._what()}. That rank has "
-            "died, hangs, or does not launch the same kernels in the same order; restart all ranks. TILEWRIGHT_WAIT_TIMEOUT "
-            "sets the seconds, 0 waits forever."
+            "died, hangs, or does not launch the same kernels in the same order; restart all ranks. "
+            "TILEWRIGHT_WAIT_TIMEOUT sets the seconds, 0 waits forever."
         )
 
     def _abi(self) -> KernelABI | None:

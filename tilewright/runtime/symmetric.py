@@ -45,13 +45,11 @@ class SymmetricTensor(Viewed):
     ) -> None:
         self.heap, self.shape, self.dtype = heap, shape, dtype
         self.allocation, self._places = allocation, places
-        self._arrays = {r: heap.memory.array(r, allocation, shape, dtype) for r in heap.memory.ranks}
-        self._bound = {r: BoundTensor(self, r, places[r]) for r in heap.memory.ranks}
-
-    @property
-    def rank(self) -> int | None:
-        ranks = self.heap.memory.ranks
-        return ranks[0] if len(ranks) == 1 else None
+        ranks = heap.memory.ranks
+        #: the arrays of this process's ranks, and the tensor as their kernels get it
+        self.arrays = [heap.memory.array(rank, allocation, shape, dtype) for rank in ranks]
+        self.bound = [BoundTensor(self, rank, places[rank]) for rank in ranks]
+        self.rank: int | None = ranks[0] if len(ranks) == 1 else None
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -63,16 +61,20 @@ class SymmetricTensor(Viewed):
         """The array of this process's rank. ArgumentError where it has several."""
         if self.rank is None:
             raise ArgumentError(f"This process has {self.heap.size} ranks: write x[rank] for the array of one.")
-        return self._arrays[self.rank]
+        return self.arrays[0]
 
     def __getitem__(self, rank: int) -> Any:
-        if rank not in self._arrays:
-            raise ArgumentError(f"Rank {rank} is not of this process; it has rank {list(self._arrays)}.")
-        return self._arrays[rank]
+        return self.arrays[self._index(rank)]
 
     def on(self, rank: int) -> BoundTensor:
         """This tensor as an argument of a rank's kernel."""
-        return self._bound[rank]
+        return self.bound[self._index(rank)]
+
+    def _index(self, rank: int) -> int:
+        ranks = list(self.heap.memory.ranks)
+        if rank not in ranks:
+            raise ArgumentError(f"Rank {rank} is not of this process; it has rank {ranks}.")
+        return ranks.index(rank)
 
     def reshape(self, *shape: int) -> SymmetricTensor:
         """The same elements, on every rank, under another shape."""
@@ -83,15 +85,13 @@ class SymmetricTensor(Viewed):
     @property
     def view(self) -> TensorView:
         if self.rank is None:
-            raise ArgumentError(
-                "A tensor of several ranks of one process: launch with world.launch(kernel, grid, ...)."
-            )
-        return self._bound[self.rank].view
+            raise ArgumentError(f"{self!r}, all in this process: launch with world.launch(kernel, grid, ...).")
+        return self.bound[0].view
 
     @property
     def device(self) -> str:
         """The device that a launch on it runs on."""
-        return self.on(self.heap.memory.ranks[0]).device
+        return self.bound[0].device
 
     def __repr__(self) -> str:
         return f"<symmetric {self.dtype} tensor {list(self.shape)} on {self.heap.size} ranks>"
@@ -128,6 +128,8 @@ class SymmetricHeap:
         self.memory = memory
         self.timeout = timeout
         self.closed = False
+        #: of this process's ranks
+        self.devices = [memory.device(rank) for rank in memory.ranks]
         #: tensors that kernels keep for their next launches, by what they are for
         self.workspaces: dict[Any, SymmetricTensor] = {}
         self.endpoints: dict[int, Endpoint] = {}

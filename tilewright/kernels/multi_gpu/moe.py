@@ -23,6 +23,17 @@ from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
 WIDTH, PARTS = 128, 8
 
 
+@tw.function
+def group_of(tile, starts):
+    """The last group whose tiles start at or before ``tile``."""
+    low, high = 0, starts.shape[0] - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tw.load(starts, middle) <= tile
+        low, high = tw.where(before, middle, low), tw.where(before, high, middle)
+    return low
+
+
 @tw.kernel
 def moe_route(
     experts: tw.Tensor, lists: tw.Tensor, counts: tw.Tensor, places: tw.Tensor, *, K: tw.constexpr, BN: tw.constexpr
