@@ -66,10 +66,6 @@ def attention_rows(
     ``bound`` of `attention_bound` sums are int32, else float32. Grid: (cdiv(M, TILE), H, B).
     """
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-<<<<<<< HEAD
-    product = tw.load(o[b, h], (m, 0), (BM, DV)).to(tw.float32) * tw.load(do[b, h], (m, 0), (BM, DV)).to(tw.float32)
-    tw.store(delta[b, h], m, tw.sum(product, axis=1))
-=======
     gradients = tw.load(do[b, h], (m, 0), (TILE, DV)).to(tw.float32)
     delta = tw.sum(tw.load(o[b, h], (m, 0), (TILE, DV)).to(tw.float32) * gradients, axis=1)
     logarithm = tw.load(lse[b, h], m, (TILE,), pad=float("inf"))
@@ -83,7 +79,6 @@ def attention_rows(
         spoiled = (delta + tw.where(logarithm == float("-inf"), 0.0, logarithm)) * 0.0
         tw.store(rows[2, b, h], m, 2.0**29 / most)
         tw.store(rows[3, b, h], m, most * 2.0**-29 + spoiled)
->>>>>>> w-comm
 
 
 @tw.kernel
@@ -125,28 +120,6 @@ def attention_gradients(
         end = tw.minimum(end, tw.cdiv(tw.maximum((n + 1) * BN + left - shift, 0), BM))
     dkeys = tw.zeros((BN, D), tw.float32)
     dvalues = tw.zeros((BN, DV), tw.float32)
-<<<<<<< HEAD
-    for step in tw.range(tw.maximum(end - begin, 0) * shared):
-        h, m = g * shared + step // (end - begin), begin + step % (end - begin)
-        queries = tw.load(q[b, h], (m, 0), (BM, D))
-        gradients = tw.load(do[b, h], (m, 0), (BM, DV))
-        rows = m * BM + tw.arange(0, BM)
-        # beyond the last query lse reads as +inf: those weights are 0
-        logarithm = tw.load(lse[b, h], m, (BM,), pad=float("inf"))
-        s = tw.dot(keys, queries.T)
-        p = tw.exp2(s * (scale * LOG2E) - (logarithm * LOG2E)[None, :])
-        p = tw.where((logarithm == float("-inf"))[None, :], 0.0, p)
-        if CAUSAL:
-            p = tw.where(columns[:, None] <= (rows + shift)[None, :], p, 0.0)
-        if left is not None:
-            p = tw.where(columns[:, None] >= (rows + shift - left)[None, :], p, 0.0)
-        dvalues = tw.dot(p.to(do.dtype), gradients, dvalues)
-        dp = tw.dot(values, gradients.T)
-        ds = p * (dp - tw.load(delta[b, h], m, (BM,))[None, :])
-        dkeys = tw.dot(ds.to(q.dtype), queries, dkeys)
-    tw.store(dk[b, g], (n, 0), (dkeys * scale).to(dk.dtype))
-    tw.store(dv[b, g], (n, 0), dvalues.to(dv.dtype))
-=======
     for h in tw.range(part * shared, (part + 1) * shared):
         for m in tw.range(begin, end):
             logarithm = tw.load(rows[0, b, h], m, (BM,))
@@ -171,43 +144,12 @@ def attention_gradients(
             tw.atomic_add(sums[b, h], (m, 0), dqueries.T)
     tw.store(dk[b, part], (n, 0), (dkeys * scale).to(dk.dtype))
     tw.store(dv[b, part], (n, 0), dvalues.to(dv.dtype))
->>>>>>> w-comm
 
 
 @tw.kernel
 def attention_dq(sums: tw.Tensor, rows: tw.Tensor, dq: tw.Tensor, scale: tw.float32, *, D: tw.constexpr) -> None:
     """``dq = sums * scale``, times the step where sums are integers. dq (B, H, M, D). Grid: (cdiv(M, TILE), H, B)."""
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-<<<<<<< HEAD
-    g = h // (q.shape[1] // k.shape[1])
-    shift = k.shape[2] - q.shape[2]
-    queries = tw.load(q[b, h], (m, 0), (BM, D))
-    gradients = tw.load(do[b, h], (m, 0), (BM, DV))
-    logarithm = tw.load(lse[b, h], m, (BM,), pad=float("inf"))
-    row_delta = tw.load(delta[b, h], m, (BM,))
-    rows = m * BM + shift + tw.arange(0, BM)
-    begin, end = 0, tw.cdiv(k.shape[2], BN)
-    if CAUSAL:
-        end = tw.minimum(end, tw.cdiv(tw.maximum((m + 1) * BM + shift, 0), BN))
-    if left is not None:
-        begin = tw.maximum(m * BM + shift - left, 0) // BN
-    dqueries = tw.zeros((BM, D), tw.float32)
-    for j in tw.range(begin, end):
-        keys = tw.load(k[b, g], (j, 0), (BN, D))
-        columns = j * BN + tw.arange(0, BN)
-        s = tw.dot(queries, keys.T)
-        p = tw.exp2(s * (scale * LOG2E) - (logarithm * LOG2E)[:, None])
-        p = tw.where((columns < k.shape[2])[None, :], p, 0.0)
-        p = tw.where((logarithm == float("-inf"))[:, None], 0.0, p)
-        if CAUSAL:
-            p = tw.where(columns[None, :] <= rows[:, None], p, 0.0)
-        if left is not None:
-            p = tw.where(columns[None, :] >= (rows - left)[:, None], p, 0.0)
-        dp = tw.dot(gradients, tw.load(v[b, g], (j, 0), (BN, DV)).T)
-        ds = p * (dp - row_delta[:, None])
-        dqueries = tw.dot(ds.to(k.dtype), keys, dqueries)
-    tw.store(dq[b, h], (m, 0), (dqueries * scale).to(dq.dtype))
-=======
     total = tw.load(sums[b, h], (m, 0), (TILE, D)).to(tw.float32) * scale
     if sums.dtype == tw.int32:
         total = total * tw.load(rows[3, b, h], m, (TILE,))[:, None]
@@ -231,7 +173,6 @@ def attention_sum_heads(parts: tw.Tensor, total: tw.Tensor, *, D: tw.constexpr) 
 def configuration(depth: int) -> dict[str, int]:
     """Tile sizes of `attention_gradients`."""
     return {"BM": 64, "BN": 128}
->>>>>>> w-comm
 
 
 def sdpa_backward(

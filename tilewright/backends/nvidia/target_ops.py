@@ -127,7 +127,7 @@ class NvidiaOps(TargetOps):
         Behind a trap in one lane ptxas takes the threads of all warps to be apart, and gives up uniform registers: each
         wgmma of the kernel then waits for its descriptors.
         """
-        lw.fb.inline_asm(None, "st.global.u32 [$0], 0;", "l,~{memory}", [lw.fb.i64(0)])
+        ptx.emit(lw.fb, "st.global.u32 [$0], 0;", "l", [lw.fb.i64(0)])
 
     def nanoseconds(self, lw: Lowering) -> mlir.Value:
         return lw.fb.inline_asm(lw.fb.types.i64, "mov.u64 $0, %globaltimer;", "=l")
