@@ -118,6 +118,10 @@ class NvidiaOps(TargetOps):
             else:
                 _predicated_store(lw, predicate, pointer, value)
 
+    def all_lanes(self, lw: Lowering, condition: mlir.Value) -> mlir.Value:
+        fb = lw.fb
+        return fb.intrinsic("llvm.nvvm.vote.all.sync", fb.types.i1, [fb.i32(_FULL_MASK), condition])
+
     def pause(self, lw: Lowering) -> None:
         ptx.emit(lw.fb, f"nanosleep.u32 {_PAUSE};")
 
