@@ -22,7 +22,10 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-TARGET = torch.tensor([3, -100, 0, 19])
+
+
+def target():
+    return torch.tensor([3, -100, 0, 19])
 
 
 def normal(*shape, dtype=torch.float32, grad=False):
@@ -130,10 +133,10 @@ def test_softmax(dtype):
     ids=str,
 )
 def test_cross_entropy(options, dtype):
-    target = TARGET.abs() % 20 if "ignore_index" in options else TARGET
+    classes = target().abs() % 20 if "ignore_index" in options else target()
     assert_same(
-        lambda x: twt.cross_entropy(x, target, **options),
-        lambda x: F.cross_entropy(x, target, **options),
+        lambda x: twt.cross_entropy(x, classes, **options),
+        lambda x: F.cross_entropy(x, classes, **options),
         [normal(4, 20, dtype=dtype)],
         TOLERANCE[dtype],
     )
@@ -156,8 +159,8 @@ def _operators():
         "layer_norm_backward": (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(2, 3), normal(2, 3)),
         "softmax": (normal(2, 3, 8, grad=True),),
         "softmax_backward": (normal(2, 3), normal(2, 3)),
-        "cross_entropy": (normal(4, 20, grad=True), TARGET, -100, 0.1),
-        "cross_entropy_backward": (normal(4), normal(4, 20), TARGET, normal(4), -100, 0.1),
+        "cross_entropy": (normal(4, 20, grad=True), target(), -100, 0.1),
+        "cross_entropy_backward": (normal(4), normal(4, 20), target(), normal(4), -100, 0.1),
     }
 
 
@@ -186,7 +189,7 @@ def _refused():
         ("causal with as many", attention, exact, fewer, {"is_causal": True}),
         ("heads of 8", attention, exact, [normal(1, 1, 5, 8)] * 3, {}),
         ("an empty tensor", twt.linear, F.linear, [normal(2, 0), normal(3, 0), normal(3)], {}),
-        ("class weights", twt.cross_entropy, F.cross_entropy, [normal(4, 20), TARGET, normal(20).abs()], {}),
+        ("class weights", twt.cross_entropy, F.cross_entropy, [normal(4, 20), target(), normal(20).abs()], {}),
         ("no class indices", twt.cross_entropy, F.cross_entropy, [normal(4, 20), normal(4, 20)], {}),
         ("several dimensions", twt.layer_norm, F.layer_norm, [normal(2, 3, 4), (3, 4)], {}),
         ("1 and 2 dimensions", twt.matmul, torch.matmul, [normal(3), normal(3, 4)], {}),
