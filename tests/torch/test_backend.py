@@ -53,8 +53,8 @@ class Block(nn.Module):
         return logits.softmax(-1), F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-TAKEN = ["rms_norm", *["linear"] * 2, "attention", "linear", "layer_norm", "linear+relu", "linear", "layer_norm"]
-TAKEN += ["matmul", "softmax", "cross_entropy"]
+TAKEN = ["rms_norm", *["linear"] * 2, "attention", "linear+residual", "layer_norm", "linear+relu", "linear+residual"]
+TAKEN += ["layer_norm", "matmul", "softmax", "cross_entropy"]
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +120,38 @@ def test_an_activation_joins_its_product(reports, activation):
     with torch.no_grad():
         torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-5, atol=1e-5)
     assert len(reports[0].taken) == 2 and reports[0].taken[0].startswith("linear+")
+
+
+class Gated(nn.Module):
+    def __init__(self, width=24, hidden=40):
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return x + F.dropout(self.down(self.up(x) * F.silu(self.gate(x))), 0.0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_gated_layer_and_its_residual(reports, grad):
+    model, x = Gated(), torch.randn(2, 3, 24, requires_grad=grad)
+    ours, theirs = compiled(model), model
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert reports[0].taken == ["gated+silu", "linear+residual"]
+    if grad:
+        ours, theirs = (torch.autograd.grad(f(x).square().sum(), [x, *model.parameters()]) for f in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_residual_that_changes_is_read_where_it_was(reports):
+    def f(x, w):
+        y = F.linear(x, w)
+        x.mul_(2.0)
+        return y + x
+
+    x, w = torch.randn(4, 4), torch.randn(4, 4)
+    torch.testing.assert_close(compiled(f)(x.clone(), w), f(x.clone(), w), rtol=1e-5, atol=1e-5)
+    assert reports[0].taken == ["linear"]
 
 
 def test_a_product_stays_before_a_change_of_its_input(reports):

@@ -60,6 +60,31 @@ def test_linear(activation, dtype):
     assert_same(lambda *xs: twt.linear(*xs, activation=activation), exact, inputs, TOLERANCE[dtype])
 
 
+@DTYPES
+def test_linear_with_a_residual(dtype):
+    inputs = [normal(2, 5, 24, dtype=dtype), normal(17, 24, dtype=dtype), normal(2, 5, 17, dtype=dtype)]
+    assert_same(
+        lambda x, w, r: twt.linear(x, w, activation="relu", residual=r),
+        lambda x, w, r: (F.relu(F.linear(x.float(), w.float())) + r.float()).to(dtype),
+        inputs,
+        TOLERANCE[dtype],
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated_linear(activation, dtype):
+    def exact(x, gate, up):
+        x, gate, up = (t.float() for t in (x, gate, up))
+        return (ACTIVATIONS[activation](F.linear(x, gate)) * F.linear(x, up)).to(dtype)
+
+    inputs = [normal(2, 5, 24, dtype=dtype), *(0.3 * normal(17, 24, dtype=dtype) for _ in range(2))]
+    with torch.no_grad():
+        ours = twt.gated_linear(*inputs, activation)
+    torch.testing.assert_close(ours, exact(*inputs), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert_same(lambda *xs: twt.gated_linear(*xs, activation), exact, inputs, 2 * TOLERANCE[dtype])
+
+
 def test_linear_gives_only_the_gradients_that_are_needed():
     x, weight = normal(5, 8), normal(3, 8, grad=True)
     twt.linear(x, weight, activation="silu").sum().backward()
@@ -146,7 +171,13 @@ def _operators():
     """Every operator that the package registers, with arguments."""
     return {
         "matmul": (normal(3, 5, grad=True), normal(5, 4, grad=True)),
-        "linear": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, grad=True), "gelu"),
+        "linear": (
+            *(normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, grad=True)),
+            *(normal(2, 3, 4, grad=True), "gelu"),
+        ),
+        "gated_linear": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, 8, grad=True), "silu"),
+        "gated_linear_kept": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, 8, grad=True), "gelu"),
+        "gated_backward": (normal(2, 3), normal(2, 3), normal(2, 3), "silu"),
         "activation_backward": (normal(2, 3), normal(2, 3), "silu"),
         "attention": (normal(1, 2, 4, 16, grad=True), *(normal(1, 1, 4, 16, grad=True) for _ in range(2)), True, 0.3),
         "attention_backward": (

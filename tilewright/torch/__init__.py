@@ -15,6 +15,7 @@ from typing import Any
 _PLACES = {
     "attention": "sdpa",
     "cross_entropy": "losses",
+    "gated_linear": "gated",
     "layer_norm": "norms",
     "linear": "products",
     "matmul": "products",

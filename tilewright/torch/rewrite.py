@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tilewright.torch import losses, norms, products, rows, sdpa
+from tilewright.torch import candidates, gated, losses, norms, products, rows, sdpa
+from tilewright.torch.candidates import Candidate
 from tilewright.torch.functional import refusal
 from tilewright.torch.gate import not_worthwhile
+from tilewright.torch.graphs import CALLS, example, name_of, precede, quiet
 from tilewright.torch.report import Decision, Report, place
 from tilewright.torch.support import Refusal
 
@@ -49,9 +51,9 @@ _OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
     "softmax": (rows.softmax, _softmax_call),
     F.cross_entropy: (losses.cross_entropy, None),
 }
-_OURS = {ours for ours, _ in _OPERATORS.values()}
-_RELU = (F.relu, torch.relu, "relu")
-_CALLS = ("call_function", "call_method")
+#: functional operator -> the calls that could stand for one of torch's with its neighbours
+_LARGER: dict[Any, Callable[..., Iterator[Candidate]]] = {products.linear: candidates.linear}
+_OURS = {ours for ours, _ in _OPERATORS.values()} | {gated.gated_linear}
 
 
 def rewrite(graph: Any, cost_gate: bool = True) -> Report:
@@ -59,82 +61,68 @@ def rewrite(graph: Any, cost_gate: bool = True) -> Report:
     report = Report()
     switches = any(node.target is torch.amp.autocast_mode._enter_autocast for node in graph.nodes)
     for node in list(graph.nodes):
-        if node.op not in _CALLS or node._erased:
+        if node.op not in CALLS or node._erased:
             continue
         if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
             bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
             reason = _refuse(node, node.target, bound.args, bound.kwargs, cost_gate=False)
             report.decisions.append(Decision(node.target.__name__, place(node), reason))
         elif node.target not in _OPERATORS:
-            report.others[_name(node.target)] += 1
+            report.calls[node] = name_of(node.target)
         elif switches:
-            report.decisions.append(Decision(_name(node.target), place(node), "a graph that switches autocast"))
+            report.decisions.append(Decision(name_of(node.target), place(node), "a graph that switches autocast"))
         else:
             report.decisions.append(_decide(node, cost_gate))
     return report
 
 
 def _decide(node: Any, cost_gate: bool) -> Decision:
-    """Replace the call if it is ours to take, with the activation behind it if there is one."""
+    """Replace the call if it is ours to take, with as many of its neighbours as one kernel can do."""
     ours, adapt = _OPERATORS[node.target]
     try:
         args, kwargs = adapt(*node.args, **node.kwargs) if adapt else (node.args, dict(node.kwargs))
-        bound = inspect.signature(ours).bind(*args, **kwargs)
+        inspect.signature(ours).bind(*args, **kwargs)
     except TypeError:
         return Decision(ours.__name__, place(node), "arguments that ours does not have")
-    args, kwargs = bound.args, bound.kwargs
-    fused = _activation(node) if ours is products.linear else None
-    if fused is not None:
-        name, user = fused
-        if _refuse(user, ours, args, {**kwargs, "activation": name}, cost_gate) is None:
-            _replace(node, user, ours, args, {**kwargs, "activation": name})
-            return Decision(f"{ours.__name__}+{name}", place(node), None)
-    reason = _refuse(node, ours, args, kwargs, cost_gate)
-    if reason is None:
-        _replace(node, node, ours, args, kwargs)
+    reason: Refusal = None
+    single = Candidate(ours, args, node, (node,), kwargs, ours.__name__)
+    for candidate in _LARGER[ours](node, args, kwargs) if ours in _LARGER else (single,):
+        where = _position(candidate)
+        if where is None:
+            continue
+        bound = inspect.signature(candidate.ours).bind(*candidate.args, **candidate.kwargs)
+        reason = _refuse(candidate.last, candidate.ours, bound.args, bound.kwargs, cost_gate)
+        if reason is None:
+            _replace(candidate, where, bound.args, bound.kwargs)
+            return Decision(candidate.name, place(node), None)
     return Decision(ours.__name__, place(node), reason)
 
 
-def _activation(node: Any) -> tuple[str, Any] | None:
-    """The activation that alone uses a node's result, and its node.
-
-    Where gradients flow, relu only: those of others need the value before, which a fused product does not keep.
-    """
-    if len(node.users) != 1:
-        return None
-    user = next(iter(node.users))
-    if user.op not in _CALLS or user.args[:1] != (node,):
-        return None
-    if user.target in _RELU:
-        return "relu", user
-    if getattr(_example(node), "requires_grad", True):
-        return None
-    if user.target is F.silu:
-        return "silu", user
-    if user.target is F.gelu:
-        return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
-    return None
+def _position(candidate: Candidate) -> Any:
+    """The node before which the new call reads what all the old ones read; None if there is no such place."""
+    first, last = min(candidate.consumed), candidate.last
+    others = (node for node in candidate.consumed if node is not first)
+    alone = all(source in candidate.consumed for node in others for source in node.all_input_nodes)
+    if precede((candidate.args, candidate.kwargs), first) and (alone or quiet(first, last)):
+        return first
+    return last if quiet(first, last) else None
 
 
 def _refuse(node: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], cost_gate: bool) -> Refusal:
     """Why the call of ours must or should not stand for ``node``."""
     nodes: list[Any] = []
     torch.fx.node.map_arg((args, dict(kwargs)), nodes.append)
-    if any(_example(n) is None for n in (node, *nodes)):
+    if any(example(n) is None for n in (node, *nodes)):
         return "values that the graph does not describe"
-    if any(free_unbacked_symbols(_example(n)) for n in (node, *nodes)):
+    if any(free_unbacked_symbols(example(n)) for n in (node, *nodes)):
         return "sizes that depend on data"
-    values, named = torch.fx.node.map_arg((args, dict(kwargs)), _example)
+    values, named = torch.fx.node.map_arg((args, dict(kwargs)), example)
     if not any(isinstance(x, FakeTensor) for x in values):
         return "values that the graph does not describe"
     reason = refusal(ours, *values, **named)
     if reason is None and cost_gate:
         reason = not_worthwhile(ours, *values, **named)
-    return reason or _differs(_fake(ours, values, named), _example(node))
-
-
-def _example(node: Any) -> Any:
-    return node.meta.get("example_value")
+    return reason or _differs(_fake(ours, values, named), example(node))
 
 
 def _fake(ours: Any, values: Any, named: Any) -> Any:
@@ -154,22 +142,15 @@ def _differs(result: Any, expected: Any) -> Refusal:
     return None if same else "the order of the result in memory differs"
 
 
-def _replace(first: Any, last: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Put a call in the place of ``first``, whose arguments may change behind it, with the result of ``last``.
-
-    ``last`` is ``first`` or its only user.
-    """
-    graph = first.graph
-    with graph.inserting_before(first):
-        new = graph.call_function(ours, args, dict(kwargs))
-    new.meta = dict(last.meta)
-    last.replace_all_uses_with(new)
-    for node in dict.fromkeys((last, first)):
+def _replace(candidate: Candidate, where: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Put the call before the node ``where`` and take what it stands for out of the graph."""
+    graph = where.graph
+    with graph.inserting_before(where):
+        new = graph.call_function(candidate.ours, args, dict(kwargs))
+    new.meta = dict(candidate.last.meta)
+    candidate.last.replace_all_uses_with(new)
+    for node in sorted(candidate.consumed, reverse=True):
         graph.erase_node(node)
-
-
-def _name(target: Any) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
 __all__ = ["rewrite"]
