@@ -179,10 +179,13 @@ def _operators():
         "gated_linear_kept": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, 8, grad=True), "gelu"),
         "gated_backward": (normal(2, 3), normal(2, 3), normal(2, 3), "silu"),
         "activation_backward": (normal(2, 3), normal(2, 3), "silu"),
-        "attention": (normal(1, 2, 4, 16, grad=True), *(normal(1, 1, 4, 16, grad=True) for _ in range(2)), True, 0.3),
+        "attention": (
+            *(normal(1, 2, 4, 16, grad=True), *(normal(1, 1, 4, 16, grad=True) for _ in range(2))),
+            *(None, None, True, 0.3),
+        ),
         "attention_backward": (
             *(normal(1, 2, 4, 16), normal(1, 2, 4, 16), normal(1, 1, 4, 16), normal(1, 1, 4, 16)),
-            *(normal(1, 2, 4, 16), normal(1, 2, 4), True, 0.3),
+            *(normal(1, 2, 4, 16), normal(1, 2, 4), 2, True, 0.3),
         ),
         "rms_norm": (normal(2, 3, 8, grad=True), normal(8, grad=True), 1e-5),
         "rms_norm_backward": (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(2, 3)),
@@ -211,13 +214,13 @@ def _refused():
     """(part of the reason, operator, torch's function, arguments, options)."""
     attention, exact = twt.attention, F.scaled_dot_product_attention
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
-    fewer = [normal(1, 1, 3, 16), normal(1, 1, 5, 16), normal(1, 1, 5, 16)]
+    more = [normal(1, 1, 7, 16), normal(1, 1, 5, 16), normal(1, 1, 5, 16)]
     return [
         ("dtype float64", twt.softmax, F.softmax, [normal(2, 3).double(), -1], {}),
         ("the dtypes differ", twt.rms_norm, F.rms_norm, [normal(2, 3), (3,), normal(3).bfloat16()], {}),
         ("not along the last dimension", twt.softmax, F.softmax, [normal(2, 3), 0], {}),
-        ("a mask", attention, exact, [normal(1, 1, 5, 16)] * 3, {"attn_mask": mask}),
-        ("causal with as many", attention, exact, fewer, {"is_causal": True}),
+        ("where gradients", attention, exact, [normal(1, 1, 5, 16, grad=True)] * 3, {"attn_mask": mask}),
+        ("more queries", attention, exact, more, {"is_causal": True}),
         ("heads of 8", attention, exact, [normal(1, 1, 5, 8)] * 3, {}),
         ("an empty tensor", twt.linear, F.linear, [normal(2, 0), normal(3, 0), normal(3)], {}),
         ("class weights", twt.cross_entropy, F.cross_entropy, [normal(4, 20), target(), normal(20).abs()], {}),
@@ -249,11 +252,80 @@ def test_a_gpu_without_tile_sizes_is_left_to_torch(monkeypatch):
     assert "sm_75" in answers[1] and "unknown" in answers[2]
 
 
-def test_inside_autocast_and_vmap_torch_computes():
-    x = normal(2, 3, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert twt.linear(x, normal(5, 4)).dtype == torch.bfloat16
-    assert torch.equal(torch.vmap(lambda row: twt.softmax(row, -1))(x), x.softmax(-1))
+MASKS = {
+    "padding": lambda: torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)[:, None, None],
+    "summand": lambda: normal(1, 2, 5, 3),
+    "a row": lambda: torch.tensor([[True, False, True]]),
+}
+
+
+@pytest.mark.parametrize("mask", sorted(MASKS))
+def test_attention_with_a_mask(mask):
+    q, k, v = normal(2, 2, 5, 16), normal(2, 2, 3, 16), normal(2, 2, 3, 16)
+    options = {"attn_mask": MASKS[mask]()}
+    assert refusal(twt.attention, q, k, v, **options) is None
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(twt.attention(q, k, v, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_in_a_window_and_with_fewer_queries():
+    rows, columns = torch.arange(19)[:, None], torch.arange(19)
+    seen = (columns <= rows) & (columns >= rows - 4)
+    inputs = [normal(1, 2, 19, 16) for _ in range(3)]
+    assert_same(
+        lambda *xs: twt.attention(*xs, is_causal=True, window=4),
+        lambda *xs: F.scaled_dot_product_attention(*xs, attn_mask=seen),
+        inputs,
+        1e-5,
+    )
+    inputs[0] = inputs[0][:, :, :7]
+    exact = F.scaled_dot_product_attention
+    assert_same(lambda *xs: twt.attention(*xs, is_causal=True), lambda *xs: exact(*xs, is_causal=True), inputs, 1e-5)
+    for operator in (twt.attention, lambda *xs, **options: twt.attention(*xs[:3], dropout_p=0.5, **options)):
+        with pytest.raises(ValueError, match="a window needs is_causal"):
+            operator(*inputs, window=3)
+
+
+def test_inside_autocast_products_are_cast_and_torch_does_the_rest():
+    x, weight = normal(2, 3, 4, grad=True), normal(5, 4, grad=True)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        y, expected = twt.linear(x, weight, activation="relu"), F.relu(F.linear(x, weight))
+        assert refusal(twt.linear, x, weight) is None
+        assert twt.softmax(x, -1).dtype == F.softmax(x, -1).dtype
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    ours, theirs = (torch.autograd.grad(z.float().square().sum(), (x, weight)) for z in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+
+
+def _mapped():
+    """(function of one element, arguments with the mapped dimension, where it is)."""
+    heads = [normal(3, 2, 2, 5, 16) for _ in range(3)]
+    return {
+        "softmax": (lambda x: twt.softmax(x, -1), [normal(3, 2, 4)], 1),
+        "linear": (lambda x: twt.linear(x, _weight(), activation="silu"), [normal(2, 3, 4)], 0),
+        "linear, weights": (lambda x, w: twt.linear(x, w), [normal(3, 2, 4), normal(3, 5, 4)], 0),
+        "rms_norm": (lambda x: twt.rms_norm(x, (4,)), [normal(2, 3, 4)], 1),
+        "attention": (lambda *xs: twt.attention(*xs, is_causal=True), heads, 0),
+    }
+
+
+def _weight():
+    return torch.linspace(-1, 1, 20).view(5, 4)
+
+
+@pytest.mark.parametrize("name", sorted(_mapped()))
+def test_vmap(name):
+    function, arguments, dim = _mapped()[name]
+    elements = zip(*(x.unbind(dim) for x in arguments), strict=True)
+    expected = torch.stack([function(*element) for element in elements])
+    torch.testing.assert_close(torch.vmap(function, in_dims=dim)(*arguments), expected)
+
+
+def test_gradients_by_torch_func_are_torchs():
+    x = normal(2, 3)
+    ours, theirs = (torch.func.grad(lambda x, f=f: f(x, -1)[0, 0])(x) for f in (twt.softmax, F.softmax))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_an_unknown_activation_is_named():

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.torch import gated, products
+from tilewright.torch import gated, products, sdpa
 from tilewright.torch.graphs import example, is_call, is_tensor, only_user, without_dropout
+from tilewright.torch.masks import Band, band_of
 
 _RELU = (F.relu, torch.relu, "relu")
 _ACTIVATIONS = (F.silu, F.gelu, *_RELU)
@@ -90,6 +91,62 @@ def _with_residual(
         yield Candidate(ours, (), user, consumed, {**given, **options, "residual": other}, f"{name}+residual")
 
 
+def attention(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
+    """Attention, without masks that say "causal" and without keys and values that were only repeated for heads."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    plain = {**given, **_without_repetition(given)}
+    mask, ours = given.get("attn_mask"), sdpa.attention
+    if isinstance(mask, torch.fx.Node):
+        found = _positions(band_of(mask), *(example(given[name]) for name in ("query", "key", "attn_mask")))
+        if found is not None and not given.get("is_causal"):
+            name = "attention+window" if "window" in found else "attention+causal mask"
+            yield Candidate(ours, (), node, (node,), {**plain, "attn_mask": None, **found}, name)
+    yield Candidate(ours, (), node, (node,), plain, "attention")
+    if plain != given:
+        yield Candidate(ours, (), node, (node,), given, "attention")
+
+
+def _positions(band: Band | None, query: Any, key: Any, mask: Any) -> dict[str, Any] | None:
+    """The arguments of attention that stand for a band."""
+    if band is None or band.high != 0 or tuple(mask.shape[-2:]) != (query.shape[-2], query.shape[-2]):
+        return None
+    if query.shape[-2] != key.shape[-2]:
+        return None
+    if band.low == float("-inf"):
+        return {"is_causal": True}
+    return {"is_causal": True, "window": int(-band.low)} if band.low <= 0 else None
+
+
+def _without_repetition(given: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values before each was repeated for the queries' heads that share it."""
+    key, value = _repeated(given["key"]), _repeated(given["value"])
+    if key is None or value is None:
+        return {}
+    return {"key": key, "value": value, "enable_gqa": True}
+
+
+def _repeated(node: Any) -> Any:
+    """What ``x[:, :, None].expand(b, g, n, s, d).reshape(b, g * n, s, d)`` or its like repeats."""
+    if is_call(node, torch.repeat_interleave, "repeat_interleave"):
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        whole = is_tensor(node.args[0]) and isinstance(node.args[1], int) and example(node).ndim == 4
+        return node.args[0] if whole and dim in (1, -3) else None
+    if not is_call(node, "reshape", torch.reshape, "view", "flatten"):
+        return None
+    wide = node.args[0]
+    if not is_call(wide, "expand") or not is_tensor(wide) or example(wide).ndim != 5 or example(node).ndim != 4:
+        return None
+    narrow = wide.args[0]
+    source = narrow.args[0] if is_call(narrow, operator.getitem, "unsqueeze", torch.unsqueeze) else None
+    if not is_tensor(source) or example(source).ndim != 4:
+        return None
+    batch, groups, rows, depth = example(source).shape
+    added, grown = example(narrow).shape, example(wide).shape
+    same = (*grown[:2], *grown[3:]) == (batch, groups, rows, depth) and tuple(added) == (batch, groups, 1, rows, depth)
+    return source if same and example(node).shape[1] == groups * grown[2] else None
+
+
 def _activation(node: Any) -> tuple[str, Any] | None:
     """The activation that alone uses a node's result, and its node."""
     user = only_user(node)
@@ -109,4 +166,4 @@ def _needs_gradient(node: Any) -> bool:
     return getattr(example(node), "requires_grad", True)
 
 
-__all__ = ["Candidate", "linear"]
+__all__ = ["Candidate", "attention", "linear"]

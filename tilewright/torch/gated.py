@@ -34,6 +34,7 @@ _gated = torch_op(
     outputs=lambda x, gate, *rest: _out(x, gate),
     launch=_launch,
     backward=lambda ctx, dy: _gradients(ctx, dy, *ctx.saved_tensors, ctx.numbers[0]),
+    leading=("x",),
 )
 
 
@@ -119,7 +120,7 @@ def _eager(input: Any, gate: Any, up: Any, activation: str = "silu") -> Any:
     return ACTIVATIONS[known_activation(activation)][2](F.linear(input, gate)) * F.linear(input, up)
 
 
-@functional(_refuse, _eager)
+@functional(_refuse, _eager, lowered=True)
 def gated_linear(input: Any, gate: Any, up: Any, activation: str = "silu") -> Any:
     """``activation(input @ gate.T) * (input @ up.T)`` in one kernel: input (..., K), gate and up (N, K).
 

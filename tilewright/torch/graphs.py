@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 CALLS = ("call_function", "call_method")
-#: functions that write to an argument, beside methods and functions whose names end with an underscore
-_WRITERS = {
-    operator.setitem,
-    *(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor")
-      if hasattr(operator, f"i{name}")),
-    *(getattr(operator, name) for name in ("iand", "ior", "ixor", "ipow", "imod", "imatmul", "ilshift", "irshift")),
-}  # fmt: skip
+#: functions that write to an argument, beside methods and functions of torch whose names end with an underscore
+_WRITERS = frozenset(
+    getattr(operator, name)
+    for name in (
+        *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
+    )
+)
 
 
 def example(node: Any) -> Any:
@@ -49,7 +50,8 @@ def writes(node: Any) -> bool:
     if node.op not in CALLS:
         return False
     name = name_of(node.target)
-    in_place = name.endswith("_") and not name.endswith("__")
+    python = getattr(node.target, "__module__", None) == "_operator"  # operator.and_ is no and_ of torch
+    in_place = name.endswith("_") and not name.endswith("__") and not python
     return node.target in _WRITERS or in_place or "out" in node.kwargs or node.kwargs.get("inplace", False) is True
 
 

@@ -51,6 +51,7 @@ _rms_norm = torch_op(
     launch=_launch_rms,
     backward=_rms_backward,
     setup_context=_rms_context,
+    leading=("x",),
 )
 
 
@@ -105,6 +106,7 @@ _layer_norm = torch_op(
     launch=_launch_layer,
     backward=_layer_backward,
     setup_context=_layer_context,
+    leading=("x",),
 )
 
 

@@ -89,6 +89,7 @@ _linear = torch_op(
     launch=_launch_linear,
     backward=_linear_backward,
     setup_context=_linear_context,
+    leading=("x", "residual"),
 )
 
 
@@ -118,7 +119,7 @@ def _refuse_matmul(input: Any, other: Any) -> Refusal:
     return None if input.shape[-1] == other.shape[0] else "the sizes do not fit"
 
 
-@functional(_refuse_matmul, torch.matmul)
+@functional(_refuse_matmul, torch.matmul, lowered=True)
 def matmul(input: Any, other: Any) -> Any:
     """``input @ other`` with input (..., M, K) and other (K, N): `torch.matmul` where the second factor is a matrix.
 
@@ -159,7 +160,7 @@ def known_activation(activation: str) -> str:
     return activation
 
 
-@functional(_refuse_linear, _eager_linear)
+@functional(_refuse_linear, _eager_linear, lowered=True)
 def linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Any:
     """``activation(input @ weight.T + bias) + residual`` in one kernel; else `F.linear` and what follows.
 

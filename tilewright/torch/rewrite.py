@@ -52,7 +52,10 @@ _OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
     F.cross_entropy: (losses.cross_entropy, None),
 }
 #: functional operator -> the calls that could stand for one of torch's with its neighbours
-_LARGER: dict[Any, Callable[..., Iterator[Candidate]]] = {products.linear: candidates.linear}
+_LARGER: dict[Any, Callable[..., Iterator[Candidate]]] = {
+    products.linear: candidates.linear,
+    sdpa.attention: candidates.attention,
+}
 _OURS = {ours for ours, _ in _OPERATORS.values()} | {gated.gated_linear}
 
 

@@ -35,6 +35,7 @@ _softmax = torch_op(
     launch=_launch,
     backward=_backward,
     setup_context=_context,
+    leading=("x",),
 )
 
 
