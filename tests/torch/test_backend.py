@@ -194,15 +194,15 @@ def test_inductor_compiles_the_rest(reports, tmp_path, monkeypatch):
 
 
 def test_explain(capsys):
-    def f(x, mask):
-        y = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+    def f(x):
+        y = F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
         return F.scaled_dot_product_attention(y, x, x).sin()
 
-    compiled(f, explain=True)(torch.randn(1, 2, 5, 16), torch.ones(5, 5, dtype=torch.bool))
+    compiled(f, explain=True)(torch.randn(1, 2, 5, 16))
     lines = capsys.readouterr().out.splitlines()
     here = f.__code__.co_firstlineno
     assert lines[0] == "tilewright: 1 of 2 calls taken, the rest to eager"
-    assert lines[1].split() == ["attention", f"test_backend.py:{here + 1}", "left:", "a", "mask"]
+    assert lines[1].split() == ["attention", f"test_backend.py:{here + 1}", "left:", "dropout"]
     assert lines[2].split() == ["attention", f"test_backend.py:{here + 2}", "taken"]
     assert lines[3].split() == ["no", "kernel", "for:", "sin", "x1"]
 
@@ -267,11 +267,14 @@ def test_a_graph_that_switches_autocast_is_left_alone(reports):
     assert reports[0].decisions[0].reason == "a graph that switches autocast"
 
 
-def test_compiled_inside_autocast_torch_computes(reports):
+def test_compiled_inside_autocast(reports):
+    def f(x, w):
+        return F.linear(x, w).softmax(-1)
+
     x, w = torch.randn(3, 8), torch.randn(4, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(compiled(F.linear)(x, w), F.linear(x, w))
-    assert reports[0].decisions[0].reason == "inside autocast"
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(f)(x, w), f(x, w), rtol=2e-2, atol=2e-2)
+    assert [decision.reason for decision in reports[0].decisions] == [None, "inside autocast"]
 
 
 def test_options_are_checked():

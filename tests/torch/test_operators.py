@@ -145,6 +145,25 @@ def test_layer_norm(parameters, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize(("name", "parameters"), [("rms_norm", 1), ("layer_norm", 0), ("layer_norm", 2)])
+def test_norms_of_sums(name, parameters, dtype):
+    ours, theirs = getattr(twt, f"add_{name}"), getattr(F, name)
+    inputs = [*(normal(3, 2, 20, dtype=dtype) for _ in range(2)), *(normal(20, dtype=dtype) for _ in range(parameters))]
+
+    def both(norm):
+        def f(x, residual, *p):
+            y, total = norm(x, residual, p)
+            return torch.stack((y, total.sin()))
+
+        return f
+
+    exact = both(lambda x, residual, p: (theirs(x + residual, (20,), *p, eps=1e-5), x + residual))
+    assert_same(
+        both(lambda x, residual, p: ours(x, residual, (20,), *p, eps=1e-5)), exact, inputs, 2 * TOLERANCE[dtype]
+    )
+
+
+@DTYPES
 def test_softmax(dtype):
     x = normal(3, 2, 20, dtype=dtype)
     x[1, 0, 3:] = float("-inf")
@@ -188,9 +207,14 @@ def _operators():
             *(normal(1, 2, 4, 16), normal(1, 2, 4), 2, True, 0.3),
         ),
         "rms_norm": (normal(2, 3, 8, grad=True), normal(8, grad=True), 1e-5),
-        "rms_norm_backward": (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(2, 3)),
+        "add_rms_norm": (*(normal(2, 3, 8, grad=True) for _ in range(2)), normal(8, grad=True), 1e-5),
+        "rms_norm_backward": (*(normal(2, 3, 8) for _ in range(3)), normal(8), normal(2, 3)),
         "layer_norm": (normal(2, 3, 8, grad=True), normal(8, grad=True), None, 1e-5),
-        "layer_norm_backward": (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(2, 3), normal(2, 3)),
+        "add_layer_norm": (
+            *(normal(2, 3, 8, grad=True) for _ in range(2)),
+            *(normal(8, grad=True), normal(8, grad=True), 1e-5),
+        ),
+        "layer_norm_backward": (normal(2, 3, 8), None, normal(2, 3, 8), normal(8), normal(2, 3), normal(2, 3)),
         "softmax": (normal(2, 3, 8, grad=True),),
         "softmax_backward": (normal(2, 3), normal(2, 3)),
         "cross_entropy": (normal(4, 20, grad=True), target(), -100, 0.1),

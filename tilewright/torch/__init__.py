@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
+    "add_layer_norm": "norms",
+    "add_rms_norm": "norms",
     "attention": "sdpa",
     "cross_entropy": "losses",
     "gated_linear": "gated",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ class Candidate:
     kwargs: dict[str, Any] = field(default_factory=dict)
     #: what to call it in a report
     name: str = ""
+    #: the node whose result ``ours`` gives second, where it has two; ``last``'s is the first
+    second: Any = None
 
 
 def linear(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
@@ -89,6 +92,27 @@ def _with_residual(
     if is_tensor(other) and example(other).shape == example(value).shape:
         consumed = tuple(dict.fromkeys((*nodes, value, user)))
         yield Candidate(ours, (), user, consumed, {**given, **options, "residual": other}, f"{name}+residual")
+
+
+def normalised(ours: Any, adding: Any) -> Callable[..., Iterator[Candidate]]:
+    """Candidates for a norm: with the addition before it, then alone."""
+
+    def candidates(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
+        given = dict(inspect.signature(ours).bind(*args, **kwargs).arguments)
+        yield from with_addition(adding, given, (node,))
+        yield Candidate(ours, (), node, (node,), given, ours.__name__)
+
+    return candidates
+
+
+def with_addition(adding: Any, given: dict[str, Any], nodes: tuple[Any, ...]) -> Iterator[Candidate]:
+    """The norm that ``nodes`` compute, together with the addition that makes its input."""
+    total = given["input"]
+    if not is_call(total, *_ADD) or total.kwargs or len(total.args) != 2 or not all(map(is_tensor, total.args)):
+        return
+    if all(example(x).shape == example(total).shape for x in total.args):
+        sums = {**given, "input": total.args[0], "residual": total.args[1]}
+        yield Candidate(adding, (), nodes[-1], (total, *nodes), sums, adding.__name__, second=total)
 
 
 def attention(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
@@ -166,4 +190,4 @@ def _needs_gradient(node: Any) -> bool:
     return getattr(example(node), "requires_grad", True)
 
 
-__all__ = ["Candidate", "attention", "linear"]
+__all__ = ["Candidate", "attention", "linear", "normalised", "with_addition"]

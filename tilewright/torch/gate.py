@@ -89,6 +89,8 @@ _COSTS: dict[Any, Callable[..., Refusal]] = {
     sdpa.attention: _attention,
     norms.rms_norm: _norm,
     norms.layer_norm: _norm,
+    norms.add_rms_norm: _norm,
+    norms.add_layer_norm: _norm,
     rows.softmax: _wide_rows,
     losses.cross_entropy: _wide_rows,
 }

@@ -18,7 +18,7 @@ from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tilewright.torch import candidates, gated, losses, norms, products, rows, sdpa
+from tilewright.torch import candidates, gated, losses, norms, products, rows, sdpa, spelled
 from tilewright.torch.candidates import Candidate
 from tilewright.torch.functional import refusal
 from tilewright.torch.gate import not_worthwhile
@@ -55,8 +55,12 @@ _OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
 _LARGER: dict[Any, Callable[..., Iterator[Candidate]]] = {
     products.linear: candidates.linear,
     sdpa.attention: candidates.attention,
+    norms.rms_norm: candidates.normalised(norms.rms_norm, norms.add_rms_norm),
+    norms.layer_norm: candidates.normalised(norms.layer_norm, norms.add_layer_norm),
 }
-_OURS = {ours for ours, _ in _OPERATORS.values()} | {gated.gated_linear}
+#: function that spelled-out ones contain -> what could stand for them
+_SPELLED: dict[Any, Callable[[Any], Iterator[Candidate]]] = dict.fromkeys((torch.rsqrt, "rsqrt"), spelled.rms_norm)
+_OURS = {ours for ours, _ in _OPERATORS.values()} | {gated.gated_linear, norms.add_rms_norm, norms.add_layer_norm}
 
 
 def rewrite(graph: Any, cost_gate: bool = True) -> Report:
@@ -68,37 +72,55 @@ def rewrite(graph: Any, cost_gate: bool = True) -> Report:
             continue
         if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
             bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-            reason = _refuse(node, node.target, bound.args, bound.kwargs, cost_gate=False)
+            reason = _refuse((node,), node.target, bound.args, bound.kwargs, cost_gate=False)
             report.decisions.append(Decision(node.target.__name__, place(node), reason))
-        elif node.target not in _OPERATORS:
+        elif node.target not in _OPERATORS and node.target not in _SPELLED:
             report.calls[node] = name_of(node.target)
         elif switches:
             report.decisions.append(Decision(name_of(node.target), place(node), "a graph that switches autocast"))
         else:
-            report.decisions.append(_decide(node, cost_gate))
+            decision = _decide(node, cost_gate)
+            if decision is None:
+                report.calls[node] = name_of(node.target)
+            else:
+                report.decisions.append(decision)
     return report
 
 
-def _decide(node: Any, cost_gate: bool) -> Decision:
-    """Replace the call if it is ours to take, with as many of its neighbours as one kernel can do."""
-    ours, adapt = _OPERATORS[node.target]
+def _decide(node: Any, cost_gate: bool) -> Decision | None:
+    """Replace the call if it is ours to take, with as many of its neighbours as one kernel can do.
+
+    None if nothing of ours is like it.
+    """
+    decision: Decision | None = None
     try:
-        args, kwargs = adapt(*node.args, **node.kwargs) if adapt else (node.args, dict(node.kwargs))
-        inspect.signature(ours).bind(*args, **kwargs)
+        for candidate in _candidates(node):
+            where = _position(candidate)
+            if where is None:
+                continue
+            bound = inspect.signature(candidate.ours).bind(*candidate.args, **candidate.kwargs)
+            stands_for = (candidate.last,) if candidate.second is None else (candidate.last, candidate.second)
+            reason = _refuse(stands_for, candidate.ours, bound.args, bound.kwargs, cost_gate)
+            if reason is None:
+                _replace(candidate, where, bound.args, bound.kwargs)
+                return Decision(candidate.name, place(node), None)
+            decision = Decision(candidate.ours.__name__, place(node), reason)
     except TypeError:
-        return Decision(ours.__name__, place(node), "arguments that ours does not have")
-    reason: Refusal = None
-    single = Candidate(ours, args, node, (node,), kwargs, ours.__name__)
-    for candidate in _LARGER[ours](node, args, kwargs) if ours in _LARGER else (single,):
-        where = _position(candidate)
-        if where is None:
-            continue
-        bound = inspect.signature(candidate.ours).bind(*candidate.args, **candidate.kwargs)
-        reason = _refuse(candidate.last, candidate.ours, bound.args, bound.kwargs, cost_gate)
-        if reason is None:
-            _replace(candidate, where, bound.args, bound.kwargs)
-            return Decision(candidate.name, place(node), None)
-    return Decision(ours.__name__, place(node), reason)
+        return Decision(name_of(node.target), place(node), "arguments that ours does not have")
+    return decision
+
+
+def _candidates(node: Any) -> Iterator[Candidate]:
+    if node.target in _SPELLED:
+        yield from _SPELLED[node.target](node)
+        return
+    ours, adapt = _OPERATORS[node.target]
+    args, kwargs = adapt(*node.args, **node.kwargs) if adapt else (node.args, dict(node.kwargs))
+    inspect.signature(ours).bind(*args, **kwargs)
+    if ours in _LARGER:
+        yield from _LARGER[ours](node, args, kwargs)
+    else:
+        yield Candidate(ours, args, node, (node,), kwargs, ours.__name__)
 
 
 def _position(candidate: Candidate) -> Any:
@@ -108,16 +130,20 @@ def _position(candidate: Candidate) -> Any:
     alone = all(source in candidate.consumed for node in others for source in node.all_input_nodes)
     if precede((candidate.args, candidate.kwargs), first) and (alone or quiet(first, last)):
         return first
+    if candidate.second is not None:  # others may use that before the last node
+        return None
     return last if quiet(first, last) else None
 
 
-def _refuse(node: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], cost_gate: bool) -> Refusal:
-    """Why the call of ours must or should not stand for ``node``."""
+def _refuse(
+    stands_for: tuple[Any, ...], ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], cost_gate: bool
+) -> Refusal:
+    """Why the call of ours must or should not stand for these nodes, whose values are its results in order."""
     nodes: list[Any] = []
     torch.fx.node.map_arg((args, dict(kwargs)), nodes.append)
-    if any(example(n) is None for n in (node, *nodes)):
+    if any(example(n) is None for n in (*stands_for, *nodes)):
         return "values that the graph does not describe"
-    if any(free_unbacked_symbols(example(n)) for n in (node, *nodes)):
+    if any(free_unbacked_symbols(example(n)) for n in (*stands_for, *nodes)):
         return "sizes that depend on data"
     values, named = torch.fx.node.map_arg((args, dict(kwargs)), example)
     if not any(isinstance(x, FakeTensor) for x in values):
@@ -125,15 +151,20 @@ def _refuse(node: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     reason = refusal(ours, *values, **named)
     if reason is None and cost_gate:
         reason = not_worthwhile(ours, *values, **named)
-    return reason or _differs(_fake(ours, values, named), example(node))
+    if reason is not None:
+        return reason
+    results, expected = _fake(ours, values, named), tuple(map(example, stands_for))
+    pairs = zip(results, expected[0] if len(expected) == 1 and isinstance(expected[0], tuple) else expected, strict=True)
+    return next(filter(None, (_differs(result, wanted) for result, wanted in pairs)), None)
 
 
-def _fake(ours: Any, values: Any, named: Any) -> Any:
-    """The result's description: the operator on tensors without memory."""
+def _fake(ours: Any, values: Any, named: Any) -> tuple[Any, ...]:
+    """The results' description: the operator on tensors without memory."""
     # the tensors' own mode, not that of the tracing context, which Dynamo renews before it calls a backend
     mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
     with torch.no_grad(), mode:
-        return ours(*values, **named)
+        results = ours(*values, **named)
+    return results if isinstance(results, tuple) else (results,)
 
 
 def _differs(result: Any, expected: Any) -> Refusal:
@@ -150,10 +181,17 @@ def _replace(candidate: Candidate, where: Any, args: tuple[Any, ...], kwargs: Ma
     graph = where.graph
     with graph.inserting_before(where):
         new = graph.call_function(candidate.ours, args, dict(kwargs))
+        if candidate.second is not None:
+            new.meta["stack_trace"] = candidate.last.meta.get("stack_trace")
+            first, second = (graph.call_function(operator.getitem, (new, i)) for i in range(2))
+            second.meta = dict(candidate.second.meta)
+            candidate.second.replace_all_uses_with(second, delete_user_cb=lambda user: user is not new)
+            new = first
     new.meta = dict(candidate.last.meta)
     candidate.last.replace_all_uses_with(new)
     for node in sorted(candidate.consumed, reverse=True):
-        graph.erase_node(node)
+        if not node.users:
+            graph.erase_node(node)
 
 
 __all__ = ["rewrite"]
