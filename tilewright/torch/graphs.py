@@ -41,8 +41,8 @@ def name_of(target: Any) -> str:
 
 
 def only_user(node: Any) -> Any:
-    """The node that alone uses another's result, None if there are several or none."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    """The node that alone uses another's result, None if there are several or none (or no node is given)."""
+    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
 
 
 def writes(node: Any) -> bool:
