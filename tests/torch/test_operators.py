@@ -24,6 +24,10 @@ ACTIVATIONS = {
 }
 
 
+def starts(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def target():
     return torch.tensor([3, -100, 0, 19])
 
@@ -205,6 +209,15 @@ def _operators():
         "attention_backward": (
             *(normal(1, 2, 4, 16), normal(1, 2, 4, 16), normal(1, 1, 4, 16), normal(1, 1, 4, 16)),
             *(normal(1, 2, 4, 16), normal(1, 2, 4), 2, True, 0.3),
+        ),
+        "attention_varlen": (*(normal(5, 1, 16) for _ in range(3)), starts(0, 3, 5), starts(0, 3, 5), 3, True, 2, 0.3),
+        "attention_decode": (normal(2, 2, 16), normal(2, 1, 9, 16), normal(2, 1, 9, 16), starts(9, 4), None, 0.3),
+        "grouped_mm": (normal(6, 4, grad=True), normal(2, 4, 3, grad=True), starts(0, 2, 6)),
+        "grouped_mm_weights": (normal(6, 4), normal(6, 3), starts(0, 2, 6)),
+        "rotary": (normal(1, 3, 2, 8, grad=True), normal(3, 4), normal(3, 4), True, False),
+        "scaled_linear": (
+            *(normal(3, 16).to(torch.int8), normal(4, 16).to(torch.int8), normal(3), normal(4)),  # compares arguments
+            *(normal(4), torch.bfloat16, True),
         ),
         "rms_norm": (normal(2, 3, 8, grad=True), normal(8, grad=True), 1e-5),
         "add_rms_norm": (*(normal(2, 3, 8, grad=True) for _ in range(2)), normal(8, grad=True), 1e-5),

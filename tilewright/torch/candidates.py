@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.torch import gated, products, sdpa
-from tilewright.torch.graphs import example, is_call, is_tensor, only_user, without_dropout
+from tilewright.torch import gated, grouped, products, sdpa
+from tilewright.torch.graphs import example, insert, is_call, is_tensor, only_user, without_dropout
 from tilewright.torch.masks import Band, band_of
 
 _RELU = (F.relu, torch.relu, "relu")
@@ -53,6 +53,26 @@ def linear(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
             yield Candidate(ours, (), user, (node, user), {**given, **options}, f"linear+{name}")
     yield from _with_residual(ours, given, {}, (node,), "linear")
     yield Candidate(ours, (), node, (node,), given, "linear")
+
+
+def added_product(node: Any) -> Iterator[Candidate]:
+    """``addmm(bias, x, weight)``: a linear layer whose weight lies the other way, with its neighbours."""
+    given = dict(zip(("input", "mat1", "mat2"), node.args, strict=False)) | dict(node.kwargs)
+    bias, x, weight = (given.pop(name) for name in ("input", "mat1", "mat2"))
+    if any(value != 1 for value in given.values()) or not all(map(is_tensor, (bias, x, weight))):
+        return
+    if example(bias).ndim != 1 or example(weight).ndim != 2:
+        return
+    turned = insert(node, "t", (weight,), {}, example(weight).t())
+    yield from linear(node, (x, turned, bias), {})
+    if not turned.users:
+        turned.graph.erase_node(turned)
+
+
+def grouped_product(node: Any) -> Iterator[Candidate]:
+    """Torch's grouped product, or the stand-in of transformers where torch has none."""
+    given = dict(zip(("mat_a", "mat_b"), node.args, strict=False)) | dict(node.kwargs)
+    yield Candidate(grouped.grouped_mm, (), node, (node,), given, "grouped_mm")
 
 
 def _gated(node: Any) -> Iterator[Candidate]:
@@ -190,4 +210,6 @@ def _needs_gradient(node: Any) -> bool:
     return getattr(example(node), "requires_grad", True)
 
 
-__all__ = ["Candidate", "attention", "linear", "normalised", "with_addition"]
+__all__ = [
+    "Candidate", "added_product", "attention", "grouped_product", "linear", "normalised", "with_addition",
+]  # fmt: skip

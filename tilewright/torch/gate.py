@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilewright.torch import gated, losses, norms, products, rows, sdpa
+from tilewright.torch import gated, grouped, losses, norms, products, rows, sdpa
 from tilewright.torch.support import Refusal
 
 #: multiply-adds of a product, and elements of rows, below which launching ours takes longer than it saves
@@ -55,6 +55,10 @@ def _gated(input: Any, gate: Any, up: Any, activation: str = "silu") -> Refusal:
     return "a small product" if size < LEAST_PRODUCT else None
 
 
+def _grouped(mat_a: Any, mat_b: Any, **rest: Any) -> Refusal:
+    return "a grouped product is as fast in torch"
+
+
 def _matmul(input: Any, other: Any) -> Refusal:
     return "a product without activation is as fast in cuBLAS"
 
@@ -86,6 +90,7 @@ _COSTS: dict[Any, Callable[..., Refusal]] = {
     products.linear: _linear,
     products.matmul: _matmul,
     gated.gated_linear: _gated,
+    grouped.grouped_mm: _grouped,
     sdpa.attention: _attention,
     norms.rms_norm: _norm,
     norms.layer_norm: _norm,

@@ -18,7 +18,7 @@ from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tilewright.torch import candidates, gated, losses, norms, products, rows, sdpa, spelled
+from tilewright.torch import candidates, gated, grouped, losses, norms, products, rows, sdpa, spelled
 from tilewright.torch.candidates import Candidate
 from tilewright.torch.functional import refusal
 from tilewright.torch.gate import not_worthwhile
@@ -58,9 +58,17 @@ _LARGER: dict[Any, Callable[..., Iterator[Candidate]]] = {
     norms.rms_norm: candidates.normalised(norms.rms_norm, norms.add_rms_norm),
     norms.layer_norm: candidates.normalised(norms.layer_norm, norms.add_layer_norm),
 }
-#: function that spelled-out ones contain -> what could stand for them
-_SPELLED: dict[Any, Callable[[Any], Iterator[Candidate]]] = dict.fromkeys((torch.rsqrt, "rsqrt"), spelled.rms_norm)
-_OURS = {ours for ours, _ in _OPERATORS.values()} | {gated.gated_linear, norms.add_rms_norm, norms.add_layer_norm}
+#: function that others are spelled with, or of other parameters -> what could stand for it
+_FOUND_BY: dict[Any, Callable[[Any], Iterator[Candidate]]] = {
+    **dict.fromkeys((torch.rsqrt, "rsqrt"), spelled.rms_norm),
+    torch.addmm: candidates.added_product,
+    torch._grouped_mm: candidates.grouped_product,
+    getattr(F, "grouped_mm", torch._grouped_mm): candidates.grouped_product,
+}
+#: the same for operators of libraries that may not be there, by their names
+_FOUND_BY_NAME = {"transformers.grouped_mm_fallback": candidates.grouped_product}
+_OURS = {ours for ours, _ in _OPERATORS.values()}
+_OURS |= {gated.gated_linear, grouped.grouped_mm, norms.add_rms_norm, norms.add_layer_norm}
 
 
 def rewrite(graph: Any, cost_gate: bool = True) -> Report:
@@ -74,7 +82,7 @@ def rewrite(graph: Any, cost_gate: bool = True) -> Report:
             bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
             reason = _refuse((node,), node.target, bound.args, bound.kwargs, cost_gate=False)
             report.decisions.append(Decision(node.target.__name__, place(node), reason))
-        elif node.target not in _OPERATORS and node.target not in _SPELLED:
+        elif _generator(node.target) is None:
             report.calls[node] = name_of(node.target)
         elif switches:
             report.decisions.append(Decision(name_of(node.target), place(node), "a graph that switches autocast"))
@@ -94,7 +102,7 @@ def _decide(node: Any, cost_gate: bool) -> Decision | None:
     """
     decision: Decision | None = None
     try:
-        for candidate in _candidates(node):
+        for candidate in _generator(node.target)(node):
             where = _position(candidate)
             if where is None:
                 continue
@@ -110,10 +118,15 @@ def _decide(node: Any, cost_gate: bool) -> Decision | None:
     return decision
 
 
+def _generator(target: Any) -> Any:
+    """What finds the candidates for a call of a function, None if no operator of ours is like it."""
+    if target in _OPERATORS:
+        return _candidates
+    named = str(target).removesuffix(".default") if isinstance(target, torch._ops.OpOverload) else str(target)
+    return _FOUND_BY.get(target) or _FOUND_BY_NAME.get(named)
+
+
 def _candidates(node: Any) -> Iterator[Candidate]:
-    if node.target in _SPELLED:
-        yield from _SPELLED[node.target](node)
-        return
     ours, adapt = _OPERATORS[node.target]
     args, kwargs = adapt(*node.args, **node.kwargs) if adapt else (node.args, dict(node.kwargs))
     inspect.signature(ours).bind(*args, **kwargs)
