@@ -208,7 +208,7 @@ def test_explain(capsys):
 
 
 def test_the_gate_leaves_the_cpu_to_torch(reports):
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 8, device="cpu")
     compiled(lambda x: x.softmax(-1), cost_gate=True)(x)
     assert reports[0].taken == [] and "interpreter" in reports[0].decisions[0].reason
 
@@ -257,14 +257,25 @@ def test_what_is_unsupported_is_no_error(function):
     torch.testing.assert_close(step(x), function(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_graph_that_switches_autocast_is_left_alone(reports):
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_graph_that_switches_autocast(reports, grad):
     def f(x, w):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return F.linear(x, w)
+        y = F.linear(x, w)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            inner = F.relu(F.linear(x, w))
+            with torch.autocast(x.device.type, enabled=False):
+                third = F.linear(x, w)
+            other = F.linear(x, w)
+        return y, inner, third, F.relu(other)
 
-    x, w = torch.randn(3, 8), torch.randn(4, 8)
-    assert torch.equal(compiled(f)(x, w), f(x, w))
-    assert reports[0].decisions[0].reason == "a graph that switches autocast"
+    x, w = torch.randn(3, 8, requires_grad=grad), torch.randn(4, 8, requires_grad=grad)
+    ours, theirs = compiled(f)(x, w), f(x, w)
+    assert [y.dtype for y in ours] == [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    assert reports[0].taken == ["linear", "linear+relu", "linear", "linear"]  # relu outside of the region stays there
+    if grad:
+        ours, theirs = (torch.autograd.grad(sum(y.float().sum() for y in ys), (x, w)) for ys in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
 
 
 def test_compiled_inside_autocast(reports):

@@ -155,8 +155,11 @@ def gated(
     x: Any, gate: Any, up: Any, y: Any, left_out: Any = None, right_out: Any = None, *, activation: Any = silu
 ) -> None:
     """``y = activation(x @ gate) * (x @ up)``, see `gate_up`. Arrays of NumPy or torch, on one device."""
-    m, n = y.shape
-    gate_up[tw.cdiv(m, 128), tw.cdiv(n, 128)](x, gate, up, y, left_out, right_out, ACTIVATION=activation)
+    (m, n), meta = y.shape, {"BM": 128, "BN": 128, "BK": 64}
+    if y.itemsize > 2:  # two tiles of exact float32 sums, whose operands are in registers too
+        meta = {"BM": 64, "BN": 64, "BK": 32}
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
+    gate_up[grid](x, gate, up, y, left_out, right_out, ACTIVATION=activation, **meta)
 
 
 # --- references -----------------------------------------------------------------------------------

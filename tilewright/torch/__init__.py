@@ -21,6 +21,7 @@ _PLACES = {
     "cross_entropy": "losses",
     "gated_linear": "gated",
     "grouped_mm": "grouped",
+    "jit_cache": "shipping",
     "layer_norm": "norms",
     "linear": "products",
     "matmul": "products",

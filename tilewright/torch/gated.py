@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from tilewright.kernels import activations
@@ -13,8 +12,8 @@ from tilewright.kernels.rows import row_major_grid
 from tilewright.torch import products
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.products import ACTIVATIONS, known_activation
-from tilewright.torch.support import Refusal, as_rows, refuse_tensors
+from tilewright.torch.products import ACTIVATIONS, activation_gradient, known_activation
+from tilewright.torch.support import Refusal, as_rows, refuse_tensors, traced, trains
 
 #: tile of the elementwise gradient
 _ROWS, _COLUMNS = 4, 1024
@@ -53,7 +52,7 @@ def _kept_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any, Any
 
 def _kept_backward(ctx: Any, dy: Any, dleft: Any, dright: Any) -> tuple[Any, Any, Any, None]:
     x, gate, up, left, right = ctx.saved_tensors
-    return _products_backward(ctx, x, gate, up, *_elementwise_backward(dy, left, right, ctx.activation))
+    return _products_backward(ctx, x, gate, up, *_elementwise(dy, left, right, ctx.activation))
 
 
 #: the same, and the two products before they meet, which the backward pass needs
@@ -69,7 +68,14 @@ _gated_kept = torch_op(
 def _gradients(ctx: Any, dy: Any, x: Any, gate: Any, up: Any, activation: str) -> tuple[Any, Any, Any, None]:
     """Without the two products kept: they are computed again."""
     left, right = (products._linear(x, weight, None, None, "none") for weight in (gate, up))
-    return _products_backward(ctx, x, gate, up, *_elementwise_backward(dy, left, right, activation))
+    return _products_backward(ctx, x, gate, up, *_elementwise(dy, left, right, activation))
+
+
+def _elementwise(dy: Any, left: Any, right: Any, activation: str) -> tuple[Any, Any]:
+    """The gradients of the two products where they meet; in a graph by torch, as `activation_gradient`."""
+    if traced():
+        return activation_gradient(dy * right, left, activation), dy * ACTIVATIONS[activation][2](left)
+    return _elementwise_backward(dy, left, right, activation)
 
 
 def _products_backward(
@@ -128,7 +134,7 @@ def gated_linear(input: Any, gate: Any, up: Any, activation: str = "silu") -> An
     writes the two products.
     """
     known_activation(activation)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (input, gate, up)):
+    if trains(input, gate, up):
         return _gated_kept(input, gate, up, activation)[0]
     return _gated(input, gate, up, activation)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tilewright.kernels import gemm_epilogue as epilogue
 from tilewright.kernels.rows import row_major_grid
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, as_rows, refuse_tensors
+from tilewright.torch.support import Refusal, as_rows, refuse_tensors, traced
 
 #: activation -> its step behind a product, (function, derivative) for the gradient, and torch's function
 ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {
@@ -75,7 +76,7 @@ def _linear_backward(ctx: Any, dy: Any) -> tuple[Any, Any, Any, Any, None]:
     dresidual = dy if needs_residual else None
     if ctx.activation != "none":
         before = _linear(x, weight, bias, None, "none") if y is None else y
-        dy = _activation_backward(dy, before, ctx.activation)
+        dy = activation_gradient(dy, before, ctx.activation)
     gradient = as_rows(dy)
     dx = _matmul(gradient, weight).view(x.shape) if needs_x else None
     dweight = _matmul(gradient.t(), as_rows(x)) if needs_weight else None
@@ -98,6 +99,22 @@ def _launch_activation_backward(dx: Any, dy: Any, x: Any, activation: str) -> No
         out, function = as_rows(dx), ACTIVATIONS[activation][1]
         grid = row_major_grid(out.shape[0], out.shape[1], _ROWS, _COLUMNS)
         activations.activation_backward[grid](as_rows(dy), as_rows(x), out, FN=function, BM=_ROWS, BN=_COLUMNS)
+
+
+#: the gradient of an activation in torch's operators
+_TRACED: dict[str, Callable[[Any, Any], Any]] = {
+    "relu": lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0),
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+}
+
+
+def activation_gradient(dy: Any, x: Any, activation: str) -> Any:
+    """``dy`` times the derivative at ``x``: our kernel, but in a graph torch's, which Inductor fuses with neighbours."""
+    if traced():
+        return _TRACED[activation](dy, x)
+    return _activation_backward(dy, x, activation)
 
 
 _activation_backward = torch_op(
@@ -172,4 +189,4 @@ def linear(input: Any, weight: Any, bias: Any = None, activation: str | None = N
     return _linear(input, weight, bias, residual, "none" if activation is None else known_activation(activation))
 
 
-__all__ = ["ACTIVATIONS", "known_activation", "linear", "matmul"]
+__all__ = ["ACTIVATIONS", "activation_gradient", "known_activation", "linear", "matmul"]

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tilewright.torch import candidates, gated, grouped, losses, norms, products, rows, sdpa, spelled
 from tilewright.torch.candidates import Candidate
+from tilewright.torch.casting import autocast_regions, entered
 from tilewright.torch.functional import refusal
 from tilewright.torch.gate import not_worthwhile
 from tilewright.torch.graphs import CALLS, example, name_of, precede, quiet
@@ -74,20 +75,20 @@ _OURS |= {gated.gated_linear, grouped.grouped_mm, norms.add_rms_norm, norms.add_
 def rewrite(graph: Any, cost_gate: bool = True) -> Report:
     """Rewrite a ``torch.fx.Graph`` from Dynamo in place."""
     report = Report()
-    switches = any(node.target is torch.amp.autocast_mode._enter_autocast for node in graph.nodes)
+    regions = autocast_regions(graph)
     for node in list(graph.nodes):
         if node.op not in CALLS or node._erased:
             continue
         if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
             bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-            reason = _refuse((node,), node.target, bound.args, bound.kwargs, cost_gate=False)
+            with entered(regions[node]):
+                reason = _refuse((node,), node.target, bound.args, bound.kwargs, cost_gate=False)
             report.decisions.append(Decision(node.target.__name__, place(node), reason))
         elif _generator(node.target) is None:
             report.calls[node] = name_of(node.target)
-        elif switches:
-            report.decisions.append(Decision(name_of(node.target), place(node), "a graph that switches autocast"))
         else:
-            decision = _decide(node, cost_gate)
+            with entered(regions[node]):
+                decision = _decide(node, cost_gate, regions)
             if decision is None:
                 report.calls[node] = name_of(node.target)
             else:
@@ -95,7 +96,7 @@ def rewrite(graph: Any, cost_gate: bool = True) -> Report:
     return report
 
 
-def _decide(node: Any, cost_gate: bool) -> Decision | None:
+def _decide(node: Any, cost_gate: bool, regions: Mapping[Any, Any]) -> Decision | None:
     """Replace the call if it is ours to take, with as many of its neighbours as one kernel can do.
 
     None if nothing of ours is like it.
@@ -104,7 +105,7 @@ def _decide(node: Any, cost_gate: bool) -> Decision | None:
     try:
         for candidate in _generator(node.target)(node):
             where = _position(candidate)
-            if where is None:
+            if where is None or any(regions.get(other) != regions[node] for other in candidate.consumed):
                 continue
             bound = inspect.signature(candidate.ours).bind(*candidate.args, **candidate.kwargs)
             stands_for = (candidate.last,) if candidate.second is None else (candidate.last, candidate.second)

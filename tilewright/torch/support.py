@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import tilewright as tw
@@ -61,6 +62,11 @@ def trains(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def traced() -> bool:
+    """Whether calls are recorded into a graph, whose operators a compiler may fuse."""
+    return get_proxy_mode() is not None
+
+
 @cache
 def _refuse_gpu(ordinal: int) -> Refusal:
     """Why the library's kernels do not fit a GPU. A GPU that is not there, as in traces without one, is taken."""
@@ -80,4 +86,6 @@ def as_rows(x: Any) -> Any:
     return x.reshape(-1, x.shape[-1])
 
 
-__all__ = ["FLOATS", "IN_AUTOCAST", "TARGETS", "Refusal", "as_rows", "refuse_place", "refuse_tensors", "trains"]
+__all__ = [
+    "FLOATS", "IN_AUTOCAST", "TARGETS", "Refusal", "as_rows", "refuse_place", "refuse_tensors", "traced", "trains",
+]  # fmt: skip
