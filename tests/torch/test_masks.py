@@ -97,6 +97,7 @@ def reports(monkeypatch):
 
 def both(build, *, grad, dynamic=False, groups=2):
     """(results and gradients with the backend, the same in eager)."""
+
     def attend(q, k, v):
         k, v = (x[:, :, None].expand(-1, -1, 2 // groups, -1, -1).reshape(2, 2, x.shape[2], 16) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=build(q.shape[2]))

@@ -12,10 +12,16 @@ transformers = pytest.importorskip("transformers")
 backend = import_module("tilewright.torch.backend")
 
 _DECODER = {
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
-    **{"num_key_value_heads": 1, "vocab_size": 50, "max_position_embeddings": 32},
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 50,
+    "max_position_embeddings": 32,
 }
 _ENCODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 50, "dropout_rate": 0.0}
 _QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -76,7 +82,8 @@ MODELS = {
     "mixtral": (
         _model("MixtralForCausalLM", "MixtralConfig", **_DECODER, num_local_experts=4),
         tokens,
-        {"rms_norm": 2, "add_rms_norm": 1, "linear": 5, "attention": 1, "linear+residual": 1, "softmax": 1, "grouped_mm": 2},
+        {"rms_norm": 2, "add_rms_norm": 1, "linear": 5, "linear+residual": 1, "attention": 1, "softmax": 1,
+         "grouped_mm": 2},
         {},
     ),
     "bert": (
@@ -88,15 +95,15 @@ MODELS = {
     "gpt2": (
         _model(
             *("GPT2LMHeadModel", "GPT2Config"),
-            **{"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 32, "bos_token_id": 0},
-            **{"eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+            n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=32, bos_token_id=0,
+            eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         ),
         tokens,
         {"layer_norm": 1, "add_layer_norm": 2, "linear": 5, "attention": 1},
         {},
     ),
     "t5 encoder": (
-        _model("T5EncoderModel", "T5Config", d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=50, dropout_rate=0.0),
+        _model("T5EncoderModel", "T5Config", **_T5),
         tokens,
         {"rms_norm": 3, "linear": 3, "attention": 1, "linear+residual": 2, "linear+relu": 1},
         {"attention": 0},  # gradients of the learned bias

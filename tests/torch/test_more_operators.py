@@ -57,7 +57,9 @@ def test_rotary(interleaved, dtype):
     x = normal(2, 6, 3, 16, dtype=dtype).requires_grad_()
     y = twt.rotary(x, angles.cos(), angles.sin(), interleaved)
     pairs = x.float().unflatten(-1, (8, 2)) if interleaved else x.float().unflatten(-1, (2, 8)).transpose(-1, -2)
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones(()), angles)[:, None])
+    turned = torch.view_as_real(
+        torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones(()), angles)[:, None]
+    )
     exact = (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
     assert_close(y, exact, dtype)
     dy = normal(*x.shape, dtype=dtype)
@@ -86,7 +88,9 @@ def test_scaled_linear(kinds, per_row, fast):
     y = twt.scaled_linear(*arguments, out_dtype=torch.float32, fast_accumulation=fast)
     exact = (x.float() * scale_x[:, None]) @ (weight.float() * scale_weight[:, None]).t() + bias.float()
     # of Hopper's fast sums 14 bits are kept
-    assert_close(y.view(10, 7) / exact.abs().max(), exact / exact.abs().max(), torch.bfloat16 if fast else torch.float32)
+    assert_close(
+        y.view(10, 7) / exact.abs().max(), exact / exact.abs().max(), torch.bfloat16 if fast else torch.float32
+    )
     eager = import_module("tilewright.torch.scaled")._eager(*arguments, out_dtype=torch.float32)
     torch.testing.assert_close(eager.view(10, 7), exact, rtol=1e-5, atol=1e-4)
 

@@ -341,7 +341,7 @@ def _mapped():
     return {
         "softmax": (lambda x: twt.softmax(x, -1), [normal(3, 2, 4)], 1),
         "linear": (lambda x: twt.linear(x, _weight(), activation="silu"), [normal(2, 3, 4)], 0),
-        "linear, weights": (lambda x, w: twt.linear(x, w), [normal(3, 2, 4), normal(3, 5, 4)], 0),
+        "linear, weights": (twt.linear, [normal(3, 2, 4), normal(3, 5, 4)], 0),
         "rms_norm": (lambda x: twt.rms_norm(x, (4,)), [normal(2, 3, 4)], 1),
         "attention": (lambda *xs: twt.attention(*xs, is_causal=True), heads, 0),
     }

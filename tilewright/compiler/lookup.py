@@ -46,7 +46,9 @@ def obtain(
     searched = shipping.missing_compiler()
     if searched is not None:
         message = f"kernel '{definition.name}' for {target} is not in {searched}, and no compiler is installed here"
-        raise CompileError(message, definition.loc, "run once with the compiler and tw.jit_cache open, and copy the folder")
+        raise CompileError(
+            message, definition.loc, "run once with the compiler and tw.jit_cache open, and copy the folder"
+        )
     from tilewright.compiler.driver import compile_definition
 
     artifact = compile_definition(definition, target, args, options, name)

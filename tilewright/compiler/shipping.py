@@ -39,9 +39,9 @@ def jit_cache(path: str | os.PathLike[str]) -> JitCache:
     """Take compiled kernels from the folder ``path``, and put those there that it lacks, until closed.
 
     Entries are for a kernel's source, argument types, compile-time values, options and target, whatever version of the
-    compiler and of its tools made them: a machine that has the folder needs none of these. There a kernel that is not in
-    the folder raises CompileError. Kernels that this process has loaded before are not stored again: open the folder
-    first. A folder that cannot be written is only read.
+    compiler and of its tools made them: a machine that has the folder needs none of these. There a kernel that is not
+    in the folder raises CompileError. Kernels that this process has loaded before are not stored again: open the
+    folder first. A folder that cannot be written is only read.
     """
     return JitCache(path)
 

@@ -37,9 +37,7 @@ def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     return _COSTS[operator](*args, **kwargs)
 
 
-def _linear(
-    input: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None
-) -> Refusal:
+def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Refusal:
     if activation is None:
         return "a product without activation is as fast in cuBLAS"
     if _trains(input, weight):

@@ -28,11 +28,18 @@ def _launch(out: Any, x: Any, gate: Any, up: Any, activation: str) -> None:
         epilogue.gated(as_rows(x), gate.t(), up.t(), as_rows(out), activation=ACTIVATIONS[activation][0])
 
 
+def _backward(ctx: Any, dy: Any) -> tuple[Any, Any, Any, None]:
+    """Without the two products kept: they are computed again."""
+    (x, gate, up), (activation,) = ctx.saved_tensors, ctx.numbers
+    left, right = (products._linear(x, weight, None, None, "none") for weight in (gate, up))
+    return _products_backward(ctx, x, gate, up, *_elementwise(dy, left, right, activation))
+
+
 _gated = torch_op(
     "tilewright::gated_linear(Tensor x, Tensor gate, Tensor up, str activation) -> Tensor",
     outputs=lambda x, gate, *rest: _out(x, gate),
     launch=_launch,
-    backward=lambda ctx, dy: _gradients(ctx, dy, *ctx.saved_tensors, ctx.numbers[0]),
+    backward=_backward,
     leading=("x",),
 )
 
@@ -65,12 +72,6 @@ _gated_kept = torch_op(
 )
 
 
-def _gradients(ctx: Any, dy: Any, x: Any, gate: Any, up: Any, activation: str) -> tuple[Any, Any, Any, None]:
-    """Without the two products kept: they are computed again."""
-    left, right = (products._linear(x, weight, None, None, "none") for weight in (gate, up))
-    return _products_backward(ctx, x, gate, up, *_elementwise(dy, left, right, activation))
-
-
 def _elementwise(dy: Any, left: Any, right: Any, activation: str) -> tuple[Any, Any]:
     """The gradients of the two products where they meet; in a graph by torch, as `activation_gradient`."""
     if traced():
@@ -78,9 +79,7 @@ def _elementwise(dy: Any, left: Any, right: Any, activation: str) -> tuple[Any, 
     return _elementwise_backward(dy, left, right, activation)
 
 
-def _products_backward(
-    ctx: Any, x: Any, gate: Any, up: Any, dleft: Any, dright: Any
-) -> tuple[Any, Any, Any, None]:
+def _products_backward(ctx: Any, x: Any, gate: Any, up: Any, dleft: Any, dright: Any) -> tuple[Any, Any, Any, None]:
     needs_x, needs_gate, needs_up, _ = ctx.needs_input_grad
     rows, dleft, dright = as_rows(x), as_rows(dleft), as_rows(dright)
     dx = None

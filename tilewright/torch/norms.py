@@ -78,9 +78,7 @@ _add_rms_norm = torch_op(
 )
 
 
-def _launch_rms_backward(
-    made: tuple[Any, Any], dy: Any, dtotal: Any, x: Any, weight: Any, inverse: Any
-) -> None:
+def _launch_rms_backward(made: tuple[Any, Any], dy: Any, dtotal: Any, x: Any, weight: Any, inverse: Any) -> None:
     dx, dweight = made
     if not dx.numel():
         dweight.zero_()
@@ -133,9 +131,7 @@ _layer_norm = torch_op(
 )
 
 
-def _launch_add_layer(
-    made: tuple[Any, ...], x: Any, residual: Any, weight: Any, bias: Any, eps: float
-) -> None:
+def _launch_add_layer(made: tuple[Any, ...], x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> None:
     y, total, mean, inverse = made
     if y.numel():
         sums = {"residual": as_rows(residual), "total": as_rows(total)}

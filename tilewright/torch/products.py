@@ -111,7 +111,7 @@ _TRACED: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def activation_gradient(dy: Any, x: Any, activation: str) -> Any:
-    """``dy`` times the derivative at ``x``: our kernel, but in a graph torch's, which Inductor fuses with neighbours."""
+    """``dy`` times the derivative at ``x``: our kernel; in a graph torch's, which Inductor fuses with neighbours."""
     if traced():
         return _TRACED[activation](dy, x)
     return _activation_backward(dy, x, activation)

@@ -168,7 +168,9 @@ def _refuse(
     if reason is not None:
         return reason
     results, expected = _fake(ours, values, named), tuple(map(example, stands_for))
-    pairs = zip(results, expected[0] if len(expected) == 1 and isinstance(expected[0], tuple) else expected, strict=True)
+    pairs = zip(
+        results, expected[0] if len(expected) == 1 and isinstance(expected[0], tuple) else expected, strict=True
+    )
     return next(filter(None, (_differs(result, wanted) for result, wanted in pairs)), None)
 
 

@@ -41,7 +41,7 @@ def rms_norm(node: Any) -> Iterator[Candidate]:
 
 def _variance(node: Any) -> tuple[Any, float, list[Any]] | None:
     """(x, eps, nodes between them and ``rsqrt``)."""
-    shifted = node.args[0] if node.args else None
+    shifted: Any = node.args[0] if node.args else None
     if not is_call(shifted, operator.add, torch.add, "add") or len(shifted.args) != 2:
         return None
     mean, eps = shifted.args if isinstance(shifted.args[1], float) else shifted.args[::-1]
@@ -52,23 +52,20 @@ def _variance(node: Any) -> tuple[Any, float, list[Any]] | None:
     square = mean.args[0]
     if dim not in (-1, (-1,), [-1]) or keeps is not True or mean.kwargs.get("dtype") is not None:
         return None
-    if is_call(square, *_POWERS) and square.args[1:] == (2,):
-        x = square.args[0]
-    elif is_call(square, *_MULTIPLY) and square.args[0] is square.args[1]:
-        x = square.args[0]
-    elif is_call(square, torch.square, "square"):
-        x = square.args[0]
-    else:
+    power = is_call(square, *_POWERS) and square.args[1:] == (2,)
+    product = is_call(square, *_MULTIPLY) and square.args[0] is square.args[1]
+    if not power and not product and not is_call(square, torch.square, "square"):
         return None
-    return _source(x), eps, [square, mean, shifted]
+    return _source(square.args[0]), eps, [square, mean, shifted]
 
 
 def _source(node: Any) -> Any:
     """What a cast to float32 casts: the kernel computes in float32 too."""
-    while is_call(node, *_CASTS) and is_tensor(node) and example(node).dtype == torch.float32 and is_tensor(node.args[0]):
-        if example(node).device != example(node.args[0]).device:
+    while is_call(node, *_CASTS) and is_tensor(node) and example(node).dtype == torch.float32:
+        before = node.args[0]
+        if not is_tensor(before) or example(node).device != example(before).device:
             break
-        node = node.args[0]
+        node = before
     return node
 
 
