@@ -21,6 +21,8 @@ from torch import nn
 from tilewright.runtime.bench import compare
 from tilewright.torch.backend import compile_graph
 
+WORKS = "forward", "forward and backward"
+
 
 class Layer(nn.Module):
     """A decoder layer: grouped-query attention with rotary positions, and a gated feed-forward network."""
@@ -87,7 +89,7 @@ def steps(function: Callable[..., torch.Tensor], inputs: Any, dy: torch.Tensor) 
         out = function(*inputs)
         return torch.autograd.grad(out, [inputs[0], *function_parameters(function)], dy)
 
-    return {"forward": forward, "forward and backward": both}
+    return dict(zip(WORKS, (forward, both), strict=True))
 
 
 def function_parameters(function: Any) -> list[torch.Tensor]:
@@ -105,7 +107,9 @@ def build(options: argparse.Namespace) -> tuple[Stack, tuple[torch.Tensor, ...],
 
 
 def rivals(model: Stack, options: argparse.Namespace) -> dict[str, Any]:
-    ours = {"cost_gate": not options.no_gate, "explain": options.explain}
+    ours = {"explain": options.explain, "cost_gate": not options.no_gate}
+    if options.take:
+        ours["operators"] = tuple(options.take.split(","))
     torch._dynamo.reset()
     return {
         "inductor": torch.compile(model),
@@ -118,9 +122,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     exact = references(model, inputs, dy) if options.check else {}
     compiled = {name: steps(f, inputs, dy) for name, f in rivals(model, options).items()}
     rows = []
-    for work in ("forward", "forward and backward"):
+    for work in WORKS[-1:] if options.training else WORKS:
         calls = {name: found[work] for name, found in compiled.items()}
-        row: dict[str, Any] = {"work": work, **shape(options)}
+        row: dict[str, Any] = {"work": work, "take": options.take or "by the gate", **shape(options)}
         for name, call in calls.items():
             row[f"{name}_error"] = farthest(call(), exact[work]) if exact else float("nan")
         times = compare(calls, repeats=options.repeats)
@@ -174,7 +178,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     model, inputs, dy = build(few)
     compiled = {name: steps(f, inputs, dy) for name, f in rivals(model, few).items()}
     row: dict[str, Any] = {"work": "host", **shape(few)}
-    for work in ("forward", "forward and backward"):
+    for work in WORKS:
         for turn_number in range(2):
             for name in sorted(compiled, reverse=bool(turn_number)):
                 row[f"{work}, {name}, us"] = host_time(compiled[name][work])
@@ -200,7 +204,9 @@ def main() -> None:
     for name, value in (("layers", 4), ("batch", 4), ("rows", 4096), ("hidden", 4096), ("feed", 14336), ("heads", 32),
                         ("groups", 8), ("repeats", 12)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--take", default="", help="take calls of these operators alone, whatever the gate says")
     parser.add_argument("--no-gate", action="store_true", help="take every call that the kernels can")
+    parser.add_argument("--training", action="store_true", help="forward with backward alone")
     parser.add_argument("--explain", action="store_true")
     parser.add_argument("--profile", action="store_true", help="list the kernels of a call by their time")
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the errors against float32")

@@ -69,8 +69,8 @@ def reports(monkeypatch):
     seen = []
     rewrite = backend.rewrite
 
-    def recording(graph, cost_gate=True):
-        seen.append(rewrite(graph, cost_gate))
+    def recording(*args):
+        seen.append(rewrite(*args))
         return seen[-1]
 
     monkeypatch.setattr(backend, "rewrite", recording)
@@ -213,6 +213,13 @@ def test_the_gate_leaves_the_cpu_to_torch(reports):
     assert reports[0].taken == [] and "interpreter" in reports[0].decisions[0].reason
 
 
+def test_operators_may_be_asked_for_by_name(reports):
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    step = compiled(lambda x, w: F.linear(x, w).softmax(-1), cost_gate=True, operators=("softmax",))
+    torch.testing.assert_close(step(x, w), F.linear(x, w).softmax(-1))
+    assert reports[0].taken == ["softmax"] and reports[0].decisions[0].reason == "not asked for"
+
+
 def test_the_gate_on_a_gpu():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -293,6 +300,8 @@ def test_options_are_checked():
         backend.Options.read({"fallback": "triton"})
     with pytest.raises(ValueError, match="no option max_autotun with fallback='eager'"):
         backend.Options.read({"fallback": "eager", "max_autotun": True})
+    with pytest.raises(ValueError, match="no operators gelu; there are add_layer_norm, .*softmax"):
+        backend.Options.read({"operators": ("softmax", "gelu")})
     assert backend.Options.read({"explain": True, "max_autotune": True})[1] == {"max_autotune": True}
 
 

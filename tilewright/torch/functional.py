@@ -13,6 +13,8 @@ from tilewright.torch.support import FLOATS, IN_AUTOCAST, Refusal
 
 #: functional operator -> why it leaves arguments to torch
 _refusals: dict[Any, Callable[..., Refusal]] = {}
+#: functional operator -> the function of torch that does what the kernels do not take
+_eager: dict[Any, Callable[..., Any]] = {}
 #: those that compute in autocast's dtype inside of it
 _lowered: set[Any] = set()
 
@@ -39,7 +41,7 @@ def functional(
                     return operator(*args, **kwargs)
             return otherwise(*args, **kwargs)
 
-        _refusals[operator] = refuse
+        _refusals[operator], _eager[operator] = refuse, otherwise
         if lowered:
             _lowered.add(operator)
         return torch.compiler.allow_in_graph(operator)
@@ -58,10 +60,15 @@ def refusal(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     return reason
 
 
+def eager(operator: Any) -> Callable[..., Any]:
+    """What a functional operator calls where the kernels do not take its arguments; it takes all of them."""
+    return _eager[operator]
+
+
 def _cast(values: Any, device: str) -> Any:
     """Floating-point tensors among arguments in the dtype of the device's autocast."""
     dtype = torch.get_autocast_dtype(device)
     return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x, values)
 
 
-__all__ = ["functional", "refusal"]
+__all__ = ["eager", "functional", "refusal"]

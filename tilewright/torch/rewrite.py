@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,9 +72,15 @@ _OURS = {ours for ours, _ in _OPERATORS.values()}
 _OURS |= {gated.gated_linear, grouped.grouped_mm, norms.add_rms_norm, norms.add_layer_norm}
 
 
-def rewrite(graph: Any, cost_gate: bool = True) -> Report:
-    """Rewrite a ``torch.fx.Graph`` from Dynamo in place."""
-    report = Report()
+#: names of what may stand in a rewritten graph
+OPERATORS = frozenset(operator.__name__ for operator in _OURS)
+#: why an operator does not pay for its arguments, None if it does
+Gate = Callable[..., Refusal]
+
+
+def rewrite(graph: Any, cost_gate: bool = True, only: Collection[str] | None = None) -> Report:
+    """Rewrite a ``torch.fx.Graph`` from Dynamo in place; with ``only``, for these operators, whatever the gate says."""
+    report, gate = Report(), _gate(cost_gate, only)
     regions = autocast_regions(graph)
     for node in list(graph.nodes):
         if node.op not in CALLS or node._erased:
@@ -82,13 +88,13 @@ def rewrite(graph: Any, cost_gate: bool = True) -> Report:
         if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
             bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
             with entered(regions[node]):
-                reason = _refuse((node,), node.target, bound.args, bound.kwargs, cost_gate=False)
+                reason = _refuse((node,), node.target, bound.args, bound.kwargs, _open)
             report.decisions.append(Decision(node.target.__name__, place(node), reason))
         elif _generator(node.target) is None:
             report.calls[node] = name_of(node.target)
         else:
             with entered(regions[node]):
-                decision = _decide(node, cost_gate, regions)
+                decision = _decide(node, gate, regions)
             if decision is None:
                 report.calls[node] = name_of(node.target)
             else:
@@ -96,7 +102,17 @@ def rewrite(graph: Any, cost_gate: bool = True) -> Report:
     return report
 
 
-def _decide(node: Any, cost_gate: bool, regions: Mapping[Any, Any]) -> Decision | None:
+def _open(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
+    return None
+
+
+def _gate(cost_gate: bool, only: Collection[str] | None) -> Gate:
+    if only is not None:
+        return lambda operator, *args, **kwargs: None if operator.__name__ in only else "not asked for"
+    return not_worthwhile if cost_gate else _open
+
+
+def _decide(node: Any, gate: Gate, regions: Mapping[Any, Any]) -> Decision | None:
     """Replace the call if it is ours to take, with as many of its neighbours as one kernel can do.
 
     None if nothing of ours is like it.
@@ -109,7 +125,7 @@ def _decide(node: Any, cost_gate: bool, regions: Mapping[Any, Any]) -> Decision 
                 continue
             bound = inspect.signature(candidate.ours).bind(*candidate.args, **candidate.kwargs)
             stands_for = (candidate.last,) if candidate.second is None else (candidate.last, candidate.second)
-            reason = _refuse(stands_for, candidate.ours, bound.args, bound.kwargs, cost_gate)
+            reason = _refuse(stands_for, candidate.ours, bound.args, bound.kwargs, gate)
             if reason is None:
                 _replace(candidate, where, bound.args, bound.kwargs)
                 return Decision(candidate.name, place(node), None)
@@ -150,7 +166,7 @@ def _position(candidate: Candidate) -> Any:
 
 
 def _refuse(
-    stands_for: tuple[Any, ...], ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], cost_gate: bool
+    stands_for: tuple[Any, ...], ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], gate: Gate
 ) -> Refusal:
     """Why the call of ours must or should not stand for these nodes, whose values are its results in order."""
     nodes: list[Any] = []
@@ -162,9 +178,7 @@ def _refuse(
     values, named = torch.fx.node.map_arg((args, dict(kwargs)), example)
     if not any(isinstance(x, FakeTensor) for x in values):
         return "values that the graph does not describe"
-    reason = refusal(ours, *values, **named)
-    if reason is None and cost_gate:
-        reason = not_worthwhile(ours, *values, **named)
+    reason = refusal(ours, *values, **named) or gate(ours, *values, **named)
     if reason is not None:
         return reason
     results, expected = _fake(ours, values, named), tuple(map(example, stands_for))
