@@ -190,7 +190,7 @@ def grouped_of(count: int, tokens: int, k: int, n: int, repeats: int) -> Row:
     a, b, c = randn(tokens, k), randn(count, n, k).transpose(1, 2), poisoned(tokens, n)
     ends = uneven(tokens, count)
     offsets = torch.cat([torch.zeros(1, device=CUDA, dtype=torch.int32), ends])
-    starts, bounds = torch.empty_like(offsets), offsets.tolist()
+    bounds = offsets.tolist()
     out = torch.empty_like(c)
 
     def loop() -> torch.Tensor:
@@ -205,7 +205,7 @@ def grouped_of(count: int, tokens: int, k: int, n: int, repeats: int) -> Row:
 
     rivals: Rivals = {"grouped_mm": lambda: torch._grouped_mm(a, b, offs=ends), "loop": loop}
     work = f"{count} groups, {tokens} x {n} x {k}"
-    return measure(work, 2.0 * tokens * n * k, lambda: grouped(a, b, offsets, starts, c), c, rivals, exact, repeats)
+    return measure(work, 2.0 * tokens * n * k, lambda: grouped(a, b, offsets, c), c, rivals, exact, repeats)
 
 
 # --- batches and integers ------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.nn import functional
 import tilewright as tw
 from tilewright.kernels import activations, cross_entropy, dropout, embedding, layernorm, quantize, rmsnorm, rotary
 from tilewright.kernels.column_sum import column_sums, workspace_shapes
+from tilewright.kernels.norm_backward import norm_backward
 from tilewright.kernels.rows import FEW_ELEMENTS, gradient_tiles, row_major_grid, row_tiles
 from tilewright.kernels.softmax import softmax, softmax_backward
 from tilewright.runtime.bench import compare
@@ -136,7 +137,7 @@ def rms_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
     partial, total, add_up = gradient_sums(1, programs, n)
 
     def ours() -> None:
-        rmsnorm.rmsnorm_backward[(programs,)](dy, x, w, r, dx, partial, **meta)
+        norm_backward[(programs,)](dy, x, w, r, dx, partial, **meta)
         add_up()
 
     return Case(ours, [dx, total[0]], rms_backward_math, [dy, x, w, r], 3 * x.nbytes)
@@ -153,7 +154,7 @@ def layer_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
     partial, total, add_up = gradient_sums(2, programs, n)
 
     def ours() -> None:
-        layernorm.layernorm_backward[(programs,)](dy, x, w, mean, r, dx, partial, BIAS=True, **meta)
+        norm_backward[(programs,)](dy, x, w, r, dx, partial, mean=mean, BIAS=True, **meta)
         add_up()
 
     return Case(ours, [dx, total[0, :n], total[0, n:]], layer_backward_math, [dy, x, w, mean, r], 3 * x.nbytes)

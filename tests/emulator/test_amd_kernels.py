@@ -68,10 +68,10 @@ def test_products_of_the_library(device: str) -> None:
     run.launch(gemm_batched.gemm_batched, (2, 2, 2), a, b, c, **tiles)
     assert relative(c, exact) < 4e-3
     offsets, c = np.array([0, 10, 40], np.int32), poisoned(40, 70)
-    grid = (gemm_grouped.most_tiles(40, 2, 32) * 2,)
-    starts = np.zeros(3, np.int32)
-    run.launch(gemm_grouped.count_tiles, (1,), offsets, starts, BM=32, GROUPS=4)
-    run.launch(gemm_grouped.gemm_grouped, grid, a[0], b, offsets, starts, c, **tiles)
+    most = gemm_grouped.most_tiles(40, 2, 32)
+    table = np.zeros((most, 4), np.int32)
+    run.launch(gemm_grouped.list_tiles, (1,), offsets, table, BM=32, GROUPS=2, TILES=4)
+    run.launch(gemm_grouped.gemm_grouped, (most * 2,), a[0], b, table, c, **tiles)
     assert relative(c, gemm_grouped.reference(a[0], b, offsets)) < 4e-3
     bias = normal(70, seed=2)
     steps = {"STEPS": (gemm_epilogue.add_bias, gemm_epilogue.relu), **tiles}

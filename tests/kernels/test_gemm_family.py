@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
@@ -25,7 +26,7 @@ from tilewright.kernels.gemm_epilogue import (
     relu,
     silu,
 )
-from tilewright.kernels.gemm_grouped import count_tiles, gemm_grouped, grouped, most_tiles
+from tilewright.kernels.gemm_grouped import gemm_grouped, grouped, list_tiles, most_tiles
 from tilewright.kernels.gemm_scaled import (
     configuration,
     gemm_block_scaled,
@@ -188,19 +189,21 @@ def test_grouped(sizes: list[int], device: str) -> None:
     k, n = 72, 200
     offsets = np.cumsum([0, *sizes]).astype(np.int32)
     a, b = random(int(offsets[-1]), k), random(len(sizes), k, n)
-    out, starts = poisoned(len(a), n), np.full_like(offsets, -1)
+    most = most_tiles(len(a), len(sizes), 128)
+    out, table = poisoned(len(a), n), np.full((most, 4), -1, np.int32)
     place = tw.device(device)
-    place.launch(count_tiles, (1,), offsets, starts, GROUPS=16)
-    np.testing.assert_array_equal(starts, np.cumsum([0, *(tw.cdiv(size, 128) for size in sizes)]))
-    grid = (most_tiles(len(a), len(sizes), 128) * tw.cdiv(n, 128),)
-    place.launch(gemm_grouped, grid, a, b, offsets, starts, out, BN=128, WINDOW=2)
+    place.launch(list_tiles, (tw.cdiv(most, 4),), offsets, table, GROUPS=8, TILES=4)
+    tiles_of = [(g, row, end) for g, (start, end) in enumerate(pairwise(offsets)) for row in range(start, end, 128)]
+    np.testing.assert_array_equal(table[: len(tiles_of), :3], tiles_of)
+    assert not table[len(tiles_of) :, :3].any() and (table[:, 3] == len(tiles_of)).all()
+    place.launch(gemm_grouped, (most * tw.cdiv(n, 128),), a, b, table, out, BN=128, WINDOW=2)
     assert relative(out, grouped_module.reference(a, b, offsets)) < ROUNDED
 
 
 def test_rows_outside_all_groups_stay() -> None:
-    offsets, starts = np.array([10, 40, 50], np.int32), np.zeros(3, np.int32)
+    offsets = np.array([10, 40, 50], np.int32)
     a, b, out = random(60, 64), random(2, 64, 64), poisoned(60, 64)
-    grouped(a, b, offsets, starts, out, BM=64, BN=64)
+    grouped(a, b, offsets, out, BM=64, BN=64)
     exact = grouped_module.reference(a, b, offsets)
     assert np.isnan(out[:10].astype(np.float32)).all() and np.isnan(out[50:].astype(np.float32)).all()
     assert relative(out[10:50], exact[10:50]) < ROUNDED

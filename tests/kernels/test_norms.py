@@ -16,9 +16,15 @@ from tilewright.ir.target import get_target
 from tilewright.ir.types import DTYPES, ViewType
 from tilewright.kernels import layernorm as layer_module
 from tilewright.kernels import rmsnorm as rms_module
-from tilewright.kernels.layernorm import layernorm, layernorm_backward
-from tilewright.kernels.rmsnorm import rmsnorm, rmsnorm_backward
-from tilewright.kernels.rows import gradient_tiles
+from tilewright.kernels.layernorm import layer_rows, layernorm, layernorm_long
+from tilewright.kernels.norm_backward import (
+    gradient_programs,
+    norm_backward,
+    norm_backward_sums,
+    norm_gradients,
+)
+from tilewright.kernels.rmsnorm import rms_rows, rmsnorm, rmsnorm_long
+from tilewright.kernels.rows import WIDEST, gradient_tiles
 
 M, N, EPS = 5, 200, 1e-3
 TILES = {"BM": 2, "BN": 256}
@@ -62,7 +68,7 @@ def test_rmsnorm_backward(device: str, dtype: str) -> None:
     x, other, dy, weight, _ = inputs(dtype)
     inverse = (1 / np.sqrt((x.astype(np.float64) ** 2).mean(1) + EPS)).astype(np.float32)
     dx, partial = poisoned(M, N, dtype=dtype), poisoned(2, 2, N)
-    launch(device, rmsnorm_backward, (2,), dy, x, weight, inverse, dx, partial, other, BIAS=True, **TILES)
+    launch(device, norm_backward, (2,), dy, x, weight, inverse, dx, partial, other, BIAS=True, **TILES)
     exact, dweight, dbias = rms_module.reference_backward(dy, x, weight, EPS)
     check(dx, exact + other.astype(np.float64), dtype)
     check(partial[:, 0].sum(0), dweight)
@@ -77,11 +83,77 @@ def test_layernorm_backward(device: str, dtype: str) -> None:
     mean = exact_x.mean(1).astype(np.float32)
     inverse = (1 / np.sqrt(exact_x.var(1) + EPS)).astype(np.float32)
     dx, partial = poisoned(M, N, dtype=dtype), poisoned(2, 2, N)
-    launch(device, layernorm_backward, (2,), dy, x, weight, mean, inverse, dx, partial, other, BIAS=True, **TILES)
+    launch(device, norm_backward, (2,), dy, x, weight, inverse, dx, partial, other, mean, BIAS=True, **TILES)
     exact, dweight, dbias = layer_module.reference_backward(dy, x, weight, EPS)
     check(dx, exact + other.astype(np.float64), dtype)
     check(partial[:, 0].sum(0), dweight)
     check(partial[:, 1].sum(0), dbias)
+
+
+# --- rows longer than a program's tiles ---------------------------------------------------------------
+
+#: three blocks of 64 columns and a part of one
+BLOCK = 64
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_norms_of_long_rows(device: str, dtype: str) -> None:
+    x, residual, _, weight, bias = inputs(dtype)
+    exact = x.astype(np.float64) + residual.astype(np.float64)
+    y, total, mean, inverse = poisoned(M, N, dtype=dtype), poisoned(M, N, dtype=dtype), poisoned(M), poisoned(M)
+    launch(device, rmsnorm_long, (M,), x, weight, y, EPS, residual, total, bias, inverse, BN=BLOCK)
+    check(y, rms_module.reference(x, weight, EPS, residual, bias), dtype)
+    check(total, exact, dtype)
+    check(inverse, 1 / np.sqrt((exact**2).mean(1) + EPS))
+    y, total = poisoned(M, N, dtype=dtype), poisoned(M, N, dtype=dtype)
+    launch(device, layernorm_long, (M,), x, weight, y, EPS, residual, total, bias, mean, inverse, BN=BLOCK)
+    check(y, layer_module.reference(x, weight, EPS, residual, bias), dtype)
+    check(total, exact, dtype)
+    check(mean, exact.mean(1))
+    check(inverse, 1 / np.sqrt(exact.var(1) + EPS))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_long_rows(device: str, centred: bool) -> None:
+    x, other, dy, weight, _ = inputs("f32")
+    exact_x, module = x.astype(np.float64), layer_module if centred else rms_module
+    mean = exact_x.mean(1).astype(np.float32) if centred else None
+    spread = exact_x.var(1) if centred else (exact_x**2).mean(1)
+    inverse = (1 / np.sqrt(spread + EPS)).astype(np.float32)
+    sums, dx, partial = poisoned(2, M), poisoned(M, N), poisoned(2, 2, N)
+    launch(device, norm_backward_sums, (M,), dy, x, weight, inverse, sums, mean, BN=BLOCK)
+    grid = 2, tw.cdiv(N, BLOCK)
+    arguments = dy, x, weight, inverse, dx, partial, other, mean, sums
+    launch(device, norm_backward, grid, *arguments, BIAS=True, BM=2, BN=BLOCK)
+    exact, dweight, dbias = module.reference_backward(dy, x, weight, EPS)
+    check(dx, exact + other.astype(np.float64))
+    check(partial[:, 0].sum(0), dweight)
+    check(partial[:, 1].sum(0), dbias)
+
+
+@pytest.mark.parametrize("columns", [WIDEST, WIDEST + 77])
+def test_functions_take_rows_of_any_length(columns: int) -> None:
+    x, dy, weight = normal(2, columns), normal(2, columns, seed=1), normal(columns, seed=2)
+    y, inverse, mean = poisoned(2, columns), poisoned(2), poisoned(2)
+    rms_rows(x, weight, y, EPS, inverse=inverse)
+    check(y, rms_module.reference(x, weight, EPS))
+    for module, centre in ((rms_module, None), (layer_module, mean)):
+        if centre is not None:
+            layer_rows(x, weight, y, EPS, mean=mean, inverse=inverse)
+            check(y, layer_module.reference(x, weight, EPS))
+        dx, partial = poisoned(2, columns), poisoned(gradient_programs(2, columns), 1, columns)
+        norm_gradients(dy, x, weight, inverse, dx, partial, mean=centre)
+        exact, dweight, _ = module.reference_backward(dy, x, weight, EPS)
+        check(dx, exact)
+        check(partial[:, 0].sum(0), dweight)
+
+
+def test_long_rows_far_from_zero_keep_their_variance() -> None:
+    x, weight, y = normal(M, N) + np.float32(1000), np.ones(N, np.float32), poisoned(M, N)
+    layernorm_long[(M,)](x, weight, y, EPS, BN=BLOCK)
+    assert np.abs(y - layer_module.reference(x, weight, EPS)).max() < 1e-3
 
 
 def test_without_what_may_be_absent() -> None:
@@ -90,7 +162,7 @@ def test_without_what_may_be_absent() -> None:
     rmsnorm[GRID](x, weight, y, EPS, inverse=inverse, **TILES)
     check(y, rms_module.reference(x, weight, EPS))
     dx, partial = poisoned(M, N), poisoned(3, 1, N)
-    rmsnorm_backward[(3,)](dy, x, weight, inverse, dx, partial, **TILES)
+    norm_backward[(3,)](dy, x, weight, inverse, dx, partial, **TILES)
     exact, dweight, _ = rms_module.reference_backward(dy, x, weight, EPS)
     check(dx, exact)
     check(partial[:, 0].sum(0), dweight)
@@ -126,7 +198,7 @@ def test_registers_leave_room_for_a_second_block() -> None:
     args = {"dy": matrix, "x": matrix, "dx": matrix, "partial": partial, **vectors}
     meta, _ = gradient_tiles(16384, 4096)
     warps = meta.pop("num_warps")
-    function = amd.scheduled(amd.module_of(layernorm_backward, **args, **meta, BIAS=True), "sm_90a", num_warps=warps)
+    function = amd.scheduled(amd.module_of(norm_backward, **args, **meta, BIAS=True), "sm_90a", num_warps=warps)
     assert 80 <= waiting_words(function) <= 104
     result = compile_function(function, get_target("sm_90a"))
     assert result.resources.registers <= 128 and result.resources.spill_stores <= 64

@@ -23,7 +23,13 @@ from tilewright.kernels import transpose as transpose_module
 from tilewright.kernels.column_sum import column_sum, column_sums, plan, workspace_shapes
 from tilewright.kernels.rmsnorm import rmsnorm
 from tilewright.kernels.rows import row_tiles
-from tilewright.kernels.softmax import softmax
+from tilewright.kernels.softmax import (
+    softmax,
+    softmax_backward_long,
+    softmax_long,
+    softmax_rows,
+    softmax_rows_backward,
+)
 from tilewright.kernels.transpose import tiles, transpose
 
 DTYPE = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
@@ -79,6 +85,27 @@ def test_column_sum(shape, dtype):
     np.testing.assert_allclose(out, columns_module.reference(x), rtol=1e-5, atol=1e-4)
     column_sums(x, again, *workspace)
     assert out.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_softmax_of_long_rows(device, dtype):
+    """Blocks of 64 columns, the last one in part; a row that starts with nothing but minus infinity."""
+    x, dy, y, dx = (normal(3, 200, dtype=dtype, seed=s) for s in range(4))
+    x[1, :70] = -np.inf
+    launch(device, softmax_long, (3,), x, y, BN=64)
+    assert_close(y, softmax_module.reference(x), dtype)
+    launch(device, softmax_backward_long, (3,), dy, y, dx, BN=64)
+    assert_close(dx, softmax_module.reference_backward(dy, y), dtype)
+
+
+@pytest.mark.parametrize("columns", [16384, 20000])
+def test_softmax_functions_take_rows_of_any_length(columns):
+    x, dy, y, dx = (normal(2, columns, dtype="f32", seed=s) for s in range(4))
+    softmax_rows(x, y)
+    assert_close(y, softmax_module.reference(x), "f32")
+    softmax_rows_backward(dy, y, dx)
+    assert_close(dx, softmax_module.reference_backward(dy, y), "f32")
 
 
 def test_rows_that_do_not_fit_are_refused():

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import row_major
+from tilewright.kernels.rows import LEAST, row_major
 
-#: below every finite logit that matters, yet finite: differences from it are never NaN
-LEAST = -1e30
 #: for powers of two, which GPUs have an instruction for
 LOG2_E = math.log2(math.e)
 

@@ -8,37 +8,46 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.workspace import Workspace
+
+#: tiles that a program of `list_tiles` lists
+LISTED = 64
+
+_tables = Workspace("int32")
 
 
 @tw.kernel
-def count_tiles(offsets: tw.Tensor, starts: tw.Tensor, *, BM: tw.constexpr = 128, GROUPS: tw.constexpr = 64) -> None:
-    """``starts[g]``: how many tiles of BM rows the groups before g have; both (G + 1,) int32. Grid: (1,).
+def list_tiles(
+    offsets: tw.Tensor,
+    table: tw.Tensor,
+    *,
+    BM: tw.constexpr = 128,
+    GROUPS: tw.constexpr = 64,
+    TILES: tw.constexpr = 64,
+) -> None:
+    """``table[tile] = (group, first row, end of the group, number of tiles)`` of the tiles of BM rows, in order.
 
-    GROUPS is a power of two that is not less than G + 1.
+    offsets (G + 1,) and table (`most_tiles`, 4) int32; behind the last tile the first three are 0. GROUPS is a power
+    of two that is not less than G. Grid: (cdiv(most_tiles, TILES),).
     """
-    g = tw.arange(0, GROUPS)
+    p, g = tw.program_id(0), tw.arange(0, GROUPS)
     first, last = tw.load(offsets, 0, GROUPS), tw.load(offsets.offset(1), 0, GROUPS)
     tiles = tw.where(g < offsets.shape[0] - 1, tw.cdiv(last - first, BM), 0)
-    tw.store(starts, 0, tw.cumsum(tiles, axis=0) - tiles)
-
-
-@tw.function
-def group_of(tile, starts):
-    """The last group whose tiles start at or before ``tile``."""
-    low, high = 0, starts.shape[0] - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tw.load(starts, middle) <= tile
-        low, high = tw.where(before, middle, low), tw.where(before, high, middle)
-    return low
+    ends = tw.cumsum(tiles, axis=0)
+    place = (p * TILES + tw.arange(0, TILES))[:, None] - (ends - tiles)[None, :]  # among the tiles of each group
+    ours = (place >= 0) & (place < tiles[None, :])
+    group = tw.sum(tw.where(ours, g[None, :], 0), axis=1)
+    row = tw.sum(tw.where(ours, first[None, :] + place * BM, 0), axis=1)
+    end = tw.sum(tw.where(ours, last[None, :], 0), axis=1)
+    every = tw.full((TILES, 1), 0, tw.int32) + tw.sum(tiles, axis=0)
+    tw.store(table, (p, 0), tw.cat([group[:, None], row[:, None], end[:, None], every], axis=1))
 
 
 @tw.kernel
 def gemm_grouped(
     a: tw.Tensor,
     b: tw.Tensor,
-    offsets: tw.Tensor,
-    starts: tw.Tensor,
+    table: tw.Tensor,
     c: tw.Tensor,
     *,
     BM: tw.constexpr = 128,
@@ -46,21 +55,20 @@ def gemm_grouped(
     BK: tw.constexpr = 64,
     WINDOW: tw.constexpr = 8,
 ) -> None:
-    """``c[r] = a[r] @ b[g]`` for the rows r of group g: from ``offsets[g]`` up to ``offsets[g + 1]``.
+    """``c[r] = a[r] @ b[g]`` for the rows r of group g.
 
-    a (T, K), b (G, K, N), c (T, N), offsets (G + 1,) int32, ascending, ``starts`` from `count_tiles`; groups may be
-    empty, rows outside all groups are not written. Grid: (most_tiles(T, G, BM) * cdiv(N, BN),). Sizes of groups are
-    read on the device: one binary and one grid serve all of them; programs beyond the last tile end at once.
-    Accumulates in float32. Programs walk windows of WINDOW tiles of rows, column by column.
+    a (T, K), b (G, K, N), c (T, N), table from `list_tiles`; groups may be empty, rows outside all groups are not
+    written. Grid: (most_tiles(T, G, BM) * cdiv(N, BN),). Sizes of groups are read on the device: one binary and one
+    grid serve all of them; programs beyond the last tile end at once. Accumulates in float32. Programs walk windows of
+    WINDOW tiles of rows, column by column.
     """
-    columns, rows = tw.cdiv(b.shape[2], BN), tw.load(starts, starts.shape[0] - 1)
+    columns, rows = tw.cdiv(b.shape[2], BN), tw.load(table, (0, 3))
     if tw.program_id(0) < rows * columns:
         first = tw.program_id(0) // (WINDOW * columns) * WINDOW
         place = tw.program_id(0) % (WINDOW * columns)
         height = tw.minimum(rows - first, WINDOW)
         tile, n = first + place % height, place // height
-        g = group_of(tile, starts)
-        row, end = tw.load(offsets, g) + (tile - tw.load(starts, g)) * BM, tw.load(offsets, g + 1)
+        g, row, end = tw.load(table, (tile, 0)), tw.load(table, (tile, 1)), tw.load(table, (tile, 2))
         acc = tw.zeros((BM, BN), tw.float32)
         for k in tw.range(tw.cdiv(a.shape[1], BK)):
             acc = tw.dot(tw.load(a.offset(row, 0), (0, k), (BM, BK)), tw.load(b[g], (k, n), (BK, BN)), acc)
@@ -76,11 +84,16 @@ def most_tiles(rows: int, groups: int, bm: int) -> int:
     return rows // bm + groups
 
 
-def grouped(a: Any, b: Any, offsets: Any, starts: Any, c: Any, **meta: int) -> None:
-    """``c[r] = a[r] @ b[group of r]``; ``starts`` (G + 1,) int32 is scratch. Arrays of NumPy or torch."""
+def grouped(a: Any, b: Any, offsets: Any, c: Any, **meta: int) -> None:
+    """``c[r] = a[r] @ b[group of r]`` for the rows from ``offsets[g]`` up to ``offsets[g + 1]`` of each group g.
+
+    ``offsets`` (G + 1,) int32, ascending. Arrays of NumPy or torch.
+    """
     groups, bm, bn = b.shape[0], meta.get("BM", 128), meta.get("BN", 256)
-    count_tiles[1,](offsets, starts, BM=bm, GROUPS=1 << groups.bit_length())
-    gemm_grouped[(most_tiles(a.shape[0], groups, bm) * tw.cdiv(b.shape[2], bn),)](a, b, offsets, starts, c, **meta)
+    most = most_tiles(a.shape[0], groups, bm)
+    table = _tables.take(c, (most, 4))
+    list_tiles[(tw.cdiv(most, LISTED),)](offsets, table, BM=bm, GROUPS=1 << (groups - 1).bit_length(), TILES=LISTED)
+    gemm_grouped[(most * tw.cdiv(b.shape[2], bn),)](a, b, table, c, **meta)
 
 
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""Layer normalisation of the rows of a matrix, with a residual and a bias, forward and backward."""
+"""Layer normalisation of the rows of a matrix, with a residual and a bias (backward: `norm_backward`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.rows import FEW_ELEMENTS, LONG_COLUMNS, WIDEST, row_tiles, store_weighted, sum_of
 
 
 @tw.kernel
@@ -27,13 +28,11 @@ def layernorm(
     """``y = (t - mean(t)) / sqrt(var(t) + eps) * weight + bias`` with ``t = x + residual``. Grid: (cdiv(M, BM),).
 
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), mean and inverse (M,) float32.
-    Writes t to ``total``, the mean and 1 / sqrt(...), which `layernorm_backward` needs, to ``mean`` and ``inverse``;
+    Writes t to ``total``, the mean and 1 / sqrt(...), which `norm_backward` needs, to ``mean`` and ``inverse``;
     all from residual on may be absent. The variance is that of the centred row, in float32.
     """
     m = tw.program_id(0)
-    row = tw.load(x, (m, 0), (BM, BN)).to(tw.float32)
-    if residual is not None:
-        row = row + tw.load(residual, (m, 0), (BM, BN)).to(tw.float32)
+    row = sum_of(x, residual, m, 0, BM, BN)
     if total is not None:
         tw.store(total, (m, 0), row.to(total.dtype))
     middle = tw.sum(row, axis=1) / x.shape[1]
@@ -45,55 +44,60 @@ def layernorm(
         tw.store(mean, m, middle)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    # here, not above: cached rows that need not wait in registers
-    out = row * scale[:, None] * tw.load(weight, 0, BN).to(tw.float32)
-    if bias is not None:
-        out = out + tw.load(bias, 0, BN).to(tw.float32)
-    tw.store(y, (m, 0), out.to(y.dtype))
+    store_weighted(y, m, 0, row, scale, weight, bias, BN)
 
 
 @tw.kernel
-def layernorm_backward(
-    dy: tw.Tensor,
+def layernorm_long(
     x: tw.Tensor,
     weight: tw.Tensor,
-    mean: tw.Tensor,
-    inverse: tw.Tensor,
-    dx: tw.Tensor,
-    partial: tw.Tensor,
-    dtotal: tw.Tensor = None,
+    y: tw.Tensor,
+    eps: tw.float32,
+    residual: tw.Tensor = None,
+    total: tw.Tensor = None,
+    bias: tw.Tensor = None,
+    mean: tw.Tensor = None,
+    inverse: tw.Tensor = None,
     *,
-    BIAS: tw.constexpr = False,
-    BM: tw.constexpr = 1,
-    BN: tw.constexpr = 4096,
+    BN: tw.constexpr = LONG_COLUMNS,
 ) -> None:
-    """``dx`` of `layernorm`, and sums over rows for the gradients of the weight and, with BIAS, of the bias.
+    """`layernorm` of rows of any length, BN elements at a time. Grid: (M,). Reads each element twice.
 
-    dy, x and dx (M, N); x is what was normalised: with a residual their sum. ``dtotal`` (M, N) is the gradient that
-    reaches this sum on other ways, added to dx. partial (P, 1 + BIAS, N) float32: the sums of each program's rows, for
-    `column_sums` to add up. Grid: (P,), any P.
+    Mean and squared deviations of each block join those of the blocks before (Chan, Golub and LeVeque, "Updating
+    formulae and a pairwise algorithm for computing sample variances", 1979).
     """
-    p = tw.program_id(0)
-    columns = x.shape[1]
-    scale = tw.load(weight, 0, BN).to(tw.float32)
-    dweight = tw.zeros((BM, BN), tw.float32)
-    dbias = tw.zeros((BM, BN), tw.float32)
-    for m in tw.range(p, tw.cdiv(x.shape[0], BM), tw.num_programs(0)):
-        factor, middle = tw.load(inverse, m, BM)[:, None], tw.load(mean, m, BM)[:, None]
-        normal = (tw.load(x, (m, 0), (BM, BN)).to(tw.float32) - middle) * factor
-        gradient = tw.load(dy, (m, 0), (BM, BN)).to(tw.float32)  # 0 outside: what x reads there is of no account
-        dweight = dweight + gradient * normal
-        if BIAS:
-            dbias = dbias + gradient
-        gradient = gradient * scale
-        along = tw.sum(gradient * normal, axis=1)[:, None] / columns
-        out = (gradient - normal * along - tw.sum(gradient, axis=1)[:, None] / columns) * factor
-        if dtotal is not None:
-            out = out + tw.load(dtotal, (m, 0), (BM, BN)).to(tw.float32)
-        tw.store(dx, (m, 0), out.to(dx.dtype))
-    tw.store(partial, (p, 0, 0), tw.sum(dweight, axis=0)[None, None, :])
-    if BIAS:
-        tw.store(partial, (p, 1, 0), tw.sum(dbias, axis=0)[None, None, :])
+    m, columns = tw.program_id(0), x.shape[1]
+    blocks = tw.cdiv(columns, BN)
+    middle, spread = tw.zeros((1,), tw.float32), tw.zeros((1,), tw.float32)
+    for j in tw.range(blocks):
+        row = sum_of(x, residual, m, j, 1, BN)
+        if total is not None:
+            tw.store(total, (m, j), row.to(total.dtype))
+        before = (j * BN).to(tw.float32)
+        count = tw.minimum(BN, columns - j * BN).to(tw.float32)
+        own = tw.sum(row, axis=1) / count
+        apart = tw.where((j * BN + tw.arange(BN) < columns)[None, :], row - own[:, None], 0.0)
+        step, share = own - middle, count / (before + count)
+        spread = spread + tw.sum(apart * apart, axis=1) + step * step * (before * share)
+        middle = middle + step * share
+    scale = tw.rsqrt(spread / columns + eps)
+    if mean is not None:
+        tw.store(mean, m, middle)
+    if inverse is not None:
+        tw.store(inverse, m, scale)
+    for j in tw.range(blocks):
+        row = sum_of(x, residual, m, j, 1, BN) - middle[:, None]
+        store_weighted(y, m, j, row, scale, weight, bias, BN)
+
+
+def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
+    """`layernorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name."""
+    if x.shape[1] > WIDEST:
+        layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional)
+        return
+    rows, columns = x.shape
+    meta = row_tiles(rows, columns, FEW_ELEMENTS)
+    layernorm[(tw.cdiv(rows, meta["BM"]),)](x, weight, y, eps, **optional, **meta)
 
 
 def reference(

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation of the rows of a matrix, with a residual and a bias, forward and backward."""
+"""Root-mean-square normalisation of the rows of a matrix, with a residual and a bias (backward: `norm_backward`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, row_tiles, store_weighted, sum_of
 
 
 @tw.kernel
@@ -26,66 +27,55 @@ def rmsnorm(
     """``y = t / sqrt(mean(t ** 2) + eps) * weight + bias`` with ``t = x + residual``. Grid: (cdiv(M, BM),).
 
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), inverse (M,) float32. Writes t to
-    ``total`` and 1 / sqrt(...), which `rmsnorm_backward` needs, to ``inverse``; each of the last four may be absent.
+    ``total`` and 1 / sqrt(...), which `norm_backward` needs, to ``inverse``; each of the last four may be absent.
     Computes in float32, reads and writes each element once.
     """
     m = tw.program_id(0)
-    row = tw.load(x, (m, 0), (BM, BN)).to(tw.float32)
-    if residual is not None:
-        row = row + tw.load(residual, (m, 0), (BM, BN)).to(tw.float32)
+    row = sum_of(x, residual, m, 0, BM, BN)
     if total is not None:
         tw.store(total, (m, 0), row.to(total.dtype))
     scale = tw.rsqrt(tw.sum(row * row, axis=1) / x.shape[1] + eps)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    # here, not above: cached rows that need not wait in registers
-    out = row * scale[:, None] * tw.load(weight, 0, BN).to(tw.float32)
-    if bias is not None:
-        out = out + tw.load(bias, 0, BN).to(tw.float32)
-    tw.store(y, (m, 0), out.to(y.dtype))
+    store_weighted(y, m, 0, row, scale, weight, bias, BN)
 
 
 @tw.kernel
-def rmsnorm_backward(
-    dy: tw.Tensor,
+def rmsnorm_long(
     x: tw.Tensor,
     weight: tw.Tensor,
-    inverse: tw.Tensor,
-    dx: tw.Tensor,
-    partial: tw.Tensor,
-    dtotal: tw.Tensor = None,
+    y: tw.Tensor,
+    eps: tw.float32,
+    residual: tw.Tensor = None,
+    total: tw.Tensor = None,
+    bias: tw.Tensor = None,
+    inverse: tw.Tensor = None,
     *,
-    BIAS: tw.constexpr = False,
-    BM: tw.constexpr = 1,
-    BN: tw.constexpr = 4096,
+    BN: tw.constexpr = LONG_COLUMNS,
 ) -> None:
-    """``dx`` of `rmsnorm`, and sums over rows for the gradients of the weight and, with BIAS, of the bias.
+    """`rmsnorm` of rows of any length, BN elements at a time. Grid: (M,). Reads each element twice."""
+    m = tw.program_id(0)
+    blocks = tw.cdiv(x.shape[1], BN)
+    squares = tw.zeros((1, BN), tw.float32)
+    for j in tw.range(blocks):
+        row = sum_of(x, residual, m, j, 1, BN)
+        if total is not None:
+            tw.store(total, (m, j), row.to(total.dtype))
+        squares = squares + row * row
+    scale = tw.rsqrt(tw.sum(squares, axis=1) / x.shape[1] + eps)
+    if inverse is not None:
+        tw.store(inverse, m, scale)
+    for j in tw.range(blocks):
+        store_weighted(y, m, j, sum_of(x, residual, m, j, 1, BN), scale, weight, bias, BN)
 
-    dy, x and dx (M, N); x is what was normalised: with a residual their sum. ``dtotal`` (M, N) is the gradient that
-    reaches this sum on other ways, added to dx. partial (P, 1 + BIAS, N) float32: the sums of each program's rows, for
-    `column_sums` to add up. Grid: (P,), any P.
-    """
-    p = tw.program_id(0)
-    columns = x.shape[1]
-    scale = tw.load(weight, 0, BN).to(tw.float32)
-    dweight = tw.zeros((BM, BN), tw.float32)
-    dbias = tw.zeros((BM, BN), tw.float32)
-    for m in tw.range(p, tw.cdiv(x.shape[0], BM), tw.num_programs(0)):
-        factor = tw.load(inverse, m, BM)[:, None]
-        normal = tw.load(x, (m, 0), (BM, BN)).to(tw.float32) * factor
-        gradient = tw.load(dy, (m, 0), (BM, BN)).to(tw.float32)
-        dweight = dweight + gradient * normal
-        if BIAS:
-            dbias = dbias + gradient
-        gradient = gradient * scale
-        along = tw.sum(gradient * normal, axis=1)[:, None] / columns
-        out = (gradient - normal * along) * factor
-        if dtotal is not None:
-            out = out + tw.load(dtotal, (m, 0), (BM, BN)).to(tw.float32)
-        tw.store(dx, (m, 0), out.to(dx.dtype))
-    tw.store(partial, (p, 0, 0), tw.sum(dweight, axis=0)[None, None, :])
-    if BIAS:
-        tw.store(partial, (p, 1, 0), tw.sum(dbias, axis=0)[None, None, :])
+
+def rms_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
+    """`rmsnorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name."""
+    if x.shape[1] > WIDEST:
+        rmsnorm_long[(x.shape[0],)](x, weight, y, eps, **optional)
+        return
+    meta = row_tiles(*x.shape)
+    rmsnorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)
 
 
 def reference(

@@ -6,8 +6,12 @@ import tilewright as tw
 
 #: elements that one program should move at least, and the widest row
 ELEMENTS, WIDEST = 4096, 16384
+#: columns that kernels for longer rows work on at a time
+LONG_COLUMNS = 4096
 #: elements of a row that a thread holds where it holds several rows, or several values for each element
 FEW_ELEMENTS = 16
+#: below every finite number that matters in a softmax, yet finite: differences from it are never NaN
+LEAST = -1e30
 #: programs that share the rows of a gradient: two for each SM of an H100
 GRADIENT_PROGRAMS = 264
 
@@ -18,7 +22,8 @@ def row_tiles(rows: int, columns: int, elements: int | None = None) -> dict[str,
     With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses.
     """
     if columns > WIDEST:
-        raise ValueError(f"rows of {columns} elements: at most {WIDEST} fit into one program")
+        hint = "use the kernels for long rows, or the functions that choose"
+        raise ValueError(f"rows of {columns} elements: at most {WIDEST} fit into one program; {hint}")
     width = 1
     while width < columns:
         width *= 2
@@ -32,7 +37,7 @@ def row_tiles(rows: int, columns: int, elements: int | None = None) -> dict[str,
 
 
 def gradient_tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
-    """Tile sizes and number of programs of `rmsnorm_backward` and `layernorm_backward`."""
+    """Tile sizes and number of programs of `norm_backward`."""
     meta = row_tiles(rows, columns, FEW_ELEMENTS)
     programs = GRADIENT_PROGRAMS if meta["num_warps"] <= 8 else GRADIENT_PROGRAMS // 2
     return meta, min(programs, tw.cdiv(rows, meta["BM"]))
@@ -48,3 +53,24 @@ def row_major(columns, BN):
 def row_major_grid(rows: int, columns: int, BM: int, BN: int) -> tuple[int]:
     """The grid of kernels that call `row_major`: a program for each tile (BM, BN)."""
     return (tw.cdiv(rows, BM) * tw.cdiv(columns, BN),)
+
+
+@tw.function
+def sum_of(x, residual, m, j, BM, BN):
+    """The tile (m, j) of ``x + residual`` in float32; ``residual`` may be None."""
+    row = tw.load(x, (m, j), (BM, BN)).to(tw.float32)
+    if residual is not None:
+        row = row + tw.load(residual, (m, j), (BM, BN)).to(tw.float32)
+    return row
+
+
+@tw.function
+def store_weighted(y, m, j, row, scale, weight, bias, BN):
+    """``y = row * scale * weight + bias`` of the tile (m, j); ``scale`` has an element for each row.
+
+    Weight and bias are read here, not with the row: cached rows that need not wait in registers.
+    """
+    out = row * scale[:, None] * tw.load(weight, j, BN).to(tw.float32)
+    if bias is not None:
+        out = out + tw.load(bias, j, BN).to(tw.float32)
+    tw.store(y, (m, j), out.to(y.dtype))

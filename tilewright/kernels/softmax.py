@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.rows import LEAST, LONG_COLUMNS, WIDEST, row_tiles
 
 
 @tw.kernel
@@ -34,6 +35,59 @@ def softmax_backward(
     gradient = tw.load(dy, (m, 0), (BM, BN)).to(tw.float32)
     along = tw.sum(row * gradient, axis=1)
     tw.store(dx, (m, 0), (row * (gradient - along[:, None])).to(dx.dtype))
+
+
+@tw.kernel
+def softmax_long(x: tw.Tensor, y: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS) -> None:
+    """`softmax` of rows of any length, BN elements at a time. Grid: (M,). Reads each element twice.
+
+    Each of BN columns keeps a maximum and a sum of its own, so that no block waits for an exchange between threads.
+    """
+    m = tw.program_id(0)
+    blocks = tw.cdiv(x.shape[1], BN)
+    top, total = tw.full((1, BN), LEAST, tw.float32), tw.zeros((1, BN), tw.float32)
+    for j in tw.range(blocks):
+        row = tw.load(x, (m, j), (1, BN), pad=float("-inf")).to(tw.float32)
+        higher = tw.maximum(top, row)
+        total = total * tw.exp(top - higher) + tw.exp(row - higher)
+        top = higher
+    highest = tw.max(top, axis=1)[:, None]
+    whole = tw.sum(total * tw.exp(top - highest), axis=1)[:, None]
+    for j in tw.range(blocks):
+        row = tw.load(x, (m, j), (1, BN)).to(tw.float32)
+        tw.store(y, (m, j), (tw.exp(row - highest) / whole).to(y.dtype))
+
+
+@tw.kernel
+def softmax_backward_long(dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS) -> None:
+    """`softmax_backward` of rows of any length, BN elements at a time. Grid: (M,). Reads each element twice."""
+    m = tw.program_id(0)
+    blocks = tw.cdiv(y.shape[1], BN)
+    products = tw.zeros((1, BN), tw.float32)
+    for j in tw.range(blocks):
+        products = products + tw.load(y, (m, j), (1, BN)).to(tw.float32) * tw.load(dy, (m, j), (1, BN)).to(tw.float32)
+    along = tw.sum(products, axis=1)[:, None]
+    for j in tw.range(blocks):
+        row, gradient = tw.load(y, (m, j), (1, BN)).to(tw.float32), tw.load(dy, (m, j), (1, BN)).to(tw.float32)
+        tw.store(dx, (m, j), (row * (gradient - along)).to(dx.dtype))
+
+
+def softmax_rows(x: Any, y: Any) -> None:
+    """`softmax` of rows of any length. Arrays of NumPy or torch."""
+    if x.shape[1] > WIDEST:
+        softmax_long[(x.shape[0],)](x, y)
+        return
+    meta = row_tiles(*x.shape)
+    softmax[(tw.cdiv(x.shape[0], meta["BM"]),)](x, y, **meta)
+
+
+def softmax_rows_backward(dy: Any, y: Any, dx: Any) -> None:
+    """`softmax_backward` of rows of any length. Arrays of NumPy or torch."""
+    if y.shape[1] > WIDEST:
+        softmax_backward_long[(y.shape[0],)](dy, y, dx)
+        return
+    meta = row_tiles(*y.shape)
+    softmax_backward[(tw.cdiv(y.shape[0], meta["BM"]),)](dy, y, dx, **meta)
 
 
 def reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

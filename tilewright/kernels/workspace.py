@@ -9,14 +9,15 @@ import numpy as np
 
 
 class Workspace:
-    """Float32 numbers of any content.
+    """Numbers of one dtype, of any content.
 
     The memory for torch tensors on a GPU belongs to their device and stream, where launches follow one another, and
     grows with the largest request. A graph that is being captured gets memory of its own, since it may run beside the
     stream that it was captured on. Others (NumPy, CPU tensors) get a new array each time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
+        self._dtype = dtype
         self._kept: dict[tuple[int, int], Any] = {}
         #: views of what is kept, by device, stream and shape
         self._views: dict[tuple[Any, ...], Any] = {}
@@ -24,11 +25,11 @@ class Workspace:
     def take(self, like: Any, shape: tuple[int, ...]) -> Any:
         """An array of that shape where the array ``like`` lives."""
         if isinstance(like, np.ndarray):
-            return np.empty(shape, np.float32)
+            return np.empty(shape, self._dtype)
         import torch
 
         if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-            return torch.empty(shape, dtype=torch.float32, device=like.device)
+            return torch.empty(shape, dtype=getattr(torch, self._dtype), device=like.device)
         place = like.get_device(), torch.cuda.current_stream(like.device).cuda_stream
         found = self._views.get((*place, shape))
         if found is None:
@@ -38,9 +39,22 @@ class Workspace:
     def _grow(self, torch: Any, like: Any, place: tuple[int, int], size: int) -> Any:
         kept = self._kept.get(place)
         if kept is None or kept.numel() < size:
-            kept = self._kept[place] = torch.empty(size, dtype=torch.float32, device=like.device)
+            kept = self._kept[place] = torch.empty(size, dtype=getattr(torch, self._dtype), device=like.device)
             self._views = {key: view for key, view in self._views.items() if key[:2] != place}
         return kept[:size]
 
 
-__all__ = ["Workspace"]
+def temporary(like: Any, shape: tuple[int, ...], dtype: Any = "float32") -> Any:
+    """A new array of any content where the array ``like`` lives: for launches that need too much to keep it.
+
+    ``dtype`` is a name, or that of an array of the same kind.
+    """
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
+    import torch
+
+    named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return torch.empty(tuple(shape), dtype=named, device=like.device)
+
+
+__all__ = ["Workspace", "temporary"]

@@ -2,6 +2,7 @@
 
 from tilewright.passes import (
     alternate,
+    barriers,
     canonicalize,
     check_schedule,
     copy_ahead,
@@ -10,6 +11,7 @@ from tilewright.passes import (
     fences,
     hand_back,
     layouts,
+    lead,
     licm,
     load_ahead,
     mma,
@@ -29,6 +31,7 @@ from tilewright.passes import (
 
 __all__ = [
     "alternate",
+    "barriers",
     "canonicalize",
     "check_schedule",
     "copy_ahead",
@@ -37,6 +40,7 @@ __all__ = [
     "fences",
     "hand_back",
     "layouts",
+    "lead",
     "licm",
     "load_ahead",
     "mma",

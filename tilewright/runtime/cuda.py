@@ -15,7 +15,8 @@ from typing import Any
 
 from tilewright.ir.abi import KernelABI, TensorMapParam
 from tilewright.runtime.arguments import DevicePointer, TensorView
-from tilewright.runtime.device import Device, DeviceInfo, Module, nvidia_target
+from tilewright.runtime.device import Device, DeviceInfo, nvidia_target
+from tilewright.runtime.driver_module import DriverFunction, DriverModule
 from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.launching import Launcher, ReadyLaunch, stream_handle
 from tilewright.runtime.tensor_maps import TensorMapEncoder
@@ -228,40 +229,12 @@ class CudaDevice(Device):
         return self._spare_address
 
 
-class CudaModule(Module):
-    """A loaded cubin."""
-
-    def __init__(self, device: CudaDevice, handle: Any) -> None:
-        self.device = device
-        self._handle = handle
-        self._functions: dict[str, CudaFunction] = {}
-
-    def function(self, name: str) -> CudaFunction:
-        """The kernel ``name``, the same object at every call."""
-        if name not in self._functions:
-            with self.device.current():
-                doing = f"Looking up kernel '{name}'"
-                handle = self.device.call("cuModuleGetFunction", self._handle, name.encode(), doing=doing)
-            self._functions[name] = CudaFunction(self.device, name, handle)
-        return self._functions[name]
-
-    def unload(self) -> None:
-        """Free the code. Its functions must not be running, nor be launched again."""
-        with self.device.current():
-            self.device.call("cuModuleUnload", self._handle)
-        self._functions.clear()
-
-
-class CudaFunction:
+class CudaFunction(DriverFunction[CudaDevice, "CudaLauncher"]):
     """A kernel of a loaded module. ``handle`` is the driver's CUfunction."""
 
     def __init__(self, device: CudaDevice, name: str, handle: Any) -> None:
-        self.device = device
-        self.name = name
-        self.handle = handle
+        super().__init__(device, name, handle)
         self._allowed_shared = _DEFAULT_SHARED_BYTES
-        # by identity: hashing an ABI would cost more than the launch. A launcher keeps its ABI alive.
-        self._launchers: dict[int, CudaLauncher] = {}
 
     def allow_shared(self, size: int) -> None:
         """Permit launches with ``size`` bytes of dynamic shared memory."""
@@ -277,12 +250,14 @@ class CudaFunction:
             self.device.call("cuFuncSetAttribute", self.handle, attribute, size)
         self._allowed_shared = size
 
-    def launcher(self, abi: KernelABI) -> CudaLauncher:
-        """The launcher for one ABI, made at the first call."""
-        launcher = self._launchers.get(id(abi))
-        if launcher is None:
-            launcher = self._launchers[id(abi)] = CudaLauncher(self, abi)
-        return launcher
+    def make_launcher(self, abi: KernelABI) -> CudaLauncher:
+        return CudaLauncher(self, abi)
+
+
+class CudaModule(DriverModule[CudaDevice, CudaFunction]):
+    """A loaded cubin."""
+
+    find_call, free_call, function_class = "cuModuleGetFunction", "cuModuleUnload", CudaFunction
 
 
 class CudaLauncher(Launcher):

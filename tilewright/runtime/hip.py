@@ -15,7 +15,8 @@ from typing import Any
 
 from tilewright.ir.abi import KernelABI, TensorParam
 from tilewright.runtime.arguments import TensorView, refuse_negative_strides
-from tilewright.runtime.device import Device, DeviceInfo, Module
+from tilewright.runtime.device import Device, DeviceInfo
+from tilewright.runtime.driver_module import DriverFunction, DriverModule
 from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.launching import Launcher, ReadyLaunch
 
@@ -188,46 +189,21 @@ class HipDevice(Device):
             self.call("hipDeviceSynchronize", doing=f"Waiting for {self.name}")
 
 
-class HipModule(Module):
-    """A loaded code object. It keeps the bytes, which HIP may read again later."""
-
-    def __init__(self, device: HipDevice, handle: Any, binary: bytes) -> None:
-        self.device = device
-        self._handle, self._binary = handle, binary
-        self._functions: dict[str, HipFunction] = {}
-
-    def function(self, name: str) -> HipFunction:
-        """The kernel ``name``, the same object at every call."""
-        if name not in self._functions:
-            with self.device.current():
-                doing = f"Looking up kernel '{name}'"
-                handle = self.device.call("hipModuleGetFunction", self._handle, name.encode(), doing=doing)
-            self._functions[name] = HipFunction(self.device, name, handle)
-        return self._functions[name]
-
-    def unload(self) -> None:
-        """Free the code. Its functions must not be running, nor be launched again."""
-        with self.device.current():
-            self.device.call("hipModuleUnload", self._handle)
-        self._functions.clear()
-
-
-class HipFunction:
+class HipFunction(DriverFunction[HipDevice, "HipLauncher"]):
     """A kernel of a loaded module. ``handle`` is the hipFunction_t."""
 
-    def __init__(self, device: HipDevice, name: str, handle: Any) -> None:
-        self.device = device
-        self.name = name
-        self.handle = handle
-        # by identity, as on CUDA: a launcher keeps its ABI alive
-        self._launchers: dict[int, HipLauncher] = {}
+    def make_launcher(self, abi: KernelABI) -> HipLauncher:
+        return HipLauncher(self, abi)
 
-    def launcher(self, abi: KernelABI) -> HipLauncher:
-        """The launcher for one ABI, made at the first call."""
-        launcher = self._launchers.get(id(abi))
-        if launcher is None:
-            launcher = self._launchers[id(abi)] = HipLauncher(self, abi)
-        return launcher
+
+class HipModule(DriverModule[HipDevice, HipFunction]):
+    """A loaded code object. It keeps the bytes, which HIP may read again later."""
+
+    find_call, free_call, function_class = "hipModuleGetFunction", "hipModuleUnload", HipFunction
+
+    def __init__(self, device: HipDevice, handle: Any, binary: bytes) -> None:
+        super().__init__(device, handle)
+        self._binary = binary
 
 
 class HipLauncher(Launcher):

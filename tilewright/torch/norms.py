@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import tilewright as tw
-from tilewright.kernels import layernorm, rmsnorm
-from tilewright.kernels.rows import WIDEST, gradient_tiles, row_tiles
+from tilewright.kernels.layernorm import layer_rows
+from tilewright.kernels.norm_backward import gradient_programs, norm_gradients
+from tilewright.kernels.rmsnorm import rms_rows
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
 from tilewright.torch.support import Refusal, as_rows, refuse_tensors
@@ -20,19 +20,13 @@ def _statistic(x: Any) -> Any:
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _row_grid(x: Any, meta: dict[str, int]) -> tuple[int]:
-    return (tw.cdiv(x.shape[0], meta["BM"]),)
-
-
 # --- rms_norm -------------------------------------------------------------------------------------
 
 
 def _launch_rms(made: tuple[Any, Any], x: Any, weight: Any, eps: float) -> None:
     y, inverse = made
     if y.numel():
-        rows = as_rows(x)
-        meta = row_tiles(*rows.shape)
-        rmsnorm.rmsnorm[_row_grid(rows, meta)](rows, weight, as_rows(y), eps, inverse=inverse.view(-1), **meta)
+        rms_rows(as_rows(x), weight, as_rows(y), eps, inverse=inverse.view(-1))
 
 
 def _rms_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
@@ -60,10 +54,8 @@ def _launch_rms_backward(made: tuple[Any, Any], dy: Any, x: Any, weight: Any, in
         dweight.zero_()
         return
     rows = as_rows(x)
-    meta, programs = gradient_tiles(*rows.shape)
-    partial = x.new_empty((programs, 1, rows.shape[1]), dtype=torch.float32)
-    arguments = as_rows(dy), rows, weight, inverse.view(-1), as_rows(dx), partial
-    rmsnorm.rmsnorm_backward[(programs,)](*arguments, **meta)
+    partial = x.new_empty((gradient_programs(*rows.shape), 1, rows.shape[1]), dtype=torch.float32)
+    norm_gradients(as_rows(dy), rows, weight, inverse.view(-1), as_rows(dx), partial)
     dweight.copy_(partial.sum((0, 1)))
 
 
@@ -80,10 +72,8 @@ _rms_norm_backward = torch_op(
 def _launch_layer(made: tuple[Any, Any, Any], x: Any, weight: Any, bias: Any, eps: float) -> None:
     y, mean, inverse = made
     if y.numel():
-        rows = as_rows(x)
-        meta = row_tiles(*rows.shape)
         statistics = {"mean": mean.view(-1), "inverse": inverse.view(-1)}
-        layernorm.layernorm[_row_grid(rows, meta)](rows, weight, as_rows(y), eps, bias=bias, **statistics, **meta)
+        layer_rows(as_rows(x), weight, as_rows(y), eps, bias=bias, **statistics)
 
 
 def _layer_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any, Any]) -> None:
@@ -114,10 +104,8 @@ def _launch_layer_backward(made: tuple[Any, Any, Any], dy: Any, x: Any, weight: 
         dweight.zero_(), dbias.zero_()
         return
     rows = as_rows(x)
-    meta, programs = gradient_tiles(*rows.shape)
-    partial = x.new_empty((programs, 2, rows.shape[1]), dtype=torch.float32)
-    arguments = as_rows(dy), rows, weight, mean.view(-1), inverse.view(-1), as_rows(dx), partial
-    layernorm.layernorm_backward[(programs,)](*arguments, BIAS=True, **meta)
+    partial = x.new_empty((gradient_programs(*rows.shape), 2, rows.shape[1]), dtype=torch.float32)
+    norm_gradients(as_rows(dy), rows, weight, inverse.view(-1), as_rows(dx), partial, mean=mean.view(-1))
     sums = partial.sum(0)
     dweight.copy_(sums[0])
     dbias.copy_(sums[1])
@@ -148,7 +136,7 @@ def _refuse(x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None)
         return "the sizes do not fit"
     if any(p is not None and tuple(p.shape) != tuple(normalized_shape) for p in (weight, bias)):
         return "the sizes do not fit"
-    return f"rows longer than {WIDEST}" if x.shape[-1] > WIDEST else None
+    return None
 
 
 def _weight(x: Any, weight: Any) -> Any:
@@ -161,7 +149,7 @@ def _refuse_rms(input: Any, normalized_shape: Any, weight: Any = None, eps: floa
 
 @functional(_refuse_rms, F.rms_norm)
 def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    """`torch.nn.functional.rms_norm` over the last dimension, of up to 16384 elements, in float32."""
+    """`torch.nn.functional.rms_norm` over the last dimension, in float32."""
     # torch's default is the epsilon of what it computes in
     epsilon = torch.finfo(torch.float32).eps if eps is None else eps
     return _rms_norm(input, _weight(input, weight), epsilon)[0]
@@ -175,7 +163,7 @@ def _refuse_layer(
 
 @functional(_refuse_layer, F.layer_norm)
 def layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    """`torch.nn.functional.layer_norm` over the last dimension, of up to 16384 elements, in float32."""
+    """`torch.nn.functional.layer_norm` over the last dimension, in float32."""
     return _layer_norm(input, _weight(input, weight), bias, eps)[0]
 
 

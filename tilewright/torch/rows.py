@@ -6,9 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-import tilewright as tw
-from tilewright.kernels import softmax as kernels
-from tilewright.kernels.rows import WIDEST, row_tiles
+from tilewright.kernels.softmax import softmax_rows, softmax_rows_backward
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
 from tilewright.torch.support import Refusal, as_rows, refuse_tensors
@@ -16,9 +14,7 @@ from tilewright.torch.support import Refusal, as_rows, refuse_tensors
 
 def _launch(y: Any, x: Any) -> None:
     if y.numel():
-        rows = as_rows(x)
-        meta = row_tiles(*rows.shape)
-        kernels.softmax[(tw.cdiv(rows.shape[0], meta["BM"]),)](rows, as_rows(y), **meta)
+        softmax_rows(as_rows(x), as_rows(y))
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -40,9 +36,7 @@ _softmax = torch_op(
 
 def _launch_backward(dx: Any, dy: Any, y: Any) -> None:
     if dx.numel():
-        rows = as_rows(y)
-        meta = row_tiles(*rows.shape)
-        kernels.softmax_backward[(tw.cdiv(rows.shape[0], meta["BM"]),)](as_rows(dy), rows, as_rows(dx), **meta)
+        softmax_rows_backward(as_rows(dy), as_rows(y), as_rows(dx))
 
 
 _softmax_backward = torch_op(
@@ -60,12 +54,12 @@ def _refuse(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any
         return "not along the last dimension"
     if dtype not in (None, input.dtype):
         return "converts to another dtype"
-    return f"rows longer than {WIDEST}" if input.shape[-1] > WIDEST else None
+    return None
 
 
 @functional(_refuse, F.softmax)
 def softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    """`torch.nn.functional.softmax` along the last dimension, of up to 16384 elements, in float32."""
+    """`torch.nn.functional.softmax` along the last dimension, in float32."""
     return _softmax(input)
 
 

@@ -1,0 +1,124 @@
+"""Gradients of `rmsnorm` and `layernorm`, which differ in whether the rows are centred."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tilewright as tw
+from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, gradient_tiles
+from tilewright.kernels.workspace import Workspace
+
+_workspace = Workspace()
+
+
+@tw.function
+def centred(x, mean, m, j, BM, BN):
+    """The tile (m, j) of x, minus the rows' means where there are any."""
+    row = tw.load(x, (m, j), (BM, BN)).to(tw.float32)
+    if mean is not None:
+        row = row - tw.load(mean, m, BM)[:, None]
+    return row
+
+
+@tw.kernel
+def norm_backward(
+    dy: tw.Tensor,
+    x: tw.Tensor,
+    weight: tw.Tensor,
+    inverse: tw.Tensor,
+    dx: tw.Tensor,
+    partial: tw.Tensor,
+    dtotal: tw.Tensor = None,
+    mean: tw.Tensor = None,
+    sums: tw.Tensor = None,
+    *,
+    BIAS: tw.constexpr = False,
+    BM: tw.constexpr = 1,
+    BN: tw.constexpr = 4096,
+) -> None:
+    """``dx`` of a norm, and sums over rows for the gradients of the weight and, with BIAS, of the bias.
+
+    dy, x and dx (M, N); x is what was normalised: with a residual their sum. ``inverse`` (M,) and, of `layernorm`,
+    ``mean`` (M,) are what the forward pass wrote. ``dtotal`` (M, N) is the gradient that reaches x on other ways, added
+    to dx. partial (P, 1 + BIAS, N) float32: the sums of each program's rows, for `column_sums` to add up.
+
+    Grid: (P,), any P, for rows up to BN elements; (P, cdiv(N, BN)) where ``sums`` from `norm_backward_sums` are given.
+    """
+    p, j = tw.program_id(0), tw.program_id(1)
+    columns = x.shape[1]
+    scale = tw.load(weight, j, BN).to(tw.float32)
+    dweight = tw.zeros((BM, BN), tw.float32)
+    dbias = tw.zeros((BM, BN), tw.float32)
+    for m in tw.range(p, tw.cdiv(x.shape[0], BM), tw.num_programs(0)):
+        factor = tw.load(inverse, m, BM)[:, None]
+        normal = centred(x, mean, m, j, BM, BN) * factor
+        gradient = tw.load(dy, (m, j), (BM, BN)).to(tw.float32)  # 0 outside: what x reads there is of no account
+        dweight = dweight + gradient * normal
+        if BIAS:
+            dbias = dbias + gradient
+        gradient = gradient * scale
+        along = tw.sum(gradient * normal, axis=1) / columns if sums is None else tw.load(sums[0], m, BM)
+        out = gradient - normal * along[:, None]
+        if mean is not None:
+            middle = tw.sum(gradient, axis=1) / columns if sums is None else tw.load(sums[1], m, BM)
+            out = out - middle[:, None]
+        out = out * factor
+        if dtotal is not None:
+            out = out + tw.load(dtotal, (m, j), (BM, BN)).to(tw.float32)
+        tw.store(dx, (m, j), out.to(dx.dtype))
+    tw.store(partial, (p, 0, j), tw.sum(dweight, axis=0)[None, None, :])
+    if BIAS:
+        tw.store(partial, (p, 1, j), tw.sum(dbias, axis=0)[None, None, :])
+
+
+@tw.kernel
+def norm_backward_sums(
+    dy: tw.Tensor,
+    x: tw.Tensor,
+    weight: tw.Tensor,
+    inverse: tw.Tensor,
+    sums: tw.Tensor,
+    mean: tw.Tensor = None,
+    *,
+    BN: tw.constexpr = 4096,
+) -> None:
+    """What `norm_backward` needs of whole rows that are longer than its tiles: (2, M) float32. Grid: (M,).
+
+    The means over a row of ``dy * weight * normal`` and, if ``mean`` is given, of ``dy * weight``.
+    """
+    m = tw.program_id(0)
+    factor = tw.load(inverse, m, 1)[:, None]
+    along, middle = tw.zeros((1, BN), tw.float32), tw.zeros((1, BN), tw.float32)
+    for j in tw.range(tw.cdiv(x.shape[1], BN)):
+        gradient = tw.load(dy, (m, j), (1, BN)).to(tw.float32) * tw.load(weight, j, BN).to(tw.float32)
+        along = along + gradient * centred(x, mean, m, j, 1, BN) * factor
+        if mean is not None:
+            middle = middle + gradient
+    tw.store(sums[0], m, tw.sum(along, axis=1) / x.shape[1])
+    if mean is not None:
+        tw.store(sums[1], m, tw.sum(middle, axis=1) / x.shape[1])
+
+
+def gradient_programs(rows: int, columns: int) -> int:
+    """How many partial sums `norm_gradients` makes: P of `norm_backward`."""
+    return gradient_tiles(rows, columns if columns <= WIDEST else LONG_COLUMNS)[1]
+
+
+def norm_gradients(
+    dy: Any, x: Any, weight: Any, inverse: Any, dx: Any, partial: Any, dtotal: Any = None, mean: Any = None
+) -> None:
+    """`norm_backward` of rows of any length: partial (`gradient_programs`, 1 or 2, N). Arrays of NumPy or torch."""
+    rows, columns = x.shape
+    bias = partial.shape[1] == 2
+    if columns <= WIDEST:
+        meta, programs = gradient_tiles(rows, columns)
+        norm_backward[(programs,)](dy, x, weight, inverse, dx, partial, dtotal, mean, BIAS=bias, **meta)
+        return
+    sums = _workspace.take(x, (2, rows))
+    norm_backward_sums[(rows,)](dy, x, weight, inverse, sums, mean)
+    meta, programs = gradient_tiles(rows, LONG_COLUMNS)
+    grid = programs, tw.cdiv(columns, meta["BN"])
+    norm_backward[grid](dy, x, weight, inverse, dx, partial, dtotal, mean, sums, BIAS=bias, **meta)
+
+
+__all__ = ["gradient_programs", "norm_backward", "norm_backward_sums", "norm_gradients"]
