@@ -269,7 +269,7 @@ def _poll(lw: Lowering, pointer: mlir.Value, awaited: _Awaited, alone: bool | No
     fb.position_at_end(late)
     with fb.if_then(fb.not_(own)):
         _leave_record(lw, awaited)
-    lw.ops.stop(lw)
+    fb.intrinsic("llvm.trap", None)
     fb.br(done)
     fb.position_at_end(done)
     fb.fence("acquire")
