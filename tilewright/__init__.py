@@ -20,6 +20,7 @@ _TOOLS = {
     "device": "tilewright.compiler.api",
     "devices": "tilewright.runtime.device",
     "emulate": "tilewright.compiler.api",
+    "jit_cache": "tilewright.compiler.shipping",
     "Artifact": "tilewright.compiler.artifact",
     "torch_op": "tilewright.torch.operator",
     "DevicePointer": "tilewright.runtime.arguments",

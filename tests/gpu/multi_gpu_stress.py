@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import tilewright as tw
+from tilewright.kernels.multi_gpu.copy_engine import all_to_all
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
@@ -179,7 +180,35 @@ class Product(Work):
         return self.picked(self.results[rank], number)
 
 
-WORKS = (ByHand, AllReduce, Product)
+class Pushed(Work):
+    """An all-to-all by the copy engines."""
+
+    COLUMNS = 65536
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        shape = world.size, self.COLUMNS
+        self.y = world.empty(shape, "f32")
+        self.outputs = dict(zip(world.ranks, self.y.arrays, strict=True))
+        self.offsets = {
+            r: torch.arange(world.size * self.COLUMNS, device=p).view(shape) for r, p in self.places.items()
+        }
+        self.xs = {r: torch.zeros(shape, device=place) for r, place in self.places.items()}
+
+    def value(self, rank: int, of: int, number: Any) -> torch.Tensor:
+        return ((self.offsets[rank] + 7 * number + 13 * of) % 1021).to(F32)
+
+    def fill(self, rank: int, number: Any) -> None:
+        self.xs[rank].copy_(self.value(rank, rank, number))
+
+    def launch(self) -> None:
+        all_to_all(self.world, list(self.xs.values()), self.y)
+
+    def expected(self, rank: int, number: Any) -> torch.Tensor:
+        return torch.stack([self.value(rank, of, number)[rank] for of in range(self.world.size)])
+
+
+WORKS = (ByHand, AllReduce, Product, Pushed)
 
 
 # --- scenarios: a function of the world and the number of iterations --------------------------------------

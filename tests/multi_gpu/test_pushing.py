@@ -17,11 +17,11 @@ def places(out: tw.Tensor, communicators: tw.int32, rounds: tw.int32, period: tw
     tw.store(out[tw.program_id(0)], 1, tw.where(pushes, number, other))
 
 
-@pytest.mark.parametrize("communicators", [1, 3, 16])
-@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize("communicators", [None, 1, 16])
+@pytest.mark.parametrize("programs", [1, 7, 50])
 @pytest.mark.parametrize("own_tiles", [0, 7, 40, 1000])
-def test_every_program_has_one_place(communicators: int, rounds: int, own_tiles: int) -> None:
-    pushers = Pushers.choose(communicators, rounds, own_tiles, units=20)
+def test_every_program_has_one_place(communicators: int | None, programs: int, own_tiles: int) -> None:
+    pushers = Pushers.choose(programs, own_tiles, communicators, units=20)
     tiles = 2 * own_tiles + 5
     out = np.full((pushers.programs + tiles, 2), -1, np.int32)
     places[len(out),](out, pushers.communicators, pushers.rounds, pushers.period)
@@ -32,7 +32,8 @@ def test_every_program_has_one_place(communicators: int, rounds: int, own_tiles:
     assert np.flatnonzero(pushing)[-1] < first_that_waits
 
 
-def test_pushing_takes_a_few_blocks_for_as_long_as_asked() -> None:
-    assert Pushers.choose(16, 2, 512, units=132) == Pushers(16, 2, 132)
-    assert Pushers.choose(16, 2, 200, units=132) == Pushers(16, 1, 132), "own tiles fill one round"
-    assert Pushers.choose(16, 2, 100, units=132) == Pushers(16, 1, 16), "not even that"
+def test_pushing_programs_take_few_blocks() -> None:
+    assert Pushers.choose(120, 1320, units=132) == Pushers(12, 10, 132)
+    assert Pushers.choose(120, 264, units=132) == Pushers(44, 3, 132), "all within the own tiles"
+    assert Pushers.choose(120, 1320, communicators=30, units=132) == Pushers(30, 4, 132)
+    assert Pushers.choose(20, 10, units=132) == Pushers(20, 1, 20), "not even one round"

@@ -11,6 +11,7 @@ from ring_kernel import PTX, N, ring_abi
 
 import tilewright as tw
 from tilewright.ir.abi import Control
+from tilewright.kernels.multi_gpu.copy_engine import all_to_all
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import ArgumentError, DeviceError
 
@@ -48,6 +49,24 @@ def test_the_interpreter_runs_all_ranks(ranks: int) -> None:
     world.launch(all_reduce, (4,), xs, ys, world.empty((ranks, 4, 8), "f32"), world.flags(ranks, 4), N=8)
     for y in ys:
         np.testing.assert_allclose(y, sum(x.astype(np.float64) for x in xs), rtol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["interpreter", "sm_90a", "gfx942"])
+def test_copies_to_all_ranks(target: str) -> None:
+    size, rng = 3, np.random.default_rng(2)
+    world = tw.World.interpreter(size) if target == "interpreter" else tw.World.emulated(target, size, races=True)
+    xs = [rng.standard_normal((size, 5, 7)).astype(np.float32) for _ in range(size)]
+    y = world.empty((size, 5, 7), "f32")
+    all_to_all(world, xs, y)
+    for rank in range(size):
+        np.testing.assert_array_equal(y[rank], np.stack([x[rank] for x in xs]))
+    world.push(y, z := world.empty((size, 5, 7), "f32"))
+    np.testing.assert_array_equal(z[2], xs[2])
+    for wrong in (xs[0][:2], xs[0].astype(np.float64), np.zeros((5, 3, 7), np.float32)):
+        with pytest.raises(ArgumentError, match="cannot be pushed"):
+            world.push(wrong, y)
+    with pytest.raises(ArgumentError, match="must be row-major"):
+        world.push(np.zeros((7, 5, size), np.float32).T, y)
 
 
 # --- tensors ----------------------------------------------------------------------------------------

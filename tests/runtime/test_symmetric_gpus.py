@@ -108,6 +108,26 @@ def test_a_launch_passes_tables_ranks_and_maps_of_all_ranks(driver: FakeDriver) 
     assert driver.named("cuFuncLoad") == [(0x200,)]
 
 
+def test_copies_run_beside_each_other(driver: FakeDriver) -> None:
+    heap = local(driver)
+    y = heap.empty((2, 512), "f32")
+    x = DeviceArray(heap.memory.gpus[0], 0x10000, (2, 512), "f32")
+    for _ in range(2):
+        driver.calls.clear()
+        heap.push([x, x], y, stream=[0x71, 0x72])
+        copies, (first, second) = driver.named("cuMemcpyAsync"), y.addresses
+        assert copies[:2] == [(second, 0x10800, 2048, 0x400), (first, 0x10000, 2048, 0x71)]
+        assert copies[2:] == [(first + 2048, 0x10000, 2048, 0x400), (second + 2048, 0x10800, 2048, 0x72)]
+        order = [(name, args[0] if name == "cuStreamWaitEvent" else args[-1]) for name, args in driver.calls]
+        wanted = [
+            ("cuEventRecord", 0x71), ("cuStreamWaitEvent", 0x400), ("cuMemcpyAsync", 0x400), ("cuEventRecord", 0x400),
+            ("cuMemcpyAsync", 0x71), ("cuStreamWaitEvent", 0x71),
+        ]  # fmt: skip
+        queued = [step for step in order if step[0] in ("cuEventRecord", "cuStreamWaitEvent", "cuMemcpyAsync")]
+        assert queued[:6] == wanted, "the stream goes on behind both"
+    assert not driver.named("cuStreamCreate"), "streams are made once"
+
+
 def test_memory_is_written_beside_a_capture(driver: FakeDriver) -> None:
     local(driver).zeros(4, "f32")
     names = [name for name, _ in driver.calls]
@@ -320,6 +340,13 @@ access 8192 for 1.1 flags 3
 release {x}b22
 write 8{write}
 [50462976, 117835012, 0]
+record {event} on 0x77
+0x51 waits for {event}
+copy 8 over 64 on 0x51
+record {event} on 0x51
+copy 4 over 124 on 0x77
+0x77 waits for {event}
+[117835012]
 write 8{write}
 host 64 flags {host}
 0 0 True True True
@@ -330,8 +357,8 @@ unmap 8192
 free
 """
 _EXPECTED = {
-    "cuda": dict(type="1", x="", write=" stream 0x51 mode 2", host="3", loaded="loaded 1\n"),
-    "hip": dict(type="40000000", x="0x", write="", host="40000003", loaded=""),
+    "cuda": dict(type="1", x="", write=" stream 0x51 mode 2", host="3", loaded="loaded 1\n", event="0x62"),
+    "hip": dict(type="40000000", x="0x", write="", host="40000003", loaded="", event="0x62"),
 }
 
 

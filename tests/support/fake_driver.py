@@ -51,7 +51,7 @@ class FakeDriver:
             setattr(self, names, _Names())
         for names in ("CUmemAllocationType", "CUmemLocationType", "CUmemAllocationHandleType", "CUmemAccess_flags"):
             setattr(self, names, _Names())
-        for names in ("CUmemAllocationGranularity_flags", "CUstream_flags", "CUstreamCaptureMode"):
+        for names in ("CUmemAllocationGranularity_flags", "CUstream_flags", "CUstreamCaptureMode", "CUevent_flags"):
             setattr(self, names, _Names())
         for names in ("CUtensorMapSwizzle", "CUtensorMapL2promotion", "CUtensorMapFloatOOBfill"):
             setattr(self, names, _Names())
@@ -69,6 +69,7 @@ class FakeDriver:
             "cuMemCreate": 0x300,
             "cuMemImportFromShareableHandle": 0x301,
             "cuStreamCreate": 0x400,
+            "cuEventCreate": 0x500,
             "cuThreadExchangeStreamCaptureMode": "the mode before",
             "cuDeviceCanAccessPeer": 1,
         }

@@ -124,7 +124,7 @@ def ag_gemm(world: Any, seed: int, tiles: Tiles) -> None:
 def reduce_all(world: Any, seed: int, tiles: Tiles, algorithm: str = "push") -> None:
     inputs = Inputs(world, seed)
     x, y = inputs.filled(inputs.normal(1000)), inputs.symmetric(1000)
-    all_reduce.all_reduce(world, x, y, algorithm=algorithm, BN=128)
+    all_reduce.all_reduce(world, x, y, algorithm=algorithm, BN=128, **({"PARTS": 2} if algorithm == "push" else {}))
     check_all(of_ranks(y, inputs.ranks), [all_reduce.reference(of_ranks(x, inputs.ranks))] * world.size)
     for rank in inputs.ranks:
         np.testing.assert_array_equal(y[rank], y[0], "equal bits")

@@ -35,6 +35,8 @@ class GpuMemory(ABC):
     def __init__(self, faults: list[Callable[[], str | None]]) -> None:
         self._faults, self._reasons = faults, list[Callable[[], str | None]]()
         self._lock = threading.Lock()
+        self._beside: list[tuple[Any, Any]] = []
+        self._forks: dict[int, Any] = {}
         self._arena, self._arena_end = 0, 0
         self._arenas: list[int] = []
 
@@ -101,6 +103,47 @@ class GpuMemory(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait for the GPU."""
+
+    # --- copies beside each other -----------------------------------------------------------------------
+
+    @abstractmethod
+    def new_stream(self) -> Any:
+        """A stream that waits for no other."""
+
+    @abstractmethod
+    def new_event(self) -> Any:
+        """An event that takes no time."""
+
+    @abstractmethod
+    def record(self, event: Any, stream: Any) -> None:
+        """Let the event stand for what ``stream`` has been given so far."""
+
+    @abstractmethod
+    def wait_event(self, stream: Any, event: Any) -> None:
+        """Let ``stream`` go on after the event."""
+
+    @abstractmethod
+    def start_copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """Give ``stream`` a copy between addresses of any GPUs."""
+
+    def copy(self, copies: Sequence[tuple[int, int, int]], stream: int) -> None:
+        """Queue copies (target, source, bytes) on ``stream``, which run beside each other; the last one on it itself.
+
+        The stream goes on when all are done. Within a capture they become part of the graph.
+        """
+        while len(self._beside) < len(copies) - 1:
+            self._beside.append((self.new_stream(), self.new_event()))
+        if stream not in self._forks:
+            self._forks[stream] = self.new_event()
+        sides = self._beside[: len(copies) - 1]
+        self.record(self._forks[stream], stream)
+        for (target, source, nbytes), (side, done) in zip(copies, sides, strict=False):
+            self.wait_event(side, self._forks[stream])
+            self.start_copy(target, source, nbytes, side)
+            self.record(done, side)
+        self.start_copy(*copies[-1], stream)
+        for _, done in sides:
+            self.wait_event(stream, done)
 
     def place(self, data: bytes) -> int:
         """Bytes in the GPU's memory at a multiple of 128, until `close`."""
@@ -235,10 +278,25 @@ class CudaMemory(GpuMemory):
     def synchronize(self) -> None:
         self.device.synchronize()
 
+    def new_stream(self) -> Any:
+        return self._call("cuStreamCreate", self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+    def new_event(self) -> Any:
+        return self._call("cuEventCreate", self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._call("cuEventRecord", event, stream)
+
+    def wait_event(self, stream: Any, event: Any) -> None:
+        self._call("cuStreamWaitEvent", stream, event, 0)
+
+    def start_copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        self._call("cuMemcpyAsync", target, source, nbytes, stream, doing=f"Copying {nbytes} bytes between GPUs")
+
     def _stream(self) -> Any:
-        """A stream of our own, which waits for no other."""
+        """A stream of our own for what the host writes."""
         if self._copies is None:
-            self._copies = self._call("cuStreamCreate", self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            self._copies = self.new_stream()
         return self._copies
 
     @contextmanager

@@ -130,5 +130,21 @@ class HipMemory(GpuMemory):
         words.fill(0)
         return SharedWords(words, int(self._call("hipHostGetDevicePointer", host, 0)))
 
+    def new_stream(self) -> Any:
+        return self._call("hipStreamCreateWithFlags", int(self._hip.hipStreamNonBlocking))
+
+    def new_event(self) -> Any:
+        return self._call("hipEventCreateWithFlags", int(self._hip.hipEventDisableTiming))
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._call("hipEventRecord", event, stream)
+
+    def wait_event(self, stream: Any, event: Any) -> None:
+        self._call("hipStreamWaitEvent", stream, event, 0)
+
+    def start_copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        kind = self._hip.hipMemcpyKind.hipMemcpyDefault
+        self._call("hipMemcpyAsync", target, source, nbytes, kind, stream)
+
     def synchronize(self) -> None:
         self.device.synchronize()

@@ -6,6 +6,7 @@ control blocks that communicating kernels share, and explains why one gave up wa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from math import prod
 from types import TracebackType
@@ -16,7 +17,8 @@ import numpy as np
 from tilewright.ir.abi import CONTROL_WORDS, Control
 from tilewright.ir.interpreter_numerics import NUMPY
 from tilewright.ir.types import DTYPES, DType
-from tilewright.runtime.arguments import TensorView, Viewed, canonical_dtype, row_major
+from tilewright.runtime.arguments import TensorView, Viewed, canonical_dtype, read_tensor, row_major
+from tilewright.runtime.emulated import host_view
 from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.fault_record import FaultRecord
 from tilewright.runtime.peers import Endpoint, SymmetricPlace, address_table
@@ -55,6 +57,11 @@ class SymmetricTensor(Viewed):
     def addresses(self) -> tuple[int, ...]:
         """Where each rank's tensor lies in this process's address space."""
         return self.allocation.addresses
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one rank's tensor."""
+        return prod(self.shape) * DTYPES[self.dtype].bytes
 
     @property
     def local(self) -> Any:
@@ -232,6 +239,37 @@ class SymmetricHeap:
         self.memory.barrier()
         return tensor
 
+    def push(self, source: Any, target: SymmetricTensor, stream: Any = None) -> None:
+        """Copy parts to all ranks with the GPUs' copy engines: ``target[r]`` of rank p becomes ``source[p]`` of rank r.
+
+        ``source``: an array of this process's rank, a list of one for each, or a symmetric tensor; of the target's
+        shape (world, ...) and dtype, row-major. It is queued on ``stream`` like a launch, with no wait for other
+        ranks: kernels before and behind must see to it that all may write and that all have
+        (`tilewright.kernels.multi_gpu.copy_engine`).
+        """
+        sources = source if isinstance(source, list) else getattr(source, "arrays", [source] * len(self.ranks))
+        part = target.nbytes // self.size
+        for i, (rank, array) in enumerate(zip(self.ranks, sources, strict=True)):
+            address = self._pushed(array, target)
+            copies = [
+                (target.addresses[peer] + rank * part, address + peer * part, part)
+                for peer in ((rank + 1 + hop) % self.size for hop in range(self.size))
+            ]
+            if part:
+                self.memory.copy(rank, copies, stream[i] if isinstance(stream, list) else stream)
+
+    def _pushed(self, array: Any, target: SymmetricTensor) -> int:
+        """The address of what is copied. ArgumentError unless it has the form of the target."""
+        view = host_view(array, "source") if self.devices[0].startswith(("cpu", "emulate")) else tensor_view(array)
+        dtype, dense = canonical_dtype(view.dtype), row_major(view.shape)
+        if (tuple(view.shape), dtype, self.size) != (target.shape, target.dtype, target.shape[0]):
+            raise ArgumentError(
+                f"A {dtype} array {list(view.shape)} cannot be pushed to {target!r}: both must be (world, ...)."
+            )
+        if any(size > 1 and step != wanted for size, step, wanted in zip(view.shape, view.strides, dense, strict=True)):
+            raise ArgumentError("What is pushed must be row-major: pass a contiguous copy.")
+        return view.address
+
     # --- the ranks together -------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
@@ -266,6 +304,11 @@ class SymmetricHeap:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def tensor_view(array: Any) -> TensorView:
+    """Where an array in a GPU's memory lies."""
+    return read_tensor(array, "source", sys.modules.get("torch"))[0]
 
 
 def dtype_of(dtype: Any) -> DType:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,6 +52,10 @@ class HostMemory(SymmetricMemory):
     def place(self, rank: int, data: bytes) -> int:
         """The emulator places tables in its own memory (`emulated_peers`), and the interpreter needs none."""
         return 0
+
+    def copy(self, rank: int, copies: Sequence[tuple[int, int, int]], stream: Any) -> None:
+        for target, source, nbytes in copies:
+            ctypes.memmove(target, source, nbytes)
 
     def explain(self, rank: int, reason: Callable[[], str | None]) -> None:
         """Kernels here do not give up: who waits in vain is found out."""

@@ -10,6 +10,7 @@ from tilewright.ir.abi import FAULT_WORDS
 from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.gpu_memory import GpuMemory, gpu_array, torch_with_gpus
 from tilewright.runtime.host_arrays import array_bytes
+from tilewright.runtime.launching import stream_handle
 from tilewright.runtime.symmetric_memory import Allocation, SharedWords, SymmetricMemory, check_size
 
 
@@ -35,6 +36,10 @@ class GpuRanks(SymmetricMemory):
 
     def place(self, rank: int, data: bytes) -> int:
         return self.gpus[rank].place(data)
+
+    def copy(self, rank: int, copies: Sequence[tuple[int, int, int]], stream: Any) -> None:
+        gpu = self.gpus[rank]
+        gpu.copy(copies, stream_handle(stream, torch_with_gpus() if self.uses_torch else None, gpu.ordinal))
 
     def fault_record(self, rank: int) -> SharedWords:
         return self.gpus[rank].shared_words(FAULT_WORDS)

@@ -72,6 +72,10 @@ class SymmetricMemory(ABC):
     def place(self, rank: int, data: bytes) -> int:
         """Put bytes into the memory of the rank's device, at a multiple of 128; they stay until `close`."""
 
+    @abstractmethod
+    def copy(self, rank: int, copies: Sequence[tuple[int, int, int]], stream: Any) -> None:
+        """Queue copies (target, source, bytes) on a stream of the rank's device, beside each other."""
+
     def fault_record(self, rank: int) -> SharedWords:
         """The record that a kernel of the rank writes when it gives up waiting."""
         return SharedWords.absent()

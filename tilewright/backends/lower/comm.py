@@ -274,7 +274,7 @@ def _give_up(lw: Lowering, awaited: _Awaited) -> None:
     for place, word in words.items():
         fb.store(word, fb.gep(record, WORD * place), WORD, ordering="monotonic")
     lw.ops.store_release(lw, fb.i32(1), fb.gep(record, WORD * Fault.KIND))
-    fb.intrinsic("llvm.trap", None)
+    lw.ops.stop(lw)
 
 
 # --- addresses, threads ---------------------------------------------------------------------------

@@ -101,6 +101,10 @@ class TargetOps(ABC):
     def pause(self, lw: Lowering) -> None:
         """Let others run for a moment, between two looks at a flag."""
 
+    def stop(self, lw: Lowering) -> None:
+        """End the kernel with an error."""
+        lw.fb.intrinsic("llvm.trap", None)
+
     @abstractmethod
     def nanoseconds(self, lw: Lowering) -> mlir.Value:
         """A clock (i64)."""

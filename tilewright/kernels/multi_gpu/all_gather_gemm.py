@@ -63,20 +63,20 @@ def all_gather_gemm(
         tw.store(c[source], (m, n), acc.to(c.dtype))
 
 
-#: blocks that push at the same time, bytes that they push in a microsecond, and products (multiply and add) that one SM
-#: does in one: of an H200 with NVLink
-COMMUNICATORS, PUSHED, PRODUCTS = 16, 0.39e6, 3.0e6
+#: bytes that one SM of an H200 pushes in a microsecond, and products (multiply and add) that it does in one
+PUSHED, PRODUCTS = 6.8e3, 2.9e6
 
 
-def pushing_rounds(bytes_: float, products: float) -> int:
-    """For how many tiles of so many ``products`` pushing ``bytes_`` takes."""
+def pushing_programs(bytes_: float, products: float) -> int:
+    """How many programs push so many bytes, if each takes as long as a tile of so many ``products``."""
     return max(1, round(bytes_ / PUSHED / (products / PRODUCTS)))
 
 
-def ag_gemm(world: Any, a: Any, b: Any, c: Any, *, communicators: int = COMMUNICATORS, **meta: int) -> None:
+def ag_gemm(world: Any, a: Any, b: Any, c: Any, *, communicators: int | None = None, **meta: int) -> None:
     """``c[p] = a_p @ b`` on each rank, of a symmetric ``a`` (world, R, K) whose part ``a[rank]`` the rank has written.
 
-    b (K, N), c (world, R, N). Afterwards ``a`` is whole on every rank. Tile sizes are chosen unless given.
+    b (K, N), c (world, R, N). Afterwards ``a`` is whole on every rank. Tile sizes, and how many
+    blocks push at the same time (``communicators``), are chosen unless given.
     """
     size, each, depth = a.shape
     columns = own(b).shape[1]
@@ -84,8 +84,8 @@ def ag_gemm(world: Any, a: Any, b: Any, c: Any, *, communicators: int = COMMUNIC
     rows, across = tw.cdiv(each, meta["BM"]), tw.cdiv(columns, meta["BN"])
     slices = tw.cdiv(depth, meta.get("WIDTH", WIDTH))
     arrived = flags(world, "ag_gemm", (size, rows, slices))
-    rounds = pushing_rounds((size - 1) * each * depth * 2, meta["BM"] * meta["BN"] * depth)
-    pushers = Pushers.choose(min(communicators, rows * slices), rounds, rows * across)
+    programs = pushing_programs((size - 1) * each * depth * 2, meta["BM"] * meta["BN"] * depth)
+    pushers = Pushers.choose(min(programs, rows * slices), rows * across, communicators)
     grid = (pushers.programs + size * rows * across,)
     numbers = pushers.communicators, pushers.rounds, pushers.period
     world.launch(all_gather_gemm, grid, a, b, c, arrived, *numbers, **meta)

@@ -9,8 +9,8 @@ import numpy as np
 import tilewright as tw
 from tilewright.kernels.multi_gpu.workspace import flags, own, share, symmetric
 
-#: elements of a tile, and the blocks of a launch at most: all of them run at the same time
-ELEMENTS, BLOCKS = 4096, 264
+#: elements of a tile or a part of one, parts, and the blocks of a launch at most: all of them run at the same time
+ELEMENTS, MOST_PARTS, BLOCKS = 4096, 4, 264
 #: with more than two ranks and from so many elements on each rank sums up a share: fewer bytes move, in more hops
 TWO_SHOT = 1 << 17
 
@@ -36,27 +36,40 @@ def all_reduce_pull(x: tw.Symmetric, y: tw.Tensor, *, BN: tw.constexpr = ELEMENT
 
 @tw.kernel
 def all_reduce_push(
-    x: tw.Tensor, y: tw.Tensor, slots: tw.Symmetric, sent: tw.Symmetric, *, BN: tw.constexpr = ELEMENTS
+    x: tw.Tensor,
+    y: tw.Tensor,
+    slots: tw.Symmetric,
+    sent: tw.Symmetric,
+    *,
+    BN: tw.constexpr = ELEMENTS,
+    PARTS: tw.constexpr = 1,
 ) -> None:
     """The same, where every rank puts its x into the peers' ``slots`` (world, N).
 
-    ``sent``: flags (cdiv(N, BN), world). Grid as of `all_reduce_pull`.
+    ``sent``: flags (cdiv(N, BN), world). A tile is on its way in PARTS parts before it is signalled. Grid as of
+    `all_reduce_pull`.
     """
     me, world = tw.rank(), tw.world_size()
     for hop in tw.range(1, world):
         peer = (me + hop) % world
         for tile in tw.range(tw.program_id(0), tw.cdiv(x.shape[0], BN), tw.num_programs(0)):
-            token = tw.put(slots.peer(peer)[me], tile, tw.load(x, tile, BN))
-            tw.signal(sent[tile, me], peer, after=token)
+            parts: Any = ()
+            for part in tw.static_range(PARTS):
+                parts = (*parts, tw.load(x, tile * PARTS + part, BN // PARTS))
+            tokens: Any = ()
+            for part in tw.static_range(PARTS):
+                tokens = (*tokens, tw.put(slots.peer(peer)[me], tile * PARTS + part, parts[part]))
+            tw.signal(sent[tile, me], peer, after=tokens)
     for tile in tw.range(tw.program_id(0), tw.cdiv(x.shape[0], BN), tw.num_programs(0)):
-        total = tw.zeros((BN,), tw.float32)
-        for source in tw.range(world):
-            if source == me:
-                total = total + tw.load(x, tile, BN).to(tw.float32)
-            else:
-                arrived = tw.wait(sent[tile, source])
-                total = total + tw.load(slots[source], tile, BN, after=arrived).to(tw.float32)
-        tw.store(y, tile, total.to(y.dtype))
+        for part in tw.range(tile * PARTS, (tile + 1) * PARTS):
+            total = tw.zeros((BN // PARTS,), tw.float32)
+            for source in tw.range(world):
+                if source == me:
+                    total = total + tw.load(x, part, BN // PARTS).to(tw.float32)
+                else:
+                    arrived = tw.wait(sent[tile, source])
+                    total = total + tw.load(slots[source], part, BN // PARTS, after=arrived).to(tw.float32)
+            tw.store(y, part, total.to(y.dtype))
 
 
 @tw.kernel
@@ -77,18 +90,27 @@ def all_reduce_two_shot(x: tw.Symmetric, y: tw.Symmetric, done: tw.Symmetric, *,
         tw.wait(done[i])
 
 
+def tile_of(count: int, in_parts: bool) -> dict[str, int]:
+    """A tile for each block, of `ELEMENTS` at most, or of up to `MOST_PARTS` parts of that; and warps that hold it."""
+    size = 1 << max(10, ((count - 1) // BLOCKS).bit_length())
+    parts = min(max(1, size // ELEMENTS), MOST_PARTS if in_parts else 1)
+    part = min(size, ELEMENTS)
+    meta = {"BN": parts * part, "num_warps": 4 if part <= 1024 else 8}
+    return {**meta, "PARTS": parts} if in_parts else meta
+
+
 def all_reduce(world: Any, x: Any, y: Any, *, algorithm: str | None = None, **meta: int) -> None:
     """``y = sum over ranks of x``: both (N,). Equal bits on every rank.
 
     ``algorithm``: "push" takes any arrays, "pull" a symmetric x, "two-shot" a symmetric x and y. None: "two-shot" where
     that is possible and moves less, else "push".
     """
-    elements, size = meta.get("BN", ELEMENTS), world.size
-    count = own(x).shape[0]
+    size, count = world.size, own(x).shape[0]
     if algorithm is None:
         possible = all(isinstance(array, tw.SymmetricTensor) for array in (x, y))
         algorithm = "two-shot" if possible and size > 2 and count >= TWO_SHOT else "push"
-    tiles = tw.cdiv(count, elements)
+    meta = {**tile_of(count, algorithm == "push"), **meta}
+    tiles = tw.cdiv(count, meta["BN"])
     grid = (min(tiles, BLOCKS),)
     if algorithm == "pull":
         world.launch(all_reduce_pull, grid, x, y, **meta)

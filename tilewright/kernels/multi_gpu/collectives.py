@@ -2,7 +2,8 @@
 
 Tensors are taken as matrices of parts, so that one kernel serves all axes: what lies before an axis makes rows, the
 axis and what lies behind it one row of parts. All programs of a launch run at the same time; each goes through its
-tiles twice, first to send and then to wait.
+tiles twice, first to send and then to wait. A tile travels in parts that are all on their way before it is signalled:
+links want many bytes under way.
 """
 
 from __future__ import annotations
@@ -13,26 +14,35 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.multi_gpu.pushing import load_parts, put_parts
 from tilewright.kernels.multi_gpu.workspace import flags, own
 
-#: elements that a program moves at a time, and the blocks of a launch at most: all of them run at the same time
-ELEMENTS, BLOCKS = 8192, 264
+#: elements of a tile and its parts, and the blocks of a launch at most: all of them run at the same time
+ELEMENTS, PARTS, BLOCKS = 16384, 4, 264
+#: elements of a tile that `reduce_scatter` adds up
+REDUCED = 8192
 
 
 @tw.kernel
 def all_gather(
-    x: tw.Tensor, y: tw.Symmetric, done: tw.Symmetric, *, BM: tw.constexpr = 8, BN: tw.constexpr = 1024
+    x: tw.Tensor,
+    y: tw.Symmetric,
+    done: tw.Symmetric,
+    *,
+    BM: tw.constexpr = 8,
+    BN: tw.constexpr = 4096,
+    PARTS: tw.constexpr = PARTS,
 ) -> None:
     """``y[:, p] = x_p`` on every rank: x (A, C), y (A, world, C), ``done`` flags (row tiles * column tiles, world)."""
     me, world, columns = tw.rank(), tw.world_size(), tw.cdiv(x.shape[1], BN)
     tiles = tw.cdiv(x.shape[0], BM) * columns
     for tile in tw.range(tw.program_id(0), tiles, tw.num_programs(0)):
         m, n = tile // columns, tile % columns
-        value = tw.load(x, (m, n), (BM, BN))
+        parts = load_parts(x, m, n, BM, BN, PARTS)
         for distance in tw.range(world):
             peer = (me + 1 + distance) % world
-            token = tw.put(y.peer(peer).permute(1, 0, 2)[me], (m, n), value)
-            tw.signal(done[tile, me], peer, after=token)
+            tokens = put_parts(y.peer(peer).permute(1, 0, 2)[me], m, n, parts, PARTS)
+            tw.signal(done[tile, me], peer, after=tokens)
     for tile in tw.range(tw.program_id(0), tiles, tw.num_programs(0)):
         tw.wait(done[tile])
 
@@ -59,7 +69,8 @@ def all_to_all(
     SCATTER: tw.constexpr = 0,
     GATHER: tw.constexpr = 1,
     BM: tw.constexpr = 8,
-    BN: tw.constexpr = 1024,
+    BN: tw.constexpr = 4096,
+    PARTS: tw.constexpr = PARTS,
 ) -> None:
     """Part r of each rank's x, along one axis, goes to rank r, which joins them along another.
 
@@ -79,12 +90,12 @@ def all_to_all(
         peer = (me + 1 + distance) % world
         for tile in tw.range(tw.program_id(0), tiles, tw.num_programs(0)):
             n, m, plane = tile % columns, tile // columns % rows, tile // (columns * rows)
-            value = tw.load(from_[peer, plane // middle, plane % middle], (m, n), (BM, BN))
+            parts = load_parts(from_[peer, plane // middle, plane % middle], m, n, BM, BN, PARTS)
             to = y.peer(peer).permute(1, 0, 3, 2, 4)
             if GATHER == 1:
                 to = y.peer(peer).permute(3, 0, 2, 1, 4)
-            token = tw.put(to[me, plane // middle, plane % middle], (m, n), value)
-            tw.signal(done[tile, me], peer, after=token)
+            tokens = put_parts(to[me, plane // middle, plane % middle], m, n, parts, PARTS)
+            tw.signal(done[tile, me], peer, after=tokens)
     for tile in tw.range(tw.program_id(0), tiles, tw.num_programs(0)):
         tw.wait(done[tile])
 
@@ -93,9 +104,17 @@ def all_to_all(
 
 
 def tile_of(rows: int, columns: int, elements: int = ELEMENTS) -> dict[str, int]:
-    """``BM`` and ``BN``: tiles of up to ``elements``, as wide as rows are."""
+    """``BM`` and ``BN``: tiles of up to ``elements``, as wide as rows are, and smaller where there are few of them."""
+    elements = min(elements, max(1024, 1 << (rows * columns // BLOCKS).bit_length()))
     width = min(1 << (columns - 1).bit_length(), elements)
     return {"BM": min(1 << (rows - 1).bit_length(), elements // width), "BN": width}
+
+
+def parts_of(meta: dict[str, int]) -> dict[str, int]:
+    """``PARTS``, and warps so that a thread holds 16 elements of each: fewer of small tiles."""
+    parts = min(PARTS, meta["BN"] // 64 or 1)
+    size = meta["BM"] * meta["BN"] // parts
+    return {"PARTS": parts, "num_warps": max(1, min(8, size // 512))}
 
 
 def tiles_of(rows: int, columns: int, meta: dict[str, int]) -> int:
@@ -107,6 +126,7 @@ def gather(world: Any, x: Any, y: Any, axis: int = 0, **meta: int) -> None:
     shape = own(x).shape
     before, behind = prod(shape[:axis]), prod(shape[axis:])
     meta = {**tile_of(before, behind), **meta}
+    meta = {**parts_of(meta), **meta}
     tiles = tiles_of(before, behind, meta)
     done = flags(world, "gather", (tiles, world.size))
     parts = y.reshape(before, world.size, behind)
@@ -117,7 +137,7 @@ def scatter_sum(world: Any, x: Any, y: Any, axis: int = 0, **meta: int) -> None:
     """``y``: the rank's part along ``axis`` of the sum of the ranks' ``x``, symmetric. Contiguous arrays."""
     shape = own(y).shape
     before, behind = prod(shape[:axis]), prod(shape[axis:])
-    meta = {**tile_of(before, behind), **meta}
+    meta = {**tile_of(before, behind, REDUCED), **meta}
     grid = (min(tiles_of(before, behind, meta), BLOCKS),)
     world.launch(reduce_scatter, grid, x.reshape(before, world.size, behind), reshaped(y, before, behind), **meta)
 
@@ -142,6 +162,7 @@ def exchange(world: Any, x: Any, y: Any, scatter: int, gather: int, **meta: int)
     part[1 if scatter == first else 3] //= size
     sizes = {"SCATTER": int(scatter != first), "GATHER": int(gather != first)}
     tile = {**tile_of(part[1], part[3]), **meta}
+    tile = {**parts_of(tile), **tile}
     tiles = outer * middle * tiles_of(part[1], part[3], tile)
     done = flags(world, "exchange", (tiles, size))
     from_, to = _split(part, size, sizes["SCATTER"]), _split(part, size, sizes["GATHER"])

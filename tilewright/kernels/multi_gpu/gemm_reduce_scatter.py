@@ -18,16 +18,16 @@ def send_or_add(acc: Any, parts: Any, sent: Any, m: Any, n: Any, owner: Any) -> 
     acc (BM, BN) float32; parts (world, R, N) symmetric, sent (world, row tiles, column tiles) flags. Gives the sum,
     of which only an own tile is complete.
     """
-    me = tw.rank()
+    me, world = tw.rank(), tw.world_size()
     total = acc
     if owner != me:
         token = tw.put(parts.peer(owner)[me], (m, n), acc.to(parts.dtype))
         tw.signal(sent[me, m, n], owner, after=token)
     else:
-        for source in tw.range(tw.world_size()):
-            if source != me:
-                arrived = tw.wait(sent[source, m, n])
-                total = total + tw.load(parts[source], (m, n), acc.shape, after=arrived).to(tw.float32)
+        for hop in tw.range(1, world):
+            source = (me + hop) % world
+            arrived = tw.wait(sent[source, m, n])
+            total = total + tw.load(parts[source], (m, n), acc.shape, after=arrived).to(tw.float32)
     return total
 
 

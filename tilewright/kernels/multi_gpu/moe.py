@@ -92,6 +92,17 @@ def moe_plan(
 
 
 @tw.function
+def expert_of(tile: Any, starts: Any) -> Any:
+    """The last of the rank's experts whose tiles start at or before ``tile``."""
+    low, high = 0, starts.shape[0] - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tw.load(starts, middle) <= tile
+        low, high = tw.where(before, middle, low), tw.where(before, high, middle)
+    return low
+
+
+@tw.function
 def find(lists: Any, before: Any, e: Any, row: Any, BM: tw.constexpr) -> Any:
     """Of expert e's rows from ``row`` on: whose token each one is, and which; -1 for rows of no token."""
     place = row + tw.arange(0, BM)
@@ -150,7 +161,7 @@ def moe_gemm(
         slices = tw.cdiv(x.shape[1], PARTS * WIDTH)
         for unit in tw.range(begin * slices + slot, end * slices, communicators):
             tile, part = unit // slices, unit % slices
-            i = group_of(tile, starts)
+            i = expert_of(tile, starts)
             row = (tile - tw.load(starts, i)) * BM
             owner, token = find(lists, before, me * w.shape[0] + i, row, BM)
             puts: Any = ()
@@ -165,7 +176,7 @@ def moe_gemm(
             height = tw.minimum(tiles - first, WINDOW)
             tile, n = first + place % height, place // height
             here = tw.wait(fetched[tile])
-            acc = product(gathered[tile], w[group_of(tile, starts)], 0, n, BM, BN, BK, here)
+            acc = product(gathered[tile], w[expert_of(tile, starts)], 0, n, BM, BN, BK, here)
             tw.store(y[tile], (0, n), acc.to(y.dtype))
 
 

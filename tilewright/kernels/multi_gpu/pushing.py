@@ -1,8 +1,8 @@
 """Programs that copy the own rank's rows to all peers while the other programs of a launch compute.
 
 A persistent kernel runs its programs in their order, each block every ``period``-th. The first ``communicators`` of
-each of the first ``rounds`` periods push; so the blocks that push in one round compute in the next, and pushing that
-takes as long as ``rounds`` tiles costs that many tiles on few blocks. `Pushers` chooses the numbers.
+each of the first ``rounds`` periods push, for as long as the others take for a tile: then all blocks end together.
+`Pushers` chooses the numbers.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ def place_of(communicators: Any, rounds: Any, period: Any) -> Any:
 
 @tw.function
 def load_parts(
-    source: Any, row: Any, column: Any, BM: tw.constexpr, WIDTH: tw.constexpr, PARTS: tw.constexpr, after: Any = None
+    source: Any, m: Any, n: Any, BM: tw.constexpr, BN: tw.constexpr, PARTS: tw.constexpr, after: Any = None
 ) -> Any:
-    """The tile (BM, WIDTH) at (row, column) of a matrix, as PARTS tiles of rows, all of them on their way at once."""
+    """The tile (m, n) of BM by BN elements, as PARTS tiles of columns, all of them on their way at once."""
     tiles: Any = ()
     for part in tw.static_range(PARTS):
-        place = row * PARTS + part, column
-        tiles = (*tiles, tw.load(source, place, (BM // PARTS, WIDTH), after=after))
+        tiles = (*tiles, tw.load(source, (m, n * PARTS + part), (BM, BN // PARTS), after=after))
     return tiles
 
 
 @tw.function
-def put_parts(target: Any, row: Any, column: Any, tiles: Any, PARTS: tw.constexpr) -> Any:
+def put_parts(target: Any, m: Any, n: Any, tiles: Any, PARTS: tw.constexpr) -> Any:
     """Put what `load_parts` gave to the same place of another rank's matrix; gives the tokens."""
     tokens: Any = ()
     for part in tw.static_range(PARTS):
-        tokens = (*tokens, tw.put(target, (row * PARTS + part, column), tiles[part]))
+        tokens = (*tokens, tw.put(target, (m, n * PARTS + part), tiles[part]))
     return tokens
 
 
@@ -58,18 +57,20 @@ class Pushers:
         return self.communicators * self.rounds
 
     @classmethod
-    def choose(cls, communicators: int, rounds: int, own_tiles: int, units: int = UNITS) -> Pushers:
-        """``communicators`` blocks of ``units`` for up to ``rounds`` rounds of tiles.
+    def choose(cls, programs: int, own_tiles: int, communicators: int | None = None, units: int = UNITS) -> Pushers:
+        """About ``programs`` programs that push, so many that each takes as long as a tile, on as few blocks as can be.
 
         No program that waits for a peer may come before one that pushes, or a block could wait for what the same
-        block of a peer would do later. So all pushing programs lie before the end of the ``own_tiles`` programs that
-        wait for nothing; where these are few, the launch begins with pushing programs alone.
+        block of a peer would do later. So all of them lie before the end of the ``own_tiles`` programs that wait for
+        nothing, and where these are few the launch begins with pushing programs alone. ``communicators``: on how many
+        of the ``units`` blocks, where that is not to be chosen.
         """
-        communicators = min(communicators, units - 1)
-        rounds = min(rounds, own_tiles // (units - communicators))
-        if rounds < 1:
-            return cls(communicators, 1, communicators)
-        return cls(communicators, rounds, units)
+        for blocks in range(1, units // 2) if communicators is None else [min(communicators, units - 1)]:
+            rounds = min(tw.cdiv(programs, blocks), own_tiles // (units - blocks))
+            if rounds >= 1 and (blocks * rounds >= programs or communicators is not None):
+                return cls(blocks, rounds, units)
+        blocks = min(communicators or programs, units // 2)
+        return cls(blocks, 1, blocks)
 
 
 __all__ = ["Pushers", "load_parts", "place_of", "put_parts"]

@@ -19,7 +19,7 @@ from tilewright.kernels.multi_gpu.pushing import load_parts, put_parts
 from tilewright.kernels.multi_gpu.workspace import flags, own
 
 #: blocks that push at the same time
-COMMUNICATORS = 16
+COMMUNICATORS = 24
 #: keys that a pushing program moves at a time, and in how many parts
 ROWS, PARTS = 128, 2
 

@@ -12,11 +12,107 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
+from tilewright.kernels.attention import LOG2E
 from tilewright.kernels.attention_backward import reference as whole_reference
-from tilewright.kernels.multi_gpu.collectives import reshaped
 from tilewright.kernels.multi_gpu.ring_attention import divided, joined, own_chunk
-from tilewright.kernels.multi_gpu.ring_gradients import attention_delta, key_gradients, query_gradients
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
+
+
+@tw.kernel
+def ring_attention_delta(
+    o: tw.Tensor, do: tw.Tensor, delta: tw.Tensor, *, DV: tw.constexpr, BM: tw.constexpr = 64
+) -> None:
+    """``delta = sum(o * do)`` of each row: o, do (C, B, H, S, DV), delta float32. Grid: (cdiv(S, BM), H, C * B)."""
+    m, h, which, b = tw.program_id(0), tw.program_id(1), tw.program_id(2) // o.shape[1], tw.program_id(2) % o.shape[1]
+    out, gradients = tw.load(o[which, b, h], (m, 0), (BM, DV)), tw.load(do[which, b, h], (m, 0), (BM, DV))
+    tw.store(delta[which, b, h], m, tw.sum(out.to(tw.float32) * gradients.to(tw.float32), axis=1))
+
+
+@tw.function
+def key_gradients(
+    keys: Any,
+    values: Any,
+    q: Any,
+    do: Any,
+    lse: Any,
+    delta: Any,
+    head: Any,
+    heads: Any,
+    key: Any,
+    shift: Any,
+    scale: Any,
+    dkeys: Any,
+    dvalues: Any,
+    BM: tw.constexpr,
+    CAUSAL: tw.constexpr,
+) -> Any:
+    """Add to dkeys (BN, D) and dvalues (BN, DV) what ``heads`` heads from ``head`` on of queries q (H, M, D) give.
+
+    keys (BN, D) and values (BN, DV) start at ``key``, query i stands at key i + ``shift``; do (H, M, DV), lse and delta
+    (H, M). ``dkeys`` lacks the factor ``scale``.
+    """
+    BN = keys.shape[0]
+    columns = key + tw.arange(0, BN)
+    begin, end = 0, tw.cdiv(q.shape[1], BM)
+    if CAUSAL:
+        begin = tw.maximum(key - shift, 0) // BM
+    for step in tw.range(tw.maximum(end - begin, 0) * heads):
+        h, m = head + step // (end - begin), begin + step % (end - begin)
+        queries = tw.load(q[h], (m, 0), (BM, keys.shape[1]))
+        gradients = tw.load(do[h], (m, 0), (BM, values.shape[1]))
+        rows = m * BM + tw.arange(0, BM)
+        # beyond the last query lse reads as +inf: those weights are 0
+        logarithm = tw.load(lse[h], m, (BM,), pad=float("inf"))
+        s = tw.dot(keys, queries.T)
+        p = tw.exp2(s * (scale * LOG2E) - (logarithm * LOG2E)[None, :])
+        p = tw.where((logarithm == float("-inf"))[None, :], 0.0, p)
+        if CAUSAL:
+            p = tw.where(columns[:, None] <= (rows + shift)[None, :], p, 0.0)
+        dvalues = tw.dot(p.to(do.dtype), gradients, dvalues)
+        dp = tw.dot(values, gradients.T)
+        ds = p * (dp - tw.load(delta[h], m, (BM,))[None, :])
+        dkeys = tw.dot(ds.to(q.dtype), queries, dkeys)
+    return dkeys, dvalues
+
+
+@tw.function
+def query_gradients(
+    queries: Any,
+    gradients: Any,
+    logarithm: Any,
+    row_delta: Any,
+    k: Any,
+    v: Any,
+    row: Any,
+    shift: Any,
+    scale: Any,
+    dqueries: Any,
+    BN: tw.constexpr,
+    CAUSAL: tw.constexpr,
+) -> Any:
+    """Add to dqueries (BM, D) what keys k (N, D) and values v (N, DV) give, without the factor ``scale``.
+
+    queries (BM, D), their gradients of the output (BM, DV), lse and delta (BM,) start at ``row``; query i stands at
+    key i + ``shift``.
+    """
+    BM = queries.shape[0]
+    rows = row + shift + tw.arange(0, BM)
+    end = tw.cdiv(k.shape[0], BN)
+    if CAUSAL:
+        end = tw.minimum(end, tw.cdiv(tw.maximum(row + BM + shift, 0), BN))
+    for j in tw.range(end):
+        keys = tw.load(k, (j, 0), (BN, queries.shape[1]))
+        columns = j * BN + tw.arange(0, BN)
+        s = tw.dot(queries, keys.T)
+        p = tw.exp2(s * (scale * LOG2E) - (logarithm * LOG2E)[:, None])
+        p = tw.where((columns < k.shape[0])[None, :], p, 0.0)
+        p = tw.where((logarithm == float("-inf"))[:, None], 0.0, p)
+        if CAUSAL:
+            p = tw.where(columns[None, :] <= rows[:, None], p, 0.0)
+        dp = tw.dot(gradients, tw.load(v, (j, 0), (BN, gradients.shape[1])).T)
+        ds = p * (dp - row_delta[:, None])
+        dqueries = tw.dot(ds.to(k.dtype), keys, dqueries)
+    return dqueries
 
 
 @tw.function
@@ -70,7 +166,7 @@ def ring_attention_dkdv(
     for i in tw.range(CHUNKS if seen else 0):
         shift = (own_chunk(i, CHUNKS) - c) * length
         dkeys, dvalues = key_gradients(
-            keys, values, q[i, b], do[i, b], lse[i, b], delta[i, b], g * shared, shared, n * BN, shift, None, scale,
+            keys, values, q[i, b], do[i, b], lse[i, b], delta[i, b], g * shared, shared, n * BN, shift, scale,
             dkeys, dvalues, BM, CAUSAL,
         )  # fmt: skip
     if owner != me:
@@ -113,7 +209,7 @@ def ring_attention_dq(
     dqueries = tw.zeros((BM, D), tw.float32)
     for c in tw.range(place + 1 if CAUSAL else tw.world_size()):
         dqueries = query_gradients(
-            queries, gradients, logarithm, row_delta, k[c, b, g], v[c, b, g], m * BM, (place - c) * length, None,
+            queries, gradients, logarithm, row_delta, k[c, b, g], v[c, b, g], m * BM, (place - c) * length,
             scale, dqueries, BN, CAUSAL,
         )  # fmt: skip
     tw.store(dq[which, b, h], (m, 0), (dqueries * scale).to(dq.dtype))
@@ -144,11 +240,9 @@ def ring_sdpa_backward(
     groups, width = k.shape[2], v.shape[4]
     factor = depth**-0.5 if scale is None else scale
     sizes = {"D": depth, "DV": width, "CAUSAL": causal}
-    flat, rows = (chunks * batch, heads, length), meta.get("BM", 64)
-    world.launch(
-        attention_delta, (tw.cdiv(length, rows), heads, chunks * batch),
-        reshaped(o, *flat, width), reshaped(do, *flat, width), reshaped(delta, *flat), DV=width, BM=rows,
-    )  # fmt: skip
+    rows = meta.get("BM", 64)
+    grid = tw.cdiv(length, rows), heads, chunks * batch
+    world.launch(ring_attention_delta, grid, o, do, delta, DV=width, BM=rows)
     inputs = q, k, v, do, lse, delta
     tiles = chunks * tw.cdiv(length, meta.get("BN", 128))
     parts = [
