@@ -249,7 +249,8 @@ class _Rewriter:
             b.loc = load.loc
             slot = b.slot(buffer, count)
             slot.hint = load.result.hint
-            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad, group.shared.get(load)))
+            part = group.shared.get(load)
+            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad, part, load.after))
             self.slots[load.result] = slot
         b.insert(Publish(group.ring, count, tokens))
 
