@@ -25,6 +25,8 @@ _TOOLS = {
     "torch_op": "tilewright.torch.operator",
     "DevicePointer": "tilewright.runtime.arguments",
     "DeviceError": "tilewright.runtime.errors",
+    "World": "tilewright.compiler.world",
+    "SymmetricTensor": "tilewright.runtime.symmetric",
     "CompileError": "tilewright.frontend.errors",
     "ArgumentError": "tilewright.frontend.errors",
 }
