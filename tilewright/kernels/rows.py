@@ -65,12 +65,12 @@ def sum_of(x, residual, m, j, BM, BN):
 
 
 @tw.function
-def store_weighted(y, m, j, row, scale, weight, bias, BN):
-    """``y = row * scale * weight + bias`` of the tile (m, j); ``scale`` has an element for each row.
+def store_weighted(y, m, j, row, weight, bias, BN):
+    """``y = row * weight + bias`` of the tile (m, j).
 
     Weight and bias are read here, not with the row: cached rows that need not wait in registers.
     """
-    out = row * scale[:, None] * tw.load(weight, j, BN).to(tw.float32)
+    out = row * tw.load(weight, j, BN).to(tw.float32)
     if bias is not None:
         out = out + tw.load(bias, j, BN).to(tw.float32)
     tw.store(y, (m, j), out.to(y.dtype))

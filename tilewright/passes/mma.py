@@ -79,29 +79,44 @@ class _Group:
 def _issue_and_wait(function: Function, block: Block) -> None:
     """Issue each dot where it stands and wait where its result is first needed, or its operands are given back.
 
-    The unit finishes groups in order, so waiting for one leaves exactly the younger ones in flight.
+    The unit finishes groups in order, so waiting for one leaves exactly the younger ones in flight. What several groups
+    read together is given back behind the wait for the last of them: until then the first one's result can be used.
     """
     mapping: dict[Value, Value] = {}
     uses = uses_of(function.body)
     flying: list[_Group] = []
+    held: list[Release] = []
     old = list(block.ops)
     block.set_ops([])
     b = Builder(block)
     for op in old:
         b.loc = op.loc
+        if isinstance(op, Release) and any(op.ring in group.rings for group in flying[1:]):
+            held.append(op)
+            continue
         chained = op.acc if isinstance(op, Dot) and uses[op.acc] == [op] else None
         needed = [n for n, group in enumerate(flying) if _needs(op, group, chained)]
         if op.terminator and flying:
             needed = [len(flying) - 1]
         if needed:
             flying = _wait(b, flying, max(needed), mapping)
+            held = _give_back(b, held, flying)
         if isinstance(op, Dot):
             flying.append(_issue(b, op, flying))
         else:
             b.insert(op)
     if flying:
         _wait(b, flying, len(flying) - 1, mapping)
+        _give_back(b, held, [])
     replace_uses(function.body, mapping)
+
+
+def _give_back(b: Builder, held: list[Release], flying: list[_Group]) -> list[Release]:
+    """Release what no group in flight reads; gives the other releases."""
+    for op in held:
+        if not any(op.ring in group.rings for group in flying):
+            b.insert(op)
+    return [op for op in held if any(op.ring in group.rings for group in flying)]
 
 
 def _needs(op: Operation, group: _Group, chained: Value | None) -> bool:
