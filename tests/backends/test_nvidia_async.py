@@ -402,10 +402,10 @@ def test_threads_and_copy_engine_fill_one_stage_together():
 @pytest.mark.parametrize("depth", [64, 128])
 def test_attention_takes_weights_from_registers(depth):
     result = compiled(attention(depth=depth))
-    words = r"\{(%r\d+, ){3}%r\d+\}, %rd\d+, 1, 1, 1, 1;"
+    words = r"\{(%r\d+, ){3}%r\d+\}, part\d+, 1, 1, 1, 1;"
     assert count(result, words) == 2 * 128 // 16  # in the loop, and behind it: the product lags by one iteration
     # the scores start from nothing instead of from zeros: in the first iteration, which runs alone, and in the loop
-    assert count(result, r"\}, %rd\d+, %rd\d+, 0, 1, 1, 0, 0;") == 2
+    assert count(result, r"\}, part\d+, part\d+, 0, 1, 1, 0, 0;") == 2
 
 
 @needs_ptxas

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from amd_assembly import ARCHS, compile_ir, elementwise, run
+from amd_assembly import ARCHS, compile_ir, elementwise, run, wrap
 
 from tilewright.runtime.emulator.amd import EmulatorFault
 
@@ -387,3 +387,8 @@ def test_a_descriptor_larger_than_its_array_faults() -> None:
     a, c = np.arange(100, dtype=np.float32), np.zeros(256, np.float32)
     with pytest.raises(EmulatorFault, match="outside any allocation"):
         run(compile_ir(BUFFER, "gfx942"), "gfx942", [a, c, np.int32(1024), np.int32(1024)])
+
+
+def test_code_that_does_not_end() -> None:
+    with pytest.raises(EmulatorFault, match="runs past the end"):
+        run(wrap("s_nop 0", kernarg=0).replace("s_endpgm", "s_nop 0"), "gfx942", [], threads=64)

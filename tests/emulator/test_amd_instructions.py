@@ -69,10 +69,10 @@ SNIPPETS: dict[str, tuple[str, list[np.ndarray], Any]] = {
     "ds_swizzle_b32 v10, v1 offset:swizzle(SWAP,16)": ("", [X], X[LANE ^ 16]),
     "ds_swizzle_b32 v10, v1 offset:swizzle(BITMASK_PERM,\"00p1i\")": (
         "", [X], X[(LANE & 32) | ((LANE & 4) | 2 | (~LANE & 1))]),
-    "v_readlane_b32 s8, v1, 5": ("v_mov_b32_e32 v10, s8", [X], np.full(64, X[5])),
+    "v_readlane_b32 s8, v1, 5": ("s_nop 1\nv_mov_b32_e32 v10, s8", [X], np.full(64, X[5])),
     "v_mbcnt_lo_u32_b32 v10, -1, 0": ("v_mbcnt_hi_u32_b32 v10, -1, v10", [], LANE),
     "s_mov_b64 exec, 0xf0": (
-        "v_readfirstlane_b32 s8, v1\ns_mov_b64 exec, -1\nv_mov_b32_e32 v10, s8", [X], np.full(64, X[4])),
+        "v_readfirstlane_b32 s8, v1\ns_mov_b64 exec, -1\ns_nop 0\nv_mov_b32_e32 v10, s8", [X], np.full(64, X[4])),
     "v_pk_mul_f32 v[10:11], v[1:2], v[3:4] op_sel_hi:[1,0]": ("", [F, G, G, F], F.view(F32) * G.view(F32)),
     "v_pk_add_f16 v10, v1, v2 op_sel:[1,0] op_sel_hi:[0,1]": (
         "", [ints(0x3C004000), ints(0x44004800)], ints(0x46004880)),  # (1 + 8, 2 + 4): halves of v1 change places
@@ -102,9 +102,9 @@ GFX950_SNIPPETS: dict[str, tuple[list[np.ndarray], list[Any]]] = {
     "v_cvt_pk_bf16_f32 v10, v1, v2": (
         [F, G], [F.view(F32).astype(BF16).view(np.uint16) | (G.view(F32).astype(BF16).view(np.uint16).astype(np.uint32)
                                                              << np.uint32(16))]),
-    "v_mov_b32_e32 v10, v1\nv_mov_b32_e32 v11, v2\nv_permlane32_swap_b32_e32 v10, v11": (
+    "v_mov_b32_e32 v10, v1\nv_mov_b32_e32 v11, v2\ns_nop 1\nv_permlane32_swap_b32_e32 v10, v11": (
         [X, Y], [np.where(LANE < 32, X, Y[LANE % 32]), np.where(LANE < 32, X[LANE % 32 + 32], Y)]),
-    "v_mov_b32_e32 v10, v1\nv_mov_b32_e32 v11, v2\nv_permlane16_swap_b32_e32 v10, v11": (
+    "v_mov_b32_e32 v10, v1\nv_mov_b32_e32 v11, v2\ns_nop 1\nv_permlane16_swap_b32_e32 v10, v11": (
         [X, Y], [np.where(LANE & 16, Y[LANE & ~16], X), np.where(LANE & 16, Y, X[LANE | 16])]),
     "v_bitop3_b32 v10, v1, v2, v3 bitop3:0x96": ([X, Y, Z], [X ^ Y ^ Z]),
 }  # fmt: skip

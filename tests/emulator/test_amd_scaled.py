@@ -26,16 +26,20 @@ def values(seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(64) * 3).astype(F32)
 
 
-def codes(value: np.ndarray, name: str) -> np.ndarray:
-    """The bits of the format, saturated."""
-    bits = np.clip(value, -LARGEST[name], LARGEST[name]).astype(FORMATS[name]).view(np.uint8)
-    return bits.astype(np.uint32)
+def codes(value: np.ndarray, name: str, saturate: bool = True) -> np.ndarray:
+    """The bits of the format, saturated or with NaN or infinity for what is too large."""
+    bounded = np.clip(value, -LARGEST[name], LARGEST[name]) if saturate else value
+    return bounded.astype(FORMATS[name]).view(np.uint8).astype(np.uint32)
 
 
+@pytest.mark.parametrize("saturate", [False, True])
 @pytest.mark.parametrize("wide", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("name", ["fp8", "bf8", "fp4"])
-def test_narrowing_with_a_scale(name: str, wide: str) -> None:
-    """D = source / 4, in the upper half, or octet 2; too large a number becomes the largest."""
+def test_narrowing_with_a_scale(name: str, wide: str, saturate: bool) -> None:
+    """D = source / 4, in the upper half, or octet 2.
+
+    Too large a number becomes the largest one of fp4, and of fp8 and bf8 if MODE.FP16_OVFL is set.
+    """
     x, y = (values(seed).astype(FORMATS[wide]).astype(F32) for seed in (1, 2))
     x[0] = 60000.0 if wide == "f16" else 1e6
     x = x.astype(FORMATS[wide]).astype(F32)
@@ -46,9 +50,10 @@ def test_narrowing_with_a_scale(name: str, wide: str) -> None:
         inputs, sources = [pair[0] | (pair[1] << np.uint32(16))], "v1"
     upper = "op_sel:[0,0,0,1]" if wide == "f32" or name == "fp4" else "op_sel:[0,0,1]"
     select = "op_sel:[0,0,0,1]" if name == "fp4" else upper
-    body = f"v_mov_b32_e32 v10, 0x{OLD:x}\nv_mov_b32_e32 v9, 4.0\n"
+    body = f"s_setreg_imm32_b32 hwreg(HW_REG_MODE, 23, 1), {int(saturate)}\n"
+    body += f"v_mov_b32_e32 v10, 0x{OLD:x}\nv_mov_b32_e32 v9, 4.0\n"
     body += f"v_cvt_scalef32_pk_{name}_{wide} v10, {sources}, v9 {select}"
-    low, high = codes(x / 4, name), codes(y / 4, name)
+    low, high = (codes(v / 4, name, saturate or name == "fp4") for v in (x, y))
     if name == "fp4":
         expected = (OLD & 0xFF00FFFF) | ((low | (high << np.uint32(4))) << np.uint32(16))
     else:

@@ -159,10 +159,13 @@ def test_dot_products_of_bytes_and_carries() -> None:
     a, b, c = (typed(np.roll(ints(32, s), s), U32) for s in (1, 2, 3))
     octets = [v.astype("<u4")[:, None].view(np.uint8).astype(int) for v in (a, b)]
     signed = [v.astype("<u4")[:, None].view(np.int8).astype(int) for v in (a, b)]
+    pairs = a[:, None].view(np.int16).astype(int)
     check_table(
         [
             ("dp4a.u32.u32 %d, %a, %b, %c;", U32, typed((octets[0] * octets[1]).sum(1) + c.astype(int), U32)),
             ("dp4a.s32.s32 %d, %a, %b, %c;", U32, typed((signed[0] * signed[1]).sum(1) + c.astype(int), U32)),
+            ("dp2a.lo.s32.u32 %d, %a, %b, %c;", U32, typed((pairs * octets[1][:, :2]).sum(1) + c.astype(int), U32)),
+            ("dp2a.hi.s32.s32 %d, %a, %b, %c;", U32, typed((pairs * signed[1][:, 2:]).sum(1) + c.astype(int), U32)),
             ("{.reg .u32 t; add.cc.u32 t, %a, %b; addc.u32 %d, %c, 0;}", U32,
              python(lambda x, y, z: z + (x + y >> 32), U32, a, b, c)),
             ("{.reg .u32 t; sub.cc.u32 t, %a, %b; subc.u32 %d, %c, 0;}", U32,
@@ -285,6 +288,87 @@ def test_special_values_flushing_and_saturation() -> None:
             ],
             {"a": a, "b": b},
         )
+
+
+def test_comparisons_of_halves() -> None:
+    a = np.array([0.0, 6e-8, -6e-8, 1.0, np.nan], np.float16)
+    b = np.array([6e-8, -6e-8, 0.0, 2.0, 1.0], np.float16)
+    (a, b), one = (np.resize(x, 32) for x in (a, b)), np.float16(1)
+    check_table(
+        [
+            ("set.lt.f16.f16 %d, %a, %b;", np.float16, np.where(a < b, one, np.float16(0))),
+            ("set.lt.ftz.f16.f16 %d, %a, %b;", np.float16, np.where((a == 1) & (b == 2), one, np.float16(0))),
+            ("setp.eq.ftz.f16 %d, %a, %b;", np.bool_, np.resize([True, True, True, False, False], 32)),
+            ("{.reg .pred q; setp.eq.f16 q, %a, %a; set.lt.and.u32.f16 %d, %a, %b, !q;}", U32, np.zeros(32)),
+        ],
+        {"a": a, "b": b},
+    )
+    octets = np.resize(np.arange(0x3F70, 0x3F90, dtype=np.uint16), 32)  # bf16 around one
+    check_table([("set.lt.bf16.bf16 %d, %a, %b;", np.uint16, np.where(octets < 0x3F80, 0x3F80, 0))],
+                {"a": octets, "b": np.full(32, 0x3F80, np.uint16)})  # fmt: skip
+
+
+def test_comparisons_of_pairs() -> None:
+    """The first predicate is for the lower halves, the second for the upper ones."""
+    rng = np.random.default_rng(7)
+    a, b = (rng.integers(-2, 3, (32, 2)).astype(np.float16) for _ in range(2))
+    a[0, 1] = np.nan
+    words = {"a": a.view(U32)[:, 0], "b": b.view(U32)[:, 0]}
+    check_table(
+        [
+            ("{.reg .pred q; setp.lt.f16x2 %d|q, %a, %b;}", np.bool_, (a < b)[:, 0]),
+            ("{.reg .pred q; setp.lt.f16x2 q|%d, %a, %b;}", np.bool_, (a < b)[:, 1]),
+            ("{.reg .pred q; setp.neu.f16x2 q|%d, %a, %b;}", np.bool_, (a != b)[:, 1]),
+            ("set.ge.f16x2.f16x2 %d, %a, %b;", U32, (a >= b).astype(np.float16).view(U32)[:, 0]),
+        ],
+        words,
+    )
+
+
+def test_nan_and_zeros_as_on_a_gpu() -> None:
+    """What the PTX ISA leaves open, as an H200 gave it (benchmarks/results/emulator_agreement.json)."""
+    single = np.resize(np.array([0x7FC00001, 0xFFC00001], U32), 32)
+    double = np.resize(np.array([0x7FF8000000000001, 0xFFF8000000000001], np.uint64), 32)
+    half = np.resize(np.array([0x0001, 0x83FF], np.uint16), 32)
+    u16, u64 = np.uint16, np.uint64
+    check_table(
+        [
+            ("cvt.f32.f32 %d, %s;", U32, single),
+            ("cvt.ftz.f64.f32 %d, %s;", u64, np.full(32, 0x7FFFFFFFE0000000, u64)),
+            ("cvt.rn.tf32.f32 %d, %s;", U32, np.full(32, 0x7FFFE000, U32)),
+            ("cvt.rz.relu.tf32.f32 %d, %s;", U32, np.full(32, 0x7FFFE000, U32)),
+            ("cvt.rna.tf32.f32 %d, %s;", U32, np.resize(np.array([0x7FC00000, 0xFFC00000], U32), 32)),
+            ("cvt.rn.f16.f64 %d, %w;", u16, np.resize(np.array([0x7E00, 0xFE00], u16), 32)),
+            ("cvt.rz.bf16.f64 %d, %w;", u16, np.resize(np.array([0x7FC0, 0xFFC0], u16), 32)),
+            ("neg.ftz.f16 %d, %h;", u16, np.resize(np.array([0x8000, 0x0000], u16), 32)),
+            ("abs.ftz.f16 %d, %h;", u16, np.zeros(32, u16)),
+        ],
+        {"s": single, "w": double, "h": half},
+    )
+    huge = np.full(32, 1e200)
+    wide = np.resize(np.array([-np.inf, 1e308]), 32)
+    check_table(
+        [("fma.rn.f64 %d, %a, %a, %c;", np.float64, np.resize(np.array([-np.inf, np.inf]), 32))],
+        {"a": huge, "c": wide},
+    )
+
+
+def test_pairs_of_integers() -> None:
+    a, b = (typed(np.roll(ints(32, s), s), U32) for s in (1, 2))
+    left, right = (x[:, None].view(np.int16) for x in (a, b))
+
+    def packed(pairs: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(pairs).view(U32)[:, 0]
+
+    check_table(
+        [
+            ("min.s16x2 %d, %a, %b;", U32, packed(np.minimum(left, right))),
+            ("max.u16x2 %d, %a, %b;", U32, packed(np.maximum(left.view(np.uint16), right.view(np.uint16)))),
+            ("max.relu.s16x2 %d, %a, %b;", U32, packed(np.maximum(np.maximum(left, right), 0))),
+            ("add.u16x2 %d, %a, %b;", U32, packed(left + right)),
+        ],
+        {"a": a, "b": b},
+    )
 
 
 def test_zeros_of_both_signs() -> None:

@@ -105,6 +105,17 @@ def test_sums_equal_those_of_an_h100() -> None:
             )
 
 
+def test_extreme_sums_equal_those_of_an_h200() -> None:
+    """Any finite bit patterns: overflow, denormals, differences far below the largest term."""
+    with np.load(Path(__file__).with_name("h200_extremes.npz")) as recorded:
+        for product in products("extreme"):
+            wanted = recorded[product.name]
+            blocks = len(wanted)
+            arrays = [array[:blocks] for array in product.arrays]
+            out = launch(legal(product.ptx), arrays, product.threads, (blocks,), shared_bytes=product.shared_bytes)[0]
+            assert out[-1].tobytes() == wanted.tobytes(), product.name
+
+
 # --- ldmatrix, stmatrix --------------------------------------------------------------------------------
 
 

@@ -10,8 +10,10 @@ inputs.
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,23 +24,29 @@ import pytest
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "support"))
 
+import library_launches  # noqa: E402
 import ptx_matrix_corpus  # noqa: E402
 import ptx_snippets  # noqa: E402
-from ptx_corpus import Family, families  # noqa: E402
+from ptx_corpus import FLOATS, Family, families  # noqa: E402
 from ptx_on_gpu import PtxOnGpu  # noqa: E402
 
+from tilewright.backends.errors import BackendError  # noqa: E402
+from tilewright.runtime.errors import DeviceError  # noqa: E402
+
 TARGET = "sm_90a"
+#: recorded results of an instruction that differ, at most
+EXAMPLES = 4
 #: what differs from machine to machine, or from run to run
 UNREPEATABLE = ("globaltimer", "%clock", "%smid", "%nsmid", "nanosleep", "brkpt", "vprintf", "trap")
 
 
-def distance(emulated: np.ndarray, real: np.ndarray, width: int) -> np.ndarray:
-    """Units in the last place between two arrays of float bit patterns; 0 for two NaNs."""
-    dtype = {16: np.float16, 32: np.float32, 64: np.float64}[width]
-    a, b = emulated.view(dtype), real.view(dtype)
+def distance(emulated: np.ndarray, real: np.ndarray, kind: str) -> np.ndarray:
+    """Units in the last place between two arrays of bit patterns of a float type; 0 for two NaNs."""
+    width, dtype = FLOATS[kind], ptx_matrix_corpus.NUMPY[kind]
+    a, b = (x.view(dtype).astype(np.float64) for x in (emulated, real))
     ordered = []
     for bits in (emulated, real):
-        wide = bits.astype(np.int64)
+        wide = bits.view(f"u{bits.itemsize}").astype(np.int64)
         sign = wide >> (width - 1) & 1
         ordered.append(np.where(sign == 1, -(wide & ((1 << (width - 1)) - 1)), wide))
     far: np.ndarray = np.abs(ordered[0] - ordered[1])
@@ -46,7 +54,7 @@ def distance(emulated: np.ndarray, real: np.ndarray, width: int) -> np.ndarray:
 
 
 def compare_family(gpu: PtxOnGpu, family: Family) -> dict[str, Any]:
-    """Each instruction of the family: how many results differ, and the first of them."""
+    """Each instruction of the family: how many results differ, and a few of them."""
 
     def on_gpu(ptx: str, arrays: Sequence[np.ndarray], threads: int, blocks: Sequence[int]) -> list[np.ndarray]:
         return gpu.launch(ptx, arrays, threads, blocks)
@@ -56,18 +64,18 @@ def compare_family(gpu: PtxOnGpu, family: Family) -> dict[str, Any]:
     wrong, furthest = [], 0
     for (text, _), ours, theirs in zip(family.lines, emulated, real, strict=True):
         if family.ulps:
-            far = distance(ours, theirs, 32)
+            far = distance(ours, theirs, family.kind)
             furthest = max(furthest, int(far.max()))
             different = far > family.ulps
         else:
             different = ours.view(f"u{ours.itemsize}") != theirs.view(f"u{theirs.itemsize}")
         if different.any():
-            i = int(np.flatnonzero(different)[0])
-            inputs = {name: hex(int(np.resize(value, len(ours))[i])) for name, value in family.inputs.items()}
-            wrong.append(
-                {"instruction": text, "different": int(different.sum()), "inputs": inputs,
-                 "emulated": hex(int(ours[i])), "gpu": hex(int(theirs[i]))}
-            )  # fmt: skip
+            used = {name: value for name, value in family.inputs.items() if re.search(rf"%{name}\b", text)}
+            examples = []
+            for i in np.flatnonzero(different)[:EXAMPLES]:
+                inputs = {name: hex(int(np.resize(value, len(ours))[i])) for name, value in used.items()}
+                examples.append({**inputs, "emulated": hex(int(ours[i])), "gpu": hex(int(theirs[i]))})
+            wrong.append({"instruction": text, "different": int(different.sum()), "examples": examples})
     row: dict[str, Any] = {"instructions": len(family.lines), "values": len(emulated[0]), "different": wrong}
     if family.ulps:
         row |= {"allowed_ulps": family.ulps, "furthest_ulps": furthest}
@@ -75,7 +83,7 @@ def compare_family(gpu: PtxOnGpu, family: Family) -> dict[str, Any]:
 
 
 def compare_product(gpu: PtxOnGpu, product: ptx_matrix_corpus.Product) -> dict[str, Any]:
-    """How many results differ, and the first of them, emulated and real."""
+    """How many results differ, and a few of them, emulated and real."""
     blocks = (ptx_matrix_corpus.BLOCKS,)
     options = {"shared_bytes": product.shared_bytes}
     ptx = ptx_snippets.legal(product.ptx)
@@ -84,61 +92,33 @@ def compare_product(gpu: PtxOnGpu, product: ptx_matrix_corpus.Product) -> dict[s
     different = ours.view(f"u{ours.itemsize}") != theirs.view(f"u{theirs.itemsize}")
     row: dict[str, Any] = {"values": ours.size, "different": int(different.sum())}
     if different.any():
-        row["first"] = [float(product.unpack(x)[product.unpack(different)][0]) for x in (ours, theirs)]
+        pairs = zip(ours[different][:EXAMPLES], theirs[different][:EXAMPLES], strict=True)
+        row["emulated and gpu"] = [[str(a), str(b)] for a, b in pairs]
     return row
 
 
-def compare_kernels() -> dict[str, Any]:
-    """Kernels of the library, the same artifact on both devices: results that differ, and by how much at most.
+def compare_kernel(launch: library_launches.Launch) -> dict[str, Any]:
+    """The same artifact on both devices: elements of all arrays that differ, and by how much at most.
 
-    Those with exponentials use ``ex2.approx``, which may differ in the last places.
+    Kernels with exponentials and the like use ``ex2.approx``, ``rsqrt.approx``, ..., which may differ in the last
+    places.
     """
-    import ml_dtypes
-    import torch
+    from gpu_arrays import to_device, to_host
 
-    import tilewright as tw
-    from tilewright.kernels.attention import LOG2E, attention
-    from tilewright.kernels.gemm import gemm
-    from tilewright.kernels.rmsnorm import rmsnorm
-    from tilewright.kernels.softmax import softmax
-
-    rng = np.random.default_rng(0)
-
-    def normal(*shape: int, dtype: Any = ml_dtypes.bfloat16) -> np.ndarray:
-        return rng.standard_normal(shape).astype(dtype)
-
-    def on_gpu(array: np.ndarray) -> torch.Tensor:
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
-        return torch.from_numpy(array).cuda()
-
-    square = [normal(300, 200), normal(200, 264), np.zeros((300, 264), ml_dtypes.bfloat16)]
-    wide = [normal(256, 192, dtype=np.float32), normal(192, 128, dtype=np.float32), np.zeros((256, 128), np.float32)]
-    heads = [normal(1, 2, 200, 64) for _ in range(3)]
-    cases: dict[str, tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]] = {
-        "gemm bf16": (gemm, (3, 2), square, {"BM": 128, "BN": 256}),
-        "gemm f16": (gemm, (3, 3), [x.astype(np.float16) for x in square], {"BM": 128, "BN": 128}),
-        "gemm f32": (gemm, (2, 1), wide, {"BM": 128, "BN": 128, "BK": 32}),
-        "rmsnorm f32": (rmsnorm, (64,), [normal(64, 1000, dtype=np.float32), normal(1000, dtype=np.float32),
-                                         np.zeros((64, 1000), np.float32), 1e-5], {"BM": 1, "BN": 1024}),
-        "softmax f32": (softmax, (64,), [normal(64, 1000, dtype=np.float32), np.zeros((64, 1000), np.float32)],
-                        {"BN": 1024}),
-        "attention bf16": (attention, (2, 2, 1), [*heads, np.zeros_like(heads[0]), 64**-0.5 * LOG2E],
-                           {"D": 64, "CAUSAL": True}),
-    }  # fmt: skip
-    rows = {}
-    for name, (kernel, grid, arguments, meta) in cases.items():
-        real = [on_gpu(x) if isinstance(x, np.ndarray) else x for x in arguments]
-        tw.device("cuda:0").launch(kernel, grid, *real, **meta)
-        tw.device("emulate:sm_90a").launch(kernel, grid, *arguments, **meta)
-        place = max(i for i, x in enumerate(arguments) if isinstance(x, np.ndarray))
-        ours, theirs = arguments[place].astype(np.float64), real[place].double().cpu().numpy()
-        rows[name] = {
-            "values": ours.size,
-            "different": int((ours != theirs).sum()),
-            "largest_relative": float((np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-3)).max()),
-        }
-    return rows
+    real = [to_device(x) if isinstance(x, np.ndarray) else x for x in launch.arguments]
+    launch.run("cuda:0", real)
+    launch.run("emulate:sm_90a", launch.arguments)
+    values = different = 0
+    furthest = 0.0
+    for position, ours in launch.arrays():
+        theirs = to_host(real[position], ours)
+        mine, other = (np.ascontiguousarray(x).astype(np.float64) for x in (ours, theirs))
+        apart = (mine != other) & ~(np.isnan(mine) & np.isnan(other))
+        values, different = values + ours.size, different + int(apart.sum())
+        if apart.any():
+            relative = np.abs(mine[apart] - other[apart]) / np.maximum(np.abs(other[apart]), 1e-3)
+            furthest = max(furthest, float(relative.max()))
+    return {"exact": launch.exact, "values": values, "different": different, "largest_relative": furthest}
 
 
 class Replay:
@@ -148,6 +128,8 @@ class Replay:
         self.gpu = gpu
         self.launches = self.skipped = 0
         self.different: list[str] = []
+        #: the same for instructions that the PTX ISA calls approximate
+        self.approximate: list[str] = []
         self.test = ""
         self._emulate = ptx_snippets.launch
 
@@ -180,29 +162,43 @@ class Replay:
         real = self.gpu.launch(ptx, arrays, threads, blocks, shared_bytes=options.get("shared_bytes", 0))
         self.launches += 1
         for i, (ours, theirs) in enumerate(zip(emulated, real, strict=True)):
+            if "atom." in ptx:  # which thread gets which old value is open
+                ours, theirs = np.sort(ours, axis=None), np.sort(theirs, axis=None)
             if np.ascontiguousarray(ours).tobytes() != theirs.tobytes():
-                self.different.append(f"{self.test}: array {i}")
+                (self.approximate if ".approx" in ptx else self.different).append(f"{self.test}: array {i}")
 
 
 def replay(gpu: PtxOnGpu) -> dict[str, Any]:
     plugin = Replay(gpu)
-    files = sorted(str(path) for path in (TESTS / "emulator").glob("test_ptx*.py"))
+    found = sorted((TESTS / "emulator").glob("test_ptx*.py"))
+    files = [str(path) for path in found if "ptx_snippets" in path.read_text()]
     status = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *files], plugins=[plugin])
     return {"status": int(status), "launches": plugin.launches, "skipped": plugin.skipped,
-            "different": plugin.different}  # fmt: skip
+            "different": plugin.different, "approximate": plugin.approximate}  # fmt: skip
 
 
-def agreement() -> dict[str, Any]:
+def agreement(path: Path) -> None:
+    """Compare everything. The file is written again and again, as a fault of the GPU may end the process."""
+    import torch
+
     gpu = PtxOnGpu()
-    result: dict[str, Any] = {"gpu": gpu.device.name}
-    result["instructions"] = {family.name: compare_family(gpu, family) for family in families()}
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
+
+    def record(part: str, cases: Iterable[Any], compare: Callable[[Any], dict[str, Any]]) -> None:
+        rows = result[part] = {}
+        for case in cases:
+            try:
+                rows[case.name] = compare(case)
+            except (BackendError, DeviceError) as error:
+                rows[case.name] = {"error": str(error)}
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+    record("instructions", families(), partial(compare_family, gpu))
     for operands in ("integers", "normal", "extreme"):
-        cases = ptx_matrix_corpus.products(operands)
-        result[f"matrix, {operands}"] = {product.name: compare_product(gpu, product) for product in cases}
-    result["kernels"] = compare_kernels()
+        record(f"matrix, {operands}", ptx_matrix_corpus.products(operands), partial(compare_product, gpu))
     result["snippets of the tests"] = replay(gpu)
-    return result
+    record("kernels", library_launches.launches(), compare_kernel)
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(agreement(), indent=1) + "\n")
+    agreement(Path(sys.argv[1]))

@@ -13,7 +13,8 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from emulator_agreement import compare_family, compare_kernels, compare_product  # noqa: E402
+from emulator_agreement import compare_family, compare_kernel, compare_product  # noqa: E402
+from library_launches import launches  # noqa: E402
 from ptx_corpus import families  # noqa: E402
 from ptx_matrix_corpus import products  # noqa: E402
 from ptx_on_gpu import PtxOnGpu  # noqa: E402
@@ -29,15 +30,14 @@ def test_instructions(gpu, family):
     assert compare_family(gpu, family)["different"] == []
 
 
-@pytest.mark.parametrize("operands", ["integers", "normal"])
+@pytest.mark.parametrize("operands", ["integers", "normal", "extreme"])
 def test_matrix_instructions(gpu, operands):
     assert {p.name: compare_product(gpu, p)["different"] for p in products(operands)} == {
         p.name: 0 for p in products(operands)
     }
 
 
-def test_kernels():
-    rows = compare_kernels()
-    exact = [name for name in rows if name.startswith("gemm")]
-    assert {name: rows[name]["different"] for name in exact} == dict.fromkeys(exact, 0)
-    assert all(row["largest_relative"] < 2e-2 for row in rows.values())
+@pytest.mark.parametrize("launch", launches(), ids=lambda launch: launch.name)
+def test_kernels(launch):
+    row = compare_kernel(launch)
+    assert row["different"] == 0 if launch.exact else row["largest_relative"] < 2e-2

@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import ml_dtypes
-import numpy as np
 import pytest
 from language_programs import CASES, Case
 
@@ -17,25 +15,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
-#: NumPy dtypes that torch knows under another name
-TORCH = {
-    np.dtype(ml_dtypes.bfloat16): torch.bfloat16,
-    np.dtype(ml_dtypes.float8_e4m3fn): torch.float8_e4m3fn,
-    np.dtype(ml_dtypes.float8_e5m2): torch.float8_e5m2,
-}
-
-
-def to_device(array):
-    if array.dtype in TORCH:
-        raw = torch.from_numpy(array.view(np.int8 if array.itemsize == 1 else np.int16))
-        return raw.view(TORCH[array.dtype]).cuda()
-    return torch.from_numpy(array).cuda()
-
-
-def to_host(tensor, like):
-    if like.dtype in TORCH:
-        return tensor.view(torch.int8 if like.itemsize == 1 else torch.int16).cpu().numpy().view(like.dtype)
-    return tensor.cpu().numpy()
+from gpu_arrays import to_device, to_host  # noqa: E402
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -6,17 +6,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_checks import DEVICES, check, launch, normal, poisoned
+from kernel_checks import DEVICES, check, errors, launch, normal, poisoned
 
 import tilewright as tw
 from tilewright.kernels.attention import LOG2E, attention, attention_varlen, configuration, reference
-from tilewright.kernels.attention_backward import attention_delta, attention_dkdv, attention_dq
+from tilewright.kernels.attention_backward import (
+    ROWS,
+    TILE,
+    attention_bound,
+    attention_dq,
+    attention_gradients,
+    attention_largest,
+    attention_rows,
+    sdpa_backward,
+)
+from tilewright.kernels.attention_backward import configuration as backward_configuration
 from tilewright.kernels.attention_backward import reference as gradients
 from tilewright.kernels.attention_decode import attention_decode, attention_merge, splits
 from tilewright.kernels.attention_decode import reference as decoded
 
 #: tiles that fit into 64 KiB
 SMALL = {"BM": 64, "BN": 32}
+AMD = ("emulate:gfx942", "emulate:gfx950")
 
 
 def inputs(shape: tuple[int, ...], dtype: str = "bf16") -> list[np.ndarray]:
@@ -69,20 +80,21 @@ def test_forward_on_emulated_hopper(shape: tuple[int, ...], options: dict[str, A
     forward("emulate:sm_90a", shape, **options)
 
 
-@pytest.mark.parametrize("device", ["emulate:gfx942", "emulate:gfx950"])
+@pytest.mark.parametrize("device", AMD)
 def test_forward_on_emulated_amd(device: str) -> None:
     forward(device, (1, 2, 1, 70, 50, 64, 64), causal=True, tiles=SMALL)
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulate:sm_90a"])
+@pytest.mark.parametrize("device", ["cpu", "emulate:sm_90a", *AMD])
 def test_sequences_one_after_the_other(device: str) -> None:
     rows, keys, heads, groups, d = [30, 0, 150, 7], [40, 5, 150, 3], 2, 1, 64
     q_starts, k_starts = (np.cumsum([0, *n]).astype(np.int32) for n in (rows, keys))
     q = normal(q_starts[-1], heads, d, dtype="bf16")
     k, v = (normal(k_starts[-1], groups, d, dtype="bf16", seed=s) for s in (1, 2))
     o, lse = poisoned(*q.shape, dtype="bf16"), poisoned(heads, q_starts[-1])
-    grid = (tw.cdiv(max(rows), 128), heads, len(rows))
-    meta = {"D": d, "DV": d, "CAUSAL": True}
+    tiles = SMALL if device in AMD else {"BM": 128, "BN": 128}
+    grid = (tw.cdiv(max(rows), tiles["BM"]), heads, len(rows))
+    meta = {"D": d, "DV": d, "CAUSAL": True, **tiles}
     launch(device, attention_varlen, grid, q, k, v, o, q_starts, k_starts, d**-0.5 * LOG2E, lse, **meta)
     for i in (0, 2, 3):
         mine, theirs = slice(*q_starts[i : i + 2]), slice(*k_starts[i : i + 2])
@@ -133,40 +145,116 @@ BACKWARD: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((1, 2, 2, 100, 130, 128, 128), {"causal": True}),
     ((1, 1, 1, 130, 130, 64, 64), {"causal": True, "left": 20}),
     ((1, 1, 1, 130, 100, 64, 64), {"causal": True}),
+    ((2, 4, 2, 100, 70, 64, 64), {"causal": True, "exact": False}),
 ]
 
 
-def backward(
-    device: str, shape: tuple[int, ...], causal: bool = False, left: int | None = None, tile: int = 64
-) -> None:
-    b, h, g, m, n, d, dv = shape
+def backward_inputs(shape: tuple[int, ...], causal: bool, left: int | None) -> list[np.ndarray]:
+    """q, k, v, o, do, lse."""
     q, k, v = inputs(shape)
-    do = normal(b, h, m, dv, dtype="bf16", seed=5)
-    exact, logarithm = reference(q, k, v, causal, left=left)
-    o, lse = exact.astype(q.dtype), logarithm.astype(np.float32)
-    delta, results = poisoned(b, h, m), [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)]
-    common, sizes = (q, k, v, do, lse, delta), {"D": d, "DV": dv, "CAUSAL": causal}
-    launch(device, attention_delta, (tw.cdiv(m, 64), h, b), o, do, delta, DV=dv)
-    long = {"BM": tile, "BN": 2 * tile}
-    launch(device, attention_dkdv, (tw.cdiv(n, 2 * tile), g, b), *common, *results[1:], d**-0.5, left, **sizes, **long)
-    wide = {"BM": 2 * tile, "BN": tile}
-    launch(device, attention_dq, (tw.cdiv(m, 2 * tile), h, b), *common, results[0], d**-0.5, left, **sizes, **wide)
+    do = normal(shape[0], shape[1], shape[3], shape[6], dtype="bf16", seed=5)
+    o, lse = reference(q, k, v, causal, left=left)
+    return [q, k, v, o.astype(q.dtype), do, lse.astype(np.float32)]
+
+
+def backward(
+    device: str, arrays: list[np.ndarray], causal: bool, left: int | None = None, exact: bool = True, **tiles: int
+) -> list[np.ndarray]:
+    """dq, dk and dv of the kernels."""
+    q, k, v, o, do, lse = arrays
+    (b, h, m, d), (g, n), dv = q.shape, k.shape[1:3], v.shape[3]
+    blocks = tw.cdiv(m, TILE)
+    rows, sums = poisoned(ROWS, b, h, blocks * TILE), np.full(q.shape, 123, np.int32 if exact else np.float32)
+    results, bound = [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)], None
+    if exact:
+        largest, bound = poisoned(2, b, g, tw.cdiv(n, TILE)), poisoned(b, g)
+        launch(device, attention_largest, (tw.cdiv(n, TILE), g, b), k, v, largest, D=d, DV=dv)
+        launch(device, attention_bound, (g, b), largest, bound)
+    launch(device, attention_rows, (blocks, h, b), o, do, lse, rows, sums, bound, D=d, DV=dv)
+    meta = {"D": d, "DV": dv, "CAUSAL": causal, "EXACT": exact, **(tiles or backward_configuration(max(d, dv)))}
+    grid = (tw.cdiv(n, meta["BN"]), g, b)
+    launch(device, attention_gradients, grid, q, k, v, do, rows, sums, *results[1:], d**-0.5, left, **meta)
+    launch(device, attention_dq, (blocks, h, b), sums, rows, results[0], d**-0.5, D=d)
+    return results
+
+
+def check_backward(
+    device: str, shape: tuple[int, ...], causal: bool = False, left: int | None = None, **options: Any
+) -> None:
+    arrays = backward_inputs(shape, causal, left)
+    q, k, v, _, do, _ = arrays
+    results = backward(device, arrays, causal, left, **options)
     for actual, wanted in zip(results, gradients(q, k, v, do, causal, left=left), strict=True):
         check(actual, wanted, "bf16")
 
 
 @pytest.mark.parametrize(("shape", "options"), BACKWARD)
 def test_backward(shape: tuple[int, ...], options: dict[str, Any]) -> None:
-    backward("cpu", shape, **options)
+    check_backward("cpu", shape, **options)
 
 
-@pytest.mark.parametrize(("shape", "options"), BACKWARD[:3])
+@pytest.mark.parametrize(("shape", "options"), BACKWARD)
 def test_backward_on_emulated_hopper(shape: tuple[int, ...], options: dict[str, Any]) -> None:
-    backward("emulate:sm_90a", shape, **options)
+    check_backward("emulate:sm_90a,races", shape, **options)
 
 
-def test_backward_on_emulated_amd() -> None:
-    backward("emulate:gfx950", (1, 2, 1, 40, 50, 64, 64), causal=True, tile=32)
+@pytest.mark.parametrize("device", AMD)
+def test_backward_on_emulated_amd(device: str) -> None:
+    check_backward(device, (1, 2, 1, 40, 50, 64, 64), causal=True, BM=32, BN=64)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_backward_of_arrays(causal: bool) -> None:
+    arrays = backward_inputs((1, 4, 2, 70, 150, 64, 64), causal, None)
+    q, k, v, _, do, _ = arrays
+    for deterministic in (True, False):
+        results = [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)]
+        sdpa_backward(*arrays, *results, causal=causal, deterministic=deterministic)
+        for actual, wanted in zip(results, gradients(q, k, v, do, causal), strict=True):
+            check(actual, wanted, "bf16")
+
+
+def test_integer_sums_do_not_depend_on_their_order() -> None:
+    """Blocks that run in different orders give the same bits, which sums of float32 do not."""
+    arrays = backward_inputs((1, 1, 1, 64, 512, 64, 64), False, None)
+    orders = [f"emulate:sm_90a,seed={seed}" for seed in (1, 2)]
+    exact, loose = ([backward(device, arrays, False, exact=e)[0] for device in orders] for e in (True, False))
+    assert exact[0].tobytes() == exact[1].tobytes()
+    assert loose[0].tobytes() != loose[1].tobytes(), "these runs do not differ in order"
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-4, 1e4])
+def test_integer_sums_of_any_size(factor: float) -> None:
+    q, k, v, o, do, lse = backward_inputs((1, 1, 1, 70, 200, 64, 64), True, None)
+    scaled = (do * do.dtype.type(factor)).astype(do.dtype)
+    results = backward("cpu", [q, k, v, o, scaled, lse], True)
+    for actual, wanted in zip(results, gradients(q, k, v, scaled, True), strict=True):
+        if factor:
+            check(actual, wanted, "bf16")
+        else:
+            assert not actual.any()
+
+
+def test_integer_sums_beside_large_elements() -> None:
+    """A key and a value that are much larger than the others make all steps coarser, but not as coarse as bfloat16."""
+    q, k, v, _, do, _ = backward_inputs((1, 1, 1, 70, 200, 64, 64), False, None)
+    k[..., 7, 3] = 100
+    v[..., 9, :] *= v.dtype.type(30)
+    o, lse = reference(q, k, v)
+    arrays, wanted = [q, k, v, o.astype(q.dtype), do, lse.astype(np.float32)], gradients(q, k, v, do)[0]
+    exact, loose = (errors(backward("cpu", arrays, False, exact=e)[0], wanted, "bf16")[0] for e in (True, False))
+    assert exact < 1.01 * loose
+
+
+@pytest.mark.parametrize("spoiled", ["q", "do"])
+def test_not_a_number_spoils_the_gradient_of_its_query_alone(spoiled: str) -> None:
+    arrays = backward_inputs((1, 1, 1, 64, 100, 64, 64), False, None)
+    arrays[0 if spoiled == "q" else 4][0, 0, 3] = np.nan
+    if spoiled == "q":
+        o, lse = reference(*arrays[:3])
+        arrays[3], arrays[5] = o.astype(arrays[0].dtype), lse.astype(np.float32)
+    dq = backward("cpu", arrays, False)[0][0, 0].astype(np.float32)
+    assert np.isnan(dq[3]).all() and np.isfinite(np.delete(dq, 3, axis=0)).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -37,6 +37,15 @@ def test_products_on_hopper(dtype: str, precision: str, tile: tuple[int, int, in
     assert error(c, reference(a, b)) <= 4 * np.finfo(dtype).eps
 
 
+@pytest.mark.parametrize(("dtype", "precision"), sorted(TILES))
+@pytest.mark.parametrize("device", ["emulate:gfx942", "emulate:gfx950"])
+def test_products_on_amd(device: str, dtype: str, precision: str) -> None:
+    m, n, k = 70, 65, 75
+    a, b, c = matrix(m, k, dtype, 0), matrix(k, n, dtype, 1), np.full((m, n), np.nan, dtype)
+    tw.device(device).launch(precise_gemm, (2, 2), a, b, c, BM=64, BN=64, BK=16, PRECISION=precision)
+    assert error(c, reference(a, b)) <= 4 * np.finfo(dtype).eps
+
+
 def test_tiles_follow_the_grid() -> None:
     assert configuration(4096, 4096, "float64")["BM"] == 128
     assert configuration(512, 512, "float64")["BM"] == 64  # else most SMs would have nothing to do

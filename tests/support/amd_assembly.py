@@ -34,9 +34,9 @@ declare void @llvm.amdgcn.raw.ptr.buffer.load.lds(ptr addrspace(8), ptr addrspac
 """
 
 
-def compile_ir(ir: str, arch: str, threads: int = 256) -> str:
-    """LLVM IR -> assembly text; kernels carry attribute group #0."""
-    attributes = f'attributes #0 = {{ "amdgpu-flat-work-group-size"="{threads},{threads}" }}\n'
+def compile_ir(ir: str, arch: str, threads: int = 256, more: str = "") -> str:
+    """LLVM IR -> assembly text; kernels carry attribute group #0, to which ``more`` adds attributes."""
+    attributes = f'attributes #0 = {{ "amdgpu-flat-work-group-size"="{threads},{threads}" {more} }}\n'
     module = llvm.parse_assembly(PRELUDE + ir + attributes)
     module.verify()
     target = llvm.Target.from_triple("amdgcn-amd-amdhsa")
@@ -63,7 +63,7 @@ def run(asm: str, arch: str, arguments: list[Any], grid: Any = 1, threads: int =
     return [memory.read_back(address) for address in addresses]
 
 
-def wrap(body: str, *, vgprs: int = 64, accum: int = 32, lds: int = 0, kernarg: int = 16) -> str:
+def wrap(body: str, *, vgprs: int = 64, accum: int = 32, lds: int = 0, kernarg: int = 16, denormals: int = 3) -> str:
     """A kernel k around assembly lines; s[0:1] point to the arguments, s2 is the workgroup, v0 the item."""
     return f"""
 k:
@@ -78,6 +78,7 @@ k:
         .amdhsa_system_sgpr_workgroup_id_x 1
         .amdhsa_next_free_vgpr {vgprs}
         .amdhsa_accum_offset {accum}
+        .amdhsa_float_denorm_mode_32 {denormals}
     .end_amdhsa_kernel
 """
 

@@ -84,6 +84,9 @@ def families() -> Iterator[Family]:
     yield from _floats()
     yield from _approximate()
     yield from _conversions()
+    yield from _rare_conversions()
+    yield from _rare_arithmetic()
+    yield from _half_functions()
     yield from _lanes()
 
 
@@ -259,6 +262,110 @@ def _conversions() -> Iterator[Family]:
               for a, b in (("s16", "s32"), ("u16", "s32"), ("s32", "s64"), ("u32", "s64"), ("s32", "u32"))]  # fmt: skip
     for start in range(0, len(widen), 20):
         yield Family(f"conversion {start // 20}", tuple(widen[start : start + 20]), {**small, **ints})
+
+
+def _in_parts(name: str, lines: list[tuple[str, Any]], inputs: dict[str, np.ndarray]) -> Iterator[Family]:
+    for start in range(0, len(lines), 20):
+        yield Family(f"{name} {start // 20}", tuple(lines[start : start + 20]), inputs)
+
+
+def _rare_conversions() -> Iterator[Family]:
+    """Between 16-bit floats and integers, of small floats with flushing and saturation, and to tf32 and fp8."""
+    f16, bf16, f32, f64 = floats("f16", 71), floats("bf16", 72), floats("f32", 73), floats("f64", 74)
+    ints = {f"i{width}": bits(width, 75 + width) for width in (16, 32, 64)}
+    pair = f16.astype(np.uint32) | np.roll(f16, 5).astype(np.uint32) << np.uint32(16)
+    inputs = {"f16": f16, "bf16": bf16, "f32": f32, "other": np.roll(f32, 9), "f64": f64, "pair": pair, **ints}
+    halves = ("f16", "bf16")
+    lines: list[tuple[str, Any]] = []
+    for mode in ("rni", "rzi", "rmi", "rpi"):
+        for name in halves:
+            lines += [(f"cvt.{mode}.{sign}{width}.{name} %d, %{name};", UNSIGNED[width])
+                      for sign in "us" for width in (16, 32, 64)]  # fmt: skip
+            lines.append((f"cvt.{mode}.{name}.{name} %d, %{name};", np.uint16))
+        lines += [(f"cvt.{mode}.ftz.{sign}32.f32 %d, %f32;", np.uint32) for sign in "us"]
+        lines += [(f"cvt.{mode}.{more}.f32.f32 %d, %f32;", np.uint32) for more in ("ftz", "sat")]
+    for mode in ("rn", "rz", "rm", "rp"):
+        for name in halves:
+            lines += [(f"cvt.{mode}.{name}.{sign}{width} %d, %i{width};", np.uint16)
+                      for sign in "us" for width in (16, 32, 64)]  # fmt: skip
+            lines += [(f"cvt.{mode}.{name}.{wide} %d, %{wide};", np.uint16) for wide in ("f32", "f64")]
+        lines += [(f"cvt.{mode}.bf16.f16 %d, %f16;", np.uint16), (f"cvt.{mode}.f16.bf16 %d, %bf16;", np.uint16)]
+        lines += [(f"cvt.{mode}.sat.f32.f64 %d, %f64;", np.uint32), (f"cvt.{mode}.sat.f16.f32 %d, %f32;", np.uint16),
+                  (f"cvt.{mode}.sat.f32.s32 %d, %i32;", np.uint32)]  # fmt: skip
+    lines += [(f"cvt{more}.f32.f32 %d, %f32;", np.uint32) for more in ("", ".ftz", ".sat")]
+    lines += [(f"cvt{more}.f32.f16 %d, %f16;", np.uint32) for more in (".ftz", ".sat")]
+    lines += [("cvt.f64.bf16 %d, %bf16;", np.uint64), ("cvt.ftz.f64.f32 %d, %f32;", np.uint64)]
+    lines += [(f"cvt.rn.relu.{name}.f32 %d, %f32;", np.uint16) for name in halves]
+    lines += [(f"cvt.rz.relu.{name}x2.f32 %d, %f32, %other;", np.uint32) for name in halves]
+    lines += [(f"cvt.{mode}.tf32.f32 %d, %f32;", np.uint32) for mode in ("rn", "rz", "rn.relu", "rz.relu")]
+    for name in ("e4m3", "e5m2"):
+        lines += [(f"cvt.rn.satfinite{relu}.{name}x2.f16x2 %d, %pair;", np.uint16) for relu in ("", ".relu")]
+        lines += [(f"cvt.rn.satfinite.relu.{name}x2.f32 %d, %f32, %other;", np.uint16),
+                  (f"cvt.rn.relu.f16x2.{name}x2 %d, %i16;", np.uint32)]  # fmt: skip
+    yield from _in_parts("rare conversion", lines, inputs)
+
+
+def _rare_arithmetic() -> Iterator[Family]:
+    """Modifiers on pairs, signs by xor, selections, comparisons into registers, dots and packed integers."""
+    f16, bf16, f32, f64 = floats("f16", 81), floats("bf16", 82), floats("f32", 83), floats("f64", 84)
+    x, y = (part.astype(np.uint32) | np.roll(part, 3).astype(np.uint32) << np.uint32(16) for part in (f16, bf16))
+    values = {"f16": f16, "bf16": bf16, "f32": f32, "f64": f64, "x": x, "y": y, "i": bits(32, 85)}
+    inputs = {**values, **{f"{name}_": np.roll(value, 7) for name, value in values.items()}}
+    inputs |= {"z": np.roll(x, 11), "j": bits(32, 86), "p": bits(32, 87) < 1 << 31}
+    word = np.uint32
+    lines: list[tuple[str, Any]] = []
+    for more in (".ftz", ".sat", ".ftz.sat"):
+        lines += [(f"{op}{more}.f16x2 %d, %x, %x_;", word) for op in ("add", "sub", "mul")]
+        lines.append((f"fma.rn{more}.f16x2 %d, %x, %x_, %z;", word))
+    lines += [("fma.rn.ftz.relu.f16x2 %d, %x, %x_, %z;", word)]
+    for op in ("min", "max"):
+        lines += [(f"{op}{more}.xorsign.abs.f32 %d, %f32, %f32_;", word) for more in ("", ".ftz.NaN")]
+        lines += [(f"{op}.xorsign.abs.{name} %d, %{name}, %{name}_;", np.uint16) for name in ("f16", "bf16")]
+        lines += [(f"{op}.NaN.xorsign.abs.bf16x2 %d, %y, %y_;", word), (f"{op}.ftz.f16x2 %d, %x, %x_;", word)]
+        lines += [(f"{op}.{kind}16x2 %d, %i, %j;", word) for kind in "us"]
+        lines += [(f"{op}.relu.{kind} %d, %i, %j;", word) for kind in ("s32", "s16x2")]
+    lines += [(f"{op}.ftz.f32 %d, %f32;", word) for op in ("neg", "abs")]
+    lines += [(f"{op}.ftz.f16 %d, %f16;", np.uint16) for op in ("neg", "abs")]
+    lines += [(f"set.{op}.{kind}.f32 %d, %f32, %f32_;", word)
+              for op in ("lt", "geu", "num", "ne") for kind in ("u32", "s32", "f32")]  # fmt: skip
+    lines += [("set.lt.ftz.u32.f32 %d, %f32, %f32_;", word), ("set.gt.u32.s32 %d, %i, %j;", word),
+              ("set.lt.u32.f64 %d, %f64, %f64_;", word), ("set.lt.and.u32.f32 %d, %f32, %f32_, %p;", word)]  # fmt: skip
+    lines += [(f"set.lt.{name}.{name} %d, %{name}, %{name}_;", np.uint16) for name in ("f16", "bf16")]
+    lines += [("slct.f32.s32 %d, %f32, %f32_, %i;", word), ("slct.ftz.u32.f32 %d, %i, %j, %f32;", word),
+              ("slct.u64.f32 %d, %f64, %f64_, %f32;", np.uint64),
+              ("slct.b16.s32 %d, %f16, %f16_, %i;", np.uint16)]  # fmt: skip
+    lines += [(f"setp.lt.{op}.f32 %d, %f32, %f32_, %p;", np.bool_) for op in ("and", "or", "xor")]
+    lines += [(f"setp.{op}.ftz.{name} %d, %{name}, %{name}_;", np.bool_)
+              for op in ("eq", "gt") for name in ("f16", "f32")]  # fmt: skip
+    lines += [("{.reg .pred q; setp.lt.f16x2 %d|q, %x, %x_;}", np.bool_),
+              ("{.reg .pred q; setp.geu.ftz.f16x2 q|%d, %x, %x_;}", np.bool_),
+              ("{.reg .pred q; setp.ne.xor.bf16x2 q|%d, %y, %y_, %p;}", np.bool_)]  # fmt: skip
+    lines += [("set.gt.f16x2.f16x2 %d, %x, %x_;", word), ("set.leu.bf16x2.bf16x2 %d, %y, %y_;", word)]
+    lines += [(f"dp4a.{a}.{b} %d, %i, %j, %f32;", word) for a, b in (("u32", "s32"), ("s32", "u32"))]
+    lines += [(f"dp2a.{half}.{a}.{b} %d, %i, %j, %f32;", word) for half in ("lo", "hi") for a in ("s32", "u32")
+              for b in ("s32", "u32")]  # fmt: skip
+    lines += [(f"add.{kind}16x2 %d, %i, %j;", word) for kind in "us"]
+    lines += [("mad.wide.u16 %d, %f16, %f16_, %i;", word), ("mad.wide.s32 %d, %i, %j, %f64;", np.uint64)]
+    lines += [(f"cvt.pack.sat.{kind}16.s32 %d, %i, %j;", word) for kind in "us"]
+    lines += [(f"cvt.pack.sat.{kind}8.s32.b32 %d, %i, %j, %f32;", word) for kind in "us"]
+    lines += [("bfind.u64 %d, %f64;", word), ("bfind.shiftamt.s64 %d, %f64;", word)]
+    yield from _in_parts("rare arithmetic", lines, inputs)
+
+
+def _half_functions() -> Iterator[Family]:
+    """Approximate functions of 16-bit floats: errors of up to 2^-9.9 (ex2.f16), 2^-10.987 (tanh.f16), 2^-7, 2^-8."""
+    rng = np.random.default_rng(91)
+    near = rng.uniform(-8, 8, VALUES).astype(np.float32)
+    half, brain = near.astype(np.float16).view(np.uint16), (near.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    for name, values, kind, ulps in (
+        ("ex2.approx.f16", half, "f16", 2), ("tanh.approx.f16", half, "f16", 2),
+        ("ex2.approx.ftz.bf16", brain, "bf16", 2), ("tanh.approx.bf16", brain, "bf16", 2),
+    ):  # fmt: skip
+        yield Family(name, ((f"{name} %d, %a;", np.uint16),), {"a": values}, ulps, kind)
+    double = np.random.default_rng(92).uniform(0.001, 1000, VALUES).view(np.uint64)
+    # about 20 bits, from the upper half of the operand alone
+    lines = (("rcp.approx.ftz.f64 %d, %a;", np.uint64), ("rsqrt.approx.ftz.f64 %d, %a;", np.uint64))
+    yield Family("approximate f64", lines, {"a": double}, 1 << 34, "f64")
 
 
 def _lanes() -> Iterator[Family]:

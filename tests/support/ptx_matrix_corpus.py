@@ -73,7 +73,8 @@ def values(name: str, shape: tuple[int, ...], seed: int, operands: str) -> np.nd
         return rng.integers(-4, 5, shape).astype(dtype)
     if operands == "extreme":
         data = rng.integers(0, 256, (*shape, dtype.itemsize), dtype=np.uint8).view(dtype)[..., 0]
-        data = np.where(np.isfinite(data.astype(np.float64)), data, dtype.type(1))
+        with np.errstate(invalid="ignore"):
+            data = np.where(np.isfinite(data.astype(np.float64)), data, dtype.type(1))
     else:
         data = (rng.standard_normal(shape) * np.exp2(rng.integers(-3, 4, shape))).astype(dtype)
     return (data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) if name == "tf32" else data

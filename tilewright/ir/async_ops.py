@@ -27,6 +27,9 @@ from tilewright.ir.core import (
 )
 from tilewright.ir.types import BufferType, SlotType, TileType, TokenType, ViewType, element_type, multipliable
 
+#: atomic updates of global memory that the copy engine makes, and of which element types
+BULK_UPDATES = {"add": ("i32", "f32")}
+
 
 @operation("async.alloc", effect=Effect.SYNC)
 class Alloc(Operation):
@@ -240,13 +243,18 @@ class PassTurn(Operation):
 class BulkStore(Operation):
     """Start copying a slot to the tile at ``index`` of a global view; parts outside are dropped.
 
-    With ``scope`` warpgroup each warpgroup copies the rows that its own threads wrote.
+    With ``scope`` warpgroup each warpgroup copies the rows that its own threads wrote. With ``update`` the engine adds
+    the slot to what is there, each element atomically at device scope, in no defined order.
     """
 
     slot: Value = operand()
     view: Value = operand()
     index: list[Value] = operands()
     scope: str = attribute(default="role")
+    update: str | None = attribute(default=None)
+
+    def verify(self) -> None:
+        self.require(self.update in (None, *BULK_UPDATES), f"update is one of {', '.join(BULK_UPDATES)}")
 
 
 @operation("async.bulk_wait", effect=Effect.SYNC)

@@ -307,8 +307,10 @@ class Builder:
         assert isinstance(type_, SlotType)
         return self.insert(async_ops.LocalLoad(slot, types=[TileType(type_.shape, type_.dtype, layout)])).result
 
-    def bulk_store(self, slot: Value, view: Value, index: Sequence[Value], scope: str = "role") -> None:
-        self.insert(async_ops.BulkStore(slot, view, index, scope=scope))
+    def bulk_store(
+        self, slot: Value, view: Value, index: Sequence[Value], scope: str = "role", update: str | None = None
+    ) -> None:
+        self.insert(async_ops.BulkStore(slot, view, index, scope=scope, update=update))
 
 
 def _tile(value: Value) -> TileType:

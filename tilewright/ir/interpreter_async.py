@@ -399,7 +399,7 @@ def _older(queue: list[Any], pending: int) -> list[Any]:
 def _bulk_store(frame: Frame, op: a.BulkStore) -> None:
     ref = frame.read(op.slot)
     read_slot(frame, ref)
-    store = BulkStore(ref, frame.read(op.view), frame.ints(op.index))
+    store = BulkStore(ref, frame.read(op.view), frame.ints(op.index), op.update)
     ref.state.readers.append(store)
     frame.thread.stores.append(store)
     frame.thread.writes = [slot for slot in frame.thread.writes if slot is not ref.state]  # not for the next publish

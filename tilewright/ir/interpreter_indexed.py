@@ -13,7 +13,7 @@ import numpy as np
 from tilewright.ir import check_ops, indexed_ops
 from tilewright.ir import interpreter_numerics as numerics
 from tilewright.ir.core import Value
-from tilewright.ir.interpreter_machine import Frame, Trap, View, rule
+from tilewright.ir.interpreter_machine import Frame, Trap, View, load_tile, rule, store_tile
 from tilewright.ir.types import TileType
 
 Array = Any
@@ -61,6 +61,10 @@ def _scatter(frame: Frame, op: indexed_ops.Scatter) -> None:
 def _atomic(frame: Frame, op: indexed_ops.Atomic) -> Array:
     view, value = frame.read(op.view), frame.read(op.value)
     expected = frame.read(op.expected) if op.expected is not None else value
+    if not op.indices and op.expected is None:  # every element has a place of its own
+        old = load_tile(view, frame.ints(op.index), value.shape, 0)
+        store_tile(view, frame.ints(op.index), _update(op.fn, old, value, value))
+        return old
     places, inside = _places(view, frame.ints(op.index), frame.reads(op.indices), op.axes, value.shape)
     old = np.zeros_like(value)
     for element in zip(*np.nonzero(inside), strict=True):

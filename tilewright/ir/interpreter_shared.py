@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from tilewright.ir import async_ops as a
+from tilewright.ir import interpreter_numerics as numerics
 from tilewright.ir.core import Operation
 from tilewright.ir.interpreter_machine import Thread, Trap, View, load_tile, store_tile
 
@@ -132,6 +133,7 @@ class BulkStore:
     ref: SlotRef
     view: View
     index: list[int]
+    update: str | None = None
     data: np.ndarray | None = None
 
     def read(self) -> None:
@@ -142,7 +144,10 @@ class BulkStore:
     def land(self) -> None:
         self.read()
         assert self.data is not None
-        store_tile(self.view, self.index, self.data)
+        data = self.data
+        if self.update is not None:
+            data = numerics.binary(self.update, load_tile(self.view, self.index, data.shape, 0), data)
+        store_tile(self.view, self.index, data)
 
 
 @dataclass(eq=False)

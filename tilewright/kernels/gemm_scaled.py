@@ -109,18 +109,12 @@ def gemm_block_scaled(
     m, n = tw.program_id(0), tw.program_id(1)
     column = n * BN // BLOCK
     acc = tw.zeros((BM, BN), tw.float32)
-    even_row, odd_row = tw.load(scale_a, (m, 0), (BM, 1)), tw.load(scale_a, (m, 1), (BM, 1))
-    even, odd = tw.load(scale_b, (0, column)), tw.load(scale_b, (1, column))
-    # Two blocks at a time: scales come from memory, and one product does not last as long as that takes.
-    for k in tw.range(0, tw.cdiv(a.shape[1], BLOCK), 2):
-        even_scale, odd_scale = even_row * even, odd_row * odd
-        left, right = tw.load(a, (m, k), (BM, BLOCK)), tw.load(b, (k, n), (BLOCK, BN))
-        next_left, next_right = tw.load(a, (m, k + 1), (BM, BLOCK)), tw.load(b, (k + 1, n), (BLOCK, BN))
-        first, second = tw.dot(left, right), tw.dot(next_left, next_right)
-        even_row, odd_row = tw.load(scale_a, (m, k + 2), (BM, 1)), tw.load(scale_a, (m, k + 3), (BM, 1))
-        even, odd = tw.load(scale_b, (k + 2, column)), tw.load(scale_b, (k + 3, column))
-        acc += first.to(tw.float32) * even_scale
-        acc += second.to(tw.float32) * odd_scale
+    for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
+        # vectors of 16 bytes or more travel with the operands: of b's scales one of the neighbours is ours
+        rows, neighbours = tw.load(scale_a.T[k], m, BM), tw.load(scale_b[k], column // 4, 4)
+        product = tw.dot(tw.load(a, (m, k), (BM, BLOCK)), tw.load(b, (k, n), (BLOCK, BN)))
+        ours = tw.sum(tw.where(tw.arange(4) == column % 4, neighbours, 0.0))
+        acc += product.to(tw.float32) * (rows * ours)[:, None]
     tw.store(c, (m, n), acc.to(c.dtype))
 
 

@@ -44,4 +44,17 @@ class Workspace:
         return kept[:size]
 
 
-__all__ = ["Workspace"]
+def temporary(like: Any, shape: tuple[int, ...], dtype: Any = "float32") -> Any:
+    """A new array of any content where the array ``like`` lives: for launches that need too much to keep it.
+
+    ``dtype`` is a name, or that of an array of the same kind.
+    """
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
+    import torch
+
+    named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return torch.empty(tuple(shape), dtype=named, device=like.device)
+
+
+__all__ = ["Workspace", "temporary"]

@@ -2,6 +2,7 @@
 
 from tilewright.passes import (
     alternate,
+    barriers,
     canonicalize,
     check_schedule,
     copy_ahead,
@@ -11,6 +12,7 @@ from tilewright.passes import (
     hand_back,
     issue_ahead,
     layouts,
+    lead,
     licm,
     load_ahead,
     mma,
@@ -30,6 +32,7 @@ from tilewright.passes import (
 
 __all__ = [
     "alternate",
+    "barriers",
     "canonicalize",
     "check_schedule",
     "copy_ahead",
@@ -39,6 +42,7 @@ __all__ = [
     "hand_back",
     "issue_ahead",
     "layouts",
+    "lead",
     "licm",
     "load_ahead",
     "mma",

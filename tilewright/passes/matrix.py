@@ -97,6 +97,10 @@ WGMMA_ACCUMULATES: dict[DType, DType] = {bf16: f32, f16: f32, f32: f32, f8e4m3: 
 WGMMA_K_BYTES = 32
 #: columns of one wgmma: multiples of 8, of integers beyond 32 multiples of 16
 WGMMA_COLUMNS, WGMMA_FEW_COLUMNS, WGMMA_INTEGER_COLUMNS = 8, 32, 16
+#: the longest run of operand b's columns in shared memory: a line of the widest swizzle
+WGMMA_LINE_BYTES = 128
+#: rows of one wgmma, which a warpgroup issues
+WGMMA_ROWS = 64
 #: accumulators per thread of a product in parts (`tilewright.passes.split_products`), which needs them twice
 SPLIT_ACCUMULATORS = 64
 
@@ -165,13 +169,17 @@ class Wgmma(MatrixUnit):
             )
 
     def warps(self, dots: Sequence[Dot]) -> int:
-        """Two warpgroups where every dot's rows split evenly; more only if accumulators demand it."""
-        rows = gcd(*(operand_shape(dot, "a")[0] for dot in dots))
+        """Two warpgroups where every dot's rows split evenly; more only if accumulators demand it.
+
+        Dots of 64 rows follow the others: warpgroups divide their columns.
+        """
+        tall = [dot for dot in dots if operand_shape(dot, "a")[0] > WGMMA_ROWS]
+        rows = gcd(*(operand_shape(dot, "a")[0] for dot in tall or dots))
         largest = max(operand_shape(d, "a")[0] * operand_shape(d, "b")[1] for d in dots)
         groups = 2 if rows % 128 == 0 else 1
         while groups * 128 * 160 < largest and rows % (groups * 2 * 64) == 0:
             groups *= 2
-        return 4 * groups
+        return 4 * groups if all(divides(dot, groups) for dot in dots) else 4
 
     def accumulator(self, shape: tuple[int, ...], warps: int) -> LinearLayout:
         return wgmma_accumulator(shape, warps // 4)
@@ -192,6 +200,24 @@ class Wgmma(MatrixUnit):
         if not swizzled:
             return None
         return choose_shared_layout(shape, bits, order, [], [], self.target.banks, swizzled)
+
+
+def divides(dot: Dot, groups: int) -> bool:
+    """Whether warpgroups can share a dot of wgmma: its rows in multiples of 64, or the columns of 64 rows."""
+    rows, columns = result_type(dot).shape
+    if rows != WGMMA_ROWS or groups == 1:
+        return rows % (groups * WGMMA_ROWS) == 0
+    own = columns // groups
+    whole = columns % (groups * WGMMA_COLUMNS) == 0 and own & (own - 1) == 0
+    return whole and own % _column_run(dot) == 0
+
+
+def _column_run(dot: Dot) -> int:
+    """Columns of operand b that lie in one block of shared memory, which warpgroups do not divide."""
+    load, perm = trace_load(dot.b)
+    if load is None or contiguous_axis(load, perm) != 1:
+        return 1
+    return min(operand_shape(dot, "b")[1], WGMMA_LINE_BYTES // operand_dtype(dot, "b").bytes)
 
 
 ROLES, PREFETCH = "roles", "prefetch"

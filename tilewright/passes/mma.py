@@ -33,8 +33,16 @@ class Mma(FunctionPass):
         if not unit.asynchronous:
             return
         warps = int(function.attributes["num_warps"])
-        for dot in dots:
-            _share_operand(function, dot, unit, warps)
+        buffers: dict[tuple[SlotType, int], Value] = {}
+        taken: dict[tuple[SlotType, Block | None], int] = {}
+        for dot in [dot for dot in dots if not isinstance(dot.b.type, SlotType)]:
+            slot = _operand_slot(dot, unit, warps)
+            number = taken[slot, dot.parent] = taken.get((slot, dot.parent), -1) + 1
+            if (slot, number) not in buffers:
+                top = Builder(function.body.block, dot.loc)
+                with top.at(function.body.block, 0):
+                    buffers[slot, number] = top.alloc(slot, hint=dot.b.hint)
+            _share_operand(dot, buffers[slot, number])
         for block in list({id(d.parent): d.parent for d in dots}.values()):
             assert block is not None
             loop = _accumulating_loop(function, block) if self.in_flight else None
@@ -44,18 +52,19 @@ class Mma(FunctionPass):
                 _issue_and_wait(function, block)
 
 
-def _share_operand(function: Function, dot: Dot, unit: MatrixUnit, warps: int) -> None:
-    """Operand b lies in shared memory; one that was computed in registers is written there first."""
-    if isinstance(dot.b.type, SlotType):
-        return
+def _operand_slot(dot: Dot, unit: MatrixUnit, warps: int) -> SlotType:
+    """The slot for an operand b that was computed in registers."""
     layout = unit.shared("b", dot, None, warps)
     tile = dot.b.type
-    assert isinstance(tile, TileType) and dot.parent is not None
+    assert isinstance(tile, TileType)
     if layout is None:
         raise IRError("operand b is too narrow for shared memory", dot.loc, "make K a multiple of 16")
-    top = Builder(function.body.block, dot.loc)
-    with top.at(function.body.block, 0):
-        buffer = top.alloc(SlotType(tile.shape, tile.dtype, layout), hint=dot.b.hint)
+    return SlotType(tile.shape, tile.dtype, layout)
+
+
+def _share_operand(dot: Dot, buffer: Value) -> None:
+    """Write operand b to shared memory. Dots of different blocks, which follow each other, take one buffer in turn."""
+    assert dot.parent is not None
     b = Builder(dot.parent, dot.loc)
     with b.at(dot.parent, dot.parent.ops.index(dot)):
         slot = b.slot(buffer, b.index(0))
@@ -72,18 +81,21 @@ class _Group:
     result: Value
     flying: Value
     token: Value
+    #: operand a
+    operand: Value
     rings: set[Value]
     buffers: set[Value]
 
 
 def _issue_and_wait(function: Function, block: Block) -> None:
-    """Issue each dot where it stands and wait where its result is first needed, or its operands are given back.
+    """Issue each dot where it stands and wait where its result is first needed.
 
-    The unit finishes groups in order, so waiting for one leaves exactly the younger ones in flight. What several groups
-    read together is given back behind the wait for the last of them: until then the first one's result can be used.
+    The unit finishes groups in order, so waiting for one leaves exactly the younger ones in flight. Operands are given
+    back behind the first wait that shows that they were read. What a dot takes from registers in the next iteration
+    has the registers of what it takes in this one, so that is waited for too: ptxas would serialise all (C7513).
     """
     mapping: dict[Value, Value] = {}
-    uses = uses_of(function.body)
+    uses, successors = uses_of(function.body), _successors(block)
     flying: list[_Group] = []
     held: list[Release] = []
     old = list(block.ops)
@@ -91,46 +103,62 @@ def _issue_and_wait(function: Function, block: Block) -> None:
     b = Builder(block)
     for op in old:
         b.loc = op.loc
-        if isinstance(op, Release) and any(op.ring in group.rings for group in flying[1:]):
-            held.append(op)
-            continue
         chained = op.acc if isinstance(op, Dot) and uses[op.acc] == [op] else None
-        needed = [n for n, group in enumerate(flying) if _needs(op, group, chained)]
-        if op.terminator and flying:
+        replaced = {value for value, successor in successors.items() if successor in op.results}
+        needed = [n for n, group in enumerate(flying) if group.operand in replaced or _needs(op, group, chained)]
+        if (op.terminator and flying) or any(_refills(op, release.ring, held) for release in held):
             needed = [len(flying) - 1]
         if needed:
             flying = _wait(b, flying, max(needed), mapping)
-            held = _give_back(b, held, flying)
-        if isinstance(op, Dot):
+            held = _release_read(b, held, flying)
+        if isinstance(op, Release) and any(op.ring in group.rings for group in flying):
+            held.append(op)
+        elif isinstance(op, Dot):
             flying.append(_issue(b, op, flying))
         else:
             b.insert(op)
     if flying:
         _wait(b, flying, len(flying) - 1, mapping)
-        _give_back(b, held, [])
+        _release_read(b, held, [])
     replace_uses(function.body, mapping)
 
 
-def _give_back(b: Builder, held: list[Release], flying: list[_Group]) -> list[Release]:
-    """Release what no group in flight reads; gives the other releases."""
-    for op in held:
-        if not any(op.ring in group.rings for group in flying):
-            b.insert(op)
-    return [op for op in held if any(op.ring in group.rings for group in flying)]
+def _release_read(b: Builder, held: list[Release], flying: list[_Group]) -> list[Release]:
+    """Place the releases of rings that no group in flight reads; gives the others."""
+    unread = [release for release in held if not any(release.ring in group.rings for group in flying)]
+    for release in unread:
+        b.insert(release)
+    return [release for release in held if release not in unread]
+
+
+def _refills(op: Operation, ring: Value, held: list[Release]) -> bool:
+    """Whether an operation waits for a later use of the ring while all of its stages may be held."""
+    waits = [o for o in op.walk() if isinstance(o, Await) and o.ring is ring]
+    all_held = sum(release.ring is ring for release in held) >= _stages(ring)
+    return bool(waits) and (all_held or op not in waits)
 
 
 def _needs(op: Operation, group: _Group, chained: Value | None) -> bool:
-    """The operation reads a group's result, or gives back memory that the group reads."""
+    """The operation reads a group's result, or writes or (further inside) gives back memory that the group reads."""
     inside = list(op.walk())
     if any(isinstance(o, Dot | AsyncDot) for o in inside[1:]):
         return True  # groups are counted within one block
     if any(group.result in o.operands for o in inside):
         return group.result is not chained
     return any(
-        (isinstance(o, Release) and o.ring in group.rings)
+        (isinstance(o, Release) and o.ring in group.rings and o is not op)
         or (isinstance(o, LocalStore) and buffer_of(o.slot) in group.buffers)
         for o in inside
     )
+
+
+def _successors(block: Block) -> dict[Value, Value]:
+    """What a loop carries into an iteration -> what this one hands to the next."""
+    loop = block.parent.parent if block.parent is not None else None
+    terminator = block.terminator
+    if not isinstance(loop, For) or not isinstance(terminator, Yield):
+        return {}
+    return dict(zip(loop.carried, terminator.values, strict=True))
 
 
 def _issue(b: Builder, dot: Dot, flying: list[_Group]) -> _Group:
@@ -140,7 +168,7 @@ def _issue(b: Builder, dot: Dot, flying: list[_Group]) -> _Group:
     result.hint = dot.result.hint
     buffers = {buffer_of(v) for v in (dot.a, dot.b) if isinstance(v.type, SlotType)}
     rings = {buffer.op.ring for buffer in buffers if isinstance(buffer.op, Alloc) and buffer.op.ring is not None}
-    return _Group(dot.result, result, token, rings, buffers)
+    return _Group(dot.result, result, token, dot.a, rings, buffers)
 
 
 def _wait(b: Builder, flying: list[_Group], last: int, mapping: dict[Value, Value]) -> list[_Group]:

@@ -29,6 +29,7 @@ from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.clusters import cluster_size, shared_axis
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import ROLES, matrix_unit, schedule_of
+from tilewright.passes.roles import registers_are_scarce
 
 #: a copy and a use at the same time
 LEAST_STAGES = 2
@@ -59,6 +60,7 @@ class Pipeline(FunctionPass):
         if schedule_of(function, context.target) != ROLES:
             return
         groups = find_groups(function)
+        riders = _join_riders(function, groups)
         if not groups:
             return
         shared, ctas = any(group.shared for group in groups), cluster_size(function)
@@ -76,6 +78,7 @@ class Pipeline(FunctionPass):
         with top.at(function.body.block, position=_after_allocations(function)):
             counts = {id(g): top.index(0) for g in groups}
         rewriter.rewrite(function.body.block, counts)
+        _read_riders(function, context, riders, rewriter.slots)
         _use_slots(function, rewriter.slots)
         if not matrix_unit(context.target, function).reads_slots:
             _read_slots(function)
@@ -102,7 +105,7 @@ def find_groups(function: Function) -> list[Group]:
     """Placed loads by block and by the operations that first and last read them."""
     uses, loops = uses_of(function.body), enclosing_operations(function)
     groups: dict[tuple[int, int, int], Group] = {}
-    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]:
+    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None and not is_rider(op)]:
         block = load.parent
         assert block is not None
         readers = [ancestor_in(op, block) for op in _readers(load.result, uses)]
@@ -118,6 +121,34 @@ def find_groups(function: Function) -> list[Group]:
         if axis is not None:
             group.shared[load] = axis
     return _merge_neighbours(list(groups.values()))
+
+
+def is_rider(load: Load) -> bool:
+    """A vector that placement lets travel with dot operands."""
+    return isinstance(load.result.type, TileType) and load.result.type.rank == 1
+
+
+def _join_riders(function: Function, groups: list[Group]) -> list[Load]:
+    """Let each vector join a group that is loaded behind it and used first; the others stay loads into registers.
+
+    The group is given back when the vector has been used too.
+    """
+    uses, joined = uses_of(function.body), []
+    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None and is_rider(op)]:
+        block = load.parent
+        assert block is not None
+        order = {id(op): n for n, op in enumerate(block.ops)}
+        readers = [ancestor_in(op, block) for op in uses.get(load.result, [])]
+        places = [order[id(op)] for op in readers if op is not None]
+        hosts = [g for g in groups if g.block is block and order[id(load)] < order[id(g.first_use)]]
+        group = next((g for g in hosts if places and order[id(g.first_use)] < min(places)), None)
+        if group is None:
+            load.shared, load.engine = None, "threads"
+            continue
+        group.loads = sorted([*group.loads, load], key=lambda op: order[id(op)])
+        group.last_use = block.ops[max(order[id(group.last_use)], *places)]
+        joined.append(load)
+    return joined
 
 
 def _merge_neighbours(groups: list[Group]) -> list[Group]:
@@ -273,6 +304,26 @@ def _use_slots(function: Function, slots: dict[Value, Value]) -> None:
     for op in doomed:
         assert op.parent is not None
         op.parent.ops.remove(op)
+
+
+def _read_riders(function: Function, context: PassContext, riders: list[Load], slots: dict[Value, Value]) -> None:
+    """Read each vector behind the last dot before its first use, so that it arrives while that one is waited for; at
+    the use itself where registers are scarce."""
+    uses, scarce = uses_of(function.body), registers_are_scarce(function.body, function, context.target)
+    for load in riders:
+        slot = slots.pop(load.result)
+        assert slot.op is not None and slot.op.parent is not None
+        block = slot.op.parent
+        readers = [ancestor_in(op, block) for op in uses[load.result]]
+        first = min(block.ops.index(op) for op in readers if op is not None)
+        dots = [n for n, op in enumerate(block.ops[:first]) if isinstance(op, Dot) and n > block.ops.index(slot.op)]
+        if dots and not scarce:
+            first = dots[-1] + 1
+        b = Builder(block, load.loc)
+        with b.at(block, first):
+            tile = b.local_load(slot)
+        tile.hint = load.result.hint
+        replace_uses(function.body, {load.result: tile})
 
 
 def _read_slots(function: Function) -> None:

@@ -11,7 +11,8 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
     f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,alternate,copy-ahead,prefetch,load-ahead,"
-    f"{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,staging,hand-back,fences"
+    f"{SIMPLIFY},split-products,skew,lead,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,staging,barriers,"
+    "hand-back,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use

@@ -5,6 +5,9 @@ warps share it. The shared layout comes from the matrix unit and the layout alge
 takes the copy when the view's strides and alignment allow, else threads do. A load stays an ordinary
 register load when its address depends on results of the matrix unit or on tiles (the copying warps
 could not compute it), or when the program also writes its tensor (order must be kept).
+
+Vectors that are loaded beside such tiles, in the same loop, may go with them (`riders`): a role that computes neither
+waits for them nor holds them in registers from early on.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from collections.abc import Iterator
 from math import gcd
 
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
+from tilewright.ir.layout import SharedLayout
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, Element, Load, Transpose
+from tilewright.ir.tile_ops import Dot, Element, For, Load, Transpose
 from tilewright.ir.types import TileType, ViewType
 from tilewright.passes.analysis import (
     backward_slice,
@@ -29,6 +33,8 @@ from tilewright.passes.matrix import ROLES, contiguous_axis, matrix_unit, schedu
 
 #: cuTensorMapEncodeTiled: base address and strides are multiples of 16 bytes, rank at most 5
 TMA_ALIGNMENT, TMA_MAX_RANK = 16, 5
+#: elements of a vector that one bulk copy brings (a box of the copy engine)
+MOST_VECTOR = 256
 #: the smallest copy of cp.async
 CP_ASYNC_BYTES = 4
 
@@ -59,6 +65,46 @@ class Placement(FunctionPass):
                 load.shared = layout if perm is None else layout.transpose(_inverse(perm))
                 choose = copy_engine if by_roles else thread_engine
                 load.engine = choose(load, context.target)
+        for load in riders(function, context.target) if by_roles and unit.reads_slots else ():
+            load.shared, load.engine = _vector_layout(load), "tma"
+
+
+def riders(function: Function, target: Target) -> list[Load]:
+    """Loads of vectors in loops that the copy engine can make together with those of dot operands around them.
+
+    `tilewright.passes.pipeline` takes those that are used while the operands are.
+    """
+    loops, written = enclosing_operations(function), written_tensors(function)
+    engines: dict[Block, set[str]] = {}
+    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]:
+        assert load.parent is not None
+        engines.setdefault(load.parent, set()).add(load.engine)
+    return [
+        op
+        for op in function.walk()
+        if isinstance(op, Load)
+        and op.shared is None
+        and op.parent is not None
+        and engines.get(op.parent) == {"tma"}
+        and isinstance(loops.get(op.parent), For)
+        and _is_copyable_vector(op, target)
+        and view_root(op.view) not in written
+        and early_address(op, loops, written)
+    ]
+
+
+def _is_copyable_vector(load: Load, target: Target) -> bool:
+    tile = load.result.type
+    assert isinstance(tile, TileType)
+    if tile.rank != 1 or tile.size > MOST_VECTOR or tile.size * tile.dtype.bytes % TMA_ALIGNMENT:
+        return False
+    return copy_engine(load, target) == "tma"
+
+
+def _vector_layout(load: Load) -> SharedLayout:
+    tile = load.result.type
+    assert isinstance(tile, TileType)
+    return SharedLayout(tile.shape, tile.dtype.bits, (0,))
 
 
 def dot_loads(function: Function) -> Iterator[Load]:

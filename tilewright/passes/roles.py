@@ -13,14 +13,17 @@ from tilewright.ir.async_ops import Acquire, Alloc, Barrier, Copy, MakeRing, Pub
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Effect, Function, Operation, Region, Value
 from tilewright.ir.target import Target
-from tilewright.ir.types import TokenType
+from tilewright.ir.tile_ops import Dot
+from tilewright.ir.types import TileType, TokenType
 from tilewright.passes.dce import eliminate_dead_code
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: registers a thread needs for the address arithmetic of copies: by the engine alone, or by its own loads and stores
 PRODUCER_REGISTERS = {"tma": 40, "threads": 96}
-#: the same beside more than two warpgroups of consumers, which need every register
+#: the same beside consumers that need every register: more than two warpgroups, or with many results of products
 FEWEST_REGISTERS = {"tma": 24, "threads": 96}
+#: results per thread, of all products of a loop together
+MANY_RESULTS = 192
 WARPGROUP = 4
 #: setmaxnreg takes multiples of 8 between 24 and 256 (PTX ISA, "setmaxnreg")
 REGISTER_STEP, MOST_REGISTERS = 8, 240
@@ -41,7 +44,9 @@ class Roles(FunctionPass):
         program.block.set_ops([op for op in body.ops if op not in shared and op not in ends])
         engines = {op.result.type.kind for op in copies if isinstance(op.result.type, TokenType)}
         consumers = int(function.attributes["num_warps"])
-        registers = distribute_registers(context.target, consumers, "tma" if engines == {"tma"} else "threads")
+        engine = "tma" if engines == {"tma"} else "threads"
+        scarce = registers_are_scarce(program, function, context.target)
+        registers = distribute_registers(context.target, consumers, engine, scarce)
         body.set_ops(shared)
         b = Builder(body, function.loc)
         produce = _slice(program, is_producer)
@@ -80,9 +85,20 @@ def _drop(block: Block, keep: Callable[[Operation], bool]) -> None:
     block.set_ops(kept)
 
 
-def distribute_registers(target: Target, consumers: int, engine: str) -> tuple[int, int]:
+def registers_are_scarce(program: Region, function: Function, target: Target) -> bool:
+    """Whether the results of the matrix products of some block take most of the consumers' registers."""
+    words: dict[Block | None, int] = {}
+    for op in program.walk():
+        if isinstance(op, Dot) and isinstance(op.result.type, TileType):
+            words[op.parent] = words.get(op.parent, 0) + op.result.type.size * op.result.type.dtype.bits // 32
+    threads = int(function.attributes["num_warps"]) * target.warp_size
+    return max(words.values(), default=0) > MANY_RESULTS * threads
+
+
+def distribute_registers(target: Target, consumers: int, engine: str, scarce: bool = False) -> tuple[int, int]:
     """Registers per thread of producer and consumers: the kernel starts with equal shares of the file."""
-    producer = (PRODUCER_REGISTERS if consumers <= 2 * WARPGROUP else FEWEST_REGISTERS)[engine]
+    scarce |= consumers > 2 * WARPGROUP
+    producer = (FEWEST_REGISTERS if scarce else PRODUCER_REGISTERS)[engine]
     size = target.warp_size
     equal = min(target.registers_per_unit // ((WARPGROUP + consumers) * size) // REGISTER_STEP * REGISTER_STEP, 248)
     if producer >= equal:

@@ -19,14 +19,16 @@ from tilewright.passes.matrix import (
     PREFETCH,
     ROLES,
     SCHEDULES,
+    WGMMA_ROWS,
     default_schedule,
+    divides,
     from_registers,
     operand_shape,
     role_obstacle,
 )
 
-#: warps that issue one wgmma, and the rows of its accumulator
-WARPGROUP, WARPGROUP_ROWS = 4, 64
+#: warps that issue one wgmma
+WARPGROUP = 4
 
 
 @register_pass("schedule")
@@ -57,10 +59,11 @@ class Schedule(FunctionPass):
 
 
 def check_rows(warps: int, dots: Sequence[Dot]) -> None:
-    """Raise IRError where the rows of an asynchronous product cannot be divided among the warpgroups."""
+    """Raise IRError where an asynchronous product cannot be divided among the warpgroups."""
     groups = warps // WARPGROUP
     for dot in dots:
         rows = operand_shape(dot, "a")[0]
-        if rows % (groups * WARPGROUP_ROWS) and not from_registers(dot):
+        if not from_registers(dot) and not divides(dot, groups):
             message = f"num_warps={warps}: {rows} rows do not divide among {groups} groups of {WARPGROUP} warps"
-            raise IRError(message, dot.loc, f"each group takes a multiple of {WARPGROUP_ROWS} rows")
+            hint = f"each group takes a multiple of {WGMMA_ROWS} rows, or columns of {WGMMA_ROWS}"
+            raise IRError(message, dot.loc, hint)

@@ -5,15 +5,18 @@ column chunks into a swizzled slot and the engine copies the slot out, clipping 
 the warps go on. Where each warpgroup owns whole rows of the tile, it stages and stores them on its own.
 An atomic update that releases what the program wrote comes after these copies have arrived.
 Layouts whose stores fill sectors of global memory anyway (float64 accumulators) stay direct.
+
+Atomic additions of whole tiles whose old values nobody asks for go the same way: the engine adds the slot to what is
+there, a line at a time instead of an element.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Barrier, BulkWait, LocalStore, Role
+from tilewright.ir.async_ops import BULK_UPDATES, Barrier, BulkWait, LocalStore, Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, Value
+from tilewright.ir.core import Block, Function, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import SharedLayout, shared_candidates
 from tilewright.ir.target import Target
@@ -28,6 +31,8 @@ LINE_BYTES, SLOTS = 128, 2
 #: bytes of one store instruction of a thread at most, and of a row's run that is as good stored directly
 VECTOR_BYTES, RUN_BYTES = 16, 64
 WARPGROUP = 4
+#: a tile whose columns are spread over the warps is staged as a whole, if it takes no more than this
+WHOLE_BYTES = 32 * 1024
 
 
 @register_pass("staging")
@@ -37,13 +42,19 @@ class Staging(FunctionPass):
     line_bytes: int = LINE_BYTES
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
+        uses = uses_of(function.body)
         for role in [op for op in function.walk() if isinstance(op, Role)]:
             buffers: dict[_Plan, Value] = {}
             staged = False
-            for store in [op for op in role.body.walk() if isinstance(op, Store)]:
-                layout = self._slot_layout(store, context.target)
+            for op in list(role.body.walk()):
+                layout = None
+                if isinstance(op, Store):
+                    layout = self._slot_layout(op, context.target)
+                elif isinstance(op, Atomic) and may_update(op, context.target, uses):
+                    layout = self._update_layout(op, context.target)
                 if layout is not None:
-                    _stage(function, store, layout, buffers)
+                    assert isinstance(op, Store | Atomic)
+                    _stage(function, op, layout, buffers)
                     staged = True
             if staged:
                 _finish(role)
@@ -55,17 +66,46 @@ class Staging(FunctionPass):
         assert isinstance(view, ViewType) and isinstance(tile, TileType) and tile.layout is not None
         if not may_stage(store, target) or run_bytes(tile) >= RUN_BYTES:
             return None
+        return self._chunk_layout(tile, target)
+
+    def _update_layout(self, update: Atomic, target: Target) -> SharedLayout | None:
+        """The same for an atomic addition: a chunk, or the whole tile where warps hold different columns."""
+        tile = update.value.type
+        assert isinstance(tile, TileType) and tile.layout is not None
+        chunk = self._chunk_layout(tile, target)
+        if chunk is not None or tile.size * tile.dtype.bytes > WHOLE_BYTES:
+            return chunk
+        return _swizzled(tile.shape, tile.dtype.bits, target)
+
+    def _chunk_layout(self, tile: TileType, target: Target) -> SharedLayout | None:
+        """The slot for ``line_bytes`` of each row, if every warp holds a part of them."""
+        assert tile.layout is not None
         width = min(tile.shape[1], self.line_bytes // tile.dtype.bytes)
         if tile.shape[1] % width:
             return None
-        shape = (tile.shape[0], width)
         try:
-            tile.layout.extract((0, 0), shape)
-            options = shared_candidates(shape, tile.dtype.bits, (1, 0), target.banks)
+            tile.layout.extract((0, 0), (tile.shape[0], width))
         except ValueError:
             return None
-        swizzled = [option for option in options if option.swizzle]
-        return swizzled[0] if swizzled else None
+        return _swizzled((tile.shape[0], width), tile.dtype.bits, target)
+
+
+def _swizzled(shape: tuple[int, ...], bits: int, target: Target) -> SharedLayout | None:
+    """The widest swizzle of the copy engine for rows of this shape."""
+    try:
+        options = shared_candidates(shape, bits, (1, 0), target.banks)
+    except ValueError:
+        return None
+    return next((option for option in options if option.swizzle), None)
+
+
+def may_update(op: Atomic, target: Target, uses: dict[Value, list[Operation]]) -> bool:
+    """Whether the copy engine can make an atomic update: of a tile's own place, unordered, the old values unused."""
+    view, tile = op.view.type, op.value.type
+    assert isinstance(view, ViewType) and isinstance(tile, TileType)
+    kind = tile.dtype.name in BULK_UPDATES.get(op.fn, ()) and op.order == "relaxed" and not op.indices
+    fits = tile.rank == 2 and view.contiguous_axis == 1 and bulk_copyable(op.view, target)
+    return kind and fits and not uses.get(op.result)
 
 
 def may_stage(store: Store, target: Target) -> bool:
@@ -96,7 +136,7 @@ class _Plan:
     scope: str
 
 
-def _stage(function: Function, store: Store, layout: SharedLayout, buffers: dict[_Plan, Value]) -> None:
+def _stage(function: Function, store: Store | Atomic, layout: SharedLayout, buffers: dict[_Plan, Value]) -> None:
     tile, block = store.value.type, store.parent
     assert isinstance(tile, TileType) and block is not None
     chunks = tile.shape[1] // layout.shape[1]
@@ -113,7 +153,7 @@ def _stage(function: Function, store: Store, layout: SharedLayout, buffers: dict
         _emit(b, store, buffers[plan], plan, chunks)
 
 
-def _emit(b: Builder, store: Store, buffer: Value, plan: _Plan, chunks: int) -> None:
+def _emit(b: Builder, store: Store | Atomic, buffer: Value, plan: _Plan, chunks: int) -> None:
     tile = store.value.type
     assert isinstance(tile, TileType) and tile.layout is not None
     row, column = store.index
@@ -128,7 +168,8 @@ def _emit(b: Builder, store: Store, buffer: Value, plan: _Plan, chunks: int) -> 
         b.insert(Barrier(scope=plan.scope))
         b.insert(LocalStore(part, slot))
         b.insert(Barrier(scope=plan.scope))
-        b.bulk_store(slot, store.view, [row, b.add(first, b.index(chunk))], scope=plan.scope)
+        place = [row, b.add(first, b.index(chunk))]
+        b.bulk_store(slot, store.view, place, plan.scope, store.fn if isinstance(store, Atomic) else None)
 
 
 def owns_rows(tile: TileType) -> bool:

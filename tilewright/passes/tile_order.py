@@ -64,7 +64,7 @@ class TileOrder(FunctionPass):
             persistent = has_dots and schedule_of(function, context.target) == ROLES
         persistent |= cluster is not None
         axes = reuse_axes(function)
-        longest = growing_axis(function) if persistent and axes is None else None
+        longest = sloping_axis(function) if persistent and axes is None else None
         chiplets = 1 if persistent or not shares_neighbours(function) else context.target.chiplets
         if not ids or not (persistent or axes or chiplets > 1):
             return
@@ -87,16 +87,17 @@ class TileOrder(FunctionPass):
 
 @dataclass(frozen=True)
 class _Order:
-    """``axes``: two along which rows of ``group`` tiles run at the same time; ``longest``: one that falls."""
+    """``axes``: two along which rows of ``group`` tiles run at the same time; ``longest``: one along which they get
+    longer (1) or shorter (-1)."""
 
     axes: tuple[int, int] | None
-    longest: int | None
+    longest: tuple[int, int] | None
     group: int
 
     def decode(self, b: Builder, tile: Value, sizes: list[Value]) -> list[Value]:
         """Program ids of a linear tile number."""
         if self.longest is not None:
-            return decode_longest_first(b, tile, sizes, self.longest, self.group)
+            return decode_longest_first(b, tile, sizes, *self.longest, self.group)
         return decode(b, tile, sizes, self.axes, self.group)
 
     def of_groups(self, cluster: _Cluster) -> _Order:
@@ -259,13 +260,14 @@ def _at_least(b: Builder, value: Value, least: int) -> Value:
     return b.binary("max", value, b.index(least))
 
 
-def growing_axis(function: Function) -> int | None:
-    """A grid axis along which some loop with matrix products gets longer."""
+def sloping_axis(function: Function) -> tuple[int, int] | None:
+    """A grid axis along which some loop with matrix products gets longer (1) or shorter (-1)."""
     for op in function.walk():
         if isinstance(op, For) and any(isinstance(o, Dot) for o in op.body.walk()):
             for axis in range(3):
-                if _direction(op.hi, axis) == 1 and _direction(op.lo, axis) == 0:
-                    return axis
+                slope = _direction(op.hi, axis), _direction(op.lo, axis)
+                if slope in ((1, 0), (0, 1)):
+                    return axis, 1 if slope[0] else -1
     return None
 
 
@@ -291,8 +293,9 @@ def _direction(value: Value, axis: int) -> int | None:
     return left or right if left * right >= 0 else None
 
 
-def decode_longest_first(b: Builder, tile: Value, sizes: list[Value], axis: int, group: int) -> list[Value]:
-    """Program ids of a linear tile number: ``axis`` falls, and moves slowest in windows of ``group`` other places."""
+def decode_longest_first(b: Builder, tile: Value, sizes: list[Value], axis: int, slope: int, group: int) -> list[Value]:
+    """Program ids of a linear tile number: ``axis`` falls (``slope`` 1) or rises, slowest in windows of ``group``
+    other places."""
     first, second = (a for a in range(3) if a != axis)
     places = b.mul(sizes[first], sizes[second])
     window = _positive(b, b.mul(sizes[axis], b.index(group)))
@@ -300,7 +303,9 @@ def decode_longest_first(b: Builder, tile: Value, sizes: list[Value], axis: int,
     width = _positive(b, b.binary("min", b.sub(places, start), b.index(group)))
     inner = b.binary("mod", tile, window)
     place = b.add(start, b.binary("mod", inner, width))
-    long = b.sub(b.sub(sizes[axis], b.index(1)), b.binary("floordiv", inner, width))
+    long = b.binary("floordiv", inner, width)
+    if slope > 0:
+        long = b.sub(b.sub(sizes[axis], b.index(1)), long)
     fast = _positive(b, sizes[first])
     found = {axis: long, first: b.binary("mod", place, fast), second: b.binary("floordiv", place, fast)}
     return [found[a] for a in range(3)]

@@ -11,7 +11,7 @@ issuing one wait. With more, several compute while one issues.
 
 from __future__ import annotations
 
-from tilewright.ir.async_ops import AsyncDot, PassTurn, Role, TakeTurn, Wait
+from tilewright.ir.async_ops import AsyncDot, Barrier, PassTurn, Role, TakeTurn, Wait
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation
 from tilewright.ir.tile_ops import Binary, Cast, For, Reduce, Select, Unary
@@ -50,12 +50,12 @@ def pays(block: Block, groups: int) -> bool:
 
 
 def _issued_together(block: Block) -> list[AsyncDot]:
-    """The first products of a block, up to where it waits."""
+    """The first products of a block, up to where it waits, for them or for the other warpgroups."""
     issued: list[AsyncDot] = []
     for op in block.ops:
         if isinstance(op, AsyncDot):
             issued.append(op)
-        elif isinstance(op, Wait) and issued:
+        elif issued and (isinstance(op, Wait) or (isinstance(op, Barrier) and op.scope != "warpgroup")):
             break
     return issued
 

@@ -134,11 +134,14 @@ class EmulatedDevice(Device):
         return self._target
 
     def load(self, binary: bytes, asm: Mapping[str, str] | None = None) -> EmulatedModule:
-        """Take the assembly ("ptx" or "amdgcn"); the binary is not looked at. DeviceError without it."""
+        """Take the assembly ("ptx" or "amdgcn"). DeviceError without it.
+
+        A code object must agree with its "amdgcn"; a cubin is not looked at.
+        """
         kind = EMULATED[self._target]
         if asm is None or kind not in asm:
             raise DeviceError(f"{self.name} executes assembly text, but got a binary alone.")
-        return EmulatedModule(self, asm[kind])
+        return EmulatedModule(self, asm[kind], binary)
 
     def view(self, argument: Any, name: str) -> TensorView:
         """The view of a NumPy array or a CPU torch tensor."""
@@ -188,9 +191,9 @@ class EmulatedDevice(Device):
 class EmulatedModule(Module):
     """Assembly text; each kernel in it is decoded on first use."""
 
-    def __init__(self, device: EmulatedDevice, asm: str) -> None:
+    def __init__(self, device: EmulatedDevice, asm: str, binary: bytes = b"") -> None:
         self.device = device
-        self._asm = asm
+        self._asm, self._binary = asm, binary
         self._functions: dict[str, EmulatedFunction] = {}
 
     def function(self, name: str) -> EmulatedFunction:
@@ -204,7 +207,7 @@ class EmulatedModule(Module):
                 if EMULATED[target] == "ptx":
                     self._functions[name] = PtxFunction(self._asm, name)
                 else:
-                    self._functions[name] = AmdFunction(self._asm, name, target)
+                    self._functions[name] = AmdFunction(self._asm, name, target, self._binary)
             except EmulatorError as error:
                 raise DeviceError(f"Kernel '{name}' on {self.device.name}: {error}") from error
         return self._functions[name]

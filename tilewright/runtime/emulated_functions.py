@@ -43,12 +43,15 @@ class EmulatedFunction(ABC):
 
 
 class AmdFunction(EmulatedFunction):
-    """A kernel of AMD assembly."""
+    """A kernel of AMD assembly, which the code object ``binary`` must agree with, if there is one."""
 
-    def __init__(self, asm: str, name: str, target: str) -> None:
+    def __init__(self, asm: str, name: str, target: str, binary: bytes = b"") -> None:
         from tilewright.runtime.emulator.amd import AmdEmulator
+        from tilewright.runtime.emulator.amd.code_object import check_code_object
 
         self.emulator = AmdEmulator(asm, name, target)
+        if binary:
+            check_code_object(self.emulator.kernel, binary)
         self.shared_limit = get_target(target).shared_bytes
 
     def start(

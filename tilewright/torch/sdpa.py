@@ -65,7 +65,7 @@ def _launch_backward(
 ) -> None:
     dq, dk, dv = made
     if out.numel():
-        sdpa_backward(q, k, v, out, dout, lse, torch.empty_like(lse), dq, dk, dv, causal, scale=scale)
+        sdpa_backward(q, k, v, out, dout, lse, dq, dk, dv, causal, scale=scale)
     else:
         dk.zero_(), dv.zero_()
 

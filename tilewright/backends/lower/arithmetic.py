@@ -184,7 +184,7 @@ def _cast_float(lw: Lowering, x: mlir.Value, source: DType, result: DType) -> ml
     if result == i1:
         return fb.fcmp("une", x, 0.0)
     bits = max(result.bits, 32)  # saturate to 32 bits, then clamp: narrower conversions are not native
-    whole = fb.fptosi_sat(x, fb.types.i64 if bits == 64 else fb.types.i32)
+    whole = fb.fptosi_sat(x, fb.types.i64) if bits == 64 else lw.ops.to_int(lw, x)
     if result.bits == bits:
         return whole
     limit = 1 << result.bits - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tilewright.backends.lower import arithmetic
@@ -11,7 +12,7 @@ from tilewright.backends.lower.coordinates import TileCoordinates
 from tilewright.backends.lower.elements import constant, element, round_to, widen
 from tilewright.backends.lower.ranges import Range, limits, value_range
 from tilewright.ir import tile_ops
-from tilewright.ir.core import Value
+from tilewright.ir.core import Operation, Value
 from tilewright.ir.types import ScalarType, TileType, element_type
 
 
@@ -32,7 +33,9 @@ def lower_constant(lw: Lowering, op: tile_ops.Constant) -> None:
 
 @lowers(tile_ops.Iota)
 def lower_iota(lw: Lowering, op: tile_ops.Iota) -> None:
-    coordinates = TileCoordinates(lw, lw.layout(op.result))
+    lane = lw.ops.from_here(lw, lw.scope.lane) if in_branch(op) else lw.scope.lane
+    with lw.as_scope(replace(lw.scope, lane=lane)):
+        coordinates = TileCoordinates(lw, lw.layout(op.result))
     dtype = element_type(op.result.type)
     registers = []
     for register in range(coordinates.layout.num_registers):
@@ -40,6 +43,12 @@ def lower_iota(lw: Lowering, op: tile_ops.Iota) -> None:
         convert = lw.fb.sext if dtype.bits > 32 else lw.fb.trunc
         registers.append(convert(index, element(lw, dtype)))
     lw.define(op.result, registers)
+
+
+def in_branch(op: Operation) -> bool:
+    """Whether an operation stands in a branch, which might not be taken: nothing of it should be computed before."""
+    region = op.parent.parent if op.parent is not None else None
+    return region is not None and isinstance(region.parent, tile_ops.If)
 
 
 @lowers(tile_ops.Splat)

@@ -83,6 +83,10 @@ class TargetOps(ABC):
         """How tiles of these sizes are read and written, where not by 64-bit addresses and branches."""
         return None
 
+    def from_here(self, lw: Lowering, value: mlir.Value) -> mlir.Value:
+        """The same i32; on targets where it pays, what follows from it is not moved in front of this place."""
+        return value
+
     # --- messages -------------------------------------------------------------------------------
 
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
@@ -104,6 +108,10 @@ class TargetOps(ABC):
     @abstractmethod
     def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
         """f32 quotient, at most 2.5 ulp off."""
+
+    def to_int(self, lw: Lowering, x: mlir.Value) -> mlir.Value:
+        """The i32 nearest to an f32 or f64 towards zero, NaN as 0."""
+        return lw.fb.fptosi_sat(x, lw.fb.types.i32)
 
     def widen_fp8(self, lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
         """An 8-bit float as f32."""

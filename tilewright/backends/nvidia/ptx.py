@@ -180,13 +180,18 @@ def store_boxes(
     tensor_map: mlir.Value,
     boxes: Sequence[tuple[Sequence[mlir.Value], mlir.Value]],
     condition: mlir.Value | None,
+    update: str | None = None,
 ) -> None:
-    """Start copying boxes ``(coordinates, source)`` out of shared memory, as one group, under a condition."""
+    """Start copying boxes ``(coordinates, source)`` out of shared memory, as one group, under a condition.
+
+    ``update``: "add" adds them to what is there.
+    """
+    copy, kind = ("cp.async", "") if update is None else ("cp.reduce.async", f".{update}.tile")
     lines, arguments, kinds = [], [tensor_map], "l"
     for coordinates, source in boxes:
         at, rank = len(arguments), len(coordinates)
         lines.append(
-            f"cp.async.bulk.tensor.{rank}d.global.shared::cta.bulk_group [$0, {_place(at + 1, rank)}], [${at}];"
+            f"{copy}.bulk.tensor.{rank}d.global.shared::cta{kind}.bulk_group [$0, {_place(at + 1, rank)}], [${at}];"
         )
         arguments += [source, *coordinates]
         kinds += "r" * (rank + 1)

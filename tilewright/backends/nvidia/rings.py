@@ -15,8 +15,15 @@ from dataclasses import dataclass
 from tilewright.backends.lower.context import Lowering, Table, lowers
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
-from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_leader, warpgroup_thread
-from tilewright.ir.async_ops import Acquire, Await, Copy, MakeRing, Publish, Release
+from tilewright.backends.nvidia.state import (
+    WARPGROUP_WARPS,
+    leader,
+    ring_of,
+    state,
+    warpgroup_leader,
+    warpgroup_thread,
+)
+from tilewright.ir.async_ops import Acquire, Await, Barrier, Copy, Fence, LocalLoad, MakeRing, Publish, Release
 from tilewright.ir.core import Value
 from tilewright.ir.types import RingType, SlotType, TokenType
 
@@ -123,9 +130,10 @@ def lower_release(lw: Lowering, op: Release) -> None:
     warpgroup arrive at one block's barrier each.
     """
     ref = ring(lw, op.ring)
-    if ref.read_by_threads and _filled_by_engine(lw, op.ring):
+    reads = ref.read_by_threads and not _met_since_reads(op)
+    if reads and _filled_by_engine(lw, op.ring):
         ptx.fence_async_proxy(lw.fb)
-    if ref.read_by_threads and not lw.scope.single_thread:
+    if reads and not lw.scope.single_thread:
         lw.ops.barrier(lw, "warpgroup" if lw.scope.num_warps >= WARPGROUP_WARPS else "role")
     barrier = empty_barrier(lw, ref, lw.scalar(op.count))
     if ref.ctas == 1:
@@ -136,6 +144,20 @@ def lower_release(lw: Lowering, op: Release) -> None:
     else:
         thread = warpgroup_thread(lw)
         ptx.arrive_in_block(lw.fb, barrier, thread, lw.fb.icmp("ult", thread, lw.fb.i32(ref.ctas)), ref.scope)
+
+
+def _met_since_reads(op: Release) -> bool:
+    """Whether the threads have fenced and met behind their last reads of the stage anyway."""
+    assert op.parent is not None
+    met = fenced = False
+    for earlier in reversed(op.parent.ops[: op.parent.ops.index(op)]):
+        if any(isinstance(o, LocalLoad) and ring_of(o.slot) is op.ring for o in earlier.walk()):
+            return met and fenced
+        if isinstance(earlier, Await) and earlier.ring is op.ring:
+            return False
+        met |= isinstance(earlier, Barrier) and earlier.scope != "cluster"
+        fenced |= met and isinstance(earlier, Fence)
+    return False
 
 
 def _filled_by_engine(lw: Lowering, value: Value) -> bool:

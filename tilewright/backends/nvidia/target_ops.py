@@ -111,6 +111,10 @@ class NvidiaOps(TargetOps):
             else:
                 _predicated_store(lw, predicate, pointer, value)
 
+    def from_here(self, lw: Lowering, value: mlir.Value) -> mlir.Value:
+        """Without this LLVM computes masks of rare iterations in front of the loop, and keeps them in registers."""
+        return lw.fb.inline_asm(value.type, "", "=r,0", [value])
+
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:
         debug.print_line(lw, text, values)
 
@@ -123,6 +127,13 @@ class NvidiaOps(TargetOps):
     def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
         """div.full.f32: at most 2 ulp over the full range."""
         return lw.fb.inline_asm(x.type, "div.full.f32 $0, $1, $2;", "=f,f,f", [x, y], side_effects=False)
+
+    def to_int(self, lw: Lowering, x: mlir.Value) -> mlir.Value:
+        """cvt.rzi.s32.f32 saturates, and gives 0 for NaN by itself ("Floating Point Conversions"); LLVM adds code."""
+        if x.type != lw.fb.types.f32:
+            return super().to_int(lw, x)
+        text = "cvt.rzi.s32.f32 $0, $1;"
+        return lw.fb.inline_asm(lw.fb.types.i32, text, "=r,f", [x], side_effects=False)
 
     def widen_fp8(self, lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
         """cvt.rn.f16x2.e4m3x2 and e5m2x2 (sm_89 and later): f16 holds every 8-bit float."""

@@ -208,7 +208,7 @@ def lower_bulk_store(lw: Lowering, op: BulkStore) -> None:
     shift, skip = _own_part(lw, lw.slot(op.slot), shares(op, lw.scope.num_warps), lambda: warpgroup_index(lw))
     who = warpgroup_leader(lw) if op.scope == "warpgroup" else leader(lw)
     transfers = list(_transfers(lw, op, shift, skip))
-    ptx.store_boxes(lw.fb, transfers[0][0], [(where, address) for _, where, address in transfers], who)
+    ptx.store_boxes(lw.fb, transfers[0][0], [(where, address) for _, where, address in transfers], who, op.update)
 
 
 def _own_part(

@@ -79,15 +79,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class SlotOperand:
-    """An operand in shared memory: ``base`` is the descriptor (i64) of the warpgroup's first part."""
+    """An operand in shared memory: ``base`` is the lower half (i32) of the descriptor of the warpgroup's first part."""
 
-    lw: Lowering
     descriptor: MatrixDescriptor
     base: mlir.Value
 
-    def at(self, position: int, k: int) -> mlir.Value:
-        """The descriptor of the part at (M or N position, k)."""
-        return self.lw.fb.add(self.base, self.descriptor.start(position, k) >> 4)
+    def at(self, position: int, k: int) -> Part:
+        """The part at (M or N position, k)."""
+        return Part(self.base, self.descriptor.start(position, k) >> 4, self.descriptor.bits >> 32)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The descriptor ``(base + step, upper)`` of a part of an operand."""
+
+    base: mlir.Value
+    step: int
+    upper: int
 
 
 def slot_operand(lw: Lowering, slot: SlotRef, axis: int, step: int) -> SlotOperand:
@@ -98,7 +106,7 @@ def slot_operand(lw: Lowering, slot: SlotRef, axis: int, step: int) -> SlotOpera
         distance = descriptor.step(step, groups)
         address = lw.index.add(address, lw.index.mul(warpgroup_index(lw), distance))
     start = fb.and_(fb.lshr(lw.index.value(address), 4), ADDRESS_MASK)
-    return SlotOperand(lw, descriptor, fb.or_(fb.zext(start, fb.types.i64), fb.i64(descriptor.bits)))
+    return SlotOperand(descriptor, fb.or_(start, descriptor.bits & 0xFFFFFFFF))
 
 
 def register_operand(
@@ -129,10 +137,15 @@ def pack_words(lw: Lowering, elements: Sequence[mlir.Value]) -> Registers:
 
 
 class Group:
-    """The assembly statement of one dot. Results and tied accumulators come first, then operands as they turn up."""
+    """The assembly statement of one dot. Results and tied accumulators come first, then operands as they turn up.
+
+    Descriptors are put together in the statement: LLVM would compute all of them in front of the loop and keep them
+    in registers.
+    """
 
     def __init__(self, lw: Lowering, accumulators: Registers, tied: bool):
         self.lw, self.accumulators, self.tied = lw, accumulators, tied
+        self.descriptors: dict[Part, str] = {}
         self.inputs: list[mlir.Value] = []
         self.kinds: list[str] = []
         self.numbers: dict[mlir.Value, int] = {}
@@ -145,6 +158,20 @@ class Group:
             self.inputs.append(value)
             self.kinds.append(kind)
         return f"${self.numbers[value]}"
+
+    def part(self, part: Part) -> str:
+        """The register with the descriptor of a part."""
+        if part not in self.descriptors:
+            name = self.descriptors[part] = f"part{len(self.descriptors)}"
+            lower, upper = f"lower{len(self.descriptors)}", f"upper{len(self.descriptors)}"
+            self.lines += [
+                f".reg .b32 {lower}, {upper};",
+                f".reg .b64 {name};",
+                f"add.s32 {lower}, {self.operand(part.base, 'r')}, {part.step};",
+                f"mov.b32 {upper}, {part.upper};",
+                f"mov.b64 {name}, {{{lower}, {upper}}};",
+            ]
+        return self.descriptors[part]
 
     def multiply(
         self, registers: Sequence[int], dtypes: tuple[DType, DType], a: str, b: str, accumulate: bool, transpose: str
@@ -162,7 +189,7 @@ class Group:
         count, type_ = len(self.accumulators), self.accumulators[0].type
         ties = [str(i) for i in range(count)] if self.tied else []
         constraints = ",".join([f"={_CONSTRAINTS[str(type_)]}"] * count + ties + self.kinds + [ptx.MEMORY])
-        text = "\n".join(["wgmma.fence.sync.aligned;", *self.lines, "wgmma.commit_group.sync.aligned;"])
+        text = "\n".join(["{", "wgmma.fence.sync.aligned;", *self.lines, "wgmma.commit_group.sync.aligned;", "}"])
         arguments = [*(self.accumulators if self.tied else []), *self.inputs]
         return list(self.lw.fb.inline_asm([type_] * count, text, constraints, arguments))
 
@@ -186,7 +213,7 @@ def lower_async_dot(lw: Lowering, op: AsyncDot) -> None:
             for part in range(shape.parts):
                 column = shape.columns * part
                 registers = layout.registers_in((BLOCK_ROWS * block, column), (BLOCK_ROWS, shape.columns))
-                place = group.operand(b.at(column, shape.depth * step), "l")
+                place = group.part(b.at(column, shape.depth * step))
                 group.multiply(registers, dtypes, a, place, not zero or step > 0, trans_a + trans_b)
     lw.define(op.results[0], group.emit())
     lw.define(op.results[1], TokenRef("mma"))
@@ -204,7 +231,7 @@ def _row_operand(lw: Lowering, op: AsyncDot, shape: Shape, group: Group):  # typ
     if isinstance(op.a.type, SlotType):
         slot = slot_operand(lw, lw.slot(op.a), 0, shape.row_step)
         flag = f", {int(slot.descriptor.transposed)}" if slot.descriptor.layout.element_bits == 16 else ""
-        return lambda block, step: (group.operand(slot.at(BLOCK_ROWS * block, shape.depth * step), "l"), flag)
+        return lambda block, step: (group.part(slot.at(BLOCK_ROWS * block, shape.depth * step)), flag)
     assert isinstance(op.a.type, TileType)
     words = register_operand(lw, op.a.type, lw.registers(op.a), shape)
 

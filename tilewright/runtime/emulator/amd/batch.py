@@ -20,6 +20,7 @@ from tilewright.runtime.emulator.amd.counters import Counter
 from tilewright.runtime.emulator.amd.decode import Instruction, Kernel
 from tilewright.runtime.emulator.amd.errors import EmulatorError, EmulatorFault
 from tilewright.runtime.emulator.amd.memory import MemorySystem
+from tilewright.runtime.emulator.amd.mode import initial_mode
 from tilewright.runtime.emulator.amd.operands import Array
 from tilewright.runtime.emulator.amd.ordering import WaveOrder
 from tilewright.runtime.emulator.amd.state import LANES, WaveState, pack_lanes
@@ -73,7 +74,8 @@ class Batch:
         scratch = kernel.get("private_segment_fixed_size")
         lds_bytes = kernel.get("group_segment_fixed_size") + job.dynamic_lds
         self.memory = MemorySystem(job.memory, groups, lds_bytes, scratch, waves * LANES, kernel.arch)
-        self.state = WaveState(waves, job.waves_per_group, kernel.vector_registers, self.memory, job.poison)
+        mode = initial_mode(kernel)
+        self.state = WaveState(waves, job.waves_per_group, kernel.vector_registers, self.memory, job.poison, mode)
         self.state.first_group = first_group
         self.state.accumulators = kernel.get("accum_offset", 256)
         if job.races is not None:

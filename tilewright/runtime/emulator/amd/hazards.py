@@ -5,10 +5,7 @@ reads the old value, or has its own overwritten (CDNA3 ISA chapter 4, "Manually 
 the same section for CDNA4; LLVM's GCNHazardRecognizer inserts s_nop for them). The number of wait
 states depends on the passes of four cycles that the instruction takes. The check is static: from
 each matrix instruction, and each vector instruction that feeds one, along all paths for as many
-instructions as a hazard can reach.
-
-Not checked: hazards that involve no matrix instruction (VALU writes of SGPRs that scalar or lane
-instructions read, v_cmpx before a matrix instruction, the data registers of wide stores).
+instructions as a hazard can reach. Those between other instructions are in `wait_states`.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from tilewright.runtime.emulator.amd.operands import Operand, Where
 
 _FURTHEST = 20
 _VALU_BEFORE_MATRIX = 2
+_SPARSE = "v_smfmac"
 _MEMORY = ("ds_", "buffer_", "global_", "flat_", "scratch_")
 _STORES = ("_store_", "ds_write")
 #: vector instructions that read their destination
@@ -65,6 +63,8 @@ class Timing:
 @lru_cache(maxsize=256)
 def timing(name: str, settings: tuple[int, int], arch: str) -> Timing:
     """Of a matrix instruction by its mnemonic; ``settings`` are CBSZ and BLGP (CDNA3 ISA chapter 7, passes)."""
+    if name.startswith(_SPARSE):
+        return Timing(8 if "32x32" in name else 4, "xdl")
     tail = name.removeprefix("v_mfma_").removeprefix("scale_")
     if tail.endswith("f8f6f4"):
         slow = min(settings) < 2
@@ -84,12 +84,22 @@ def check_hazards(kernel: Kernel) -> Iterator[tuple[Instruction, str]]:
     for index, inst in enumerate(kernel.instructions):
         if _is_matrix(inst):
             yield from _after_matrix(kernel, index)
-        elif inst.name.startswith("v_") and _registers(_written(inst)):
+        elif inst.name.startswith("v_") and registers(written_operands(inst)):
             yield from _before_matrix(kernel, index)
 
 
 def _is_matrix(inst: Instruction) -> bool:
-    return inst.name.startswith("v_mfma")
+    return inst.name.startswith(("v_mfma", _SPARSE))
+
+
+def _factors(inst: Instruction) -> tuple[Operand, ...]:
+    """What is read before the addend: A and B, and the indices of a sparse A."""
+    return inst.operands[1:4] if inst.name.startswith(_SPARSE) else inst.operands[1:3]
+
+
+def _addend(inst: Instruction) -> tuple[Operand, ...]:
+    """Source C, which is the destination where A is sparse."""
+    return inst.operands[:1] if inst.name.startswith(_SPARSE) else inst.operands[3:4]
 
 
 def _timing(inst: Instruction, arch: str) -> Timing:
@@ -106,7 +116,7 @@ def _spelling(name: str) -> str:
     return name
 
 
-def _following(kernel: Kernel, index: int, reach: int) -> Iterator[tuple[Instruction, int]]:
+def following(kernel: Kernel, index: int, reach: int) -> Iterator[tuple[Instruction, int]]:
     """Instructions behind number ``index`` on any path, with the fewest wait states that lie between."""
     best: dict[int, int] = {}
     todo = [(index + 1, 0)]
@@ -128,22 +138,22 @@ def _following(kernel: Kernel, index: int, reach: int) -> Iterator[tuple[Instruc
 def _after_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, str]]:
     producer = kernel.instructions[index]
     its = _timing(producer, kernel.arch)
-    result, addend = _registers(producer.operands[:1]), _registers(producer.operands[3:4])
-    for inst, waited in _following(kernel, index, _FURTHEST):
+    result, addend = registers(producer.operands[:1]), registers(_addend(producer))
+    for inst, waited in following(kernel, index, _FURTHEST):
         memory = inst.name.startswith(_MEMORY)
         needed, what = 0, ""
         if _is_matrix(inst):
-            if result & _registers(inst.operands[1:3]):
+            if result & registers(_factors(inst)):
                 needed, what = its.result_read(kernel.arch, memory=False), "reads the result"
-            elif result & (third := _registers(inst.operands[3:4])):
+            elif result & (third := registers(_addend(inst))):
                 needed = its.accumulate(third == result, _timing(inst, kernel.arch).unit)
                 what = "accumulates to the result"
         elif memory or inst.name.startswith("v_"):
-            if result & _registers(_read(inst)):
+            if result & registers(read_operands(inst)):
                 needed, what = its.result_read(kernel.arch, memory=memory), "reads the result"
-            elif result & _registers(_written(inst)):
+            elif result & registers(written_operands(inst)):
                 needed, what = its.result_read(kernel.arch, memory=False), "overwrites the result"
-            elif addend & _registers(_written(inst)):
+            elif addend & registers(written_operands(inst)):
                 needed, what = its.addend_overwritten, "overwrites source C"
         if waited < needed:
             text = f"{what} of `{producer.text}` (line {producer.line}) after {waited} wait states"
@@ -152,21 +162,22 @@ def _after_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, str
 
 def _before_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, str]]:
     producer = kernel.instructions[index]
-    result = _registers(_written(producer))
-    for inst, waited in _following(kernel, index, _VALU_BEFORE_MATRIX):
-        if _is_matrix(inst) and result & _registers(inst.operands[1:]):
+    result = registers(written_operands(producer))
+    for inst, waited in following(kernel, index, _VALU_BEFORE_MATRIX):
+        if _is_matrix(inst) and result & (registers(inst.operands[1:]) | registers(_addend(inst))):
             text = f"reads the result of `{producer.text}` (line {producer.line}) after {waited} wait states"
             yield inst, f"{text}, but {_VALU_BEFORE_MATRIX} are needed"
 
 
-def _registers(operands: tuple[Operand, ...]) -> frozenset[int]:
+def registers(operands: tuple[Operand, ...]) -> frozenset[int]:
     """The vector registers that operands name."""
     return frozenset(
         operand.index + part for operand in operands if operand.where is Where.VECTOR for part in range(operand.count)
     )
 
 
-def _written(inst: Instruction) -> tuple[Operand, ...]:
+def written_operands(inst: Instruction) -> tuple[Operand, ...]:
+    """Operands that name vector registers which the instruction writes."""
     if any(part in inst.name for part in _STORES) or inst.flag("lds"):
         return ()
     if inst.name.startswith("ds_") and not inst.name.startswith(("ds_read", "ds_bpermute", "ds_permute", "ds_swizzle")):
@@ -178,7 +189,8 @@ def _written(inst: Instruction) -> tuple[Operand, ...]:
     return inst.operands[:1]
 
 
-def _read(inst: Instruction) -> tuple[Operand, ...]:
-    if not _written(inst) or inst.name.startswith(_ACCUMULATING) or "_atomic_" in inst.name:
+def read_operands(inst: Instruction) -> tuple[Operand, ...]:
+    """Operands that may name vector registers which it reads."""
+    if not written_operands(inst) or inst.name.startswith(_ACCUMULATING) or "_atomic_" in inst.name:
         return inst.operands
     return inst.operands[1:]

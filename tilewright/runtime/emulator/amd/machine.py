@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 # importing the modules fills the table of instructions
 from tilewright.runtime.emulator.amd import (  # noqa: F401
     control,
+    hwreg,
     lanes,
     lds,
     mfma,
     salu,
     scaled_mfma,
+    sparse_mfma,
+    valu_blocks,
     valu_convert,
     valu_float,
     valu_integer,
@@ -30,6 +34,7 @@ from tilewright.runtime.emulator.amd.hazards import check_hazards
 from tilewright.runtime.emulator.amd.operands import Array
 from tilewright.runtime.emulator.amd.ordering import new_races
 from tilewright.runtime.emulator.amd.registry import ARCHITECTURES
+from tilewright.runtime.emulator.amd.wait_states import check_wait_states
 from tilewright.runtime.emulator.memory import GlobalMemory
 from tilewright.runtime.emulator.together import Machine, Setting, Stuck
 
@@ -154,7 +159,7 @@ class AmdEmulator:
             raise DecodeError(f"unknown architecture {arch}: {', '.join(ARCHITECTURES)} are emulated")
         self.arch = arch
         self.kernel: Kernel = decode_kernel(asm_text, kernel_name, arch)
-        for inst, problem in check_hazards(self.kernel):
+        for inst, problem in chain(check_hazards(self.kernel), check_wait_states(self.kernel)):
             raise EmulatorFault(problem, instruction=inst.text, line=inst.line, source=inst.source)
 
     def start(

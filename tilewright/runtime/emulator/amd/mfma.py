@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
+from tilewright.runtime.emulator.amd.mode import sources as sources_in_mode
 from tilewright.runtime.emulator.amd.numerics import bf16_to_f32, fp8_to_f32
 from tilewright.runtime.emulator.amd.operands import KINDS, Array, Operand, Where
 from tilewright.runtime.emulator.amd.registry import ARCHITECTURES, Handler, define
@@ -65,13 +66,33 @@ def decode_elements(words: Array, name: str, fnuz: bool) -> Array:
     return fp8_to_f32(words.view(np.uint8), name, fnuz)
 
 
-def _matrix(state: WaveState, operand: Operand, name: str, rows: int, shape: Shape) -> Array:
-    """Source A (or B, transposed): [waves, blocks, rows, K]."""
-    registers = shape.items * _ELEMENT_BYTES[name] // 4
+def read_elements(state: WaveState, operand: Operand, name: str, items: int) -> Array:
+    """What each lane holds of a source, [waves, 64, items], decoded."""
+    registers = items * _ELEMENT_BYTES[name] // 4
     words = np.empty((state.count, 64, registers), _U32)
     for part in range(registers):
         words[..., part] = state.raw(operand, part)
     elements = decode_elements(words, name, state.memory.fnuz)
+    # of narrower ones and of f64 no denormals are dropped (ISA section 7.4)
+    return sources_in_mode(state, KINDS["f32"], elements)[0] if name in ("f32", "xf32") else elements
+
+
+_LANE = np.arange(64)
+#: BLGP -> the lane from which each lane's part of B is read (ISA section 7.1.6.3, "Permutations of BLGP values")
+_LANES_OF_B: tuple[Array, ...] = (
+    _LANE,
+    _LANE % 32,
+    _LANE % 32 + 32,
+    (_LANE + 16) % 64,
+    *(_LANE % 16 + 16 * group for group in range(4)),
+)
+
+
+def _matrix(state: WaveState, operand: Operand, name: str, rows: int, shape: Shape, pattern: int = 0) -> Array:
+    """Source A (or B, transposed): [waves, blocks, rows, K]. ``pattern``: BLGP."""
+    elements = read_elements(state, operand, name, shape.items)
+    if pattern:
+        elements = elements[:, _LANES_OF_B[pattern]]
     tiled = elements.reshape(state.count, shape.k // shape.items, shape.blocks, rows, shape.items)
     return tiled.transpose(0, 2, 3, 1, 4).reshape(state.count, shape.blocks, rows, shape.k)
 
@@ -83,8 +104,13 @@ def multiply(a: Array, b: Array) -> Array:
     return np.matmul(a, b.swapaxes(-1, -2))
 
 
-def accumulate(state: WaveState, inst: Instruction, product: Array, shape: Shape) -> None:
-    """D = product + C, product [waves, blocks, M, N], in the register layout of D."""
+def accumulate(
+    state: WaveState, destination: Operand, source: Operand, product: Array, shape: Shape, minus: bool = False
+) -> None:
+    """D = product + C (``source``), product [waves, blocks, M, N], in the register layout of D.
+
+    ``minus``: product - C, of f64.
+    """
     height = shape.row_group
     lane_groups = 64 // shape.n
     total_groups = shape.blocks * shape.m // height
@@ -92,12 +118,11 @@ def accumulate(state: WaveState, inst: Instruction, product: Array, shape: Shape
     # n = item_group * lane_groups + lane_group -> [items, waves, 64]
     ordered = product.reshape(state.count, item_groups, lane_groups, height, shape.n)
     ordered = ordered.transpose(1, 3, 0, 2, 4).reshape(item_groups * height, state.count, 64)
-    destination, source = inst.operands[0], inst.operands[3]
     results = []
     for item in range(item_groups * height):
         if shape.result == "f64":
             old64 = state.vector(source, KINDS["f64"]) if source.where is Where.CONSTANT else _pair(state, source, item)
-            results += list(split64((old64 + ordered[item]).view(_U64)))
+            results += list(split64((ordered[item] - old64 if minus else ordered[item] + old64).view(_U64)))
         else:
             old = state.raw(source, item if source.where is Where.VECTOR else 0)
             dtype = np.int32 if shape.result == "i32" else np.float32
@@ -123,15 +148,13 @@ def _broadcast_blocks(a: Array, inst: Instruction) -> Array:
 def _mfma(shape: Shape) -> Handler:
     def execute(state: WaveState, inst: Instruction) -> None:
         a = _matrix(state, inst.operands[1], shape.a, shape.m, shape)
-        b = _matrix(state, inst.operands[2], shape.b, shape.n, shape)
-        if inst.number("blgp"):
-            state.fault("BLGP lane exchange is not implemented")
-        if "neg" in inst.modifiers:
-            sign_a, sign_b, _ = inst.bits("neg", 3, 0)
-            a, b = (-a if sign_a else a), (-b if sign_b else b)
+        b = _matrix(state, inst.operands[2], shape.b, shape.n, shape, inst.number("blgp"))
+        # of f64, where BLGP's bits mean that (ISA section 7.1.6.4)
+        sign_a, sign_b, sign_c = inst.bits("neg", 3, 0)
+        a, b = (-a if sign_a else a), (-b if sign_b else b)
         if shape.blocks > 1:
             a = _broadcast_blocks(a, inst)
-        accumulate(state, inst, multiply(a, b), shape)
+        accumulate(state, inst.operands[0], inst.operands[3], multiply(a, b), shape, bool(sign_c))
 
     return execute
 

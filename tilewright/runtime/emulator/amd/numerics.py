@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from tilewright.runtime.emulator.amd.operands import Array
+from tilewright.runtime.emulator.rounding import fma64
 
 _U16, _U32, _U64 = np.uint16, np.uint32, np.uint64
 
@@ -80,26 +81,6 @@ def fma16(a: Array, b: Array, c: Array) -> Array:
     """float16 fused multiply-add (float64 holds product and sum exactly but for far exponents)."""
     result: Array = (a.astype(np.float64) * b + c.astype(np.float64)).astype(np.float16)
     return result
-
-
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    """float64 fused multiply-add by error-free transformations (Dekker product, Knuth sum)."""
-    product = a * b
-    high_a, low_a = _split(a)
-    high_b, low_b = _split(b)
-    product_error = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
-    total = product + c
-    other = total - product
-    sum_error = (product - (total - other)) + (c - other)
-    corrected = total + (product_error + sum_error)
-    result: Array = np.where(np.isfinite(corrected), corrected, total)
-    return result
-
-
-def _split(value: Array) -> tuple[Array, Array]:
-    scaled = value * 134217729.0
-    high = scaled - (scaled - value)
-    return high, value - high
 
 
 def float_to_int(value: Array, dtype: Any) -> Array:

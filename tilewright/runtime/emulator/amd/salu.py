@@ -375,12 +375,6 @@ def _mulk(state: WaveState, inst: Instruction) -> None:
     state.write_scalar(inst.operands[0], KINDS["i32"], old * _immediate16(inst, 1))
 
 
-@instruction("s_getreg_b32")
-def _getreg(state: WaveState, inst: Instruction) -> None:
-    """Hardware registers read as zero, but for those that identify nothing here (ISA chapter 3)."""
-    state.write_scalar(inst.operands[0], KINDS["u32"], np.zeros(1, _U32))
-
-
 @instruction("s_memtime", "s_memrealtime")
 def _time(state: WaveState, inst: Instruction) -> None:
     """A clock that counts executed instructions: deterministic, and it advances."""
@@ -396,8 +390,6 @@ def _time(state: WaveState, inst: Instruction) -> None:
     "s_setprio",
     "s_sethalt",
     "s_inst_prefetch",
-    "s_setreg_b32",
-    "s_setreg_imm32_b32",
     "s_sendmsg",
     "s_code_end",
     "s_dcache_inv",
@@ -409,7 +401,4 @@ def _time(state: WaveState, inst: Instruction) -> None:
     "buffer_wbinvl1_vol",
 )
 def _no_effect(state: WaveState, inst: Instruction) -> None:
-    """No effect on values: priorities, hints, caches that hold nothing stale here.
-
-    s_setreg changes MODE (rounding, denormals), which the emulator does not model.
-    """
+    """No effect on values: priorities, hints, caches that hold nothing stale here."""

@@ -75,7 +75,7 @@ def _handler(m: int, k: int, scaled: bool) -> Handler:
             low, high = inst.bits("op_sel", 2, 0), inst.bits("op_sel_hi", 2, 0)
             a = a * _scales(state, inst.operands[4], low[0] + 2 * high[0], m, k)
             b = b * _scales(state, inst.operands[5], low[1] + 2 * high[1], m, k)
-        accumulate(state, inst, multiply(a, b), shape)
+        accumulate(state, inst.operands[0], inst.operands[3], multiply(a, b), shape)
 
     return execute
 

@@ -24,6 +24,7 @@ import numpy as np
 from tilewright.runtime.emulator.amd.counters import Counter, Counters, RegisterStatus
 from tilewright.runtime.emulator.amd.decode import Instruction
 from tilewright.runtime.emulator.amd.errors import EmulatorFault
+from tilewright.runtime.emulator.amd.mode import is_plain
 from tilewright.runtime.emulator.amd.operands import (
     EXEC,
     KINDS,
@@ -72,7 +73,13 @@ class WaveState:
     """Registers of ``waves`` waves and the operations handlers use to read and write operands."""
 
     def __init__(
-        self, waves: int, waves_per_group: int, vector_registers: int, memory: MemorySystem, poison: bool = True
+        self,
+        waves: int,
+        waves_per_group: int,
+        vector_registers: int,
+        memory: MemorySystem,
+        poison: bool = True,
+        mode: int = 0x3F0,
     ) -> None:
         self.waves, self.waves_per_group, self.memory = waves, waves_per_group, memory
         self.first_group = 0
@@ -83,6 +90,9 @@ class WaveState:
         self.exec_bits = np.full(waves, 0xFFFFFFFFFFFFFFFF, np.uint64)
         self.exec_mask = np.ones((waves, LANES), np.bool_)
         self.scc = np.zeros(waves, np.bool_)
+        self.mode = np.full(waves, mode, np.uint32)
+        #: whether no wave's MODE asks for anything but what NumPy does
+        self.plain_mode = is_plain(self.mode)
         self.pc = np.zeros(waves, np.int64)
         self.done = np.zeros(waves, np.bool_)
         self.waiting = np.zeros(waves, np.bool_)
@@ -146,7 +156,7 @@ class WaveState:
 
     def look(self) -> int:
         """A hash of all that the waves do next: registers, program counters, who waits or has ended."""
-        parts = (self.sgprs, self.vgprs, self.exec_bits, self.scc, self.pc, self.done, self.waiting)
+        parts = (self.sgprs, self.vgprs, self.exec_bits, self.scc, self.mode, self.pc, self.done, self.waiting)
         return hash(tuple(part.tobytes() for part in parts))
 
     def fault(self, message: str, selected: Array | None = None) -> NoReturn:
@@ -341,6 +351,16 @@ class WaveState:
     def write_scc(self, value: Array) -> None:
         """Set SCC of the selected waves."""
         self.scc[self.w] = value
+
+    def write_mode(self, value: Array) -> None:
+        """Set MODE of the selected waves."""
+        self.mode[self.w] = value
+        self.plain_mode = is_plain(self.mode)
+
+    def mode_bit(self, bit: int) -> Array:
+        """Whether a bit of MODE is set, bool [waves, 1]."""
+        result: Array = (self.mode[self.w] & np.uint32(bit) != 0)[:, None]
+        return result
 
     # ---- operands ------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
+from tilewright.runtime.emulator.amd.mode import DX10_CLAMP, Exactly
+from tilewright.runtime.emulator.amd.mode import compute as compute_in_mode
 from tilewright.runtime.emulator.amd.operands import KINDS, Array, Kind
 from tilewright.runtime.emulator.amd.registry import ARCHITECTURES, define
 from tilewright.runtime.emulator.amd.state import WaveState
@@ -21,14 +23,20 @@ Function = Callable[..., Any]
 _OUTPUT_SCALE = {"mul:2": 2.0, "mul:4": 4.0, "div:2": 0.5}
 
 
-def output_modifiers(inst: Instruction, value: Array) -> Array:
-    """OMOD and CLAMP of a float result (ISA chapter 6, "Output modifiers")."""
+def output_modifiers(state: WaveState, inst: Instruction, value: Array) -> Array:
+    """OMOD and CLAMP of a float result (ISA chapter 6, "Output modifiers"). NaN becomes 0 if MODE.DX10_CLAMP is set."""
     for key in ("mul", "div"):
         if key in inst.modifiers:
             value = value * value.dtype.type(_OUTPUT_SCALE[f"{key}:{inst.modifiers[key]}"])
     if inst.flag("clamp"):
-        value = np.where(np.isnan(value), value.dtype.type(0), np.clip(value, 0, 1))
+        value = clamped(state, value)
     return value
+
+
+def clamped(state: WaveState, value: Array) -> Array:
+    """To [0, 1]."""
+    zero = value.dtype.type(0)
+    return np.where(np.isnan(value), np.where(state.mode_bit(DX10_CLAMP), zero, value), np.clip(value, 0, 1))
 
 
 def saturating(operation: Function, dtype: Any) -> Function:
@@ -51,6 +59,7 @@ def valu(
     preserves_high: bool = False,
     clamp: Function | None = None,
     halves: str = "mixed",
+    exactly: Exactly | None = None,
 ) -> None:
     """Enter ``name`` with a signature such as "u32 u32 -> u32".
 
@@ -58,12 +67,15 @@ def valu(
     takes the next operand. ``preserves_high``: a 16-bit result leaves the other half of the register
     (and OP_SEL[3] picks the half). ``clamp`` is what an integer instruction computes instead under
     CLAMP. ``halves``: which halves of 64-bit sources those of the result depend on (`WaveState`).
+    ``exactly``: how a float result is rounded in other modes than to nearest.
     """
     sources, _, result = (part.strip() for part in signature.partition("->"))
     kinds = sources.split()
     result_kind = KINDS[result]
     plain: tuple[Kind, ...] = tuple(KINDS[kind] for kind in kinds if kind in KINDS)
     only_plain = len(plain) == len(kinds)
+    numbers = [KINDS.get(result if kind == "old" else kind) for kind in kinds]
+    on_floats = any(kind.is_float for kind in (*numbers, result_kind) if kind is not None)
     selects_halves = any(kind.bits == 16 for kind in (*plain, result_kind))
 
     def execute(state: WaveState, inst: Instruction) -> None:
@@ -74,9 +86,12 @@ def valu(
         else:
             arguments = _special_sources(state, inst, kinds, result_kind, selects)
         compute = clamp if clamp is not None and "clamp" in inst.modifiers else function
-        value = np.asarray(compute(*arguments))
+        if on_floats and not state.plain_mode:
+            value = compute_in_mode(state, numbers, result_kind, compute, exactly, arguments)
+        else:
+            value = np.asarray(compute(*arguments))
         if inst.modifiers and result_kind.is_float:
-            value = output_modifiers(inst, value.astype(result_kind.dtype, copy=False))
+            value = output_modifiers(state, inst, value.astype(result_kind.dtype, copy=False))
         high = None
         if result_kind.bits == 16 and (preserves_high or selects is not None):
             high = bool(selects[len(plain)]) if selects is not None and len(selects) > len(plain) else False

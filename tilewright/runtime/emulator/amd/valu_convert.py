@@ -7,19 +7,22 @@ from collections.abc import Callable
 import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
+from tilewright.runtime.emulator.amd.mode import ADD, CONVERT, FUSED, MULTIPLY, Exactly
+from tilewright.runtime.emulator.amd.mode import compute as compute_in_mode
 from tilewright.runtime.emulator.amd.numerics import (
     bf16_to_f32,
     f32_to_bf16,
     f32_to_f16_toward_zero,
-    f32_to_fp8,
     float_to_int,
+    fma16,
     fma32,
     fp8_to_f32,
 )
 from tilewright.runtime.emulator.amd.operands import KINDS, Array, Operand, Where
 from tilewright.runtime.emulator.amd.registry import define, instruction
+from tilewright.runtime.emulator.amd.small_floats import encode
 from tilewright.runtime.emulator.amd.state import WaveState
-from tilewright.runtime.emulator.amd.valu import Function, saturating, valu
+from tilewright.runtime.emulator.amd.valu import Function, clamped, saturating, valu
 
 _U16, _U32, _F16, _F32, _F64 = np.uint16, np.uint32, np.float16, np.float32, np.float64
 _GFX950 = ("gfx950",)
@@ -44,6 +47,8 @@ def _normalised(scale: float, dtype: type) -> Function:
     return lambda a: np.rint(np.clip(np.nan_to_num(a.astype(_F64)), low, 1.0) * scale).astype(dtype)
 
 
+#: what MODE rounds
+_ROUNDED = ("v_cvt_f32_u32", "v_cvt_f32_i32", "v_cvt_f32_f64", "v_cvt_f16_f32", "v_cvt_f16_u16", "v_cvt_f16_i16")
 _TABLE: list[tuple[str, str, Function]] = [
     ("v_cvt_f32_u32", "u32 -> f32", lambda a: a.astype(_F32)),
     ("v_cvt_f32_i32", "i32 -> f32", lambda a: a.astype(_F32)),
@@ -70,7 +75,7 @@ _TABLE: list[tuple[str, str, Function]] = [
     ("v_cvt_pknorm_u16_f32", "f32 f32 -> b32", _packed(_normalised(65535.0, np.uint16))),
 ]
 for _name, _signature, _function in _TABLE:
-    valu(_name, _signature, _function)
+    valu(_name, _signature, _function, exactly=CONVERT if _name in _ROUNDED else None)
 for _byte in range(4):
     valu(
         f"v_cvt_f32_ubyte{_byte}",
@@ -89,8 +94,7 @@ def _pack_fp8(name: str) -> Callable[[WaveState, Instruction], None]:
 
     def execute(state: WaveState, inst: Instruction) -> None:
         destination, first, second = inst.operands
-        fnuz = state.memory.fnuz
-        low, high = (f32_to_fp8(state.vector(operand, KINDS["f32"]), name, fnuz) for operand in (first, second))
+        low, high = (encode(state, state.vector(operand, KINDS["f32"]), name) for operand in (first, second))
         pair = low.astype(_U16) | (high.astype(_U16) << _U16(8))
         upper = bool(inst.bits("op_sel", 3, 0)[-1])
         state.write_vector(destination, KINDS["b16"], np.broadcast_to(pair, state.lanes.shape), upper)
@@ -154,19 +158,20 @@ def _packed_halves(state: WaveState, inst: Instruction, kind: str) -> list[tuple
 
 
 def _packed16(
-    kind: str, function: Function, saturating: Function | None = None
+    kind: str, function: Function, saturating: Function | None = None, exactly: Exactly | None = None
 ) -> Callable[[WaveState, Instruction], None]:
     """A VOP3P 16-bit instruction; ``saturating`` is what an integer one computes under CLAMP."""
+    number = KINDS[kind]
 
     def execute(state: WaveState, inst: Instruction) -> None:
         sources = _packed_halves(state, inst, kind)
         halves = []
         for side in (0, 1):
             compute = saturating if saturating is not None and inst.flag("clamp") else function
-            value = np.asarray(compute(*(source[side] for source in sources)))
-            if inst.flag("clamp") and KINDS[kind].is_float:
-                value = np.clip(value, 0, 1)
-            halves.append(value.astype(KINDS[kind].dtype, copy=False))
+            values = [source[side] for source in sources]
+            value = compute_in_mode(state, [number] * len(values), number, compute, exactly, values)
+            value = value.astype(number.dtype, copy=False)
+            halves.append(clamped(state, value) if inst.flag("clamp") and number.is_float else value)
         state.write_vgpr(inst.operands[0].index, _pack16(halves[0], halves[1]))
 
     return execute
@@ -176,10 +181,10 @@ def _reverse_shift(function: Function) -> Function:
     return lambda amount, value: function(value, amount & amount.dtype.type(15))
 
 
+define("v_pk_add_f16", _packed16("f16", np.add, exactly=ADD))
+define("v_pk_mul_f16", _packed16("f16", np.multiply, exactly=MULTIPLY))
+define("v_pk_fma_f16", _packed16("f16", fma16, exactly=FUSED))
 _PACKED16: list[tuple[str, str, Function]] = [
-    ("v_pk_add_f16", "f16", np.add),
-    ("v_pk_mul_f16", "f16", np.multiply),
-    ("v_pk_fma_f16", "f16", lambda a, b, c: (a.astype(_F64) * b + c.astype(_F64)).astype(_F16)),
     ("v_pk_max_f16", "f16", np.fmax),
     ("v_pk_min_f16", "f16", np.fmin),
     ("v_pk_lshlrev_b16", "u16", _reverse_shift(np.left_shift)),
@@ -209,7 +214,7 @@ def _half_of_pair(state: WaveState, operand: Operand, half: int) -> Array:
     return state.raw(operand, half if operand.where in (Where.VECTOR, Where.SCALAR) else 0)
 
 
-def _packed32(function: Function) -> Callable[[WaveState, Instruction], None]:
+def _packed32(function: Function, exactly: Exactly) -> Callable[[WaveState, Instruction], None]:
     """v_pk_*_f32: each source is a pair of registers; OP_SEL picks the half for the low result (ISA chapter 6)."""
 
     def execute(state: WaveState, inst: Instruction) -> None:
@@ -222,17 +227,17 @@ def _packed32(function: Function) -> Callable[[WaveState, Instruction], None]:
             for i, operand in enumerate(inst.operands[1:]):
                 value = _half_of_pair(state, operand, select[side][i]).view(_F32)
                 arguments.append(-value if negate[side][i] else value)
-            value = function(*arguments)
-            results.append(np.clip(value, 0, 1) if inst.flag("clamp") else value)
+            value = compute_in_mode(state, [KINDS["f32"]] * count, KINDS["f32"], function, exactly, arguments)
+            results.append(clamped(state, value) if inst.flag("clamp") else value)
         for side in (0, 1):
             state.write_vgpr(inst.operands[0].index + side, results[side].astype(_F32, copy=False).view(_U32))
 
     return execute
 
 
-define("v_pk_fma_f32", _packed32(fma32))
-define("v_pk_mul_f32", _packed32(np.multiply))
-define("v_pk_add_f32", _packed32(np.add))
+define("v_pk_fma_f32", _packed32(fma32, FUSED))
+define("v_pk_mul_f32", _packed32(np.multiply, MULTIPLY))
+define("v_pk_add_f32", _packed32(np.add, ADD))
 
 
 @instruction("v_pk_mov_b32")

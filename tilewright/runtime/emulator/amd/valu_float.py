@@ -1,7 +1,7 @@
 """Vector floating-point arithmetic (ISA chapters 6 and 12).
 
-Arithmetic is IEEE with denormals. Transcendentals are NumPy's: the hardware's are within 1 ulp of
-the exact value, so compare with a tolerance of a few ulp.
+Arithmetic is IEEE, with denormals and rounding as MODE says (`mode`). Transcendentals are NumPy's: the
+hardware's are within 1 ulp of the exact value, so compare with a tolerance of a few ulp.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
-from tilewright.runtime.emulator.amd.numerics import div_fixup, div_fmas, div_scale, fma16, fma32, fma64
+from tilewright.runtime.emulator.amd.mode import ADD, FUSED, MULTIPLY, REVERSED_SUBTRACT, SUBTRACT, Exactly
+from tilewright.runtime.emulator.amd.mode import compute as compute_in_mode
+from tilewright.runtime.emulator.amd.numerics import div_fixup, div_fmas, div_scale, fma16, fma32
 from tilewright.runtime.emulator.amd.operands import KINDS, Array
 from tilewright.runtime.emulator.amd.registry import define
 from tilewright.runtime.emulator.amd.state import WaveState
 from tilewright.runtime.emulator.amd.valu import Function, output_modifiers, valu
+from tilewright.runtime.emulator.rounding import fma64
 
 _FMA: dict[str, Function] = {"f16": fma16, "f32": fma32, "f64": fma64}
 _U32 = np.uint32
@@ -91,11 +94,11 @@ _UNARY: dict[str, Function] = {
     "fract": _fraction,
     "frexp_mant": _mantissa,
 }
-_BINARY: dict[str, Function] = {
-    "add": np.add,
-    "mul": np.multiply,
-    "max": np.fmax,
-    "min": np.fmin,
+_BINARY: dict[str, tuple[Function, Exactly | None]] = {
+    "add": (np.add, ADD),
+    "mul": (np.multiply, MULTIPLY),
+    "max": (np.fmax, None),
+    "min": (np.fmin, None),
 }
 _TRANSCENDENTAL: dict[str, Function] = {
     "exp": np.exp2,
@@ -109,10 +112,11 @@ _TRANSCENDENTAL: dict[str, Function] = {
 for _kind in ("f16", "f32", "f64"):
     for _name, _function in _UNARY.items():
         valu(f"v_{_name}_{_kind}", f"{_kind} -> {_kind}", _function)
-    for _name, _function in _BINARY.items():
-        valu(f"v_{_name}_{_kind}", f"{_kind} {_kind} -> {_kind}", _function)
-    valu(f"v_fma_{_kind}", f"{_kind} {_kind} {_kind} -> {_kind}", _FMA[_kind], preserves_high=_kind == "f16")
-    valu(f"v_fmac_{_kind}", f"{_kind} {_kind} old -> {_kind}", _FMA[_kind])
+    _three = f"{_kind} {_kind} {_kind} -> {_kind}"
+    for _name, (_function, _exactly) in _BINARY.items():
+        valu(f"v_{_name}_{_kind}", f"{_kind} {_kind} -> {_kind}", _function, exactly=_exactly)
+    valu(f"v_fma_{_kind}", _three, _FMA[_kind], preserves_high=_kind == "f16", exactly=FUSED)
+    valu(f"v_fmac_{_kind}", f"{_kind} {_kind} old -> {_kind}", _FMA[_kind], exactly=FUSED)
     valu(
         f"v_div_fixup_{_kind}",
         f"{_kind} {_kind} {_kind} -> {_kind}",
@@ -120,12 +124,13 @@ for _kind in ("f16", "f32", "f64"):
         preserves_high=_kind == "f16",
     )
 for _kind in ("f16", "f32"):
-    valu(f"v_sub_{_kind}", f"{_kind} {_kind} -> {_kind}", np.subtract)
-    valu(f"v_subrev_{_kind}", f"{_kind} {_kind} -> {_kind}", _reversed_subtract)
+    _three = f"{_kind} {_kind} {_kind} -> {_kind}"
+    valu(f"v_sub_{_kind}", f"{_kind} {_kind} -> {_kind}", np.subtract, exactly=SUBTRACT)
+    valu(f"v_subrev_{_kind}", f"{_kind} {_kind} -> {_kind}", _reversed_subtract, exactly=REVERSED_SUBTRACT)
     for _name, _function in (("max3", _max3), ("min3", _min3), ("med3", _median)):
-        valu(f"v_{_name}_{_kind}", f"{_kind} {_kind} {_kind} -> {_kind}", _function, preserves_high=_kind == "f16")
-    valu(f"v_fmamk_{_kind}", f"{_kind} {_kind} {_kind} -> {_kind}", _FMA[_kind])
-    valu(f"v_fmaak_{_kind}", f"{_kind} {_kind} {_kind} -> {_kind}", _FMA[_kind])
+        valu(f"v_{_name}_{_kind}", _three, _function, preserves_high=_kind == "f16")
+    valu(f"v_fmamk_{_kind}", _three, _FMA[_kind], exactly=FUSED)
+    valu(f"v_fmaak_{_kind}", _three, _FMA[_kind], exactly=FUSED)
     for _name, _function in _TRANSCENDENTAL.items():
         flushed = _flush(_function) if _kind == "f32" and _name not in ("sin", "cos") else _function
         valu(f"v_{_name}_{_kind}", f"{_kind} -> {_kind}", flushed)
@@ -182,11 +187,12 @@ def _mixed(result: str) -> Callable[[WaveState, Instruction], None]:
             else:
                 value = state.vector(operand, KINDS["f32"])
             arguments.append(value)
-        value = fma32(*arguments)
+        single = KINDS["f32"]
+        value = compute_in_mode(state, [single] * 3, single, fma32, FUSED, arguments)
         if result == "f32":
-            state.write_vector(inst.operands[0], KINDS["f32"], output_modifiers(inst, value))
+            state.write_vector(inst.operands[0], single, output_modifiers(state, inst, value))
             return
-        narrow = output_modifiers(inst, value).astype(np.float16)
+        narrow = output_modifiers(state, inst, value).astype(np.float16)
         state.write_vector(inst.operands[0], KINDS["f16"], narrow, result == "high")
 
     return execute

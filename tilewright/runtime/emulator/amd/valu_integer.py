@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
+from tilewright.runtime.emulator.amd.mode import sources as sources_in_mode
 from tilewright.runtime.emulator.amd.operands import KINDS, Array, Where
 from tilewright.runtime.emulator.amd.registry import define, instruction
 from tilewright.runtime.emulator.amd.salu import bit_field, leading_signs, leading_zeros, reverse_bits
@@ -326,6 +327,8 @@ def _vector_compare(kind: str, function: Function, sets_exec: bool, right_kind: 
         destination, left, right = inst.operands
         a = state.vector(left, KINDS[kind])
         b = state.vector(right, KINDS[right_kind or kind])
+        if function is not _class:
+            a, b = sources_in_mode(state, KINDS[kind], a, b)
         flag = np.broadcast_to(function(a, b), state.lanes.shape)
         assert destination.where is Where.SCALAR
         active = flag & state.lanes

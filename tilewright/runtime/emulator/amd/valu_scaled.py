@@ -1,52 +1,32 @@
 """Conversions with a block scale, with stochastic rounding, and the random numbers for it (CDNA4 ISA chapter 12).
 
-``v_cvt_scalef32_*`` multiply or divide by a power of two: the exponent of an f32 (an E8M0 octet in
-its bits 30:23), in the last operand. Narrow results go to the octets or the half that OP_SEL names, and the
-rest of the destination stays. Finite values too large for fp8, bf8 or fp4 become the largest.
-
-Missing: the forms of 32 elements (pk32, 2xpk16: fp6, bf6), the stochastic ones with a scale or to f16 and bf16.
+``v_cvt_scalef32_*`` multiply or divide by the power of two that the last operand names. Narrow results go to the octets
+or the half that OP_SEL names, and the rest of the destination stays. Those of 32 elements are in `valu_blocks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from tilewright.runtime.emulator.amd.decode import Instruction
-from tilewright.runtime.emulator.amd.numerics import bf16_to_f32, f32_to_bf16, f32_to_fp8, fp8_to_f32
 from tilewright.runtime.emulator.amd.operands import KINDS, Array, Operand
 from tilewright.runtime.emulator.amd.registry import Handler, define
+from tilewright.runtime.emulator.amd.small_floats import (
+    decode,
+    encode,
+    from_half,
+    next_random,
+    scale_factor,
+    stochastic,
+    to_half,
+)
 from tilewright.runtime.emulator.amd.state import WaveState
 from tilewright.runtime.emulator.amd.valu import valu
 
-_U8, _U16, _U32, _F32 = np.uint8, np.uint16, np.uint32, np.float32
+_U8, _U16, _U32, _F32, _F64 = np.uint8, np.uint16, np.uint32, np.float32, np.float64
 _GFX950 = ("gfx950",)
-_FP4 = ml_dtypes.float4_e2m1fn
-_FP4_VALUES = np.arange(16, dtype=_U8).view(_FP4).astype(_F32)
-#: largest finite values of the OCP formats
-_LARGEST = {"fp8": 448.0, "bf8": 57344.0, "fp4": 6.0}
-
-
-def _scale(state: WaveState, operand: Operand) -> Array:
-    """The factor that the exponent of an f32 names."""
-    exponent = ((state.raw(operand) >> _U32(23)) & _U32(255)).astype(np.int32)
-    factor: Array = np.where(exponent == 255, np.nan, np.ldexp(1.0, exponent - 127))
-    return factor
-
-
-def _encode(value: Array, name: str) -> Array:
-    """float64 -> octets (fp8, bf8) or nibbles (fp4), as uint8."""
-    largest = _LARGEST[name]
-    clipped = np.where(np.isfinite(value), np.clip(value, -largest, largest), value).astype(_F32)
-    return np.asarray(clipped.astype(_FP4).view(_U8) if name == "fp4" else f32_to_fp8(clipped, name, False))
-
-
-def _decode(octets: Array, name: str) -> Array:
-    """Octets or nibbles -> float32."""
-    return np.asarray(_FP4_VALUES[octets & _U8(15)] if name == "fp4" else fp8_to_f32(octets, name, False))
 
 
 def _wide(state: WaveState, operands: tuple[Operand, ...], name: str) -> list[Array]:
@@ -54,8 +34,7 @@ def _wide(state: WaveState, operands: tuple[Operand, ...], name: str) -> list[Ar
     if name == "f32":
         return [state.vector(operand, KINDS["f32"]) for operand in operands]
     raw = state.raw(operands[0])
-    halves = [(raw >> _U32(shift)).astype(_U16) for shift in (0, 16)]
-    return [bf16_to_f32(half) if name == "bf16" else half.view(np.float16).astype(_F32) for half in halves]
+    return [from_half((raw >> _U32(shift)).astype(_U16), name) for shift in (0, 16)]
 
 
 def _replace(state: WaveState, register: int, value: Array, shift: int, bits: int) -> None:
@@ -65,18 +44,25 @@ def _replace(state: WaveState, register: int, value: Array, shift: int, bits: in
     state.write_vgpr(register, (old & ~field) | (value.astype(_U32) << _U32(shift)))
 
 
+def _octet_place(inst: Instruction) -> int:
+    """The lowest bit of the octet of the destination that OP_SEL[3:2] names."""
+    select = inst.bits("op_sel", 4, 0)
+    return 8 * (select[2] + 2 * select[3])
+
+
 def _narrow(name: str, wide: str) -> Handler:
     """v_cvt_scalef32_pk_{fp8,bf8,fp4}_{f32,f16,bf16}: D = sources / scale."""
 
     def execute(state: WaveState, inst: Instruction) -> None:
-        factor = _scale(state, inst.operands[-1])
-        low, high = (_encode(x / factor, name) for x in _wide(state, inst.operands[1:-1], wide))
-        select = inst.bits("op_sel", 4, 0)
+        factor = scale_factor(state, inst.operands[-1])
+        low, high = (encode(state, x / factor, name) for x in _wide(state, inst.operands[1:-1], wide))
+        register = inst.operands[0].index
         if name == "fp4":
-            _replace(state, inst.operands[0].index, low | (high << _U8(4)), 8 * (select[2] + 2 * select[3]), 8)
+            _replace(state, register, low | (high << _U8(4)), _octet_place(inst), 8)
         else:
             pair = low.astype(_U16) | (high.astype(_U16) << _U16(8))
-            _replace(state, inst.operands[0].index, pair, 16 * select[len(inst.operands) - 1], 16)
+            upper = inst.bits("op_sel", 4, 0)[len(inst.operands) - 1]
+            _replace(state, register, pair, 16 * upper, 16)
 
     return execute
 
@@ -87,20 +73,15 @@ def _store_wide(state: WaveState, register: int, values: list[Array], wide: str)
         for part, value in enumerate(values):
             state.write_vgpr(register + part, value.astype(_F32).view(_U32))
         return
-    low, high = (_half(value, wide).astype(_U32) for value in values)
+    low, high = (to_half(value, wide).astype(_U32) for value in values)
     state.write_vgpr(register, low | (high << _U32(16)))
-
-
-def _half(value: Array, wide: str) -> Array:
-    rounded = value.astype(_F32)
-    return f32_to_bf16(rounded) if wide == "bf16" else np.asarray(value.astype(np.float16).view(_U16))
 
 
 def _widen(name: str, wide: str) -> Handler:
     """v_cvt_scalef32_pk_{f32,f16,bf16}_{fp8,bf8,fp4}: D = source * scale; OP_SEL picks the half or octet."""
 
     def execute(state: WaveState, inst: Instruction) -> None:
-        raw, factor = state.raw(inst.operands[1]), _scale(state, inst.operands[2])
+        raw, factor = state.raw(inst.operands[1]), scale_factor(state, inst.operands[2])
         select = inst.bits("op_sel", 2, 0)
         if name == "fp4":
             octet = (raw >> _U32(8 * (select[0] + 2 * select[1]))).astype(_U8)
@@ -108,7 +89,7 @@ def _widen(name: str, wide: str) -> Handler:
         else:
             pair = raw >> _U32(16 * select[0])
             parts = [pair.astype(_U8), (pair >> _U32(8)).astype(_U8)]
-        _store_wide(state, inst.operands[0].index, [_decode(part, name) * factor for part in parts], wide)
+        _store_wide(state, inst.operands[0].index, [decode(part, name) * factor for part in parts], wide)
 
     return execute
 
@@ -117,14 +98,14 @@ def _widen_one(name: str, wide: str) -> Handler:
     """v_cvt_scalef32_{f32,f16}_{fp8,bf8}: one octet; an f16 goes to the half that OP_SEL[3] names."""
 
     def execute(state: WaveState, inst: Instruction) -> None:
-        raw, factor = state.raw(inst.operands[1]), _scale(state, inst.operands[2])
+        raw, factor = state.raw(inst.operands[1]), scale_factor(state, inst.operands[2])
         select = inst.bits("op_sel", 4, 0)
         octet = (raw >> _U32(8 * (select[0] + 2 * select[1]))).astype(_U8)
-        value = _decode(octet, name) * factor
+        value = decode(octet, name) * factor
         if wide == "f32":
             state.write_vector(inst.operands[0], KINDS["f32"], value.astype(_F32))
         else:
-            _replace(state, inst.operands[0].index, _half(value, wide), 16 * select[3], 16)
+            _replace(state, inst.operands[0].index, to_half(value, wide), 16 * select[3], 16)
 
     return execute
 
@@ -141,47 +122,56 @@ for _name in ("fp8", "bf8"):
 # ---- stochastic rounding ----------------------------------------------------------------------------
 
 
-def _stochastic_fp8(name: str) -> Callable[[WaveState, Instruction], None]:
-    """v_cvt_sr_fp8_f32 / bf8: random bits 31.. are added below the last place of the result (CDNA3 ISA chapter 12).
-
-    The octet goes where OP_SEL[3:2] says. Results that would be denormal are rounded at the place of the
-    smallest denormal.
-    """
+def _stochastic_one(name: str, wide: str, scaled: bool) -> Handler:
+    """v_cvt_sr_{fp8,bf8}_f32 and v_cvt_scalef32_sr_{fp8,bf8}_{f32,f16,bf16}: to the octet that OP_SEL[3:2] names."""
 
     def execute(state: WaveState, inst: Instruction) -> None:
-        value = state.vector(inst.operands[1], KINDS["f32"])
-        random = state.raw(inst.operands[2])
-        mantissa = 3 if name == "fp8" else 2
-        dtype: Any = {
-            ("fp8", True): ml_dtypes.float8_e4m3fnuz,
-            ("bf8", True): ml_dtypes.float8_e5m2fnuz,
-            ("fp8", False): ml_dtypes.float8_e4m3fn,
-            ("bf8", False): ml_dtypes.float8_e5m2,
-        }[name, state.memory.fnuz]
-        info = ml_dtypes.finfo(dtype)
-        magnitude = np.abs(value.astype(np.float64))
-        _, exponent = np.frexp(magnitude)
-        place = np.ldexp(1.0, np.maximum(exponent - 1, int(info.minexp)) - mantissa)
-        steps = np.floor(magnitude / place + random / 2.0**32)
-        rounded = np.minimum(steps * place, float(info.max)) * np.sign(value)
-        finite = np.where(np.isfinite(value), rounded, value).astype(_F32)
-        select = inst.bits("op_sel", 4, 0)
-        octet = f32_to_fp8(finite, name, state.memory.fnuz)
-        _replace(state, inst.operands[0].index, octet, 8 * (select[2] + 2 * select[3]), 8)
+        value = _wide(state, inst.operands[1:2], wide)[0].astype(_F64)
+        if scaled:
+            value = value / scale_factor(state, inst.operands[3])
+        rounded = stochastic(state, value, state.raw(inst.operands[2]), name)
+        _replace(state, inst.operands[0].index, encode(state, rounded, name), _octet_place(inst), 8)
+
+    return execute
+
+
+def _stochastic_fp4(wide: str) -> Handler:
+    """v_cvt_scalef32_sr_pk_fp4_{f32,f16,bf16}: the second element takes the next random number."""
+
+    def execute(state: WaveState, inst: Instruction) -> None:
+        source, seed, scale = inst.operands[1:]
+        factor, random = scale_factor(state, scale), state.raw(seed)
+        pair = [state.raw(source, part).view(_F32) for part in (0, 1)] if wide == "f32" else None
+        codes = []
+        for value in pair or _wide(state, (source,), wide):
+            codes.append(encode(state, stochastic(state, value / factor, random, "fp4"), "fp4"))
+            random = next_random(random)
+        _replace(state, inst.operands[0].index, codes[0] | (codes[1] << _U8(4)), _octet_place(inst), 8)
+
+    return execute
+
+
+def _stochastic_half(name: str) -> Handler:
+    """v_cvt_sr_{f16,bf16}_f32: to the half that the last bit of OP_SEL names."""
+
+    def execute(state: WaveState, inst: Instruction) -> None:
+        value = state.vector(inst.operands[1], KINDS["f32"]).astype(_F64)
+        rounded = stochastic(state, value, state.raw(inst.operands[2]), name)
+        upper = inst.bits("op_sel", 3, 0)[2]
+        _replace(state, inst.operands[0].index, to_half(rounded, name), 16 * upper, 16)
 
     return execute
 
 
 for _name in ("fp8", "bf8"):
-    define(f"v_cvt_sr_{_name}_f32", _stochastic_fp8(_name))
-
-
-def _random(a: Array) -> Array:
-    """One step of the generator: shift left, and the taps where the bit shifted out was set."""
-    return np.asarray((a << _U32(1)) ^ np.where(a >> _U32(31), _U32(197), _U32(0)))
-
-
-valu("v_prng_b32", "u32 -> b32", _random, archs=_GFX950)
+    define(f"v_cvt_sr_{_name}_f32", _stochastic_one(_name, "f32", False))
+    for _wide_name in ("f32", "f16", "bf16"):
+        define(f"v_cvt_scalef32_sr_{_name}_{_wide_name}", _stochastic_one(_name, _wide_name, True), archs=_GFX950)
+for _wide_name in ("f32", "f16", "bf16"):
+    define(f"v_cvt_scalef32_sr_pk_fp4_{_wide_name}", _stochastic_fp4(_wide_name), archs=_GFX950)
+for _name in ("f16", "bf16"):
+    define(f"v_cvt_sr_{_name}_f32", _stochastic_half(_name), archs=_GFX950)
+valu("v_prng_b32", "u32 -> b32", next_random, archs=_GFX950)
 
 
 def _shift_and_saturate(low: int, high: int) -> Callable[[Array, Array, Array], Array]:

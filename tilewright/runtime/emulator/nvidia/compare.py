@@ -9,8 +9,8 @@ import numpy as np
 
 from tilewright.runtime.emulator.nvidia import syntax
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
-from tilewright.runtime.emulator.nvidia.integer import elementwise
-from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, flush
+from tilewright.runtime.emulator.nvidia.integer import elementwise, halves
+from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, flush, flush16
 from tilewright.runtime.emulator.nvidia.operands import Reader, dest, parts, source
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.state import State
@@ -66,29 +66,46 @@ def _comparer(inst: Instruction, types: list[Type]) -> Callable[[Array, Array], 
     compare = comparison(name, type_)
     if type_.name == "bf16":
         return lambda a, b: compare(bf16_to_f32(a), bf16_to_f32(b))
-    if ftz and type_.name == "f32":
-        return lambda a, b: compare(flush(a), flush(b))
+    flushes = {"f32": flush, "f16": flush16}.get(type_.name)
+    if ftz and flushes is not None:
+        return lambda a, b: compare(flushes(a), flushes(b))
     return compare
+
+
+def _halves(words: Array, type_: Type) -> list[Array]:
+    """The lower and the upper halves of pairs."""
+    single = TYPES[type_.name.removesuffix("x2")]
+    return [(words >> np.uint32(shift)).astype(np.uint16).view(single.dtype) for shift in (0, 16)]
 
 
 @instruction("setp")
 def _setp(inst: Instruction) -> Execute:
-    """setp.CmpOp{.BoolOp} p{|q}, a, b{, {!}c}: p = (a op b) bool c, q = !(a op b) bool c."""
+    """setp.CmpOp{.BoolOp} p{|q}, a, b{, {!}c}: p = (a op b) bool c, q = !(a op b) bool c.
+
+    Of pairs p is for the lower halves, q for the upper ones.
+    """
     types = inst.types()
-    if len(types) != 1 or types[0].name.endswith("x2"):
-        raise Problem("needs one scalar type")
+    if len(types) != 1:
+        raise Problem("needs one type")
     combine = inst.one_of(*_COMBINE, default="")
-    compare = _comparer(inst, types)
+    pairs = types[0].name.endswith("x2")
+    compare = _comparer(inst, [TYPES[types[0].name.removesuffix("x2")]])
     inst.need(4 if combine else 3)
     destination = inst.operands[0]
     pair = (destination.first, destination.second) if isinstance(destination, syntax.Pair) else (destination,)
+    if pairs and len(pair) == 1:
+        raise Problem("a comparison of pairs needs two predicates")
     writes = [dest(inst, operand, "pred") for operand in pair]
     first, second = (source(inst, operand, types[0]) for operand in inst.operands[1:3])
     third = source(inst, inst.operands[3], "pred") if combine else None
 
     def execute(state: State) -> None:
-        holds = compare(first(state), second(state))
-        results = [holds, ~holds] if len(writes) == 2 else [holds]
+        a, b = first(state), second(state)
+        if pairs:
+            results = [compare(x, y) for x, y in zip(_halves(a, types[0]), _halves(b, types[0]), strict=True)]
+        else:
+            holds = compare(a, b)
+            results = [holds, ~holds] if len(writes) == 2 else [holds]
         if third is not None:
             condition = third(state)
             results = [_COMBINE[combine](value, condition) for value in results]
@@ -98,13 +115,36 @@ def _setp(inst: Instruction) -> Execute:
     return execute
 
 
+#: the bits of 1.0
+_ONE = {"f16": 0x3C00, "bf16": 0x3F80, "f32": 0x3F800000}
+
+
 @instruction("set")
 def _set(inst: Instruction) -> Execute:
-    """set.CmpOp.dtype.stype: all ones (or 1.0 for f32) where it holds."""
+    """set.CmpOp{.BoolOp}.dtype.stype d, a, b{, c}: all ones, or 1.0 of a float type, where it holds."""
     result, type_ = inst.types()
+    if type_.name.endswith("x2"):
+        return _set_pairs(inst, result, type_)
+    combine = inst.one_of(*_COMBINE, default="")
     compare = _comparer(inst, [type_])
-    one = np.float32(1) if result.name == "f32" else result.dtype(-1 if result.kind == "s" else 0xFFFFFFFF)
-    return elementwise(inst, result, [type_, type_], lambda a, b: np.where(compare(a, b), one, result.dtype(0)))
+    bits = TYPES[f"b{result.bits}"]
+    one = bits.dtype(_ONE[result.name] if result.kind == "f" else (1 << result.bits) - 1)
+
+    def compute(a: Array, b: Array, c: Array | None = None) -> Array:
+        holds = compare(a, b)
+        return np.where(holds if c is None else _COMBINE[combine](holds, c), one, bits.dtype(0))
+
+    return elementwise(inst, bits, [type_, type_, *(["pred"] if combine else [])], compute)
+
+
+def _set_pairs(inst: Instruction, result: Type, type_: Type) -> Execute:
+    """The same of both halves, into halves."""
+    if result is not type_:
+        raise Problem("a comparison of pairs into another type is not implemented")
+    single = TYPES[type_.name.removesuffix("x2")]
+    compare, one = _comparer(inst, [single]), np.uint16(_ONE[single.name])
+    both = halves(lambda a, b: np.where(compare(a, b), one, np.uint16(0)), single)
+    return elementwise(inst, "b32", ["b32", "b32"], both)
 
 
 @instruction("selp")

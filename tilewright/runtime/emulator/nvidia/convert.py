@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
-from tilewright.runtime.emulator.nvidia.floating import halves
 from tilewright.runtime.emulator.nvidia.integer import elementwise
 from tilewright.runtime.emulator.nvidia.numerics import (
+    NAN32,
     bf16_to_f32,
     canonical_nan,
     f32_to_bf16,
@@ -48,7 +48,7 @@ def _cvt(inst: Instruction) -> Execute:
     if result.name in _PAIRS:
         return _to_pair(inst, result, type_, mode, finite, relu)
     if result.name == "tf32":
-        return elementwise(inst, result, [type_], lambda a: to_tf32(np.maximum(a, np.float32(0)) if relu else a, mode))
+        return elementwise(inst, result, [type_], lambda a: _to_tf32(a, mode, relu))
     if type_.kind == "f" and result.kind == "f":
         function = _float_to_float(result, type_, integral, mode, ftz, saturate, finite, relu)
     elif type_.kind == "f":
@@ -58,6 +58,12 @@ def _cvt(inst: Instruction) -> Execute:
     else:
         function = _integer_to_integer(result, saturate)
     return elementwise(inst, result, [type_], function)
+
+
+def _to_tf32(a: Array, mode: str, relu: bool) -> Array:
+    """``.rna`` keeps what it can of a NaN, the other modes give the canonical one (as measured on an H200)."""
+    value = to_tf32(np.maximum(a, np.float32(0)) if relu else a, mode)
+    return value if mode == "rna" else np.where(np.isnan(a), NAN32 & _U32(0xFFFFE000), value)
 
 
 def _integer_to_integer(result: Type, saturate: bool) -> Function:
@@ -95,10 +101,13 @@ def _float_to_float(
 ) -> Function:
     """Widening is exact; narrowing rounds once. ``.rni`` and the like round to an integral value of the same type."""
     single_in, single_out = type_.name == "f32", result.name == "f32"
+    plain = not (integral or ftz or saturate or finite or relu)
 
     def compute(a: Array) -> Array:
+        if plain and type_ is result:
+            return a
         if ftz and single_in:
-            a = flush(a)
+            a = canonical_nan(flush(a))
         if integral:
             value = round_to_integer(to_f64(a, type_), integral)
             value = narrow(value, result)
@@ -114,6 +123,8 @@ def _float_to_float(
             value = _limit(value, result, saturate, finite, relu)
         if (type_.name, result.name) in _KEEPS_NAN:
             return value
+        if type_.name == "f64" and result.bits == 16:
+            return _keep_nan(a, value, result)
         if result.name == "f64":
             return np.where(np.isnan(value), value.view(np.uint64) | _QUIET, value.view(np.uint64)).view(np.float64)
         return canonical_nan(value)
@@ -124,6 +135,13 @@ def _float_to_float(
 #: conversions that keep what they can of a NaN's sign and payload, as measured on an H100
 _KEEPS_NAN = {("f64", "f32"), ("bf16", "f32")}
 _QUIET = np.uint64(0x0008000000000000)
+
+
+def _keep_nan(a: Array, value: Array, result: Type) -> Array:
+    """The same for float64 to 16 bits: the sign and the upper bits of the payload."""
+    bits, digits = a.view(np.uint64) | _QUIET, 7 if result.name == "bf16" else 10
+    kept = bits >> np.uint64(48) & np.uint64(0x8000) | bits >> np.uint64(52 - digits) & np.uint64(0x7FFF)
+    return np.where(np.isnan(a), kept.astype(_U16), value.view(_U16)).view(result.dtype)
 
 
 def _limit(value: Array, type_: Type, saturate: bool, finite: bool, relu: bool) -> Array:
@@ -225,6 +243,3 @@ def _cvta(inst: Instruction) -> Execute:
         write(state, value.astype(type_.unsigned))
 
     return execute
-
-
-__all__ = ["halves"]

@@ -12,25 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.runtime.emulator.nvidia import exact
+from tilewright.runtime.emulator import exact
+from tilewright.runtime.emulator.exact import directed
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
-from tilewright.runtime.emulator.nvidia.exact import directed
-from tilewright.runtime.emulator.nvidia.integer import divide, elementwise, integer_add, integer_multiply
+from tilewright.runtime.emulator.nvidia.integer import divide, elementwise, halves, integer_add, integer_multiply
 from tilewright.runtime.emulator.nvidia.numerics import (
     bf16_to_f32,
     canonical_nan,
     f32_to_bf16,
     flush,
-    fma64,
-    fma_to_odd,
+    flush16,
     narrow,
     quotient_to_odd,
     root_to_odd,
-    sum_to_odd,
     to_f64,
 )
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
+from tilewright.runtime.emulator.rounding import fma64, fma_to_odd, signed_zero, sum_to_odd
 
 _U32, _U16 = np.uint32, np.uint16
 _FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
@@ -94,24 +93,6 @@ class Format:
         return value
 
 
-def flush16(value: Array) -> Array:
-    """float16 subnormals -> zeros of their sign."""
-    result: Array = np.where(np.abs(value) < np.float16(2.0**-14), np.copysign(np.float16(0), value), value)
-    return result
-
-
-def halves(function: Function, type_: Type) -> Function:
-    """A function of 16-bit values applied to both halves of uint32 words."""
-    dtype = type_.dtype
-
-    def compute(*words: Array) -> Array:
-        low = function(*[word.astype(_U16).view(dtype) for word in words])
-        high = function(*[(word >> _U32(16)).astype(_U16).view(dtype) for word in words])
-        return low.view(_U16).astype(_U32) | high.view(_U16).astype(_U32) << _U32(16)
-
-    return compute
-
-
 def _is_float(inst: Instruction) -> bool:
     return any(modifier in _FLOATS for modifier in inst.modifiers)
 
@@ -136,13 +117,6 @@ def _sum(form: Format, sign: int) -> Function:
         return narrow(signed_zero(total, wide_a, other, mode), type_, mode)
 
     return compute
-
-
-def signed_zero(total: Array, a: Array, b: Array, mode: str) -> Array:
-    """a + b, where a sum that is exactly zero is -0 when rounding down, unless both are +0."""
-    if mode != "rm":
-        return total
-    return np.where((total == 0) & (np.signbit(a) | np.signbit(b)), -0.0, total)
 
 
 def _mixed(inst: Instruction) -> Type | None:
@@ -249,8 +223,9 @@ def _sign_bit(inst: Instruction, function: Function) -> Execute:
     sign, infinity = bits.dtype(1 << (single.bits - 1)), bits.dtype(_INFINITY[single.name])
 
     def compute(a: Array) -> Array:
-        if ftz and single.name == "f32":
-            a = flush(a.view(np.float32)).view(_U32)
+        if ftz and single.name in ("f32", "f16"):
+            flushes = flush if single.name == "f32" else flush16
+            a = flushes(a.view(single.dtype)).view(bits.dtype)
         nan = (a & ~sign) > infinity
         kept = a if single.bits == 64 else bits.dtype((1 << (single.bits - 1)) - 1)
         return np.where(nan, kept, function(a, sign))
@@ -296,12 +271,11 @@ def _min_max(inst: Instruction) -> Execute:
     if not _is_float(inst):
         relu = inst.flag("relu")
         type_ = inst.type()
-        if type_.name.endswith("x2"):
-            raise Problem("packed integers are not implemented")
         extreme: Function = np.maximum if largest else np.minimum
-        return elementwise(
-            inst, type_, [type_, type_], (lambda a, b: np.maximum(extreme(a, b), 0)) if relu else extreme
-        )
+        chosen = (lambda a, b: np.maximum(extreme(a, b), 0)) if relu else extreme
+        if type_.name.endswith("x2"):
+            chosen = halves(chosen, TYPES[type_.name.removesuffix("x2")])
+        return elementwise(inst, type_, [type_, type_], chosen)
     nan, xorsign = inst.flag("NaN"), inst.flag("xorsign") and inst.flag("abs")
     form = Format(inst)
     compute = _extreme(largest, nan, xorsign)

@@ -13,7 +13,7 @@ from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.state import State
 from tilewright.runtime.emulator.nvidia.types import TYPES, Array, Type
 
-_U32, _U64, _I64 = np.uint32, np.uint64, np.int64
+_U16, _U32, _U64, _I64 = np.uint16, np.uint32, np.uint64, np.int64
 Function = Callable[..., Any]
 
 
@@ -35,6 +35,18 @@ def elementwise(inst: Instruction, result: Type | str, types: list[Type | str], 
         first, second = reads
         return lambda state: finish(state, function(first(state), second(state)))
     return lambda state: finish(state, function(*[read(state) for read in reads]))
+
+
+def halves(function: Function, type_: Type) -> Function:
+    """A function of 16-bit values applied to both halves of uint32 words."""
+    dtype = type_.dtype
+
+    def compute(*words: Array) -> Array:
+        low = function(*[word.astype(_U16).view(dtype) for word in words])
+        high = function(*[(word >> _U32(16)).astype(_U16).view(dtype) for word in words])
+        return low.view(_U16).astype(_U32) | high.view(_U16).astype(_U32) << _U32(16)
+
+    return compute
 
 
 # --- arithmetic ------------------------------------------------------------------------------------
@@ -99,9 +111,10 @@ def integer_add(inst: Instruction, sign: int) -> Execute:
         return elementwise(inst, type_, [type_, type_], lambda a, b: _saturate_add(a, b, sign))
     if sets_carry:
         return _with_carry(inst, type_, sign, False)
-    if sign > 0:
-        return elementwise(inst, type_, [type_, type_], lambda a, b: a + b)
-    return elementwise(inst, type_, [type_, type_], lambda a, b: a - b)
+    compute: Function = (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b)
+    if type_.name.endswith("x2"):
+        compute = halves(compute, TYPES[type_.name.removesuffix("x2")])
+    return elementwise(inst, type_, [type_, type_], compute)
 
 
 def _with_carry(inst: Instruction, type_: Type, sign: int, uses: bool) -> Execute:
@@ -196,6 +209,22 @@ def _dot4(inst: Instruction) -> Execute:
 
     def compute(a: Array, b: Array, c: Array) -> Array:
         return ((octets(a, a_type) * octets(b, b_type)).sum(-1) + c).astype(_U32).view(result.dtype)
+
+    return elementwise(inst, result, ["b32", "b32", result], compute)
+
+
+@instruction("dp2a")
+def _dot2(inst: Instruction) -> Execute:
+    """c + the products of a's halves with the lower (.lo) or upper (.hi) two octets of b (9.7.1.24)."""
+    upper = inst.one_of("lo", "hi") == "hi"
+    a_type, b_type = inst.types()
+    result = TYPES["u32" if a_type.kind == b_type.kind == "u" else "s32"]
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        left = np.ascontiguousarray(a)[..., None].view(np.int16 if a_type.kind == "s" else np.uint16)
+        right = np.ascontiguousarray(b)[..., None].view(np.int8 if b_type.kind == "s" else np.uint8)
+        chosen = right[..., 2:] if upper else right[..., :2]
+        return ((left.astype(_I64) * chosen).sum(-1) + c).astype(_U32).view(result.dtype)
 
     return elementwise(inst, result, ["b32", "b32", result], compute)
 

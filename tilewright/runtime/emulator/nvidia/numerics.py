@@ -1,9 +1,7 @@
 """Rounding as PTX does it (PTX ISA 4.5, 9.7.3 to 9.7.5, 9.7.9.21 cvt), on NumPy arrays.
 
-Everything below float64 is computed in float64 *rounded to odd* and then rounded once more in the
-mode asked for: a float64 that was rounded to odd still tells on which side of any float32, float16
-or bfloat16 (or midpoint of two) the exact value lies, so the second rounding gives what a single
-one of the exact value would (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums").
+Everything below float64 is computed in float64 rounded to odd and then rounded once more in the mode asked for
+(`tilewright.runtime.emulator.rounding`).
 """
 
 from __future__ import annotations
@@ -13,8 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tilewright.runtime.emulator.nvidia.exact import directed, fused_to_nearest, total
+from tilewright.runtime.emulator.exact import directed, total
 from tilewright.runtime.emulator.nvidia.types import Array, Type
+from tilewright.runtime.emulator.rounding import round_from_odd, round_to_odd, sum_to_odd
 
 _U16, _U32, _U64, _I64 = np.uint16, np.uint32, np.uint64, np.int64
 #: what the hardware gives for every NaN result of f32 and f16 arithmetic, and of bf16
@@ -71,31 +70,13 @@ def flush(value: Array) -> Array:
     return result
 
 
-# --- exact arithmetic ------------------------------------------------------------------------------
-
-
-def round_to_odd(value: Array, error: Array) -> Array:
-    """``value`` + ``error`` (the nearest float64 and the exact remainder) rounded to odd."""
-    bits = value.view(_I64)
-    even = (bits & 1) == 0
-    step = np.where((error > 0) == (value > 0), 1, -1)
-    wrong = even & (error != 0) & np.isfinite(value) & (value != 0)
-    result: Array = np.where(wrong, bits + step, bits).view(np.float64)
+def flush16(value: Array) -> Array:
+    """float16 subnormals -> zeros of their sign."""
+    result: Array = np.where(np.abs(value) < np.float16(2.0**-14), np.copysign(np.float16(0), value), value)
     return result
 
 
-def sum_to_odd(a: Array, b: Array) -> Array:
-    """a + b in float64, rounded to odd (Knuth's error-free sum)."""
-    a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
-    plain = a + b
-    other = plain - a
-    error = (a - (plain - other)) + (b - other)
-    return round_to_odd(plain, error)
-
-
-def fma_to_odd(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c rounded to odd; the product of two numbers of at most 26 bits is exact."""
-    return sum_to_odd(a.astype(np.float64) * b.astype(np.float64), c)
+# --- exact arithmetic ------------------------------------------------------------------------------
 
 
 def quotient_to_odd(a: Array, b: Array) -> Array:
@@ -117,30 +98,6 @@ def root_to_odd(a: Array) -> Array:
     return round_to_odd(root, np.where(np.isfinite(remainder), remainder, 0.0))
 
 
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    """float64 fused multiply-add, to nearest: Dekker's product, and sums rounded to odd before the last.
-
-    Where the splitting overflows or the product's error underflows, by rationals.
-    """
-    a, b, c = np.broadcast_arrays(a, b, c)
-    product = a * b
-    high_a, low_a = _split(a)
-    high_b, low_b = _split(b)
-    error = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
-    plain = product + c
-    other = plain - product
-    rest = (product - (plain - other)) + (c - other)
-    corrected = plain + sum_to_odd(rest, error)
-    result: Array = np.where(np.isfinite(corrected), corrected, plain)
-    return fused_to_nearest(a, b, c, result)
-
-
-def _split(value: Array) -> tuple[Array, Array]:
-    scaled = value * 134217729.0
-    high = scaled - (scaled - value)
-    return high, value - high
-
-
 # --- rounding --------------------------------------------------------------------------------------
 
 
@@ -152,15 +109,7 @@ def narrow(value: Array, type_: Type, mode: str = "rn") -> Array:
         return _narrow_bf16(value, mode)
     if type_.name not in ("f32", "f16"):
         raise AssertionError(type_.name)
-    nearest: Array = value.astype(type_.dtype)
-    if mode == "rn":
-        return nearest
-    back = nearest.astype(np.float64)
-    below, above = type_.dtype(-np.inf), type_.dtype(np.inf)
-    toward_zero = {"rz": np.abs(back) > np.abs(value), "rm": back > value, "rp": back < value}[mode]
-    if mode == "rz":
-        return np.where(toward_zero, np.nextafter(nearest, type_.dtype(0)), nearest)
-    return np.where(toward_zero, np.nextafter(nearest, below if mode == "rm" else above), nearest)
+    return round_from_odd(value, type_.dtype, mode)
 
 
 def _narrow_bf16(value: Array, mode: str) -> Array:

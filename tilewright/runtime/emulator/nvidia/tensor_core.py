@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tilewright.runtime.emulator.nvidia.numerics import fma64
 from tilewright.runtime.emulator.nvidia.types import Array
+from tilewright.runtime.emulator.rounding import fma64
 
 #: binary digits kept below the largest exponent
 DIGITS, DIGITS_OF_BYTES = 25, 13
@@ -109,7 +109,10 @@ def _power_of_two(exponent: Array) -> Array:
 
 
 def _rounded(total: Array, unit: Array, result: str, digits: int | None) -> Array:
-    """``total`` * 2^unit as float64: cut to float32 or to so many ``digits``, or rounded to float16."""
+    """``total`` * 2^unit as float64: cut to float32 or to so many ``digits``, or rounded to float16.
+
+    From 2^128 on it is infinite.
+    """
     value = np.ldexp(total, unit)
     if digits is not None:
         value = _cut(value, digits)
@@ -117,7 +120,7 @@ def _rounded(total: Array, unit: Array, result: str, digits: int | None) -> Arra
         return value.astype(np.float16).astype(np.float64)
     nearest = value.astype(np.float32)
     over = np.abs(nearest.astype(np.float64)) > np.abs(value)
-    over &= np.isfinite(value)
+    over &= np.abs(value) < 2.0**128
     return np.where(over, np.nextafter(nearest, np.float32(0)), nearest).astype(np.float64)
 
 

@@ -1,4 +1,4 @@
-"""float64 arithmetic in every rounding mode (PTX ISA 9.7.3, ``.rn``, ``.rz``, ``.rm``, ``.rp``), exact by rationals.
+"""float64 arithmetic in every rounding mode, exact by rationals: rn (nearest), rz (towards zero), rm (down), rp (up).
 
 NumPy rounds float64 to nearest only. Here the exact result is compared with the nearest one, element by element, and
 moved by one place where the mode asks for it. Slow, and rarely used.
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tilewright.runtime.emulator.nvidia.types import Array
+Array = NDArray[np.float64]
 
 #: the sign of (exact result - nearest), from the nearest result and finite operands
 Comparison = Callable[..., Fraction]
