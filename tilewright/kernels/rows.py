@@ -50,6 +50,14 @@ def row_major(columns, BN):
     return tw.program_id(0) // across, tw.program_id(0) % across
 
 
+def block_tiles(columns: int, elements: int = 4096) -> dict[str, int]:
+    """``BM`` and ``BN`` of kernels that call `row_major`: about ``elements`` that lie together in memory."""
+    width = 1
+    while width < min(columns, elements):
+        width *= 2
+    return {"BM": max(1, elements // width), "BN": width}
+
+
 def row_major_grid(rows: int, columns: int, BM: int, BN: int) -> tuple[int]:
     """The grid of kernels that call `row_major`: a program for each tile (BM, BN)."""
     return (tw.cdiv(rows, BM) * tw.cdiv(columns, BN),)
