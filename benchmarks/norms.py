@@ -20,7 +20,7 @@ import tilewright as tw
 from tilewright.kernels import activations, cross_entropy, dropout, embedding, layernorm, quantize, rmsnorm, rotary
 from tilewright.kernels.column_sum import column_sums, workspace_shapes
 from tilewright.kernels.norm_backward import norm_backward
-from tilewright.kernels.rows import FEW_ELEMENTS, block_tiles, gradient_tiles, row_major_grid, row_tiles
+from tilewright.kernels.rows import block_tiles, gradient_tiles, layer_tiles, row_major_grid, row_tiles
 from tilewright.kernels.softmax import softmax, softmax_backward
 from tilewright.runtime.bench import compare
 
@@ -108,7 +108,7 @@ def rms_residual_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 def layer_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, w, b, y = normal(m, n, dtype=dtype), normal(n, dtype=dtype), normal(n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    mean, r, meta = poisoned(m), poisoned(m), row_tiles(m, n, FEW_ELEMENTS)
+    mean, r, meta = poisoned(m), poisoned(m), layer_tiles(m, n)
     grid = (tw.cdiv(m, meta["BM"]),)
 
     def ours() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import FEW_ELEMENTS, LONG_COLUMNS, WIDEST, row_tiles, store_weighted, sum_of
+from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, layer_tiles, store_weighted, sum_of
 
 
 @tw.kernel
@@ -95,9 +95,8 @@ def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None
     if x.shape[1] > WIDEST:
         layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional)
         return
-    rows, columns = x.shape
-    meta = row_tiles(rows, columns, FEW_ELEMENTS)
-    layernorm[(tw.cdiv(rows, meta["BM"]),)](x, weight, y, eps, **optional, **meta)
+    meta = layer_tiles(*x.shape)
+    layernorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)
 
 
 def reference(
