@@ -22,8 +22,8 @@ GRADIENT_PROGRAMS = 264
 def row_tiles(rows: int, columns: int, elements: int | None = None, times: int = 1) -> dict[str, int]:
     """``BM`` and ``BN`` for kernels that hold whole rows of (rows, columns), several where they are short.
 
-    With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses. ``times`` as
-    many rows where there are enough of them.
+    With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses. With
+    ``times`` so many times the rows, where there are enough.
     """
     if columns > WIDEST:
         hint = "use the kernels for long rows, or the functions that choose"
