@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # keyed on the content, so that a checkout that only touches the file installs nothing
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+TESTED := $(VENV)/.tested-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
 .PHONY: help demo test lint format clean
 
@@ -37,6 +38,12 @@ $(STAMP): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda,amd,dev,linker]'
 	touch $@
 
+$(TESTED): $(STAMP)
+	@echo "Installing what the tests of tilewright.torch need (once; PyTorch is about 1 GB)"
+	rm -f $(VENV)/.tested-*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda,amd,dev,linker,test]'
+	touch $@
+
 demo: $(STAMP)
 	@$(BIN)/python examples/gemm.py
 
@@ -46,7 +53,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-test: lint
+test: lint $(TESTED)
 	@$(BIN)/python -m pytest -q -n 2
 
 format: $(STAMP)

@@ -20,10 +20,13 @@ _TOOLS = {
     "device": "tilewright.compiler.api",
     "devices": "tilewright.runtime.device",
     "emulate": "tilewright.compiler.api",
+    "jit_cache": "tilewright.compiler.shipping",
     "Artifact": "tilewright.compiler.artifact",
     "torch_op": "tilewright.torch.operator",
     "DevicePointer": "tilewright.runtime.arguments",
     "DeviceError": "tilewright.runtime.errors",
+    "World": "tilewright.compiler.world",
+    "SymmetricTensor": "tilewright.runtime.symmetric",
     "CompileError": "tilewright.frontend.errors",
     "ArgumentError": "tilewright.frontend.errors",
 }

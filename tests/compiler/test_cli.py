@@ -159,7 +159,7 @@ def test_opt_usage(tmp_path):
 def test_dump(target, kind):
     args = [SCALE, *NAMED, "--target", target]
     lines = ok("dump", *args, "--list").split("\n")
-    assert lines[:2] == ["input", "canonicalize"]
+    assert lines[:2] == ["input", "collectives"]
     assert lines[-3:] == ["--asm llvm", f"--asm {kind}", ""]
     listing = json.loads(ok("dump", *args, "--list", "--json"))
     assert listing == {"passes": lines[:-3], "asm": ["llvm", kind]}
@@ -169,7 +169,7 @@ def test_dump(target, kind):
 
 
 def test_dump_usage():
-    assert "there is no 'layout' for sm_90a; there are: input, canon" in misused(
+    assert "there is no 'layout' for sm_90a; there are: input, collectives, canon" in misused(
         "dump", SCALE, *NAMED, "--after", "layout"
     )
     assert "there are: llvm, ptx" in misused("dump", SCALE, *NAMED, "--asm", "amdgcn")

@@ -114,8 +114,6 @@ def test_build_errors(view):
 
 
 def test_bad_annotations():
-    def symmetric(x: tw.Symmetric): ...
-
     def text(x: str): ...
 
     def unknown(x: nothing): ...  # noqa: F821
@@ -123,7 +121,6 @@ def test_bad_annotations():
     def stars(*xs): ...
 
     for fn, message in [
-        (symmetric, "not supported yet"),
         (text, "an annotation that means nothing here"),
         (unknown, "cannot evaluate the annotation of parameter 'x'"),
         (stars, "cannot take *xs"),

@@ -504,11 +504,6 @@ def endless(x, y, n):
         pass
 
 
-@case("tw.rank is not supported yet", "tw.rank()")
-def not_supported(x, y, n):
-    tw.rank()
-
-
 @case("tw.gather needs an integer tile, got the compile-time int 0", "0", "tw.load")
 def gather_of_a_number(x, y, n):
     tw.gather(x, 0)
@@ -662,23 +657,10 @@ def test_error(kernel, message, underlined, hint, fail, view):
     assert failure.error.loc.file == __file__
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name, marker in tw.BUILTINS.items() if not marker.supported],
-)
-def test_unsupported_builtins_say_so(name, fail, view):
-    marker = tw.BUILTINS[name]
-
-    def kernel(x):
-        marker(x)
-
-    assert fail(kernel, x=view("f32", None)).message == f"tw.{name} is not supported yet"
-
-
-def test_every_supported_builtin_is_implemented():
+def test_every_builtin_is_implemented():
     from tilewright.frontend.builtins import IMPLEMENTATIONS
 
-    assert {m.name for m in IMPLEMENTATIONS} == {n for n, m in tw.BUILTINS.items() if m.supported}
+    assert {m.name for m in IMPLEMENTATIONS} == set(tw.BUILTINS)
 
 
 def test_chain_of_inlined_calls(view):

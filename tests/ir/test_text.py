@@ -131,7 +131,8 @@ def sample_operation(mnemonic: str, params: list[Value], variant: int) -> Operat
     """An instance of an operation with operands, attributes and regions of every declared kind."""
     cls, fn = REGISTRY[mnemonic]
     x, y = params
-    forms = {"operand": [x], "operands": [y, x][: variant % 3], "optional": [y] if variant % 2 else []}
+    several = [y, x][: variant % 3]
+    forms = {"operand": [x], "operands": several, "named": several, "optional": [y] if variant % 2 else []}
     groups = [forms[f.kind] for f in cls.operand_fields]
     hints = typing.get_type_hints(cls)
     attributes: dict[str, Any] = {} if fn is None else {"fn": fn}

@@ -29,10 +29,7 @@ def add_products(
     total = tw.zeros((BN, BM) if TURNED else (BM, BN), tw.float32)
     for j in tw.range(STEPS):
         left, right = tw.load(a, (m, k * STEPS + j), (BM, BK)), tw.load(b, (k * STEPS + j, n), (BK, BN))
-        if TURNED:
-            total = tw.dot(right.T, left.T, total)
-        else:
-            total = tw.dot(left, right, total)
+        total = tw.dot(right.T, left.T, total) if TURNED else tw.dot(left, right, total)
     if c.dtype == tw.int32:
         total = total * 2.0**16
     total = total.to(c.dtype)

@@ -217,7 +217,7 @@ def test_backward_of_arrays(causal: bool) -> None:
 def test_integer_sums_do_not_depend_on_their_order() -> None:
     """Blocks that run in different orders give the same bits, which sums of float32 do not."""
     arrays = backward_inputs((1, 1, 1, 64, 512, 64, 64), False, None)
-    orders = [f"emulate:sm_90a,seed={seed}" for seed in (1, 2)]
+    orders = [f"emulate:sm_90a,seed={seed}" for seed in (1, 8)]  # whose blocks add in different orders
     exact, loose = ([backward(device, arrays, False, exact=e)[0] for device in orders] for e in (True, False))
     assert exact[0].tobytes() == exact[1].tobytes()
     assert loose[0].tobytes() != loose[1].tobytes(), "these runs do not differ in order"

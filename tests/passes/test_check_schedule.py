@@ -80,7 +80,7 @@ def test_any_depth_is_sound(target: str, stages: int) -> None:
 
 def test_default_pipelines_end_with_the_check() -> None:
     for target in TARGETS.values():
-        assert str(parse_pipeline(default_pipeline(target))[-1]) == "check-schedule"
+        assert [str(p) for p in parse_pipeline(default_pipeline(target))[-2:]] == ["check-schedule", "check-protocol"]
         assert "check-schedule" not in default_pipeline(target, check=False)
     assert CHECK_SCHEDULE.default is True
 

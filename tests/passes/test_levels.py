@@ -67,6 +67,23 @@ def streamed(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 16):
     tw.store(y, (tw.program_id(0), 0), tw.sum(total, axis=0)[None, :].to(y.dtype))
 
 
+@tw.kernel
+def ahead(x: tw.Tensor, y: tw.Tensor, z: tw.Tensor, v: tw.Tensor, out: tw.Tensor):
+    """Vector work on one product, then products with it and with what follows from it, as in attention backward."""
+    m = tw.program_id(0)
+    left, right = tw.load(x, (m, 0), (128, 64)), tw.load(z, (m, 0), (128, 64))
+    one, other = tw.zeros((128, 64), tw.float32), tw.zeros((128, 64), tw.float32)
+    for j in tw.range(tw.cdiv(y.shape[0], 64)):
+        tile, weight = tw.load(y, (j, 0), (64, 64)), tw.load(v, j, (64,)).to(tw.float32)
+        s = tw.dot(left, tile.T)
+        t = tw.dot(right, tile.T)
+        p = tw.exp2(s * 0.125 - weight[None, :])
+        p = tw.where((j * 64 + tw.arange(0, 64) < y.shape[0])[None, :], p, 0.0)
+        one = tw.dot(p.to(y.dtype), tile, one)
+        other = tw.dot((p * t).to(y.dtype), tile, other)
+    tw.store(out, (m, 0), (one + other).to(out.dtype))
+
+
 @dataclass
 class Case:
     kernel: Kernel
@@ -109,6 +126,12 @@ CASES = {
             promoted, {"x": (100, k), "w": (k, 64), "scale": (100, 9)}, ("y", (100, 64)), (2, 1, 1)
         )
         for k in (0, 30, 64, 150)
+    },
+    **{
+        f"ahead-{n}": case(
+            ahead, {"x": (200, 64), "y": (n, 64), "z": (200, 64), "v": (n,)}, ("out", (200, 64)), (2, 1, 1)
+        )
+        for n in (0, 50, 300)
     },
     "softmax": case(softmax, {"x": (5, 1000)}, ("y", (5, 1000)), (5, 1, 1), BN=1024),
     "streamed": case(streamed, {"x": (75, 100)}, ("y", (3, 100)), (3, 1, 1)),
@@ -175,8 +198,8 @@ def test_every_level_gives_the_same_bits(name: str, target: str, align: int) -> 
 
 #: the passes after which the program is run again; the others are covered by their own tests
 CHANGES_SCHEDULE = {
-    "tile-order", "pipeline", "roles", "peel", "skew", "issue-ahead", "mma", "copy-ahead", "prefetch", "layouts",
-    "staging", "fences", "shared-plan", "alternate", "turns",
+    "tile-order", "pipeline", "roles", "peel", "skew", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences",
+    "shared-plan", "alternate", "turns", "lead", "barriers", "issue-ahead",
 }  # fmt: skip
 
 
@@ -263,6 +286,18 @@ def test_consumers_alternate_where_one_warpgroup_holds_a_tile() -> None:
 def test_numbers_of_rows_and_columns_need_no_exchange() -> None:
     """One `tile.arange` counts both in the program; each use has a layout of its own."""
     assert "tile.convert" not in scheduled("attention-causal")
+
+
+def test_vector_work_runs_beside_the_products_before_it() -> None:
+    """The loop begins with what the iteration before has made ready, and ends with the next one's exponentials."""
+    module = build(CASES["ahead-300"], 16)
+    for _ in levels(module, "sm_90a", PassOptions()):
+        pass
+    loop = print_module(module).split("@consumer")[1].split("tile.for %j")[1]
+    before, behind = loop.split("tile.exp2")[:2]
+    assert before.count("async.dot") == 4
+    assert "pending = 2" in before.rsplit("async.dot", 1)[1], "the last two run on"
+    assert "async.dot" not in behind.split("tile.yield")[0]
 
 
 def test_turns_where_products_take_longest() -> None:

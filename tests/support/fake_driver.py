@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,10 @@ class FakeDriver:
         }
         for names in ("CUdevice_attribute", "CUfunction_attribute", "CUtensorMapDataType", "CUtensorMapInterleave"):
             setattr(self, names, _Names())
+        for names in ("CUmemAllocationType", "CUmemLocationType", "CUmemAllocationHandleType", "CUmemAccess_flags"):
+            setattr(self, names, _Names())
+        for names in ("CUmemAllocationGranularity_flags", "CUstream_flags", "CUstreamCaptureMode", "CUevent_flags"):
+            setattr(self, names, _Names())
         for names in ("CUtensorMapSwizzle", "CUtensorMapL2promotion", "CUtensorMapFloatOOBfill"):
             setattr(self, names, _Names())
         self._values: dict[str, Any] = {
@@ -60,7 +65,17 @@ class FakeDriver:
             "cuOccupancyMaxActiveBlocksPerMultiprocessor": 2,
             "cuOccupancyMaxActiveClusters": 66,
             "cuMemAlloc": 0xEE00,
+            "cuMemGetAllocationGranularity": 2 * 2**20,
+            "cuMemCreate": 0x300,
+            "cuMemImportFromShareableHandle": 0x301,
+            "cuStreamCreate": 0x400,
+            "cuEventCreate": 0x500,
+            "cuThreadExchangeStreamCaptureMode": "the mode before",
+            "cuDeviceCanAccessPeer": 1,
         }
+        self.CU_MEMHOSTALLOC_PORTABLE, self.CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
+        self._reserved = 0x7_0000_0000
+        self._host: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
@@ -104,6 +119,35 @@ class FakeDriver:
         memory = ctypes.create_string_buffer(bytes([len(self.named("cuTensorMapEncodeTiled"))]) * 128, 128)
         value = SimpleNamespace(getPtr=lambda: ctypes.addressof(memory))
         return self.failures.get("cuTensorMapEncodeTiled", CUresult.CUDA_SUCCESS), value
+
+    def CUmemAllocationProp(self) -> Any:
+        return SimpleNamespace(location=SimpleNamespace())
+
+    def CUmemAccessDesc(self) -> Any:
+        return SimpleNamespace(location=SimpleNamespace())
+
+    def cuMemAddressReserve(self, nbytes: int, *rest: Any) -> tuple[CUresult, int]:
+        self.calls.append(("cuMemAddressReserve", (nbytes, *rest)))
+        self._reserved += nbytes
+        return CUresult.CUDA_SUCCESS, self._reserved - nbytes
+
+    def cuMemExportToShareableHandle(self, *args: Any) -> tuple[CUresult, int]:
+        self.calls.append(("cuMemExportToShareableHandle", args))
+        return CUresult.CUDA_SUCCESS, os.open(os.devnull, os.O_RDONLY)
+
+    def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[CUresult, int]:
+        self._host.append(ctypes.create_string_buffer(b"\xff" * nbytes, nbytes))
+        return CUresult.CUDA_SUCCESS, ctypes.addressof(self._host[-1])
+
+    def cuMemHostGetDevicePointer(self, host: int, flags: int) -> tuple[CUresult, int]:
+        return CUresult.CUDA_SUCCESS, host
+
+    def written(self, address: int) -> bytes:
+        """What was last copied to an address of device memory."""
+        return next(args[1] for args in reversed(self.named("cuMemcpyHtoDAsync")) if args[0] == address)
+
+    def cuLaunchCooperativeKernel(self, *args: Any) -> tuple[CUresult]:
+        return self.cuLaunchKernel(*args)
 
     def cuLaunchKernel(self, *args: Any) -> tuple[CUresult]:
         self.calls.append(("cuLaunchKernel", args))

@@ -13,7 +13,7 @@ from kernel_checks import NUMPY, Array, normal, poisoned
 import tilewright as tw
 from tilewright.kernels.activations import activation, gelu
 from tilewright.kernels.attention import LOG2E, attention, reference
-from tilewright.kernels.attention_backward import attention_delta, attention_dkdv, attention_dq
+from tilewright.kernels.attention_backward import ROWS, TILE, attention_dq, attention_gradients, attention_rows
 from tilewright.kernels.attention_decode import attention_decode
 from tilewright.kernels.column_sum import column_sum
 from tilewright.kernels.cross_entropy import cross_entropy
@@ -102,13 +102,17 @@ def _attention() -> Iterator[Launch]:
         yield Launch(f"attention, {schedule}", attention, (2, h, b), arguments, meta, exact=False)
     exact, logarithm = reference(q, k, v, True)
     o, lse = exact.astype(NUMPY["bf16"]), logarithm.astype(np.float32)
-    yield Launch("attention delta", attention_delta, (4, h, b), [o, do, poisoned(b, h, m)], {"DV": d})
-    delta = (exact * do.astype(np.float64)).sum(-1).astype(np.float32)
-    common, sizes = [q, k, v, do, lse, delta], {"D": d, "DV": d, "CAUSAL": True}
-    keys = [*common, *(poisoned(b, g, n, d, dtype="bf16") for _ in range(2)), d**-0.5, None]
-    yield Launch("attention dk dv", attention_dkdv, (3, g, b), keys, {**sizes, "BM": 64, "BN": 128}, exact=False)
-    queries = [*common, poisoned(b, h, m, d, dtype="bf16"), d**-0.5, None]
-    yield Launch("attention dq", attention_dq, (2, h, b), queries, {**sizes, "BM": 128, "BN": 64}, exact=False)
+    tiles, sizes = -(-m // TILE), {"D": d, "DV": d}
+    rows, sums = poisoned(ROWS, b, h, tiles * TILE), poisoned(b, h, m, d)
+    yield Launch("attention rows", attention_rows, (tiles, h, b), [o, do, lse, rows, sums], sizes, exact=False)
+    delta = (exact * do.astype(np.float64)).sum(-1)
+    rows, sums = np.zeros((ROWS, b, h, tiles * TILE), np.float32), np.zeros((b, h, m, d), np.float32)
+    rows[0], rows[0, :, :, :m], rows[1, :, :, :m] = np.inf, logarithm * LOG2E, delta
+    gradients = [q, k, v, do, rows, sums, *(poisoned(b, g, n, d, dtype="bf16") for _ in range(2)), d**-0.5, None]
+    meta = {**sizes, "CAUSAL": True, "EXACT": False}
+    yield Launch("attention gradients", attention_gradients, (3, g, b), gradients, meta, exact=False)
+    queries = [normal(b, h, m, d, seed=5), rows, poisoned(b, h, m, d, dtype="bf16"), d**-0.5]
+    yield Launch("attention dq", attention_dq, (tiles, h, b), queries, {"D": d}, exact=False)
     parts, logarithms, lengths = poisoned(b, h, 3, d), poisoned(b, h, 3), np.array([250], np.int32)
     arguments = [q[:, :, 0].copy(), k, v, parts, logarithms, lengths, d**-0.5 * LOG2E, None]
     yield Launch("attention decode", attention_decode, (3, g, b), arguments, {"D": d, "DV": d}, exact=False)

@@ -20,9 +20,11 @@ from tilewright.ir.async_ops import (
     TakeTurn,
     Wait,
 )
+from tilewright.ir.builder import Builder
+from tilewright.ir.comm_ops import PUT, Credit, Enter, Leave, Put, ReducePut, Signal, WaitFlags
 from tilewright.ir.core import Block, Function, Module, Operation, Value, replace_uses
 from tilewright.ir.tile_ops import For, If, While
-from tilewright.ir.types import BufferType, RingType
+from tilewright.ir.types import BufferType, RingType, i1
 
 
 @dataclass
@@ -51,11 +53,26 @@ def mutants(module: Module) -> Iterator[Mutant]:
         changes = list(_changes(op, weaker))
         if not changes:
             continue
-        name = f"{where}{op.name.removeprefix('async.')}"
+        name = f"{where}{op.name.removeprefix('async.').removeprefix('comm.')}"
         places[name] = places.get(name, 0) + 1
         place = f"{name} {places[name]}"
         for change, apply in changes:
             yield Mutant(place, change, position, apply)
+
+
+def protocol_mutants(module: Module) -> Iterator[Mutant]:
+    """Of a function that communicates: what orders ranks, and the threads of a block towards other ranks."""
+    ops = list(module.functions[0].walk())
+    chosen = {op for op in ops if isinstance(op, COMMUNICATION)}
+    for op in [op for op in ops if isinstance(op, Signal | Leave | WaitFlags | Credit)]:
+        assert op.parent is not None
+        block, at = op.parent.ops, op.parent.ops.index(op)
+        beside = block[:at][::-1] if isinstance(op, Signal | Leave) else block[at + 1 :]
+        for other in beside:
+            if not isinstance(other, Barrier | BulkWait | Fence):
+                break
+            chosen.add(other)
+    return (mutant for mutant in mutants(module) if ops[mutant.position] in chosen)
 
 
 def _weaker_scopes(function: Function) -> dict[str, str]:
@@ -83,10 +100,19 @@ def _walk(block: Block, where: str) -> Iterator[tuple[Operation, str]]:
             yield from _walk(region.block, inside)
 
 
+#: what orders ranks
+COMMUNICATION = Signal | WaitFlags | Credit | Enter | Leave | Put | ReducePut
+
 Change = tuple[str, Callable[[Function, Operation], None]]
 
 
 def _changes(op: Operation, weaker: dict[str, str]) -> Iterator[Change]:
+    if isinstance(op, COMMUNICATION):
+        yield "delete", _never if isinstance(op, WaitFlags) else _delete
+    if isinstance(op, Leave) and op.after_all:
+        yield "before all have come to it", _set("after_all", False)
+    if isinstance(op, Signal) and any(token.type == PUT for token in op.after):
+        yield "without the puts it tells of", _alone_signal
     if isinstance(op, Acquire | Publish | Await | Release | Wait | BulkWait | Fence | Barrier | TakeTurn | PassTurn):
         yield "delete", _delete
     if isinstance(op, Wait | BulkWait):
@@ -95,7 +121,7 @@ def _changes(op: Operation, weaker: dict[str, str]) -> Iterator[Change]:
         yield "wait for the reads alone", _set("read", True)
     if isinstance(op, Barrier) and weaker.get(op.scope):
         yield f"scope {op.scope} -> {weaker[op.scope]}", _set("scope", weaker[op.scope])
-    if isinstance(op, Fence):
+    if isinstance(op, Fence) and op.proxy == "async":
         yield "behind the next operation", _later
     if isinstance(op, Release) and any(isinstance(o, Wait) for o in _before(_with_branch(op))):
         yield "before the wait", _before_wait
@@ -122,8 +148,23 @@ def _stages(value: Value) -> int:
 def _delete(function: Function, op: Operation) -> None:
     if isinstance(op, Wait):
         replace_uses(function.body, dict(zip(op.results, op.values, strict=True)))
+    for user in function.walk() if isinstance(op, Credit | Put | ReducePut) else ():
+        user.groups = [[v for v in group if v not in op.results] for group in user.groups]
     assert op.parent is not None
     op.parent.ops.remove(op)
+
+
+def _never(function: Function, op: Operation) -> None:
+    """A wait that gives its token at once."""
+    assert isinstance(op, WaitFlags) and op.parent is not None
+    builder = Builder(op.parent, op.loc)
+    with builder.at(op.parent, op.parent.ops.index(op)):
+        op.when = builder.constant(False, i1)
+
+
+def _alone_signal(function: Function, op: Operation) -> None:
+    assert isinstance(op, Signal)
+    op.after = [token for token in op.after if token.type != PUT]
 
 
 def _add(name: str, difference: int) -> Callable[[Function, Operation], None]:

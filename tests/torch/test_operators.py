@@ -22,7 +22,14 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-TARGET = torch.tensor([3, -100, 0, 19])
+
+
+def starts(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def target():
+    return torch.tensor([3, -100, 0, 19])
 
 
 def normal(*shape, dtype=torch.float32, grad=False):
@@ -55,6 +62,31 @@ def test_linear(activation, dtype):
 
     inputs = [normal(2, 5, 24, dtype=dtype), normal(17, 24, dtype=dtype), normal(17, dtype=dtype)]
     assert_same(lambda *xs: twt.linear(*xs, activation=activation), exact, inputs, TOLERANCE[dtype])
+
+
+@DTYPES
+def test_linear_with_a_residual(dtype):
+    inputs = [normal(2, 5, 24, dtype=dtype), normal(17, 24, dtype=dtype), normal(2, 5, 17, dtype=dtype)]
+    assert_same(
+        lambda x, w, r: twt.linear(x, w, activation="relu", residual=r),
+        lambda x, w, r: (F.relu(F.linear(x.float(), w.float())) + r.float()).to(dtype),
+        inputs,
+        TOLERANCE[dtype],
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated_linear(activation, dtype):
+    def exact(x, gate, up):
+        x, gate, up = (t.float() for t in (x, gate, up))
+        return (ACTIVATIONS[activation](F.linear(x, gate)) * F.linear(x, up)).to(dtype)
+
+    inputs = [normal(2, 5, 24, dtype=dtype), *(0.3 * normal(17, 24, dtype=dtype) for _ in range(2))]
+    with torch.no_grad():
+        ours = twt.gated_linear(*inputs, activation)
+    torch.testing.assert_close(ours, exact(*inputs), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert_same(lambda *xs: twt.gated_linear(*xs, activation), exact, inputs, 2 * TOLERANCE[dtype])
 
 
 def test_linear_gives_only_the_gradients_that_are_needed():
@@ -117,6 +149,25 @@ def test_layer_norm(parameters, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize(("name", "parameters"), [("rms_norm", 1), ("layer_norm", 0), ("layer_norm", 2)])
+def test_norms_of_sums(name, parameters, dtype):
+    ours, theirs = getattr(twt, f"add_{name}"), getattr(F, name)
+    inputs = [*(normal(3, 2, 20, dtype=dtype) for _ in range(2)), *(normal(20, dtype=dtype) for _ in range(parameters))]
+
+    def both(norm):
+        def f(x, residual, *p):
+            y, total = norm(x, residual, p)
+            return torch.stack((y, total.sin()))
+
+        return f
+
+    exact = both(lambda x, residual, p: (theirs(x + residual, (20,), *p, eps=1e-5), x + residual))
+    assert_same(
+        both(lambda x, residual, p: ours(x, residual, (20,), *p, eps=1e-5)), exact, inputs, 2 * TOLERANCE[dtype]
+    )
+
+
+@DTYPES
 def test_softmax(dtype):
     x = normal(3, 2, 20, dtype=dtype)
     x[1, 0, 3:] = float("-inf")
@@ -130,10 +181,10 @@ def test_softmax(dtype):
     ids=str,
 )
 def test_cross_entropy(options, dtype):
-    target = TARGET.abs() % 20 if "ignore_index" in options else TARGET
+    classes = target().abs() % 20 if "ignore_index" in options else target()
     assert_same(
-        lambda x: twt.cross_entropy(x, target, **options),
-        lambda x: F.cross_entropy(x, target, **options),
+        lambda x: twt.cross_entropy(x, classes, **options),
+        lambda x: F.cross_entropy(x, classes, **options),
         [normal(4, 20, dtype=dtype)],
         TOLERANCE[dtype],
     )
@@ -143,21 +194,44 @@ def _operators():
     """Every operator that the package registers, with arguments."""
     return {
         "matmul": (normal(3, 5, grad=True), normal(5, 4, grad=True)),
-        "linear": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, grad=True), "gelu"),
+        "linear": (
+            *(normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, grad=True)),
+            *(normal(2, 3, 4, grad=True), "gelu"),
+        ),
+        "gated_linear": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, 8, grad=True), "silu"),
+        "gated_linear_kept": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, 8, grad=True), "gelu"),
+        "gated_backward": (normal(2, 3), normal(2, 3), normal(2, 3), "silu"),
         "activation_backward": (normal(2, 3), normal(2, 3), "silu"),
-        "attention": (normal(1, 2, 4, 16, grad=True), *(normal(1, 1, 4, 16, grad=True) for _ in range(2)), True, 0.3),
+        "attention": (
+            *(normal(1, 2, 4, 16, grad=True), *(normal(1, 1, 4, 16, grad=True) for _ in range(2))),
+            *(None, None, True, 0.3),
+        ),
         "attention_backward": (
             *(normal(1, 2, 4, 16), normal(1, 2, 4, 16), normal(1, 1, 4, 16), normal(1, 1, 4, 16)),
-            *(normal(1, 2, 4, 16), normal(1, 2, 4), True, 0.3),
+            *(normal(1, 2, 4, 16), normal(1, 2, 4), 2, True, 0.3),
+        ),
+        "attention_varlen": (*(normal(5, 1, 16) for _ in range(3)), starts(0, 3, 5), starts(0, 3, 5), 3, True, 2, 0.3),
+        "attention_decode": (normal(2, 2, 16), normal(2, 1, 9, 16), normal(2, 1, 9, 16), starts(9, 4), None, 0.3),
+        "grouped_mm": (normal(6, 4, grad=True), normal(2, 4, 3, grad=True), starts(0, 2, 6)),
+        "grouped_mm_weights": (normal(6, 4), normal(6, 3), starts(0, 2, 6)),
+        "rotary": (normal(1, 3, 2, 8, grad=True), normal(3, 4), normal(3, 4), True, False),
+        "scaled_linear": (
+            *(normal(3, 16).to(torch.int8), normal(4, 16).to(torch.int8), normal(3), normal(4)),  # compares arguments
+            *(normal(4), torch.bfloat16, True),
         ),
         "rms_norm": (normal(2, 3, 8, grad=True), normal(8, grad=True), 1e-5),
-        "rms_norm_backward": (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(2, 3)),
+        "add_rms_norm": (*(normal(2, 3, 8, grad=True) for _ in range(2)), normal(8, grad=True), 1e-5),
+        "rms_norm_backward": (*(normal(2, 3, 8) for _ in range(3)), normal(8), normal(2, 3)),
         "layer_norm": (normal(2, 3, 8, grad=True), normal(8, grad=True), None, 1e-5),
-        "layer_norm_backward": (normal(2, 3, 8), normal(2, 3, 8), normal(8), normal(2, 3), normal(2, 3)),
+        "add_layer_norm": (
+            *(normal(2, 3, 8, grad=True) for _ in range(2)),
+            *(normal(8, grad=True), normal(8, grad=True), 1e-5),
+        ),
+        "layer_norm_backward": (normal(2, 3, 8), None, normal(2, 3, 8), normal(8), normal(2, 3), normal(2, 3)),
         "softmax": (normal(2, 3, 8, grad=True),),
         "softmax_backward": (normal(2, 3), normal(2, 3)),
-        "cross_entropy": (normal(4, 20, grad=True), TARGET, -100, 0.1),
-        "cross_entropy_backward": (normal(4), normal(4, 20), TARGET, normal(4), -100, 0.1),
+        "cross_entropy": (normal(4, 20, grad=True), target(), -100, 0.1),
+        "cross_entropy_backward": (normal(4), normal(4, 20), target(), normal(4), -100, 0.1),
     }
 
 
@@ -177,16 +251,16 @@ def _refused():
     """(part of the reason, operator, torch's function, arguments, options)."""
     attention, exact = twt.attention, F.scaled_dot_product_attention
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
-    fewer = [normal(1, 1, 3, 16), normal(1, 1, 5, 16), normal(1, 1, 5, 16)]
+    more = [normal(1, 1, 7, 16), normal(1, 1, 5, 16), normal(1, 1, 5, 16)]
     return [
         ("dtype float64", twt.softmax, F.softmax, [normal(2, 3).double(), -1], {}),
         ("the dtypes differ", twt.rms_norm, F.rms_norm, [normal(2, 3), (3,), normal(3).bfloat16()], {}),
         ("not along the last dimension", twt.softmax, F.softmax, [normal(2, 3), 0], {}),
-        ("a mask", attention, exact, [normal(1, 1, 5, 16)] * 3, {"attn_mask": mask}),
-        ("causal with as many", attention, exact, fewer, {"is_causal": True}),
+        ("where gradients", attention, exact, [normal(1, 1, 5, 16, grad=True)] * 3, {"attn_mask": mask}),
+        ("more queries", attention, exact, more, {"is_causal": True}),
         ("heads of 8", attention, exact, [normal(1, 1, 5, 8)] * 3, {}),
         ("an empty tensor", twt.linear, F.linear, [normal(2, 0), normal(3, 0), normal(3)], {}),
-        ("class weights", twt.cross_entropy, F.cross_entropy, [normal(4, 20), TARGET, normal(20).abs()], {}),
+        ("class weights", twt.cross_entropy, F.cross_entropy, [normal(4, 20), target(), normal(20).abs()], {}),
         ("no class indices", twt.cross_entropy, F.cross_entropy, [normal(4, 20), normal(4, 20)], {}),
         ("several dimensions", twt.layer_norm, F.layer_norm, [normal(2, 3, 4), (3, 4)], {}),
         ("1 and 2 dimensions", twt.matmul, torch.matmul, [normal(3), normal(3, 4)], {}),
@@ -215,11 +289,80 @@ def test_a_gpu_without_tile_sizes_is_left_to_torch(monkeypatch):
     assert "sm_75" in answers[1] and "unknown" in answers[2]
 
 
-def test_inside_autocast_and_vmap_torch_computes():
-    x = normal(2, 3, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert twt.linear(x, normal(5, 4)).dtype == torch.bfloat16
-    assert torch.equal(torch.vmap(lambda row: twt.softmax(row, -1))(x), x.softmax(-1))
+MASKS = {
+    "padding": lambda: torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)[:, None, None],
+    "summand": lambda: normal(1, 2, 5, 3),
+    "a row": lambda: torch.tensor([[True, False, True]]),
+}
+
+
+@pytest.mark.parametrize("mask", sorted(MASKS))
+def test_attention_with_a_mask(mask):
+    q, k, v = normal(2, 2, 5, 16), normal(2, 2, 3, 16), normal(2, 2, 3, 16)
+    options = {"attn_mask": MASKS[mask]()}
+    assert refusal(twt.attention, q, k, v, **options) is None
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(twt.attention(q, k, v, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_in_a_window_and_with_fewer_queries():
+    rows, columns = torch.arange(19)[:, None], torch.arange(19)
+    seen = (columns <= rows) & (columns >= rows - 4)
+    inputs = [normal(1, 2, 19, 16) for _ in range(3)]
+    assert_same(
+        lambda *xs: twt.attention(*xs, is_causal=True, window=4),
+        lambda *xs: F.scaled_dot_product_attention(*xs, attn_mask=seen),
+        inputs,
+        1e-5,
+    )
+    inputs[0] = inputs[0][:, :, :7]
+    exact = F.scaled_dot_product_attention
+    assert_same(lambda *xs: twt.attention(*xs, is_causal=True), lambda *xs: exact(*xs, is_causal=True), inputs, 1e-5)
+    for operator in (twt.attention, lambda *xs, **options: twt.attention(*xs[:3], dropout_p=0.5, **options)):
+        with pytest.raises(ValueError, match="a window needs is_causal"):
+            operator(*inputs, window=3)
+
+
+def test_inside_autocast_products_are_cast_and_torch_does_the_rest():
+    x, weight = normal(2, 3, 4, grad=True), normal(5, 4, grad=True)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        y, expected = twt.linear(x, weight, activation="relu"), F.relu(F.linear(x, weight))
+        assert refusal(twt.linear, x, weight) is None
+        assert twt.softmax(x, -1).dtype == F.softmax(x, -1).dtype
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    ours, theirs = (torch.autograd.grad(z.float().square().sum(), (x, weight)) for z in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+
+
+def _mapped():
+    """(function of one element, arguments with the mapped dimension, where it is)."""
+    heads = [normal(3, 2, 2, 5, 16) for _ in range(3)]
+    return {
+        "softmax": (lambda x: twt.softmax(x, -1), [normal(3, 2, 4)], 1),
+        "linear": (lambda x: twt.linear(x, _weight(), activation="silu"), [normal(2, 3, 4)], 0),
+        "linear, weights": (twt.linear, [normal(3, 2, 4), normal(3, 5, 4)], 0),
+        "rms_norm": (lambda x: twt.rms_norm(x, (4,)), [normal(2, 3, 4)], 1),
+        "attention": (lambda *xs: twt.attention(*xs, is_causal=True), heads, 0),
+    }
+
+
+def _weight():
+    return torch.linspace(-1, 1, 20).view(5, 4)
+
+
+@pytest.mark.parametrize("name", sorted(_mapped()))
+def test_vmap(name):
+    function, arguments, dim = _mapped()[name]
+    elements = zip(*(x.unbind(dim) for x in arguments), strict=True)
+    expected = torch.stack([function(*element) for element in elements])
+    torch.testing.assert_close(torch.vmap(function, in_dims=dim)(*arguments), expected)
+
+
+def test_gradients_by_torch_func_are_torchs():
+    x = normal(2, 3)
+    ours, theirs = (torch.func.grad(lambda x, f=f: f(x, -1)[0, 0])(x) for f in (twt.softmax, F.softmax))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_an_unknown_activation_is_named():

@@ -97,15 +97,35 @@ class FunctionBuilder(Arithmetic):
         return known
 
     def load(
-        self, pointer: Value, type_: Type, align: int, *, volatile: bool = False, invariant: bool = False
+        self,
+        pointer: Value,
+        type_: Type,
+        align: int,
+        *,
+        volatile: bool = False,
+        invariant: bool = False,
+        ordering: str | None = None,
     ) -> Value:
-        """``align`` in bytes. ``invariant``: the memory does not change while the kernel runs."""
-        return self._value("llvm.load", type_, [pointer], self._access(align, volatile, invariant))
+        """``align`` in bytes. ``invariant``: the memory does not change while the kernel runs.
+
+        With an ``ordering`` (as in `fence`, or monotonic) the access is atomic, for the whole system.
+        """
+        attributes = self._access(align, volatile, invariant) | (
+            {} if ordering is None else self._atomic(ordering, None)
+        )
+        return self._value("llvm.load", type_, [pointer], attributes)
 
     def store(
-        self, value: Value, pointer: Value, align: int, *, volatile: bool = False, nontemporal: bool = False
+        self,
+        value: Value,
+        pointer: Value,
+        align: int,
+        *,
+        volatile: bool = False,
+        nontemporal: bool = False,
+        ordering: str | None = None,
     ) -> None:
-        attributes = self._access(align, volatile, False)
+        attributes = self._access(align, volatile, False) | ({} if ordering is None else self._atomic(ordering, None))
         if nontemporal:
             attributes["nontemporal"] = self.module.attribute("unit")
         self.op("llvm.store", (), [value, pointer], attributes)
@@ -137,6 +157,19 @@ class FunctionBuilder(Arithmetic):
         if align is not None:
             attributes["alignment"] = self.module.integer(64, align)
         return self._value("llvm.atomicrmw", value.type, [pointer, value], attributes)
+
+    def cmpxchg(self, pointer: Value, expected: Value, value: Value, align: int, syncscope: str | None = None) -> Value:
+        """The old value; ``value`` is written where that is ``expected``. Relaxed, on integers."""
+        attributes = {
+            "success_ordering": self.module.integer(64, _ORDERING["monotonic"]),
+            "failure_ordering": self.module.integer(64, _ORDERING["monotonic"]),
+            "alignment": self.module.integer(64, align),
+        }
+        if syncscope is not None:
+            attributes["syncscope"] = self.module.string(syncscope)
+        pair = self.types.struct([expected.type, self.types.i1])
+        both = self.op("llvm.cmpxchg", [pair], [pointer, expected, value], attributes).result
+        return self.extractvalue(both, 0, expected.type)
 
     def _atomic(self, ordering: str, syncscope: str | None) -> dict[str, Any]:
         attributes = {"ordering": self.module.integer(64, _ORDERING[ordering])}

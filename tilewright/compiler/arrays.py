@@ -10,7 +10,7 @@ import numpy as np
 
 from tilewright.frontend.errors import ArgumentError
 from tilewright.ir.types import DTYPES, ViewType
-from tilewright.runtime.arguments import DevicePointer, TensorView, canonical_dtype, read_tensor
+from tilewright.runtime.arguments import DevicePointer, TensorView, Viewed, canonical_dtype, read_tensor
 
 _KNOWN = "convert it to one of bool, int8 to int64, float16, bfloat16, float32, float64, float8_e4m3, float8_e5m2"
 
@@ -34,6 +34,9 @@ def _place(value: Any) -> str:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return f"{_torch_runtime(torch)}:{value.get_device()}" if value.is_cuda else "cpu"
+    if isinstance(value, Viewed) and hasattr(value, "device"):
+        _ = value.view  # raises for what one launch cannot take
+        return str(value.device)
     if isinstance(value, DevicePointer) or hasattr(value, "__cuda_array_interface__"):
         return "cuda:0"
     return "cpu"

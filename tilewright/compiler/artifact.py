@@ -103,6 +103,11 @@ class Artifact:
         abi, function = self._entry(device, args)
         device.launch(function, abi, grid, args, stream)
 
+    def ready(self, device: Device, grid: Sequence[int] | int, args: Sequence[Any]) -> Callable[[Any], None]:
+        """This launch as a function of the stream, loaded and packed: see `Device.ready`."""
+        abi, function = self._entry(device, args)
+        return device.ready(function, abi, grid, args)
+
     def prepare(self, device: Device, grid: Sequence[int] | int, args: Sequence[Any]) -> Callable[[Any], None] | None:
         """This launch as a function of the stream alone; None where the device has no such form."""
         abi, function = self._entry(device, args)

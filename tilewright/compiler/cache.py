@@ -73,7 +73,7 @@ class DiskCache:
     compilation.
     """
 
-    def __init__(self, directory: Path, limit: int) -> None:
+    def __init__(self, directory: Path, limit: float) -> None:
         self.directory = directory
         self.limit = limit
         self._unseen: float = limit  # bytes stored since the last look; the first store looks

@@ -126,7 +126,7 @@ def _sort(parameter: Parameter, text: str, spec: str, to_run: bool, given: Argum
         given.tensors[name] = _tensor(text, match["dtype"], match["dims"], to_run)
     elif spec == "None":
         given.values[name] = None
-    elif kind == "tensor":
+    elif kind in ("tensor", "symmetric"):
         raise click.UsageError(f"--arg {text}: {name} is a tensor: write {name}=f32[{'64,64' if to_run else 'M,64'}]")
     elif spec in DTYPE_NAMES:
         if to_run:

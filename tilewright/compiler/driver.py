@@ -62,7 +62,7 @@ def complete_types(definition: KernelDefinition, args: Mapping[str, Any]) -> dic
             except ValueError as error:
                 message = f"kernel '{definition.name}': parameter '{parameter.name}': {error}"
                 raise ArgumentError(message, parameter.loc, length=len(parameter.name)) from None
-        elif parameter.kind == "tensor" and not isinstance(given, TensorSpec | ViewType | None):
+        elif parameter.kind in ("tensor", "symmetric") and not isinstance(given, TensorSpec | ViewType | None):
             message = f"kernel '{definition.name}': parameter '{parameter.name}' is a tensor, got {given!r}"
             hint = 'describe it: tw.spec("f32", ("M", 64))'
             raise ArgumentError(message, parameter.loc, hint, len(parameter.name))

@@ -58,6 +58,13 @@ def _text(text: str) -> str | None:
     return text
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < 2e6:
+        raise ValueError("expected seconds from 0 to 2000000")
+    return seconds
+
+
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -84,7 +91,10 @@ ALWAYS_COMPILE: Variable[bool] = Variable(
     "ALWAYS_COMPILE", _flag, False, "compile every kernel anew, whatever the cache holds, and store the result"
 )
 CHECK_SCHEDULE: Variable[bool] = Variable(
-    "CHECK_SCHEDULE", _flag, True, "prove schedules before generating code (pass check-schedule); 0 skips it"
+    "CHECK_SCHEDULE",
+    _flag,
+    True,
+    "prove schedules before generating code (passes check-schedule, check-protocol); 0 skips it",
 )
 DUMP_DIR: Variable[Path | None] = Variable(
     "DUMP_DIR", _path, None, "directory for one IR file per pass and the emitted assembly of every kernel"
@@ -98,6 +108,9 @@ PRINT_AUTOTUNING: Variable[bool] = Variable(
 TUNING_FILE: Variable[Path | None] = Variable(
     "TUNING_FILE", _path, None, "JSON file of the autotuner's choices (default: tuning.json in the cache directory)"
 )
+WAIT_TIMEOUT: Variable[float] = Variable(
+    "WAIT_TIMEOUT", _seconds, 30.0, "seconds after which a kernel that waits for another GPU gives up; 0: never"
+)
 PTXAS: Variable[str | None] = Variable("PTXAS", _text, None, "the ptxas program to use")
 
 VARIABLES: tuple[Variable[Any], ...] = (
@@ -110,4 +123,5 @@ VARIABLES: tuple[Variable[Any], ...] = (
     PRINT_AUTOTUNING,
     PTXAS,
     TUNING_FILE,
+    WAIT_TIMEOUT,
 )

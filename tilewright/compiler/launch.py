@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.arguments import BoundArguments, bind_arguments
 from tilewright.frontend.errors import ArgumentError, suggestion
 from tilewright.frontend.promotion import fits
-from tilewright.ir.core import UNKNOWN, IRError
+from tilewright.ir.core import UNKNOWN, Function, IRError
+from tilewright.runtime.arguments import Viewed
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
 
@@ -49,7 +51,9 @@ class Plan:
     defaults: tuple[Any, ...]
     start: Callable[[tuple[int, int, int], list[Any], Any], None]
     #: takes the grid and the run-time values and gives a function of the stream, or None
-    prepare: Callable[[tuple[int, int, int], list[Any]], Callable[[Any], None] | None] | None = None
+    prepare: Preparer | None = None
+    #: likewise, for every device: all but the start itself
+    ready: Preparer | None = None
 
     def run(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any], stream: Any) -> None:
         """Launch with these arguments, which are of the kinds that the plan was made for."""
@@ -60,6 +64,12 @@ class Plan:
         if self.prepare is None:
             return None
         return self.prepare(resolve_grid(grid, self.constexprs), self._values(args, kwargs))
+
+    def complete(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], None]:
+        """This launch as a function of the stream that does nothing but start the kernel."""
+        counts, values = resolve_grid(grid, self.constexprs), self._values(args, kwargs)
+        found = None if self.ready is None else self.ready(counts, values)
+        return found or (lambda stream: self.start(counts, values, stream))
 
     def _values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         return [
@@ -89,9 +99,25 @@ class Launch:
         if exact is not None:
             again = plan.repeat(self.grid, args, kwargs)
             if again is not None:
-                if len(self.kernel.repeats) >= MOST_REPEATS:
-                    self.kernel.repeats.clear()
-                self.kernel.repeats[exact] = again
+                self._keep(exact, again)
+
+    def complete(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], None]:
+        """The launch as a function of the stream, compiled, loaded and packed: calling it only starts the kernel."""
+        exact = repeat_key(self.grid, self.device, args, kwargs)
+        again = None if exact is None else self.kernel.repeats.get(exact)
+        if again is not None:
+            return again
+        plan = self._plan(args, kwargs)
+        again = None if exact is None else plan.repeat(self.grid, args, kwargs)
+        if exact is None or again is None:
+            return plan.complete(self.grid, args, kwargs)
+        self._keep(exact, again)
+        return again
+
+    def _keep(self, exact: tuple[Any, ...], again: Callable[[Any], None]) -> None:
+        if len(self.kernel.repeats) >= MOST_REPEATS:
+            self.kernel.repeats.clear()
+        self.kernel.repeats[exact] = again
 
     def _plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         key = (self.device, INTERPRET.get(), *signature(self.kernel, args, kwargs))
@@ -124,6 +150,8 @@ def repeat_key(
         kind = type(value)
         if kind is tensor:
             parts += (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        elif isinstance(value, Viewed) and (view := value.view).symmetric is not None:
+            parts += (view.symmetric, view.shape)
         elif kind is int:
             parts.append(value)
         elif kind is bool or kind is float:
@@ -186,20 +214,24 @@ def make_plan(kernel: Kernel, device: str | None, args: tuple[Any, ...], kwargs:
     place = device or where(bound.tensors)
     names = [p.name for p in kernel.definition.parameters if p.name in bound.tensors or p.name in bound.scalars]
     preparer: Preparer | None = None
+    completer: Preparer | None = None
     if place == "cpu" or INTERPRET.get():
         starter = _interpreter(kernel, bound, names, from_gpu=INTERPRET.get())
     else:
-        starter, preparer = _binary(kernel, bound, place, options)
+        starter, preparer, completer = _binary(kernel, bound, place, options)
     positions = {name: i for i, name in enumerate(kernel.positional_names[: len(args)])}
     sources = tuple(positions.get(name, name if name in kwargs else None) for name in names)
-    return Plan(bound.constexprs, sources, tuple(bound.scalars.get(name) for name in names), starter, preparer)
+    defaults = tuple(bound.scalars.get(name) for name in names)
+    return Plan(bound.constexprs, sources, defaults, starter, preparer, completer)
 
 
 Starter = Callable[[tuple[int, int, int], list[Any], Any], None]
 Preparer = Callable[[tuple[int, int, int], list[Any]], Callable[[Any], None] | None]
 
 
-def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileOptions) -> tuple[Starter, Preparer]:
+def _binary(
+    kernel: Kernel, bound: BoundArguments, place: str, options: CompileOptions
+) -> tuple[Starter, Preparer, Preparer]:
     device = open_device(place)
     types = bound.types({name: view_type(value, name) for name, value in bound.tensors.items()})
     artifact = kernel.artifact(types, device.target, options)
@@ -210,7 +242,10 @@ def _binary(kernel: Kernel, bound: BoundArguments, place: str, options: CompileO
     def prepare(grid: tuple[int, int, int], values: list[Any]) -> Callable[[Any], None] | None:
         return artifact.prepare(device, grid, values)
 
-    return start, prepare
+    def complete(grid: tuple[int, int, int], values: list[Any]) -> Callable[[Any], None]:
+        return artifact.ready(device, grid, values)
+
+    return start, prepare, complete
 
 
 def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_gpu: bool) -> Starter:
@@ -227,15 +262,54 @@ def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_g
             if not fits(given[name], dtype):  # the interpreter's integers would wrap
                 raise ArgumentError(f"kernel '{kernel.__name__}': argument '{name}': {given[name]} is no {dtype}")
         arrays = {name: host_array(given[name], name, from_gpu) for name in views}
-        try:
+        with _located(kernel, function):
             run(function, {**given, **arrays}, grid=grid)
-        except IRError as error:
-            loc = error.loc if error.loc != UNKNOWN else function.loc
-            raise ExecutionError(f"{error.message} (kernel '{kernel.__name__}')", loc, error.hint) from error
         for name, array in arrays.items():
             give_back(given[name], array)
 
     return start
+
+
+def interpret_ranks(
+    kernel: Kernel,
+    grid: Grid,
+    arguments: Sequence[Sequence[Any]],
+    keywords: Sequence[Mapping[str, Any]],
+    blocks: int | None = None,
+    seed: int | None = None,
+) -> None:
+    """Run a kernel that communicates in the interpreter, on all ranks of a world.
+
+    ``arguments``, ``keywords``: for each rank what a launch takes; symmetric parameters get the rank's own array.
+    Compile-time values and the types of arguments are those of rank 0 and must be the same on all ranks.
+    ``blocks`` and ``seed`` as of `tilewright.ir.interpreter.run_ranks`.
+    """
+    from tilewright.ir.interpreter import run_ranks
+
+    given, kinds = [], []
+    for args, kwargs in zip(arguments, keywords, strict=True):
+        _, values = CompileOptions.split(dict(kwargs))
+        bound = bind_arguments(kernel.definition, tuple(args), values)
+        arrays = {name: host_array(value, name) for name, value in bound.tensors.items()}
+        kinds.append(bound.types({name: view_type(array, name) for name, array in arrays.items()}))
+        given.append({**arrays, **bound.scalars})
+        if kinds[-1] != kinds[0]:
+            name = next(name for name, kind in kinds[-1].items() if kinds[0].get(name) != kind)
+            message = f"kernel '{kernel.__name__}': argument '{name}' is of another kind on rank {len(kinds) - 1}"
+            raise ArgumentError(message, kernel.definition.loc, "all ranks launch the same program")
+    function = kernel.function(kinds[0])
+    with _located(kernel, function):
+        run_ranks(function, given, resolve_grid(grid, bound.constexprs), blocks, seed)
+
+
+@contextmanager
+def _located(kernel: Kernel, function: Function) -> Iterator[None]:
+    """Faults of the interpreted program as the user's errors."""
+    try:
+        yield
+    except IRError as error:
+        loc = error.loc if error.loc != UNKNOWN else function.loc
+        raise ExecutionError(f"{error.message} (kernel '{kernel.__name__}')", loc, error.hint) from error
 
 
 def resolve_grid(grid: Grid, meta: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
+from tilewright.compiler import shipping
 from tilewright.compiler.artifact import Artifact
 from tilewright.compiler.cache import disk_cache
 from tilewright.compiler.environment import ALWAYS_COMPILE, DUMP_DIR
 from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.version import compiler_version, edited_since_start
 from tilewright.frontend.definition import KernelDefinition, constant_text
+from tilewright.frontend.errors import CompileError
 from tilewright.frontend.markers import TensorSpec
 from tilewright.ir.types import ScalarType, ViewType
 
@@ -28,19 +30,33 @@ def obtain(
     start = perf_counter()
     cache = disk_cache()
     key = None if cache is None else cache_key(definition, target, args, options, name)
-    if cache is not None and key is not None and not ALWAYS_COMPILE.get():
-        found = cache.load(key)
+    shipping_key = portable_key(definition, target, args, options, name) if shipping.is_open() else None
+    if not ALWAYS_COMPILE.get():
+        found = shipping.shipped(shipping_key) if shipping_key is not None else None
+        if found is None and cache is not None and key is not None:
+            found = cache.load(key)
+            if found is not None and shipping_key is not None:
+                shipping.ship(shipping_key, found)
         if found is not None:
             found.seconds = perf_counter() - start
             dump = DUMP_DIR.get()
             if dump is not None:
                 found.dump(dump)
             return found
+    searched = shipping.missing_compiler()
+    if searched is not None:
+        message = f"kernel '{definition.name}' for {target} is not in {searched}, and no compiler is installed here"
+        raise CompileError(
+            message, definition.loc, "run once with the compiler and tw.jit_cache open, and copy the folder"
+        )
     from tilewright.compiler.driver import compile_definition
 
     artifact = compile_definition(definition, target, args, options, name)
-    if cache is not None and key is not None and not edited_since_start():
-        cache.store(key, artifact)
+    if not edited_since_start():
+        if cache is not None and key is not None:
+            cache.store(key, artifact)
+        if shipping_key is not None:
+            shipping.ship(shipping_key, artifact)
     return artifact
 
 
@@ -48,11 +64,29 @@ def cache_key(
     definition: KernelDefinition, target: str, args: Mapping[str, Any], options: CompileOptions, name: str | None = None
 ) -> str | None:
     """A digest of all that the compiled code depends on; None if a constant has no text that identifies it."""
+    given = _given(definition, target, args, options, name)
+    return None if given is None else _digest([compiler_version(), *given])
+
+
+def portable_key(
+    definition: KernelDefinition, target: str, args: Mapping[str, Any], options: CompileOptions, name: str | None = None
+) -> str | None:
+    """`cache_key` but for what the compiler is: the same on machines without one."""
+    given = _given(definition, target, args, options, name)
+    return None if given is None else _digest(["any compiler", *given])
+
+
+def _given(
+    definition: KernelDefinition, target: str, args: Mapping[str, Any], options: CompileOptions, name: str | None
+) -> list[str] | None:
     dependencies = definition.dependencies()
     values = types_text(args)
     if any(map(_nameless, [values, *map(constant_text, dependencies.constants.values())])):
         return None
-    parts = [compiler_version(), dependencies.digest(), target, repr(options), name or definition.name, values]
+    return [dependencies.digest(), target, repr(options), name or definition.name, values]
+
+
+def _digest(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -77,7 +77,7 @@ def _sort(definition: KernelDefinition, parameter: Parameter, value: Any, bound:
             hint = "pass a scalar or a tensor of one element"
             raise _error(definition, parameter, f"argument '{name}' is a tensor of rank 0", hint)
         bound.tensors[name] = value
-    elif parameter.kind == "tensor":
+    elif parameter.kind in ("tensor", "symmetric"):
         hint = "pass a NumPy array or a torch tensor"
         raise _error(definition, parameter, f"argument '{name}' must be a tensor, got {type(value).__name__}", hint)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from typing import Any
 
 from tilewright.frontend.calls import Calls
@@ -36,6 +37,8 @@ def build_module(definition: KernelDefinition, args: dict[str, Any], name: str |
     frame = Frame(definition, locals=values | dict(zip(types, block.args, strict=True)))
     Visitor(builder, frame).visit_block(_without_docstring(definition.tree))
     function = Function(name or definition.name, Region(block), loc=definition.loc)
+    if any(op.name.startswith("comm.") for op in function.walk()):
+        function.attributes["communicates"] = True
     return Module([function])
 
 
@@ -65,15 +68,17 @@ def _split(definition: KernelDefinition, args: dict[str, Any]) -> tuple[dict[str
 def _parameter_type(definition: KernelDefinition, parameter: Parameter, value: Any) -> Type:
     if isinstance(value, ScalarType):
         value = value.dtype
-    if isinstance(value, ViewType) and parameter.kind in ("tensor", "plain"):
+    if isinstance(value, ViewType) and parameter.kind in ("tensor", "symmetric", "plain"):
         if value.rank == 0:
             raise _error(definition, parameter, "is a tensor of rank 0", "pass a scalar or a tensor of one element")
-        return value
+        return replace(value, symmetric=parameter.kind == "symmetric")
     if isinstance(value, DType) and parameter.kind in ("scalar", "plain"):
         if parameter.dtype is not None and parameter.dtype != value:
             raise _error(definition, parameter, f"is {dtype_name(parameter.dtype)}, got {dtype_name(value)}", "")
         return ScalarType(value)
-    wanted = {"tensor": "a ViewType", "scalar": "a DType"}.get(parameter.kind, "a ViewType or a DType")
+    wanted = {"tensor": "a ViewType", "symmetric": "a ViewType", "scalar": "a DType"}.get(
+        parameter.kind, "a ViewType or a DType"
+    )
     hint = "annotate the parameter tw.constexpr to pass a compile-time value"
     raise _error(definition, parameter, f"needs {wanted}, got {value!r}", hint)
 

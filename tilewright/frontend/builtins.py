@@ -27,8 +27,9 @@ from tilewright.frontend.values import (
     tile_shape,
     view_type,
 )
+from tilewright.ir.comm_ops import peer_of
 from tilewright.ir.core import Value
-from tilewright.ir.types import DType, TileType, bf16, f16, f32, f64, i1, i8, i16, i32, multipliable
+from tilewright.ir.types import DType, TileType, TokenType, bf16, f16, f32, f64, i1, i8, i16, i32, multipliable
 
 Implementation = Callable[..., Any]
 IMPLEMENTATIONS: dict[Builtin, Implementation] = {}
@@ -116,11 +117,12 @@ def _index(emit: Emitter, view: Value, index: Any, name: str) -> list[Value]:
 
 
 @implements(tw.load)
-def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any) -> Value:
+def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any, after: Any) -> Value:
     view = _view(view, "load")
     indices, padding = _index(emit, view, index, "load"), require_pad(pad, dtype_of(view))
+    tokens = require_tokens(after, "flag")
     if shape is None:
-        return emit.builder.element(view, indices, padding)
+        return emit.builder.element(view, indices, padding, tokens)
     sizes = require_shape(emit, shape)
     if len(sizes) != len(indices):
         raise CompileError(
@@ -128,7 +130,23 @@ def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any) -> Value:
             hint="give one size per dimension and reshape the tile afterwards",
             argument="shape",
         )
-    return emit.builder.load(view, indices, sizes, padding)
+    return emit.builder.load(view, indices, sizes, padding, tokens)
+
+
+IMPLEMENTATIONS[tw.get] = load
+
+
+def require_tokens(after: Any, *kinds: str) -> list[Value]:
+    """The tokens of an ``after``: None, one, or tuples of them."""
+    if after is None:
+        return []
+    if isinstance(after, tuple):
+        return [token for item in after for token in require_tokens(item, *kinds)]
+    if isinstance(after, Value) and after.type in [TokenType(kind) for kind in kinds]:
+        return [after]
+    givers = {"flag": "tw.wait and tw.barrier", "put": "tw.put and tw.reduce_put"}
+    hint = "tokens are what " + " and ".join(givers[kind] for kind in kinds) + " give"
+    raise CompileError(f"'after' takes tokens, got {describe(after)}", hint=hint, argument="after")
 
 
 def require_pad(pad: Any, dtype: DType) -> int | float:
@@ -141,22 +159,30 @@ def require_pad(pad: Any, dtype: DType) -> int | float:
 
 @implements(tw.store)
 def store(emit: Emitter, view: Any, index: Any, value: Any) -> None:
-    view = _view(view, "store")
-    indices, dtype = _index(emit, view, index, "store"), dtype_of(view)
+    indices, tile = stored_tile(emit, "store", _view(view, "store"), index, value)
+    if peer_of(view) is not None:
+        hint = "use tw.put, and pass its token to the tw.signal that tells the rank"
+        raise CompileError("tw.store to the tensor of another rank", hint=hint, argument="view")
+    emit.builder.store(view, indices, tile)
+
+
+def stored_tile(emit: Emitter, name: str, view: Value, index: Any, value: Any) -> tuple[list[Value], Value]:
+    """The tile index and the tile of a store."""
+    indices, dtype = _index(emit, view, index, name), dtype_of(view)
     if is_scalar(value):
         if isinstance(value, Value):
             _same_dtype(dtype_of(value), dtype, "scalar")
         tile = emit.conform(value, dtype, (1,) * len(indices))
     else:
-        tile = require_tile(value, "the value of tw.store", "value")
+        tile = require_tile(value, f"the value of tw.{name}", "value")
     _same_dtype(dtype_of(tile), dtype, "tile")
     if len(tile_shape(tile)) != len(indices):
         raise CompileError(
-            f"tw.store: a tile of shape {tile_shape(tile)} to a tensor of rank {len(indices)}",
+            f"tw.{name}: a tile of shape {tile_shape(tile)} to a tensor of rank {len(indices)}",
             hint="reshape the tile, or drop leading dimensions of the tensor: t[b]",
             argument="value",
         )
-    emit.builder.store(view, indices, tile)
+    return indices, tile
 
 
 def _same_dtype(value: DType, tensor: DType, kind: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.frontend import language as tw
-from tilewright.frontend.builtins import IMPLEMENTATIONS, Implementation, implements, require_pad
+from tilewright.frontend.builtins import IMPLEMENTATIONS, Implementation, implements, require_pad, require_tokens
 from tilewright.frontend.emitter import Emitter, Shape, broadcast_shapes, require_tile
 from tilewright.frontend.errors import CompileError
 from tilewright.frontend.methods import require_shape
@@ -149,7 +149,7 @@ def _check_broadcast(places: Places, shape: Shape, argument: str) -> None:
 
 
 @implements(tw.gather)
-def gather(emit: Emitter, view: Any, index: Any, axis: Any, tile: Any, shape: Any, pad: Any) -> Value:
+def gather(emit: Emitter, view: Any, index: Any, axis: Any, tile: Any, shape: Any, pad: Any, after: Any) -> Value:
     places = _places(emit, "gather", view, index, axis, tile)
     result = _gathered_shape(places) if shape is None else require_shape(emit, shape)
     if places.free and len(result) != places.rank:
@@ -157,7 +157,8 @@ def gather(emit: Emitter, view: Any, index: Any, axis: Any, tile: Any, shape: An
         raise CompileError(message, hint="give one size per dimension", argument="shape")
     _check_broadcast(places, result, "shape")
     value = require_pad(pad, dtype_of(view))
-    return emit.builder.gather(view, places.tile, places.indices(emit, result), places.axes, value)
+    tokens = require_tokens(after, "flag")
+    return emit.builder.gather(view, places.tile, places.indices(emit, result), places.axes, value, tokens)
 
 
 def _gathered_shape(places: Places) -> Shape:

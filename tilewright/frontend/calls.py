@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tilewright.frontend import builtins, builtins_checks, builtins_indexed, builtins_tiles, language
+from tilewright.frontend import (
+    builtins,
+    builtins_checks,
+    builtins_comm,
+    builtins_indexed,
+    builtins_tiles,
+    language,
+)
 from tilewright.frontend.definition import FunctionDefinition, Parameter, as_kernel
 from tilewright.frontend.emitter import Emitter
 from tilewright.frontend.errors import CompileError, place
@@ -28,6 +35,7 @@ from tilewright.frontend.values import (
     is_tile,
     is_view,
     tile_shape,
+    view_type,
 )
 from tilewright.ir.core import Location, Value
 from tilewright.ir.types import DType, f32, i32
@@ -84,8 +92,6 @@ class Calls(VisitorBase):
         return self._python_call(callee, args, kwargs)
 
     def _builtin(self, callee: Builtin, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if not callee.supported:
-            raise CompileError(f"tw.{callee.name} is not supported yet")
         bound = _bind(callee.__signature__, f"tw.{callee.name}", args, kwargs)
         return builtins.IMPLEMENTATIONS[callee](self.emit, **bound)
 
@@ -131,8 +137,12 @@ class Calls(VisitorBase):
                 hint="it is annotated tw.constexpr: pass a constant or a tw.constexpr parameter",
                 argument=parameter.name,
             )
-        if parameter.kind == "tensor" and not is_view(value) and value is not None:
+        if parameter.kind in ("tensor", "symmetric") and not is_view(value) and value is not None:
             raise CompileError(f"{what} must be a tensor, got {describe(value)}", argument=parameter.name)
+        if parameter.kind == "symmetric" and value is not None and not view_type(value).symmetric:
+            hint = "annotate the kernel's parameter tw.Symmetric, and pass the tensor itself, not .peer(r)"
+            message = f"{what} must be a symmetric tensor, got {describe(value)}"
+            raise CompileError(message, hint=hint, argument=parameter.name)
         if parameter.kind == "scalar":
             return self._helper_scalar(what, parameter, value)
         return value
@@ -311,6 +321,6 @@ def _hashable_lookup(table: dict[Any, Any], key: Any) -> Any:
 
 
 #: importing these fills `builtins.IMPLEMENTATIONS`
-TABLES = (builtins, builtins_checks, builtins_indexed, builtins_tiles)
+TABLES = (builtins, builtins_checks, builtins_comm, builtins_indexed, builtins_tiles)
 
 __all__ = ["Calls"]

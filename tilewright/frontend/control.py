@@ -11,6 +11,7 @@ from tilewright.frontend.errors import CompileError
 from tilewright.frontend.liveness import stores
 from tilewright.frontend.merging import (
     Variable,
+    is_put,
     leaves,
     loop_index,
     loop_only,
@@ -23,7 +24,7 @@ from tilewright.frontend.scope import name_value
 from tilewright.frontend.statements import Statements
 from tilewright.frontend.values import RangeValue, Undefined, ViewShape, describe, dtype_of, is_scalar
 from tilewright.ir.core import Block, Value
-from tilewright.ir.tile_ops import For, If
+from tilewright.ir.tile_ops import For, If, Yield
 from tilewright.ir.types import DType, Type, i32, i64
 
 _MISSING = Undefined("", "")
@@ -74,6 +75,8 @@ class Control(Statements):
         merged: dict[str, Any] = {}
         plans: list[tuple[str, Any, Any, list[Type | None]]] = []
         for name, (a, b) in outcomes.items():
+            if (is_put(a) or is_put(b)) and not (is_put(a) and is_put(b)):
+                a, b = self._joined(op, a, b)
             if isinstance(a, Undefined) or isinstance(b, Undefined):
                 merged[name] = a if isinstance(a, Undefined) and a.reason else one_branch_only(name, line)
             elif not same_structure(a, b):
@@ -91,6 +94,16 @@ class Control(Statements):
             items = [leaf if t is None else next(results) for leaf, t in zip(leaves(a), types, strict=True)]
             merged[name] = rebuild(a, iter(items))
         return merged
+
+    def _joined(self, op: If, a: Any, b: Any) -> tuple[Any, Any]:
+        """Puts in one branch alone: the other has a token of none."""
+        if is_put(a) and isinstance(b, Undefined):
+            with self.builder.at(op.else_body.block):
+                return a, self.builder.join()
+        if is_put(b) and isinstance(a, Undefined):
+            with self.builder.at(op.then_body.block):
+                return self.builder.join(), b
+        return a, b
 
     def _yielded(self, plans: Sequence[tuple[str, Any, Any, list[Type | None]]], side: int) -> list[Value]:
         values = []
@@ -165,9 +178,33 @@ class Control(Statements):
             self.frame.locals[index] = op.index
             self._enter(variables, op.carried)
             self.visit_block(node.body)
+            puts = self._puts(node, variables)
             self._yield(node, variables, inits)
         self._leave(node, variables, op)
+        for name, token in puts.items():
+            self.frame.locals[name] = self._collect(op, name, token)
         self.frame.locals[index] = loop_index(index, node.lineno)
+
+    def _puts(self, node: ast.For, variables: Sequence[Variable]) -> dict[str, Value]:
+        """Variables that end an iteration as a token of its puts, and that no earlier iteration reaches."""
+        head, carried = self.frame.definition.liveness.head[node], {v.name for v in variables}
+        values = {n: self.frame.locals.get(n) for n in stores(node.body) if n in head and n not in carried}
+        return {name: value for name, value in values.items() if isinstance(value, Value) and is_put(value)}
+
+    def _collect(self, loop: For, name: str, token: Value) -> Value:
+        """The token of the puts of all iterations."""
+        outer, body = self.builder.block, loop.body.block
+        with self.builder.at(outer, outer.ops.index(loop)):
+            none = self.builder.join()
+        loop.inits = [*loop.inits, none]
+        loop.results.append(Value(none.type, loop, name))
+        before = Value(none.type, body, name)
+        body.args.append(before)
+        terminator = body.terminator
+        assert isinstance(terminator, Yield)
+        with self.builder.at(body, len(body.ops) - 1):
+            terminator.values = [*terminator.values, self.builder.join([before, token])]
+        return loop.results[-1]
 
     def _bounds(self, bounds: RangeValue) -> list[Value]:
         """Start, stop and step as scalars of one type: i32, or i64 if one of them is."""

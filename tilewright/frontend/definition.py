@@ -27,8 +27,8 @@ NO_DEFAULT: Any = inspect.Parameter.empty
 class Parameter:
     """A parameter of a kernel or helper.
 
-    ``kind``: "tensor", "scalar" (of ``dtype``; None: from the argument), "constexpr", or "plain"
-    (no annotation: a tensor or a scalar, whatever the argument is).
+    ``kind``: "tensor", "symmetric" (a tensor of each rank), "scalar" (of ``dtype``; None: from the argument),
+    "constexpr", or "plain" (no annotation: a tensor or a scalar, whatever the argument is).
     """
 
     name: str
@@ -156,12 +156,10 @@ class Definition:
         for known, meaning in _ANNOTATIONS:
             if annotation is known:
                 return meaning
-        if annotation is markers.Symmetric:
-            raise CompileError("tw.Symmetric parameters are not supported yet", self._at(node))
         raise CompileError(
             f"parameter '{node.arg}' has an annotation that means nothing here: {annotation!r}",
             self._at(node),
-            "use tw.Tensor, tw.constexpr, or a dtype such as tw.float32",
+            "use tw.Tensor, tw.Symmetric, tw.constexpr, or a dtype such as tw.float32",
             len(node.arg),
         )
 
@@ -221,6 +219,7 @@ _ANNOTATIONS: tuple[tuple[Any, tuple[str, DType | None]], ...] = (
     (NO_DEFAULT, ("plain", None)),
     (Any, ("plain", None)),
     (markers.Tensor, ("tensor", None)),
+    (markers.Symmetric, ("symmetric", None)),
     (markers.constexpr, ("constexpr", None)),
     (int, ("scalar", None)),
     (float, ("scalar", f32)),

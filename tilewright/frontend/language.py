@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from tilewright.frontend.definition import FunctionDefinition, function
 from tilewright.frontend.markers import Builtin, Symmetric, TensorSpec, as_dtype, row_major_strides
 from tilewright.frontend.markers import builtin as _builtin
-from tilewright.frontend.markers import unsupported as _unsupported
 from tilewright.ir.types import DType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i1, i8, i16, i32, i64
 
 if TYPE_CHECKING:  # annotations of kernels read as "anything" to a type checker
@@ -66,8 +65,10 @@ def num_programs(axis):
 
 
 @_builtin
-def load(view, index, shape=None, pad=0):
+def load(view, index, shape=None, pad=0, after=None):
     """Read the tile of ``shape`` at ``index``, counted in tiles. Parts outside the tensor read as ``pad``.
+
+    ``after``: a token of `wait` or a tuple of them, for what other ranks have written.
 
     A rank-one view takes a single number for ``index`` and ``shape``. Without ``shape`` one element is read, as a
     scalar: addresses, bounds and conditions may depend on it.
@@ -86,7 +87,7 @@ def store(view, index, value):
 
 
 @_builtin
-def gather(view, index, axis=None, tile=None, shape=None, pad=0):
+def gather(view, index, axis=None, tile=None, shape=None, pad=0, after=None):
     """Read the elements that an integer tile names along an axis; out-of-range ones (negative too) read as ``pad``.
 
     - ``index`` of the view's rank: ``result[c] = view[c, but index[c] along axis]``, NumPy's take_along_axis.
@@ -97,6 +98,7 @@ def gather(view, index, axis=None, tile=None, shape=None, pad=0):
       have one the tiles may have any rank and the result has their broadcast shape: ``view[rows, columns]``.
 
     ``shape`` is the result's, which the index broadcasts to; ``tile`` has an entry for each axis, 0 along ``axis``.
+    ``after`` is as for `load`.
     """
 
 
@@ -393,21 +395,97 @@ def assume(condition):
     """
 
 
-# --- in the contract, not supported yet --------------------------------------------------------------
+# --- many GPUs -------------------------------------------------------------------------------------
 
 
-@_unsupported
-def rank(): ...
-@_unsupported
-def world_size(): ...
-@_unsupported
-def put(*args, **kwargs): ...
-@_unsupported
-def reduce_put(*args, **kwargs): ...
-@_unsupported
-def signal(flag, peer, after=None): ...
-@_unsupported
-def wait(flag): ...
+@_builtin
+def rank():
+    """The number of this GPU among those that launch the kernel together (int32)."""
+
+
+@_builtin
+def world_size():
+    """How many GPUs launch the kernel together (int32)."""
+
+
+@_builtin
+def put(view, index, value, after=None):
+    """Start writing a tile to a `Symmetric` tensor, as `store` does, mostly another rank's: ``t.peer(r)``.
+
+    Gives a token. Who reads the tile waits for a flag that is signalled after it: ``signal(flag, r, after=token)``.
+    ``after``: tokens of `wait`, where the place must have been given back before it is written again.
+    """
+
+
+@_builtin
+def reduce_put(view, index, value, after=None):
+    """As `put`, but add the tile to what is in memory. The order of additions, and so the rounding, is open."""
+
+
+@_builtin
+def get(view, index, shape=None, pad=0, after=None):
+    """Read a tile of another rank's tensor; the same as `load`."""
+
+
+@_builtin
+def signal(flag, peer, after=None):
+    """Set a flag on rank ``peer``; whoever waits for it there sees the puts that ``after`` names (a token or several).
+
+    A flag is an element of an int32 `Symmetric` tensor, ``flags[i, j]``, unset when a launch begins. It is signalled at
+    most once in a launch. It comes after everything that the program has read so far.
+    """
+
+
+@_builtin
+def wait(flags, when=True):
+    """Wait until a flag of the own rank is set, or all flags of a view; gives the token that `load` takes as ``after``.
+
+    Where ``when``, a scalar, is false the token is there at once: of a symmetric tensor the part that the own rank has
+    written before the launch needs no waiting.
+
+    A program may wait for signals of programs before it along grid axis 2 and for those that it sends itself.
+    """
+
+
+@_builtin
+def barrier(flags, after=None):
+    """Wait until the programs with these flags have come here on all ranks; gives a token like `wait`.
+
+    ``flags``: a view of ``world_size()`` flags that nothing else uses. Each rank sets its own on all others.
+    """
+
+
+# --- collectives on tiles ----------------------------------------------------------------------------
+
+
+@_builtin
+def all_reduce(value, buffer, flags):
+    """The sum of a tile of each rank, on all ranks, in the order of ranks (float16 and bfloat16 in float32).
+
+    ``buffer``: a `Symmetric` view (world, *tile) of the tile's dtype, ``flags``: a view of ``world_size()`` flags. Both
+    belong to this call alone in a launch; the programs with the same ones on all ranks take part. All collectives
+    have them.
+    """
+
+
+@_builtin
+def all_gather(value, buffer, flags):
+    """Send a tile to all ranks; gives a token, after which ``buffer[r]`` is the tile of rank r."""
+
+
+@_builtin
+def reduce_scatter(view, index, shape, buffer, flags):
+    """The sum over ranks of the tiles for this rank: each sends the tile at ``index`` of ``view[r]`` to rank r."""
+
+
+@_builtin
+def all_to_all(view, index, shape, buffer, flags):
+    """Send the tile at ``index`` of ``view[r]`` to rank r; gives a token: then ``buffer[r]`` is what r has sent."""
+
+
+@_builtin
+def ring_shift(value, buffer, flags):
+    """Send a tile to the next rank, and give that of the rank before."""
 
 
 bool = i1  # last: from here on the name is the dtype

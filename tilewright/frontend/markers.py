@@ -16,11 +16,11 @@ class Builtin:
     ``host`` gives the meaning outside a kernel where there is one (`cdiv`).
     """
 
-    def __init__(self, declaration: Callable[..., Any], host: Callable[..., Any] | None = None, supported: bool = True):
+    def __init__(self, declaration: Callable[..., Any], host: Callable[..., Any] | None = None):
         self.name, self.__name__, self.__doc__ = declaration.__name__, declaration.__name__, declaration.__doc__
         self.__signature__ = inspect.signature(declaration)
         self.__module__, self.__qualname__ = declaration.__module__, declaration.__qualname__
-        self.host, self.supported = host, supported
+        self.host = host
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.host is not None:
@@ -36,17 +36,12 @@ def builtin(declaration: Callable[..., Any]) -> Builtin:
     return Builtin(declaration)
 
 
-def unsupported(declaration: Callable[..., Any]) -> Builtin:
-    """A function of the contract that the compiler does not offer yet."""
-    return Builtin(declaration, supported=False)
-
-
 class Tensor:
     """Annotation of a parameter: a strided view of global memory, any rank, any strides."""
 
 
 class Symmetric(Tensor):
-    """Annotation of a parameter: one tensor per rank (not supported yet)."""
+    """Annotation of a parameter: a tensor of each rank, of one form; ``t`` is the own one, ``t.peer(r)`` rank r's."""
 
 
 class constexpr:  # noqa: N801  (the field's spelling)
@@ -125,5 +120,4 @@ __all__ = [
     "builtin",
     "constexpr",
     "row_major_strides",
-    "unsupported",
 ]

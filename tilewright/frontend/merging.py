@@ -23,6 +23,7 @@ from tilewright.frontend.values import (
     tile_shape,
     type_text,
 )
+from tilewright.ir.comm_ops import PUT
 from tilewright.ir.core import Value
 from tilewright.ir.types import ScalarType, TileType, Type, element_type, f32
 
@@ -35,6 +36,11 @@ def leaves(value: Any) -> list[Any]:
 def rebuild(template: Any, items: Iterator[Any]) -> Any:
     """A value of the template's structure with other leaves."""
     return tuple(rebuild(t, items) for t in template) if isinstance(template, tuple) else next(items)
+
+
+def is_put(value: Any) -> bool:
+    """A token of puts, which a signal takes wherever control flow has taken it."""
+    return isinstance(value, Value) and value.type == PUT
 
 
 def same_structure(a: Any, b: Any) -> bool:
@@ -130,7 +136,7 @@ def merged_type(name: str, a: Any, b: Any) -> Type | None:
     """The type two branches agree on for a leaf; None where the leaf is the same in both."""
     if same_leaf(a, b):
         return None
-    if not is_operand(a) or not is_operand(b):
+    if not all(is_operand(v) or is_put(v) for v in (a, b)):
         raise _disagree(name, a, b, "only numbers, scalars and tiles can depend on a run-time condition")
     if isinstance(a, Value) and isinstance(b, Value):
         if a.type != b.type:
@@ -185,6 +191,7 @@ def loop_index(name: str, line: int) -> Undefined:
 
 __all__ = [
     "Variable",
+    "is_put",
     "leaves",
     "loop_index",
     "loop_only",

@@ -138,6 +138,13 @@ def _view_offset(emit: Emitter, view: Value, *offsets: Any) -> Value:
     return emit.builder.offset_view(view, [scalar_index(emit, n, "an offset") for n in items])
 
 
+def _view_peer(emit: Emitter, view: Value, rank: Any) -> Value:
+    if not view_type(view).symmetric:
+        hint = "annotate the kernel's parameter tw.Symmetric; a view that .peer gave belongs to one rank already"
+        raise CompileError(f".peer of {describe(view)}, which is not symmetric", hint=hint)
+    return emit.builder.peer(view, scalar_index(emit, rank, "a rank"))
+
+
 def _tensor_to(emit: Emitter, view: Value, dtype: Any) -> Value:
     raise CompileError("a tensor has no .to", hint="load a tile and convert that: tw.load(...).to(dtype)")
 
@@ -159,7 +166,7 @@ PROPERTIES: dict[str, dict[str, Callable[[Emitter, Value], Any]]] = {
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "tile": {"to": _to, "reshape": _reshape, "permute": _permute},
     "scalar": {"to": _to},
-    "tensor": {"permute": _view_permute, "offset": _view_offset, "to": _tensor_to},
+    "tensor": {"permute": _view_permute, "offset": _view_offset, "peer": _view_peer, "to": _tensor_to},
 }
 
 __all__ = ["attribute", "require_dtype", "require_permutation", "require_shape"]

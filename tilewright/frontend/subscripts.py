@@ -147,7 +147,8 @@ def _view(emit: Emitter, view: Value, keys: tuple[Any, ...]) -> Value:
             "a tensor is indexed by its leading dimensions only",
             hint="t[b, h] drops leading dimensions, t.offset(row, col) moves the origin, tw.load reads a tile",
         )
-    if len(keys) >= type_.rank:
+    is_flag = type_.symmetric and type_.dtype == i32 and len(keys) == type_.rank
+    if len(keys) >= type_.rank and not is_flag:
         raise CompileError(
             f"{len(keys)} indices leave nothing of a tensor of rank {type_.rank}",
             hint="read elements with tw.load(t, index, shape)",

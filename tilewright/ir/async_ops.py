@@ -19,6 +19,7 @@ from tilewright.ir.core import (
     Region,
     Value,
     attribute,
+    named_operands,
     operand,
     operands,
     operation,
@@ -95,7 +96,7 @@ class Copy(Operation):
     """Start copying the tile at ``index`` of a global view into a slot; parts outside read as ``pad``.
 
     The token's kind says who copies: ``tma`` (bulk copy engine, pad must be 0), ``cp_async`` (asynchronous copies of
-    the threads, pad must be 0) or ``threads``.
+    the threads, pad must be 0) or ``threads``. ``after``: tokens of comm.wait, as for tile.load.
 
     With ``multicast``, a dim of the tile, the blocks of the cluster copy the same tile at the same use of a ring: each
     fetches its part along that dim and the copy engine writes the part into the slots of all blocks.
@@ -104,6 +105,7 @@ class Copy(Operation):
     view: Value = operand()
     index: list[Value] = operands()
     slot: Value = operand()
+    after: list[Value] = named_operands()
     pad: float = attribute(default=0)
     multicast: int | None = attribute(default=None)
 
@@ -214,7 +216,12 @@ class LocalStore(Operation):
 
 @operation("async.fence", effect=Effect.SYNC)
 class Fence(Operation):
-    """Order this thread's shared-memory writes before the ``async`` proxy (copy engine, matrix unit) reads them."""
+    """Order this thread's accesses, by ``proxy``.
+
+    - ``async``: its writes to shared memory before the async proxy (copy engine, matrix unit) reads them.
+    - ``async_global``: what it knows to be in global memory before the copy engine reads it.
+    - ``release``, ``acquire``: its accesses to memory before, or behind, those of ranks that it synchronises with.
+    """
 
     proxy: str = attribute(default="async")
 
@@ -244,12 +251,13 @@ class BulkStore(Operation):
     """Start copying a slot to the tile at ``index`` of a global view; parts outside are dropped.
 
     With ``scope`` warpgroup each warpgroup copies the rows that its own threads wrote. With ``update`` the engine adds
-    the slot to what is there, each element atomically at device scope, in no defined order.
+    the slot to what is there, each element atomically at device scope, in no defined order. ``after``: as for comm.put.
     """
 
     slot: Value = operand()
     view: Value = operand()
     index: list[Value] = operands()
+    after: list[Value] = named_operands()
     scope: str = attribute(default="role")
     update: str | None = attribute(default=None)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import gcd
 from typing import Any, TypeVar
 
-from tilewright.ir import async_ops, check_ops, indexed_ops, tile_ops
+from tilewright.ir import async_ops, check_ops, comm_ops, indexed_ops, tile_ops
 from tilewright.ir.core import UNKNOWN, Block, IRError, Location, Operation, Region, Value
 from tilewright.ir.layout import LinearLayout
 from tilewright.ir.types import (
@@ -161,38 +162,48 @@ class Builder:
         """Fix the leading dimensions. A static stride that is no multiple of the alignment lowers it."""
         type_, n = _view(view), len(index)
         steps = [s * type_.dtype.bytes for s in type_.strides[:n] if s is not None]
-        result = ViewType(type_.shape[n:], type_.dtype, type_.strides[n:], gcd(type_.align, *steps))
+        align = gcd(type_.align, *steps)
+        result = replace(type_, shape=type_.shape[n:], strides=type_.strides[n:], align=align)
         return self.insert(tile_ops.Subview(view, index, types=[result])).result
 
     def permute_view(self, view: Value, perm: Sequence[int]) -> Value:
         type_ = _view(view)
         shape, strides = tuple(type_.shape[p] for p in perm), tuple(type_.strides[p] for p in perm)
-        result = ViewType(shape, type_.dtype, strides, type_.align)
+        result = replace(type_, shape=shape, strides=strides)
         return self.insert(tile_ops.PermuteView(view, types=[result], perm=tuple(perm))).result
 
     def offset_view(self, view: Value, offsets: Sequence[Value]) -> Value:
         """Move the origin by elements. The alignment of the base is no longer known; the bounds stay."""
         type_ = _view(view)
-        result = ViewType(type_.shape, type_.dtype, type_.strides, type_.dtype.bytes)
+        result = replace(type_, align=type_.dtype.bytes)
         return self.insert(tile_ops.OffsetView(view, offsets, types=[result])).result
 
-    def load(self, view: Value, index: Sequence[Value], shape: Sequence[int], pad: float = 0) -> Value:
+    def load(
+        self, view: Value, index: Sequence[Value], shape: Sequence[int], pad: float = 0, after: Sequence[Value] = ()
+    ) -> Value:
         type_ = TileType(tuple(shape), _view(view).dtype)
-        return self.insert(tile_ops.Load(view, index, types=[type_], pad=pad)).result
+        return self.insert(tile_ops.Load(view, index, after, types=[type_], pad=pad)).result
 
-    def element(self, view: Value, index: Sequence[Value], pad: float = 0) -> Value:
+    def element(self, view: Value, index: Sequence[Value], pad: float = 0, after: Sequence[Value] = ()) -> Value:
         type_ = ScalarType(_view(view).dtype)
-        return self.insert(tile_ops.Element(view, index, types=[type_], pad=pad)).result
+        return self.insert(tile_ops.Element(view, index, after, types=[type_], pad=pad)).result
 
     def store(self, view: Value, index: Sequence[Value], value: Value) -> None:
         self.insert(tile_ops.Store(view, index, value))
 
     def gather(
-        self, view: Value, index: Sequence[Value], indices: Sequence[Value], axes: Sequence[int], pad: float = 0
+        self,
+        view: Value,
+        index: Sequence[Value],
+        indices: Sequence[Value],
+        axes: Sequence[int],
+        pad: float = 0,
+        after: Sequence[Value] = (),
     ) -> Value:
         """See `indexed_ops`: ``indices`` have the result's shape, ``index`` is for the axes not in ``axes``."""
         type_ = TileType(_tile(indices[0]).shape, _view(view).dtype)
-        return self.insert(indexed_ops.Gather(view, index, indices, types=[type_], axes=tuple(axes), pad=pad)).result
+        op = indexed_ops.Gather(view, index, indices, after, types=[type_], axes=tuple(axes), pad=pad)
+        return self.insert(op).result
 
     def scatter(
         self, view: Value, index: Sequence[Value], indices: Sequence[Value], value: Value, axes: Sequence[int]
@@ -216,6 +227,37 @@ class Builder:
             view, index, indices, value, expected, types=types, fn=fn, axes=tuple(axes), order=order
         )
         return self.insert(op).result
+
+    # --- communication ------------------------------------------------------------------------
+
+    def rank(self) -> Value:
+        return self.insert(comm_ops.Rank(types=[ScalarType(i32)])).result
+
+    def world_size(self) -> Value:
+        return self.insert(comm_ops.WorldSize(types=[ScalarType(i32)])).result
+
+    def peer(self, view: Value, rank: Value) -> Value:
+        """The view of another rank's tensor; ``view`` is symmetric."""
+        return self.insert(comm_ops.Peer(view, rank, types=[replace(_view(view), symmetric=False)])).result
+
+    def put(self, view: Value, index: Sequence[Value], value: Value, after: Sequence[Value] = ()) -> Value:
+        """The token of an asynchronous store."""
+        return self.insert(comm_ops.Put(view, index, value, after, types=[TokenType("put")])).result
+
+    def reduce_put(self, view: Value, index: Sequence[Value], value: Value, after: Sequence[Value] = ()) -> Value:
+        """The token of an asynchronous addition to memory."""
+        return self.insert(comm_ops.ReducePut(view, index, value, after, types=[TokenType("put")], fn="add")).result
+
+    def join(self, tokens: Sequence[Value] = ()) -> Value:
+        """One token for several puts, or for none."""
+        return self.insert(comm_ops.Join(tokens, types=[TokenType("put")])).result
+
+    def signal(self, flag: Value, peer: Value, after: Sequence[Value] = ()) -> None:
+        self.insert(comm_ops.Signal(flag, peer, after))
+
+    def wait_flags(self, flags: Value, when: Value | None = None) -> Value:
+        """The token that says that all flags of a view are set, or that ``when`` is false."""
+        return self.insert(comm_ops.WaitFlags(flags, when, types=[TokenType("flag")])).result
 
     # --- checks -------------------------------------------------------------------------------
 
@@ -287,8 +329,9 @@ class Builder:
         engine: str,
         pad: float = 0,
         multicast: int | None = None,
+        after: Sequence[Value] = (),
     ) -> Value:
-        copy = async_ops.Copy(view, index, slot, types=[TokenType(engine)], pad=pad, multicast=multicast)
+        copy = async_ops.Copy(view, index, slot, after, types=[TokenType(engine)], pad=pad, multicast=multicast)
         return self.insert(copy).result
 
     def async_dot(self, a: Value, b: Value, acc: Value) -> tuple[Value, Value]:
@@ -308,9 +351,15 @@ class Builder:
         return self.insert(async_ops.LocalLoad(slot, types=[TileType(type_.shape, type_.dtype, layout)])).result
 
     def bulk_store(
-        self, slot: Value, view: Value, index: Sequence[Value], scope: str = "role", update: str | None = None
+        self,
+        slot: Value,
+        view: Value,
+        index: Sequence[Value],
+        scope: str = "role",
+        update: str | None = None,
+        after: Sequence[Value] = (),
     ) -> None:
-        self.insert(async_ops.BulkStore(slot, view, index, scope=scope, update=update))
+        self.insert(async_ops.BulkStore(slot, view, index, after, scope=scope, update=update))
 
 
 def _tile(value: Value) -> TileType:

@@ -85,7 +85,7 @@ _REQUIRED: Any = object()
 class Field:
     """One declared operand group, attribute or region of an operation class."""
 
-    kind: str  # "operand", "operands", "optional", "attribute", "region"
+    kind: str  # "operand", "operands", "named", "optional", "attribute", "region"
     default: Any = _REQUIRED
     name: str = ""
     position: int = 0
@@ -105,7 +105,7 @@ class Field:
         if self.kind == "region":
             return op.regions[self.position] if self.position < len(op.regions) else None
         group = op.groups[self.position]
-        if self.kind == "operands":
+        if self.kind in ("operands", "named"):
             return group
         return group[0] if group else None
 
@@ -115,7 +115,7 @@ class Field:
         elif self.kind == "region":
             op.regions[self.position] = value
             value.parent = op
-        elif self.kind == "operands":
+        elif self.kind in ("operands", "named"):
             op.groups[self.position] = list(value)
         else:
             op.groups[self.position] = [] if value is None else [value]
@@ -129,6 +129,11 @@ def operand() -> Any:
 def operands() -> Any:
     """Any number of operands, printed ``[%x, %y]``."""
     return Field("operands")
+
+
+def named_operands() -> Any:
+    """Any number of operands, printed ``name(%x, %y)``, or not at all where there are none."""
+    return Field("named")
 
 
 def optional() -> Any:
@@ -158,7 +163,7 @@ def operation(
     def register(cls: type[Operation]) -> type[Operation]:
         cls.base_name, cls.effect, cls.terminator = name, effect, terminator
         fields = [f for c in reversed(cls.__mro__) for f in vars(c).values() if isinstance(f, Field)]
-        cls.operand_fields = [f for f in fields if f.kind in ("operand", "operands", "optional")]
+        cls.operand_fields = [f for f in fields if f.kind in ("operand", "operands", "named", "optional")]
         cls.attribute_fields = [f for f in fields if f.kind == "attribute" and not (family and f.name == "fn")]
         cls.region_fields = [f for f in fields if f.kind == "region"]
         for group in (cls.operand_fields, cls.region_fields):

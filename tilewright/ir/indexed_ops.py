@@ -15,7 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.ir.core import Effect, Operation, Value, attribute, operand, operands, operation, optional
+from tilewright.ir.core import (
+    Effect,
+    Operation,
+    Value,
+    attribute,
+    named_operands,
+    operand,
+    operands,
+    operation,
+    optional,
+)
 from tilewright.ir.types import DType, TileType, ViewType, i32, i64
 
 ATOMIC = ("add", "max", "min", "and", "or", "xor", "exchange", "cas")
@@ -37,6 +47,7 @@ class Gather(Operation):
     view: Value = operand()
     index: list[Value] = operands()
     indices: list[Value] = operands()
+    after: list[Value] = named_operands()
     axes: tuple[int, ...] = attribute()
     pad: float = attribute(default=0)
 

@@ -1,20 +1,21 @@
 """Runs the IR of any level on NumPy arrays: the meaning of a program, and the judge of every pass.
 
 Scalars are NumPy scalars, tiles NumPy arrays (never written to), views strided NumPy arrays. Layouts have no numeric
-meaning. Here: `run` and the rules of ``tile.*``. Elsewhere: the rules of ``async.*`` (`interpreter_async`), of gathers,
-atomic updates and checks (`interpreter_indexed`), the meaning of arithmetic (`interpreter_numerics`), and how
-operations execute (`interpreter_machine`).
+meaning. Here: `run`, `run_ranks`, the rules of ``tile.*``. Elsewhere: the rules of ``async.*`` (`interpreter_async`),
+of gathers, atomic updates and checks (`interpreter_indexed`), of ``comm.*`` (`interpreter_comm`), the meaning of
+arithmetic (`interpreter_numerics`), and how operations execute (`interpreter_machine`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
 import numpy as np
 
-from tilewright.ir import interpreter_async, interpreter_indexed
+from tilewright.ir import interpreter_async, interpreter_comm, interpreter_indexed
 from tilewright.ir import interpreter_numerics as numerics
 from tilewright.ir import tile_ops as t
 from tilewright.ir.core import Function, IRError, Value
@@ -51,12 +52,14 @@ def run(
 
     ``arguments``: by position, or by parameter name. The programs of the grid run one after the other, x fastest.
     A persistent kernel (function attribute ``persistent``) runs as ``blocks`` blocks instead, those of a cluster
-    (``num_ctas``) side by side. Array dtypes are
-    those of NumPy and ml_dtypes and must match the parameters; nothing is converted. Raises `IRError`.
+    (``num_ctas``) side by side. A kernel that communicates runs in a world of one rank, see `run_ranks`. Array dtypes
+    are those of NumPy and ml_dtypes and must match the parameters; nothing is converted. Raises `IRError`.
     """
+    if function.attributes.get("communicates"):
+        run_ranks(function, [arguments], grid, blocks)
+        return
     values = _bind(function, arguments)
-    sizes = (*(int(n) for n in grid), 1, 1, 1)[:3]
-    full: tuple[int, int, int] = (sizes[0], sizes[1], sizes[2])
+    full = _full_grid(grid)
     total = math.prod(full)
     users = interpreter_async.ring_users(function)
     with np.errstate(all="ignore"):
@@ -70,8 +73,69 @@ def run(
                 _run_blocks([Program(function, full, None, n, count, ring_users=users) for n in ranks], values)
             return
         for number in range(total):
-            ids = (number % full[0], number // full[0] % full[1], number // (full[0] * full[1]))
-            _run_blocks([Program(function, full, ids, number, total, ring_users=users)], values)
+            _run_blocks([Program(function, full, _place(number, full), number, total, ring_users=users)], values)
+
+
+def run_ranks(
+    function: Function,
+    arguments: Sequence[Mapping[str, Any] | Sequence[Any]],
+    grid: Sequence[int] = (1, 1, 1),
+    blocks: int | None = None,
+    seed: int | None = None,
+) -> None:
+    """Execute a kernel that communicates on all ranks of a world side by side, in place.
+
+    ``arguments``: for each rank what `run` takes; arrays of symmetric parameters have one form on all of them. Each
+    rank runs ``blocks`` blocks at a time, block b the programs b, b + blocks, ... of the grid in this order, as a
+    persistent kernel does. ``seed``: blocks go on in any order, and puts land at any time. Raises `IRError`, also where
+    all wait for flags that nobody is left to signal.
+    """
+    if function.attributes.get("num_ctas", 1) != 1:
+        raise IRError("kernels that communicate do not run in clusters", function.loc)
+    bound = [_bind(function, given) for given in arguments]
+    interpreter_comm.link_ranks(function.params, bound)
+    random = None if seed is None else Random(seed)
+    world = interpreter_comm.World(len(bound), random)
+    full = _full_grid(grid)
+    total = math.prod(full)
+    count = min(total, DEFAULT_BLOCKS) if blocks is None else blocks
+    users = interpreter_async.ring_users(function)
+    steps = []
+    for rank, values in enumerate(bound):
+        for block in range(count):
+            thread = Thread(f"rank {rank}, block {block}")
+            if function.attributes.get("persistent"):
+                programs = [Program(function, full, None, block, count, ring_users=users)]
+            else:
+                numbers = range(block, total, count)
+                programs = [Program(function, full, _place(n, full), n, total, ring_users=users) for n in numbers]
+            for program in programs:
+                program.world, program.world_rank = world, rank
+            steps.append((thread, _run_in_turn(thread, programs, values)))
+    with np.errstate(all="ignore"):
+        interpreter_async.drive(steps, random)
+    world.finish()
+
+
+def _run_in_turn(block: Thread, programs: Sequence[Program], arguments: dict[Value, Any]) -> Steps:
+    """What one block executes, one program after the other."""
+    name = block.name
+    for program in programs:
+        block.name = name if program.ids is None else f"{name}, program {program.ids}"
+        thread = Thread(block.name)
+        program.threads, program.peers = [thread], [program]
+        yield from _function_body(Frame(program, thread, dict(arguments)))
+        interpreter_async.finish_program(program)
+
+
+def _full_grid(grid: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = (*(int(n) for n in grid), 1, 1, 1)[:3]
+    return x, y, z
+
+
+def _place(number: int, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A program's place in the grid; x runs fastest."""
+    return number % grid[0], number // grid[0] % grid[1], number // (grid[0] * grid[1])
 
 
 def _run_blocks(programs: list[Program], arguments: dict[Value, Any]) -> None:
@@ -165,20 +229,21 @@ def _subview(frame: Frame, op: t.Subview) -> View:
     for place, size in zip(places, view.array.shape, strict=False):
         if not 0 <= place < size:
             raise Trap(f"index {place} is outside a dimension of size {size}")
-    # an empty tuple selects the whole array, as it should
-    return View(view.array[tuple(places)], view.origin[len(places) :])
+    # an empty tuple selects the whole array, as it should; with the ellipsis an element stays an array
+    return view.derive(lambda array: array[(*places, ...)], view.origin[len(places) :])
 
 
 @rule(t.PermuteView)
 def _permute_view(frame: Frame, op: t.PermuteView) -> View:
     view = frame.read(op.view)
-    return View(view.array.transpose(op.perm), tuple(view.origin[p] for p in op.perm))
+    return view.derive(lambda array: array.transpose(op.perm), tuple(view.origin[p] for p in op.perm))
 
 
 @rule(t.OffsetView)
 def _offset_view(frame: Frame, op: t.OffsetView) -> View:
     view = frame.read(op.view)
-    return View(view.array, tuple(o + d for o, d in zip(view.origin, frame.ints(op.offsets), strict=True)))
+    origin = tuple(o + d for o, d in zip(view.origin, frame.ints(op.offsets), strict=True))
+    return View(view.array, origin, view.ranks)
 
 
 # --- values -----------------------------------------------------------------------------------
@@ -349,4 +414,4 @@ def _dtype(value: Value) -> np.dtype[Any]:
     return NUMPY[element_type(value.type)]
 
 
-__all__ = ["DEFAULT_BLOCKS", "interpreter_indexed", "run"]
+__all__ = ["DEFAULT_BLOCKS", "interpreter_indexed", "run", "run_ranks"]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -498,19 +499,21 @@ def _role_body(outer: Frame, thread: Thread) -> Steps:
     finish_thread(thread, role)
 
 
-def drive(threads: Sequence[tuple[Thread, Steps]]) -> None:
+def drive(threads: Sequence[tuple[Thread, Steps]], random: Random | None = None) -> None:
     """Run threads to their ends; IRError when all that are left are blocked."""
-    for blocked in interleave(threads):
+    for blocked in interleave(threads, random):
         raise _deadlock(blocked.inner)
 
 
-def interleave(threads: Sequence[tuple[Thread, Steps]]) -> Iterator[Blocked]:
-    """Run threads round robin, each until it blocks; yields when all that are left are."""
+def interleave(threads: Sequence[tuple[Thread, Steps]], random: Random | None = None) -> Iterator[Blocked]:
+    """Run threads round robin, or in rounds of any order, each until it blocks; yields when all that are left are."""
     waiting: dict[Thread, Blocked | None] = {thread: None for thread, _ in threads}
     steps = dict(threads)
     while waiting:
-        moved = False
-        for thread in list(waiting):
+        moved, turn = False, list(waiting)
+        if random is not None:
+            random.shuffle(turn)
+        for thread in turn:
             blocked = waiting[thread]
             if blocked is not None and not blocked.ready():
                 continue

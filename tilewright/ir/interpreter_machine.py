@@ -19,10 +19,18 @@ from tilewright.ir.core import Function, IRError, Operation, Region, Value
 
 @dataclass(slots=True)
 class View:
-    """A view of global memory: a strided array and the element where index 0 begins (tile.offset_view)."""
+    """A view of global memory: a strided array and the element where index 0 begins (tile.offset_view).
+
+    ``ranks``: of a symmetric view, the arrays of all ranks.
+    """
 
     array: np.ndarray
     origin: tuple[int, ...]
+    ranks: tuple[np.ndarray, ...] = ()
+
+    def derive(self, change: Callable[[np.ndarray], np.ndarray], origin: tuple[int, ...]) -> View:
+        """The view of a part of the array, on each rank."""
+        return View(change(self.array), origin, tuple(change(array) for array in self.ranks))
 
 
 @dataclass(eq=False, slots=True)
@@ -86,6 +94,9 @@ class Program:
     buffers: dict[Value, Any] = field(default_factory=dict)
     cluster_barrier: Any = None
     ended: bool = False
+    #: what the programs of all ranks share (`interpreter_comm.World`), and which rank this program runs on
+    world: Any = None
+    world_rank: int = 0
 
     @property
     def rank(self) -> int:

@@ -15,7 +15,14 @@ from typing import Any
 from lark import Token
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
-from tilewright.ir import async_ops, check_ops, indexed_ops, tile_ops  # noqa: F401  (importing them fills the registry)
+from tilewright.ir import (  # noqa: F401  (importing them fills the registry)
+    async_ops,
+    check_ops,
+    collectives,
+    comm_ops,
+    indexed_ops,
+    tile_ops,
+)
 from tilewright.ir.async_ops import Role
 from tilewright.ir.core import (
     REGISTRY,
@@ -167,12 +174,12 @@ class _Reader:
         for f in cls.operand_fields:
             item = written[0] if written else None
             if not _fits(f, item):
-                if f.kind != "optional":
+                if f.kind not in ("optional", "named"):
                     raise self.operand_error(head, cls)
                 groups.append([])
                 continue
             written.pop(0)
-            tokens = item if isinstance(item, list) else [item.value if isinstance(item, NamedNode) else item]
+            tokens = item if isinstance(item, list) else item.values if isinstance(item, NamedNode) else [item]
             groups.append([self.use(token) for token in tokens])  # type: ignore[arg-type]
         if written:
             raise self.operand_error(head, cls)
@@ -342,8 +349,8 @@ def _fits(f: Field, item: Any) -> bool:
     """Whether an operand as written is of the kind that a declared group takes."""
     if f.kind == "operands":
         return isinstance(item, list)
-    if f.kind == "optional":
-        return isinstance(item, NamedNode) and item.name == f.name
+    if f.kind in ("optional", "named"):
+        return isinstance(item, NamedNode) and item.name == f.name and (f.kind == "named" or len(item.values) == 1)
     return isinstance(item, Token)
 
 
@@ -362,7 +369,7 @@ def _signature(cls: type[Operation], name: str) -> str:
         return f"{name} iter(%carried = %init, ...)"
     if cls is Role:
         return f"{name} @kind"
-    forms = {"operand": "%{0}", "operands": "[%{0}, ...]", "optional": "{0}(%...)"}
+    forms = {"operand": "%{0}", "operands": "[%{0}, ...]", "optional": "{0}(%...)", "named": "{0}(%..., ...)"}
     parts = [forms[f.kind].format(f.name) for f in cls.operand_fields]
     return f"'{name} {', '.join(parts)}'" if parts else f"'{name}' without operands"
 

@@ -43,10 +43,10 @@ class PlaceNode:
 
 @dataclass(slots=True)
 class NamedNode:
-    """``name(%value)``: an optional operand."""
+    """``name(%value)``: an optional operand, or several of one name."""
 
     name: Token
-    value: Token
+    values: list[Token]
 
 
 @dataclass(slots=True)
@@ -165,7 +165,10 @@ class _Syntax(Transformer):
     def _pair(self, *items: Any) -> tuple[Any, ...]:
         return items
 
-    named, attribute = NamedNode, AttributeNode
+    def named(self, name: Token, *values: Token) -> NamedNode:
+        return NamedNode(name, list(values))
+
+    attribute = AttributeNode
     alias = pair = param = _pair
     block = operands = values = carried = types = attributes = params = _items
 
@@ -183,11 +186,11 @@ class _Syntax(Transformer):
             return tile
         return AliasedTile(tile, str(layout)) if layout.type == "ALIAS" else tile.with_layout(linear_layout(layout))
 
-    def view_type(self, dims: Token, strides: tuple[int | None, ...], align: Token) -> Type:
+    def view_type(self, dims: Token, strides: tuple[int | None, ...], align: Token, symmetric: Token | None) -> Type:
         shape, dtype = _dims(dims)
         if len(shape) != len(strides):
             raise ValueError(f"a view of rank {len(shape)} needs as many strides, got {len(strides)}")
-        return ViewType(shape, dtype, strides, int(align))
+        return ViewType(shape, dtype, strides, int(align), symmetric is not None)
 
     def strides(self, *strides: Token | None) -> tuple[int | None, ...]:
         return tuple(None if s == "?" else int(s) for s in strides if s is not None)

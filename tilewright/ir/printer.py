@@ -103,7 +103,7 @@ class _Printer:
                 parts.append(names)
             elif f.kind == "operands":
                 parts.append(f"[{names}]")
-            elif group:
+            elif group:  # optional, named
                 parts.append(f"{f.name}({names})")
         return " " + ", ".join(parts) if parts else ""
 

@@ -7,7 +7,18 @@ infinity, as Python does.
 
 from __future__ import annotations
 
-from tilewright.ir.core import Effect, Operation, Region, Value, attribute, operand, operands, operation, region
+from tilewright.ir.core import (
+    Effect,
+    Operation,
+    Region,
+    Value,
+    attribute,
+    named_operands,
+    operand,
+    operands,
+    operation,
+    region,
+)
 from tilewright.ir.layout import SharedLayout
 from tilewright.ir.types import (
     DType,
@@ -325,7 +336,9 @@ class Subview(Operation):
     index: list[Value] = operands()
 
     def verify(self) -> None:
-        self.require(len(self.index) < _view(self.view).rank, "leaves at least one dimension")
+        view = _view(self.view)
+        is_flag = view.symmetric and view.dtype == i32 and len(self.index) == view.rank
+        self.require(len(self.index) < view.rank or is_flag, "leaves at least one dimension, but for a flag")
 
 
 @operation("tile.permute_view")
@@ -348,12 +361,15 @@ class OffsetView(Operation):
 class Load(Operation):
     """Read the tile at ``index`` (counted in tiles); parts outside the view read as ``pad``.
 
+    ``after``: tokens of comm.wait, which tell that what is read has arrived.
+
     Placement sets ``shared``, the shared-memory layout through which the tile travels to its
     consumer, and ``engine``, who copies it: ``tma`` (bulk copy engine), ``cp_async`` or ``threads``.
     """
 
     view: Value = operand()
     index: list[Value] = operands()
+    after: list[Value] = named_operands()
     pad: float = attribute(default=0)
     shared: SharedLayout | None = attribute(default=None)
     engine: str = attribute(default="threads")
@@ -370,6 +386,7 @@ class Element(Operation):
 
     view: Value = operand()
     index: list[Value] = operands()
+    after: list[Value] = named_operands()
     pad: float = attribute(default=0)
 
     def verify(self) -> None:

@@ -100,12 +100,14 @@ class ViewType(Type):
     """A strided view of global memory. Strides count elements; None is known at run time only.
 
     ``align``: the base address and every run-time stride are multiples of this many bytes.
+    ``symmetric``: every rank has such a view at the same place of its own tensor, which comm.peer gives.
     """
 
     shape: tuple[int | None, ...]
     dtype: DType
     strides: tuple[int | None, ...]
     align: int = 1
+    symmetric: bool = False
 
     @property
     def rank(self) -> int:
@@ -119,7 +121,8 @@ class ViewType(Type):
 
     def __str__(self) -> str:
         strides = ", ".join("?" if s is None else str(s) for s in self.strides)
-        return f"view<{_dims(self.shape, self.dtype)}, strides=[{strides}], align={self.align}>"
+        tail = ", symmetric" if self.symmetric else ""
+        return f"view<{_dims(self.shape, self.dtype)}, strides=[{strides}], align={self.align}{tail}>"
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,8 @@ class TokenType(Type):
 
     tma (bulk copy engine), threads (ordinary stores of the copying threads), cp_async (their asynchronous copies; every
     copy is a group of its own, which `async.wait` counts), mma (matrix unit),
-    bulk_store (shared to global by the copy engine).
+    bulk_store (shared to global by the copy engine), put (a store that a signal publishes to another rank),
+    flag (that other ranks have signalled).
     """
 
     kind: str

@@ -17,6 +17,7 @@ from tilewright.ir.async_ops import Role
 from tilewright.ir.core import UNKNOWN, Block, Function, IRError, Location, Module, Operation, Region, Value
 from tilewright.ir.tile_ops import For
 from tilewright.ir.types import BufferType, SlotType, TileType, Type, ViewType
+from tilewright.ir.verifier_comm import verify_communication
 
 #: what op-specific ``verify`` methods raise when counts or kinds are so wrong that they cannot look further
 _MALFORMED = (TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
@@ -52,6 +53,7 @@ class _Verifier:
         self.arguments(block, self.function.loc)
         self.block(block)
         self.terminator(block, required=False, owner=f"function @{self.function.name}", loc=self.function.loc)
+        verify_communication(self.function)
 
     def block(self, block: Block) -> None:
         for position, op in enumerate(block.ops):

@@ -13,6 +13,66 @@ LOG2E, LN2 = log2(e), log(2)
 
 
 @tw.function
+def weigh(
+    queries: Any,
+    keys: Any,
+    values: Any,
+    bias: Any,
+    scale: Any,
+    row: Any,
+    length: Any,
+    shift: Any,
+    left: Any,
+    top: Any,
+    total: Any,
+    out: Any,
+    BN: tw.constexpr,
+    CAUSAL: tw.constexpr,
+    CAP: tw.constexpr,
+    after: Any = None,
+) -> Any:
+    """Add keys and values to what queries have seen: arguments as of `attend`, and the running results.
+
+    These are the largest score ``top`` (BM,) (times 1 / scale, unless there is a bias or CAP), the sum of weights
+    ``total`` (BM,) and the weighted values ``out`` (BM, DV), both relative to it. ``after``: what loads wait for.
+    """
+    BM = queries.shape[0]
+    rows = row + shift + tw.arange(0, BM)
+    begin, end = 0, tw.cdiv(length, BN)
+    if CAUSAL:
+        end = tw.minimum(end, tw.cdiv(tw.maximum(row + BM + shift, 0), BN))
+    if left is not None:
+        begin = tw.maximum(row + shift - left, 0) // BN
+    for j in tw.range(begin, end):
+        s = tw.dot(queries, tw.load(keys, (j, 0), (BN, queries.shape[1]), after=after).T)
+        # plain scores are scaled inside of the exponential, where it costs nothing
+        factor = scale
+        if CAP is not None:
+            s = (CAP * LOG2E) * tw.tanh(s * (scale / (CAP * LOG2E)))
+        if bias is not None:
+            if CAP is None:
+                s = s * scale
+            s = s + tw.load(bias, (row // BM, j), (BM, BN)).to(tw.float32) * LOG2E
+        if CAP is not None or bias is not None:
+            factor = 1.0
+        columns = j * BN + tw.arange(0, BN)
+        s = tw.where((columns < length)[None, :], s, float("-inf"))
+        if CAUSAL:
+            s = tw.where(columns[None, :] <= rows[:, None], s, float("-inf"))
+        if left is not None:
+            s = tw.where(columns[None, :] >= (rows - left)[:, None], s, float("-inf"))
+        new_top = tw.maximum(top, tw.max(s, axis=1))
+        p = tw.exp2(s * factor - (new_top * factor)[:, None])
+        shrink = tw.exp2((top - new_top) * factor)
+        total = total * shrink + tw.sum(p, axis=1)
+        out = tw.dot(
+            p.to(values.dtype), tw.load(values, (j, 0), (BN, out.shape[1]), after=after), out * shrink[:, None]
+        )
+        top = new_top
+    return top, total, out
+
+
+@tw.function
 def attend(
     queries: Any,
     keys: Any,
@@ -34,40 +94,12 @@ def attend(
     at key i + ``shift``; with CAUSAL it sees no later key, with ``left`` none more than ``left`` before. ``scale``
     includes log2(e), and the logarithm is to base 2.
     """
-    BM = queries.shape[0]
-    rows = row + shift + tw.arange(0, BM)
-    begin, end = 0, tw.cdiv(length, BN)
-    if CAUSAL:
-        end = tw.minimum(end, tw.cdiv(tw.maximum(row + BM + shift, 0), BN))
-    if left is not None:
-        begin = tw.maximum(row + shift - left, 0) // BN
-    top = tw.full((BM,), -1e30, tw.float32)
-    total = tw.zeros((BM,), tw.float32)
-    out = tw.zeros((BM, DV), tw.float32)
-    for j in tw.range(begin, end):
-        s = tw.dot(queries, tw.load(keys, (j, 0), (BN, queries.shape[1])).T)
-        # plain scores are scaled inside of the exponential, where it costs nothing
-        factor = scale
-        if CAP is not None:
-            s = (CAP * LOG2E) * tw.tanh(s * (scale / (CAP * LOG2E)))
-        if bias is not None:
-            if CAP is None:
-                s = s * scale
-            s = s + tw.load(bias, (row // BM, j), (BM, BN)).to(tw.float32) * LOG2E
-        if CAP is not None or bias is not None:
-            factor = 1.0
-        columns = j * BN + tw.arange(0, BN)
-        s = tw.where((columns < length)[None, :], s, float("-inf"))
-        if CAUSAL:
-            s = tw.where(columns[None, :] <= rows[:, None], s, float("-inf"))
-        if left is not None:
-            s = tw.where(columns[None, :] >= (rows - left)[:, None], s, float("-inf"))
-        new_top = tw.maximum(top, tw.max(s, axis=1))
-        p = tw.exp2(s * factor - (new_top * factor)[:, None])
-        shrink = tw.exp2((top - new_top) * factor)
-        total = total * shrink + tw.sum(p, axis=1)
-        out = tw.dot(p.to(values.dtype), tw.load(values, (j, 0), (BN, DV)), out * shrink[:, None])
-        top = new_top
+    top = tw.full((queries.shape[0],), -1e30, tw.float32)
+    total = tw.zeros((queries.shape[0],), tw.float32)
+    out = tw.zeros((queries.shape[0], DV), tw.float32)
+    top, total, out = weigh(
+        queries, keys, values, bias, scale, row, length, shift, left, top, total, out, BN, CAUSAL, CAP
+    )
     if CAP is None and bias is None:
         top = top * scale
     return out, total, top + tw.log2(total)

@@ -10,6 +10,17 @@ import tilewright as tw
 from tilewright.kernels.workspace import Workspace
 
 
+@tw.function
+def product(
+    a: Any, b: Any, m: Any, n: Any, BM: tw.constexpr, BN: tw.constexpr, BK: tw.constexpr, after: Any = None
+) -> Any:
+    """The tile (m, n) of ``a @ b`` in float32, (BM, BN). ``after``: what loads of a wait for."""
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[1], BK)):
+        acc = tw.dot(tw.load(a, (m, k), (BM, BK), after=after), tw.load(b, (k, n), (BK, BN)), acc)
+    return acc
+
+
 @tw.kernel
 def gemm(
     a: tw.Tensor,
@@ -25,10 +36,7 @@ def gemm(
     Accumulates in float32. A transposed operand is passed as a transposed view.
     """
     m, n = tw.program_id(0), tw.program_id(1)
-    acc = tw.zeros((BM, BN), tw.float32)
-    for k in tw.range(tw.cdiv(a.shape[1], BK)):
-        acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
-    tw.store(c, (m, n), acc.to(c.dtype))
+    tw.store(c, (m, n), product(a, b, m, n, BM, BN, BK).to(c.dtype))
 
 
 @tw.kernel

@@ -104,6 +104,8 @@ def gate_up(
     gate: tw.Tensor,
     up: tw.Tensor,
     y: tw.Tensor,
+    left_out: tw.Tensor = None,
+    right_out: tw.Tensor = None,
     *,
     ACTIVATION: tw.constexpr = silu,
     BM: tw.constexpr = 128,
@@ -114,7 +116,7 @@ def gate_up(
 
     Grid: (cdiv(M, BM), cdiv(N, BN)). The first half of a gated feed-forward layer. Both products share x's tiles;
     weights that lie in one matrix are passed as two views of it. ``ACTIVATION`` is a step that uses its first argument
-    alone.
+    alone. ``left_out`` and ``right_out`` (M, N), both or none, get the two products, which gradients need.
     """
     m, n = tw.program_id(0), tw.program_id(1)
     left, right = tw.zeros((BM, BN), tw.float32), tw.zeros((BM, BN), tw.float32)
@@ -125,6 +127,9 @@ def gate_up(
         right = tw.dot(rows, other, right)
     out = ACTIVATION(left, m, n, None, None, 1.0) * right
     tw.store(y, (m, n), out.to(y.dtype))
+    if left_out is not None:
+        tw.store(left_out, (m, n), left.to(y.dtype))
+        tw.store(right_out, (m, n), right.to(y.dtype))
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -146,10 +151,15 @@ def linear(
     gemm_epilogue[grid](a, b, c, vector, matrix, factor, STEPS=steps, **meta)
 
 
-def gated(x: Any, gate: Any, up: Any, y: Any) -> None:
-    """``y = silu(x @ gate) * (x @ up)``. Arrays of NumPy or torch, on one device."""
-    m, n = y.shape
-    gate_up[tw.cdiv(m, 128), tw.cdiv(n, 128)](x, gate, up, y)
+def gated(
+    x: Any, gate: Any, up: Any, y: Any, left_out: Any = None, right_out: Any = None, *, activation: Any = silu
+) -> None:
+    """``y = activation(x @ gate) * (x @ up)``, see `gate_up`. Arrays of NumPy or torch, on one device."""
+    (m, n), meta = y.shape, {"BM": 128, "BN": 128, "BK": 64}
+    if y.itemsize > 2:  # two tiles of exact float32 sums, whose operands are in registers too
+        meta = {"BM": 64, "BN": 64, "BK": 32}
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
+    gate_up[grid](x, gate, up, y, left_out, right_out, ACTIVATION=activation, **meta)
 
 
 # --- references -----------------------------------------------------------------------------------

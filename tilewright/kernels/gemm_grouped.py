@@ -79,6 +79,36 @@ def gemm_grouped(
             tw.scatter(c, tw.where(numbers < end, numbers, -1), acc.to(c.dtype), 0, tile=(0, n))
 
 
+@tw.kernel
+def gemm_grouped_weights(
+    a: tw.Tensor,
+    dy: tw.Tensor,
+    offsets: tw.Tensor,
+    db: tw.Tensor,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 128,
+    BK: tw.constexpr = 64,
+) -> None:
+    """``db[g] = a[rows of g].T @ dy[rows of g]``: the gradient of `gemm_grouped`'s matrices from that of its result.
+
+    a (T, K), dy (T, N), offsets as there, db (G, K, N), 0 for groups without rows. Grid: (cdiv(K, BM), cdiv(N, BN), G).
+    """
+    m, n, g = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    start, end = tw.load(offsets, g), tw.load(offsets, g + 1)
+    whole = (end - start) // BK
+    left, right = a.offset(start, 0).T, dy.offset(start, 0)
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(whole):
+        acc = tw.dot(tw.load(left, (m, k), (BM, BK)), tw.load(right, (k, n), (BK, BN)), acc)
+    if start + whole * BK < end:  # the next group's rows count for nothing, whatever they hold
+        inside = start + whole * BK + tw.arange(0, BK) < end
+        some = tw.where(inside[None, :], tw.load(left, (m, whole), (BM, BK)), 0.0)
+        others = tw.where(inside[:, None], tw.load(right, (whole, n), (BK, BN)), 0.0)
+        acc = tw.dot(some, others, acc)
+    tw.store(db[g], (m, n), acc.to(db.dtype))
+
+
 def most_tiles(rows: int, groups: int, bm: int) -> int:
     """How many tiles of ``bm`` rows the groups can have at most, however the rows are divided."""
     return rows // bm + groups
@@ -97,9 +127,24 @@ def grouped(a: Any, b: Any, offsets: Any, c: Any, **meta: int) -> None:
     gemm_grouped[(most * tw.cdiv(b.shape[2], bn),)](a, b, table, c, **meta)
 
 
+def grouped_weights(a: Any, dy: Any, offsets: Any, db: Any, **meta: int) -> None:
+    """``db[g] = a[rows of g].T @ dy[rows of g]``, see `gemm_grouped_weights`. Arrays of NumPy or torch."""
+    groups, k, n = db.shape
+    grid = tw.cdiv(k, meta.get("BM", 128)), tw.cdiv(n, meta.get("BN", 128)), groups
+    gemm_grouped_weights[grid](a, dy, offsets, db, **meta)
+
+
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """In float64; rows outside all groups are NaN."""
     c = np.full((a.shape[0], b.shape[2]), np.nan)
     for g, (start, end) in enumerate(pairwise(offsets)):
         c[start:end] = a[start:end].astype(np.float64) @ b[g].astype(np.float64)
     return c
+
+
+def reference_weights(
+    a: np.ndarray[Any, Any], dy: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """`gemm_grouped_weights` in float64."""
+    left, right = a.astype(np.float64), dy.astype(np.float64)
+    return np.stack([left[start:end].T @ right[start:end] for start, end in pairwise(offsets)])

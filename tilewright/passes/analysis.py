@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tilewright.ir.comm_ops import Put, ReducePut, view_root
 from tilewright.ir.core import Block, Function, Operation, Region, Value
 from tilewright.ir.indexed_ops import Atomic, Scatter
 from tilewright.ir.tile_ops import (
     For,
     If,
     Load,
-    OffsetView,
-    PermuteView,
     ProgramId,
     Store,
-    Subview,
     Transpose,
     While,
     Yield,
@@ -93,16 +91,9 @@ def control_values(block: Block, loops: dict[Block, Operation]) -> list[Value]:
     return values
 
 
-def view_root(view: Value) -> Value:
-    """The kernel parameter that a view was derived from."""
-    while isinstance(view.op, Subview | PermuteView | OffsetView):
-        view = view.op.view
-    return view
-
-
 def written_tensors(function: Function) -> set[Value]:
     """The kernel parameters that the program writes."""
-    return {view_root(op.view) for op in function.walk() if isinstance(op, Store | Scatter | Atomic)}
+    return {view_root(op.view) for op in function.walk() if isinstance(op, Store | Scatter | Atomic | Put | ReducePut)}
 
 
 def program_axes(value: Value, loops: dict[Block, Operation]) -> frozenset[int]:

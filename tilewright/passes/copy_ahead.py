@@ -113,6 +113,7 @@ def _start(b: Builder, group: Group, slices: Sequence[Operation], mapping: dict[
         b.loc = t.load.loc
         assert t.buffer is not None
         view, index = mapping.get(t.load.view, t.load.view), [mapping.get(v, v) for v in t.load.index]
-        token = b.copy(view, index, b.slot(t.buffer, count), ENGINE, t.load.pad)
+        after = [mapping.get(v, v) for v in t.load.after]
+        token = b.copy(view, index, b.slot(t.buffer, count), ENGINE, t.load.pad, after=after)
     assert token is not None
     return token

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
+from tilewright.ir.comm_ops import Put, ReducePut
 from tilewright.ir.core import Operation, Value
 from tilewright.ir.layout import LinearLayout, access_cost, blocked, conversion_cost, near_coalesced, plan_conversion
 from tilewright.ir.target import Target
@@ -24,7 +25,7 @@ MAX_VECTOR_BYTES = 16
 class Access:
     """A load or store of threads: the tile's value and how its tensor lies in memory."""
 
-    op: Load | Store
+    op: Load | Store | Put | ReducePut
     value: Value
     #: axis of stride 1
     contiguous: int | None
@@ -35,7 +36,7 @@ class Access:
 
     @staticmethod
     def of(op: Operation, warps: int, target: Target) -> Access | None:
-        if not isinstance(op, Load | Store):
+        if not isinstance(op, Load | Store | Put | ReducePut):
             return None
         view = op.view.type
         assert isinstance(view, ViewType)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from tilewright.ir.async_ops import Alloc, AsyncDot, Copy, LocalLoad, MakeRing, Role, Wait
 from tilewright.ir.builder import Builder
 from tilewright.ir.check_ops import Print
+from tilewright.ir.comm_ops import Put, ReducePut
 from tilewright.ir.core import Function, IRError, Operation, Region, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.layout import LinearLayout, blocked, conversion_cost
@@ -121,13 +122,18 @@ class _Assignment:
         has_dots = any(isinstance(op, Dot | AsyncDot) for op in self.ops)
         self.unit: MatrixUnit | None = matrix_unit(target, function) if has_dots else None
         self.loops = enclosing_operations(function)
-        self.accesses = [a for op in self.ops if (a := Access.of(op, warps, target)) and self._is_open(a)]
+        self.accesses: list[Access] = []
 
     def _is_open(self, access: Access) -> bool:
-        """Whether the layout of a load or store is to be decided here: not by earlier passes, nor by `staging`."""
+        """Whether the layout of a load or store is to be decided here: not by earlier passes, nor by `staging`.
+
+        Staging takes results of the matrix unit, whose layouts are known by now; a tile from memory has none.
+        """
         if isinstance(access.op, Load):
             return access.tile.layout is None
-        return not (any(isinstance(op, Role) for op in self.loops.values()) and may_stage(access.op, self.target))
+        in_role = any(isinstance(op, Role) for op in self.loops.values())
+        staged = in_role and isinstance(access.op, Store | Put) and may_stage(access.op, self.target)
+        return not (staged and self.known(access.value))
 
     def run(self) -> None:
         for op in self.ops:
@@ -138,6 +144,8 @@ class _Assignment:
         for op in self.ops:
             self._matrix_anchor(op)
         self._spread()
+        found = (Access.of(op, self.warps, self.target) for op in self.ops)
+        self.accesses = [access for access in found if access and self._is_open(access)]
         anchors = (
             self._operand_anchor,
             self._cat_anchor,
@@ -243,7 +251,7 @@ class _Assignment:
         return cat_layouts(result.shape, op.axis, sizes, result.dtype.bits, self.warps, self.target.warp_size)
 
     def _memory_anchor(self, op: Operation) -> None:
-        if isinstance(op, Store):
+        if isinstance(op, Store | Put | ReducePut):
             self._assign(op.value, self._coalesced(op.value, op.view))
         elif isinstance(op, Gather):
             self._assign(op.result, self._scattered(op.result, op.view, op.axes))

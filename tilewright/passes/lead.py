@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Await, LocalLoad, Role, Slot, buffer_of
+from tilewright.ir.async_ops import Alloc, Await, LocalLoad, Role, Slot, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Function, Operation, Value, uses_of
 from tilewright.ir.tile_ops import Constant, Dot, For, Yield
@@ -72,7 +72,7 @@ class Front:
         return sum(tile.size * tile.dtype.bits // 32 for tile in tiles)
 
     def awaited(self, dots: Sequence[Dot]) -> list[Await]:
-        rings = {ring for dot in dots for ring in _rings(dot)}
+        rings = set().union(*(_rings(dot) for dot in dots))
         return [op for op in self.awaits if op.ring in rings]
 
 
@@ -83,7 +83,7 @@ def find_front(loop: For, function: Function) -> Front | None:
     nested = any(isinstance(op, Dot) for op in loop.body.walk() if op.parent is not block)
     if nested or not isinstance(loop.step.op, Constant) or loop.step.op.value != 1:
         return None
-    leading = [dot for dot in dots if _from_memory(dot, block.ops)]
+    leading = [dot for dot in dots if _from_memory(dot)]
     if not leading or leading[0] is not dots[0] or len(leading) == len(dots):
         return None
     tiles = [v for v in loop.carried if isinstance(v.type, TileType)]
@@ -91,7 +91,7 @@ def find_front(loop: For, function: Function) -> Front | None:
     made = {v for op in vector for v in op.results}
     if not any(v in made for dot in dots for v in (dot.a, dot.b)):
         return None
-    rings = {ring for dot in leading for ring in _rings(dot)}
+    rings = set().union(*(_rings(dot) for dot in leading))
     awaits = [op for op in block.ops if isinstance(op, Await) and op.ring in rings]
     if any(not isinstance(op.ring.type, RingType) or op.ring.type.stages < LEAST_STAGES for op in awaits):
         return None
@@ -103,22 +103,21 @@ def find_front(loop: For, function: Function) -> Front | None:
     return front if _can_run_ahead(front) else None
 
 
-def _from_memory(dot: Dot, ops: Sequence[Operation]) -> bool:
-    """Both operands lie in shared memory that a ring hands over or that is there all the time; the sum is new."""
+def _from_memory(dot: Dot) -> bool:
+    """Both operands lie in shared memory, and the sum is new."""
     slots = isinstance(dot.a.type, SlotType) and isinstance(dot.b.type, SlotType)
-    return slots and isinstance(dot.acc.op, Constant) and bool(_rings(dot))
+    return slots and isinstance(dot.acc.op, Constant)
 
 
-def _rings(dot: Dot) -> list[Value]:
+def _rings(dot: Dot) -> set[Value]:
     """The rings that hand over the slots which a dot reads."""
-    found = []
-    for value in (dot.a, dot.b):
-        if isinstance(value.type, SlotType):
-            buffer = buffer_of(value)
-            ring = getattr(buffer.op, "ring", None)
-            if ring is not None:
-                found.append(ring)
-    return found
+    rings = {_ring(value) for value in (dot.a, dot.b) if isinstance(value.type, SlotType)}
+    return {ring for ring in rings if ring is not None}
+
+
+def _ring(slot: Value) -> Value | None:
+    alloc = buffer_of(slot).op
+    return alloc.ring if isinstance(alloc, Alloc) else None
 
 
 def _only_from(ops: Sequence[Operation], source: Value, others: Iterable[Value]) -> list[Operation]:
@@ -136,11 +135,14 @@ def _only_from(ops: Sequence[Operation], source: Value, others: Iterable[Value])
 
 
 def _can_run_ahead(front: Front) -> bool:
-    """Whether all that the front needs of the next iteration follows from scalars of this one."""
+    """Whether all that the front needs of the next iteration follows from scalars of this one and awaited stages."""
     support = _support(front.loop, [*front.dots, *front.vector, *front.awaits])
     if support is None:
         return False
-    return all(isinstance(v.type, ScalarType) for v in _carried_inputs(front.loop, support, front))
+    awaited = {op.ring for op in front.awaits}
+    reads = [op.slot for op in [*support, *front.vector] if isinstance(op, LocalLoad)]
+    carried = _carried_inputs(front.loop, support, front)
+    return all(_ring(slot) in awaited for slot in reads) and all(isinstance(v.type, ScalarType) for v in carried)
 
 
 def _support(loop: For, ops: Sequence[Operation]) -> list[Operation] | None:
@@ -257,12 +259,10 @@ class _Rewrite:
         return any(v in made and self._reads(made[v]) for v in op.operands)
 
     def _dots(self, b: Builder, values: dict[Value, Value], dots: Sequence[Dot]) -> None:
-        done = {op.ring for op in b.block.ops if isinstance(op, Await) and op.count in values.values()}
+        """Products, each behind the waits for the stages that none before it reads."""
         for dot in dots:
-            for wait in self.front.awaited([dot]):
-                if wait.ring not in done:
-                    b.insert(wait.clone(values))
-                    done.add(wait.ring)
+            earlier = self.front.awaited(self.front.dots[: self.front.dots.index(dot)])
+            self._clone(b, values, [op for op in self.front.awaited([dot]) if op not in earlier])
             b.insert(dot.clone(values))
 
     def _vector(self, b: Builder, values: dict[Value, Value]) -> None:

@@ -16,11 +16,12 @@ other programs (atomic updates, barriers) keep their order, and so do loads of t
 from __future__ import annotations
 
 from tilewright.ir.builder import Builder
+from tilewright.ir.comm_ops import view_root
 from tilewright.ir.core import Effect, Function, Operation, Value
 from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.tile_ops import Dot, For, Load, Yield
 from tilewright.ir.types import TileType
-from tilewright.passes.analysis import view_root, written_tensors
+from tilewright.passes.analysis import written_tensors
 from tilewright.passes.layouts import default_warps
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.prefetch import address_slice, carry, clone_address
@@ -51,7 +52,7 @@ def _movable(loop: For, written: set[Value], threads: int) -> list[Load]:
     """The loads of the loop that may run ahead; none where their registers would be too many."""
     found, words = [], 0.0
     for op in loop.body.block.ops:
-        if not isinstance(op, Load) or op.shared is not None or view_root(op.view) in written:
+        if not isinstance(op, Load) or op.shared is not None or op.after or view_root(op.view) in written:
             continue
         address, tile = address_slice(op), op.result.type
         assert isinstance(tile, TileType)

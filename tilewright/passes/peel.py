@@ -1,10 +1,11 @@
-"""peel: split a loop where its masks become necessary, and drop them before.
+"""peel: split a loop where its masks become necessary, and drop them before; or where they cease to be, and behind.
 
-A mask like ``columns < n`` with ``columns = j * BN + arange(BN)`` is all true up to some iteration. Where
-every selection of a loop's body depends on such comparisons, linear in the loop index, the iterations
-before that point run in a loop of their own without the masks. Only loops with matrix products are split.
+A mask like ``columns < n`` with ``columns = j * BN + arange(BN)`` is all true up to some iteration, one like
+``columns >= n`` from some iteration on. Where selections of a loop's body depend on such comparisons, linear in the
+loop index, the iterations before (from) that point run in a loop of their own without the masks. Only loops with
+matrix products are split.
 
-Masks that remain beside matrix products (in the iterations behind that point, in one that `skew` took out of its loop)
+Masks that remain beside matrix products (in the other iterations, in one that `skew` or `lead` took out of its loop)
 are computed and applied in a branch, which is taken where some element fails.
 """
 
@@ -29,9 +30,10 @@ class Peel(FunctionPass):
         roles = [op for op in function.walk() if isinstance(op, Role)]
         for loop in [op for role in roles for op in role.body.walk() if isinstance(op, For)]:
             if any(isinstance(op, Dot) for op in loop.body.block.ops):
-                masks = find_masks(loop)
-                if masks:
+                if masks := find_masks(loop, 1):
                     _split(loop, masks)
+                elif masks := find_masks(loop, -1):
+                    _split_falling(loop, masks)
         blocks = {id(op.parent): op.parent for role in roles for op in role.body.walk() if isinstance(op, Dot)}
         for block in blocks.values():
             assert block is not None
@@ -92,8 +94,8 @@ class Mask:
     forms: list[Linear]
 
 
-def find_masks(loop: For) -> list[Mask]:
-    """The selections whose conditions hold in all iterations before some point."""
+def find_masks(loop: For, slope: int) -> list[Mask]:
+    """The selections whose conditions hold in all iterations before some point (``slope`` 1), or from one on (-1)."""
     if not isinstance(loop.step.op, Constant) or loop.step.op.value != 1:
         return []
     local = {v for op in loop.body.walk() for v in op.results} | set(loop.carried)
@@ -101,7 +103,7 @@ def find_masks(loop: For) -> list[Mask]:
     for op in loop.body.block.ops:
         if isinstance(op, Select) and isinstance(op.condition.type, TileType):
             forms = _conjuncts(op.condition)
-            if forms and all(f.terms.get(loop.index, 0) > 0 and not local & set(f.terms) for f in forms):
+            if forms and all(f.terms.get(loop.index, 0) * slope > 0 and not local & set(f.terms) for f in forms):
                 masks.append(Mask(op, forms))
     return masks
 
@@ -141,20 +143,55 @@ def _split(loop: For, masks: list[Mask]) -> None:
         assert isinstance(free, For)
         free.hi = middle
         b.insert(free)
-    replace_uses(free.body, {mapping[m.select.result]: mapping[m.select.on_true] for m in masks})
-    drop = {id(mapping[m.select.result].op) for m in masks}
-    free.body.block.set_ops([op for op in free.body.block.ops if id(op) not in drop])
+    _drop_masks(free, {mapping[m.select.result]: mapping[m.select.on_true] for m in masks})
     loop.lo, loop.inits = middle, list(free.results)
+
+
+def _split_falling(loop: For, masks: list[Mask]) -> None:
+    """``for lo..hi`` becomes ``for lo..middle`` with the masks, then ``for middle..hi`` without them."""
+    block = loop.parent
+    assert block is not None
+    b = Builder(block, loop.loc)
+    with b.at(block, block.ops.index(loop)):
+        start = loop.lo
+        for form in (form for mask in masks for form in mask.forms):
+            start = b.binary("max", start, _first_success(b, form, loop.index))
+        middle = b.binary("min", b.binary("max", loop.lo, loop.hi), start)
+        masked = loop.clone({loop.lo: loop.lo, loop.hi: middle})
+        assert isinstance(masked, For)
+        masked.hi = middle
+        b.insert(masked)
+    _drop_masks(loop, {m.select.result: m.select.on_true for m in masks})
+    loop.lo, loop.inits = middle, list(masked.results)
+
+
+def _drop_masks(loop: For, masked: dict[Value, Value]) -> None:
+    """Replace the results of selections by what they select where the masks hold."""
+    replace_uses(loop.body, masked)
+    drop = {id(value.op) for value in masked}
+    loop.body.block.set_ops([op for op in loop.body.block.ops if id(op) not in drop])
 
 
 def _first_failure(b: Builder, form: Linear, index: Value) -> Value:
     """The first iteration j in which ``a j + rest + high < 0`` fails: ``ceil((-rest - high) / a)``."""
     factor = form.terms[index]
-    total = b.index(-form.high)
+    total = b.sub(b.index(-form.high), _rest(b, form, index))
+    return b.binary("floordiv", b.add(total, b.index(factor - 1)), b.index(factor))
+
+
+def _first_success(b: Builder, form: Linear, index: Value) -> Value:
+    """The first iteration j from which on ``-a j + rest + high < 0`` holds: ``floor((rest + high) / a) + 1``."""
+    total = b.add(b.index(form.high), _rest(b, form, index))
+    return b.add(b.binary("floordiv", total, b.index(-form.terms[index])), b.index(1))
+
+
+def _rest(b: Builder, form: Linear, index: Value) -> Value:
+    """The scalars of a form but the loop's index."""
+    total = b.index(0)
     for value, coefficient in form.terms.items():
         if value is not index:
-            total = b.sub(total, b.mul(value, b.index(coefficient)))
-    return b.binary("floordiv", b.add(total, b.index(factor - 1)), b.index(factor))
+            total = b.add(total, b.mul(value, b.index(coefficient)))
+    return total
 
 
 def _guard(block: Block, select: Select) -> None:

@@ -129,9 +129,9 @@ def is_rider(load: Load) -> bool:
 
 
 def _join_riders(function: Function, groups: list[Group]) -> list[Load]:
-    """Let each vector join a group that is loaded behind it and used first; the others stay loads into registers.
+    """Let each vector join a group of its block whose tiles are loaded before they and it are used.
 
-    The group is given back when the vector has been used too.
+    The group is awaited for its first use and given back behind the last. Other vectors stay loads into registers.
     """
     uses, joined = uses_of(function.body), []
     for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None and is_rider(op)]:
@@ -140,15 +140,20 @@ def _join_riders(function: Function, groups: list[Group]) -> list[Load]:
         order = {id(op): n for n, op in enumerate(block.ops)}
         readers = [ancestor_in(op, block) for op in uses.get(load.result, [])]
         places = [order[id(op)] for op in readers if op is not None]
-        hosts = [g for g in groups if g.block is block and order[id(load)] < order[id(g.first_use)]]
-        group = next((g for g in hosts if places and order[id(g.first_use)] < min(places)), None)
+        group = next((g for g in groups if g.block is block and _loaded_before(g, load, places, order)), None)
         if group is None:
             load.shared, load.engine = None, "threads"
             continue
         group.loads = sorted([*group.loads, load], key=lambda op: order[id(op)])
+        group.first_use = block.ops[min(order[id(group.first_use)], *places)]
         group.last_use = block.ops[max(order[id(group.last_use)], *places)]
         joined.append(load)
     return joined
+
+
+def _loaded_before(group: Group, load: Load, places: list[int], order: dict[int, int]) -> bool:
+    loaded = max(order[id(op)] for op in [*group.loads, load])
+    return bool(places) and loaded < min(order[id(group.first_use)], *places)
 
 
 def _merge_neighbours(groups: list[Group]) -> list[Group]:
@@ -244,7 +249,8 @@ class _Rewriter:
             b.loc = load.loc
             slot = b.slot(buffer, count)
             slot.hint = load.result.hint
-            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad, group.shared.get(load)))
+            part = group.shared.get(load)
+            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad, part, load.after))
             self.slots[load.result] = slot
         b.insert(Publish(group.ring, count, tokens))
 

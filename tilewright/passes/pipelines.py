@@ -10,18 +10,20 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: copies by an engine or by their own warps, handed over through hardware barriers. A function that `schedule` sends
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
-    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,pipeline,roles,alternate,copy-ahead,prefetch,load-ahead,"
-    f"{SIMPLIFY},split-products,skew,lead,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,staging,barriers,"
-    "hand-back,fences"
+    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,pipeline,roles,alternate,copy-ahead,"
+    f"prefetch,load-ahead,{SIMPLIFY},split-products,skew,lead,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,"
+    "late-signals,staging,barriers,hand-back,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use
 PREFETCH = (
-    f"{SIMPLIFY},schedule,tile-order,canonicalize,cse,placement,copy-ahead,prefetch,load-ahead,{SIMPLIFY},layouts"
+    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,copy-ahead,prefetch,load-ahead,{SIMPLIFY},"
+    "layouts"
 )
 
 
 def default_pipeline(target: Target, check: bool = True) -> str:
     """The textual pipeline from a frontend's module to scheduled IR for ``target``; ``check``: prove the schedule."""
     middle = ROLES if target.has("setmaxnreg") else PREFETCH
-    return f"{middle},shared-plan,cse,dce" + (",check-schedule" if check else "")
+    proofs = ",check-schedule,check-protocol" if check else ""
+    return f"collectives,{middle},rank-order,shared-plan,cse,dce{proofs}"

@@ -4,7 +4,8 @@ A load whose tile feeds a matrix product goes through shared memory: the unit re
 warps share it. The shared layout comes from the matrix unit and the layout algebra; the copy engine
 takes the copy when the view's strides and alignment allow, else threads do. A load stays an ordinary
 register load when its address depends on results of the matrix unit or on tiles (the copying warps
-could not compute it), or when the program also writes its tensor (order must be kept).
+could not compute it), or when the program also writes its tensor (order must be kept; a load that comes after a wait
+for other ranks has its order from that).
 
 Vectors that are loaded beside such tiles, in the same loop, may go with them (`riders`): a role that computes neither
 waits for them nor holds them in registers from early on.
@@ -113,7 +114,7 @@ def dot_loads(function: Function) -> Iterator[Load]:
     written = written_tensors(function)
     operands = [v for op in function.walk() if isinstance(op, Dot) for v in (op.a, op.b)]
     for load in dict.fromkeys(trace_load(value)[0] for value in operands):
-        if load is None or view_root(load.view) in written:
+        if load is None or (view_root(load.view) in written and not load.after):
             continue
         if early_address(load, loops, written) and only_dots(load, uses):
             yield load
@@ -133,9 +134,11 @@ def only_dots(load: Load, uses: dict[Value, list[Operation]]) -> bool:
 
 
 def early_address(load: Load, loops: dict[Block, Operation], written: set[Value]) -> bool:
-    """The address and the control flow around the load need scalars alone, none of them in a tensor of ``written``."""
+    """Whether the address, waits and the control flow around need scalars alone, none of a tensor of ``written``."""
     assert load.parent is not None
-    values = backward_slice([load.view, *load.index, *control_values(load.parent, loops)], loops)
+    waits = [token.op.parent for token in load.after if token.op is not None and token.op.parent is not None]
+    controls = [value for block in (load.parent, *waits) for value in control_values(block, loops)]
+    values = backward_slice([load.view, *load.index, *load.after, *controls], loops)
     if any(isinstance(v.op, Element) and view_root(v.op.view) in written for v in values):
         return False
     return not any(isinstance(v.type, TileType) for v in values)

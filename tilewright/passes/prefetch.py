@@ -25,11 +25,12 @@ from dataclasses import dataclass
 
 from tilewright.ir.async_ops import Alloc, Barrier, LocalStore
 from tilewright.ir.builder import Builder
+from tilewright.ir.comm_ops import view_root
 from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Load, Subview, Transpose, While, Yield
 from tilewright.ir.types import BufferType, SlotType, TileType, ViewType
-from tilewright.passes.analysis import ancestor_in, enclosing_operations, view_root
+from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.copy_layouts import CopyLayouts, copy_layouts
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import PREFETCH, schedule_of
@@ -55,7 +56,8 @@ class Transit:
         load = self.load
         tile = TileType(self.slot.shape, self.slot.dtype, self.layouts.load)
         view, index = mapping.get(load.view, load.view), [mapping.get(v, v) for v in load.index]
-        op = Load(view, index, types=[tile], pad=load.pad, loc=load.loc, hints=[load.result.hint])
+        after = [mapping.get(v, v) for v in load.after]
+        op = Load(view, index, after, types=[tile], pad=load.pad, loc=load.loc, hints=[load.result.hint])
         return b.insert(op).result
 
     def write(self, b: Builder, value: Value, count: Value) -> None:
@@ -154,12 +156,13 @@ def find_groups(transits: list[Transit], loops: dict[Block, Operation]) -> list[
 def address_slice(load: Load) -> list[Operation] | None:
     """The operations of a loop's body that compute the load's address, in order.
 
-    None where the address depends on carried values, on tiles or on control flow inside the body.
+    None where it waits for other ranks inside the body, or where the address depends on carried values, on tiles or on
+    control flow inside the body.
     """
     block = load.parent
     assert block is not None
     needed: set[Operation] = set()
-    pending = [load.view, *load.index]
+    pending = [load.view, *load.index, *load.after]
     while pending:
         value = pending.pop()
         if value.owner is block:

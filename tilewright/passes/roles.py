@@ -2,7 +2,8 @@
 
 Every operation belongs to the roles that need its result: the producer keeps what fills rings and
 the scalar code and control flow behind it, the consumers keep all the rest. Both are cloned from the
-one program and what a role does not need is dead code there.
+one program and what a role does not need is dead code there. A wait for other ranks goes where what comes after it
+is, to both roles if need be.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable
 
 from tilewright.ir.async_ops import Acquire, Alloc, Barrier, Copy, MakeRing, Publish, Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Effect, Function, Operation, Region, Value
+from tilewright.ir.comm_ops import Credit, Enter, Leave, WaitFlags
+from tilewright.ir.core import Block, Effect, Function, Operation, Region, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import TileType, TokenType
@@ -39,18 +41,19 @@ class Roles(FunctionPass):
             return
         body = function.body.block
         shared = [op for op in body.ops if isinstance(op, Alloc | MakeRing)]
-        ends = [op for op in body.ops if isinstance(op, Barrier) and op.scope == "cluster"]
+        begins = [op for op in body.ops if isinstance(op, Enter)]
+        ends = [op for op in body.ops if isinstance(op, Leave) or (isinstance(op, Barrier) and op.scope == "cluster")]
         program = Region(Block())
-        program.block.set_ops([op for op in body.ops if op not in shared and op not in ends])
+        program.block.set_ops([op for op in body.ops if op not in [*begins, *shared, *ends]])
         engines = {op.result.type.kind for op in copies if isinstance(op.result.type, TokenType)}
         consumers = int(function.attributes["num_warps"])
         engine = "tma" if engines == {"tma"} else "threads"
         scarce = registers_are_scarce(program, function, context.target)
         registers = distribute_registers(context.target, consumers, engine, scarce)
-        body.set_ops(shared)
+        body.set_ops([*begins, *shared])
         b = Builder(body, function.loc)
-        produce = _slice(program, is_producer)
-        consume = _slice(program, lambda op: not is_producer(op))
+        produce, _ = _slice(program, lambda op: is_producer(op) or is_wait(op))
+        consume, for_nothing = _slice(program, lambda op: not is_producer(op))
         alone = engines == {"tma"}
         b.insert(Role(regions=[produce], kind="producer", warps=WARPGROUP, registers=registers[0], single_thread=alone))
         b.insert(Role(regions=[consume], kind="consumer", warps=consumers, registers=registers[1]))
@@ -58,7 +61,7 @@ class Roles(FunctionPass):
             b.insert(op)
         function.attributes["threads"] = (WARPGROUP + consumers) * context.target.warp_size
         _count_arrivals(function, consumers, context.target)
-        eliminate_dead_code(function)
+        _drop_waits(function, for_nothing)
 
 
 def is_producer(op: Operation) -> bool:
@@ -66,12 +69,30 @@ def is_producer(op: Operation) -> bool:
     return isinstance(op, Acquire | Copy | Publish)
 
 
-def _slice(program: Region, keep: Callable[[Operation], bool]) -> Region:
-    """A clone of the program without the effects that the role does not have."""
-    mapping: dict[Value, Value] = {}
-    clone = program.clone(mapping)
+def is_wait(op: Operation) -> bool:
+    """Waits for other ranks, which belong to the roles that take their tokens, or else to the consumers."""
+    return isinstance(op, WaitFlags | Credit)
+
+
+def _slice(program: Region, keep: Callable[[Operation], bool]) -> tuple[Region, set[Operation]]:
+    """A clone of the program without the effects that the role does not have; its waits whose token nobody takes."""
+    clone = program.clone({})
+    uses = uses_of(clone)
+    for_nothing = {op for op in clone.walk() if is_wait(op) and op.results[0] not in uses}
     _drop(clone.block, keep)
-    return clone
+    return clone, for_nothing
+
+
+def _drop_waits(function: Function, kept: set[Operation]) -> None:
+    """Remove what nobody needs any more, with the waits that only other roles need."""
+    eliminate_dead_code(function)
+    uses = uses_of(function.body)
+    unused = [op for op in function.walk() if is_wait(op) and op not in kept and op.results[0] not in uses]
+    for op in unused:
+        assert op.parent is not None
+        op.parent.ops.remove(op)
+    if unused:
+        _drop_waits(function, kept)
 
 
 def _drop(block: Block, keep: Callable[[Operation], bool]) -> None:

@@ -3,7 +3,8 @@
 A tile in accumulator layout would store a few bytes per thread and row. Instead the warps write
 column chunks into a swizzled slot and the engine copies the slot out, clipping ragged edges, while
 the warps go on. Where each warpgroup owns whole rows of the tile, it stages and stores them on its own.
-An atomic update that releases what the program wrote comes after these copies have arrived.
+An atomic update or a signal that releases what the program wrote comes after these copies have arrived.
+Puts into other ranks' tensors take the same way.
 Layouts whose stores fill sectors of global memory anyway (float64 accumulators) stay direct.
 
 Atomic additions of whole tiles whose old values nobody asks for go the same way: the engine adds the slot to what is
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 
 from tilewright.ir.async_ops import BULK_UPDATES, Barrier, BulkWait, LocalStore, Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, Operation, Value, uses_of
+from tilewright.ir.comm_ops import Put
+from tilewright.ir.core import Block, Function, Operation, Value, replace_uses, uses_of
 from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import SharedLayout, shared_candidates
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Store
 from tilewright.ir.types import SlotType, TileType, ViewType
+from tilewright.ir.verifier_comm import signals_of
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.placement import bulk_copyable
 
@@ -45,22 +48,26 @@ class Staging(FunctionPass):
         uses = uses_of(function.body)
         for role in [op for op in function.walk() if isinstance(op, Role)]:
             buffers: dict[_Plan, Value] = {}
+            releases: set[Operation] = {
+                op for op in role.body.walk() if isinstance(op, Atomic) and op.order != "relaxed"
+            }
             staged = False
             for op in list(role.body.walk()):
                 layout = None
-                if isinstance(op, Store):
+                if isinstance(op, Store | Put):
                     layout = self._slot_layout(op, context.target)
                 elif isinstance(op, Atomic) and may_update(op, context.target, uses):
                     layout = self._update_layout(op, context.target)
                 if layout is not None:
-                    assert isinstance(op, Store | Atomic)
+                    assert isinstance(op, Store | Put | Atomic)
+                    releases |= signals_of(op, uses) if isinstance(op, Put) else set()
                     _stage(function, op, layout, buffers)
                     staged = True
             if staged:
                 _finish(role)
-                _complete_before_releases(role)
+                _complete_before(releases)
 
-    def _slot_layout(self, store: Store, target: Target) -> SharedLayout | None:
+    def _slot_layout(self, store: Store | Put, target: Target) -> SharedLayout | None:
         """The slot for one chunk of the stored tile; None where the store stays direct."""
         view, tile = store.view.type, store.value.type
         assert isinstance(view, ViewType) and isinstance(tile, TileType) and tile.layout is not None
@@ -108,7 +115,7 @@ def may_update(op: Atomic, target: Target, uses: dict[Value, list[Operation]]) -
     return kind and fits and not uses.get(op.result)
 
 
-def may_stage(store: Store, target: Target) -> bool:
+def may_stage(store: Store | Put, target: Target) -> bool:
     """Whether a store of a role may go through a slot; its layout decides in the end."""
     view, tile = store.view.type, store.value.type
     assert isinstance(view, ViewType) and isinstance(tile, TileType)
@@ -136,7 +143,7 @@ class _Plan:
     scope: str
 
 
-def _stage(function: Function, store: Store | Atomic, layout: SharedLayout, buffers: dict[_Plan, Value]) -> None:
+def _stage(function: Function, store: Store | Put | Atomic, layout: SharedLayout, buffers: dict[_Plan, Value]) -> None:
     tile, block = store.value.type, store.parent
     assert isinstance(tile, TileType) and block is not None
     chunks = tile.shape[1] // layout.shape[1]
@@ -151,9 +158,11 @@ def _stage(function: Function, store: Store | Atomic, layout: SharedLayout, buff
     b = Builder(block, store.loc)
     with b.at(block, position):
         _emit(b, store, buffers[plan], plan, chunks)
+        if isinstance(store, Put):  # its signal waits for all bulk stores
+            replace_uses(function.body, {store.result: b.join()})
 
 
-def _emit(b: Builder, store: Store | Atomic, buffer: Value, plan: _Plan, chunks: int) -> None:
+def _emit(b: Builder, store: Store | Put | Atomic, buffer: Value, plan: _Plan, chunks: int) -> None:
     tile = store.value.type
     assert isinstance(tile, TileType) and tile.layout is not None
     row, column = store.index
@@ -169,7 +178,8 @@ def _emit(b: Builder, store: Store | Atomic, buffer: Value, plan: _Plan, chunks:
         b.insert(LocalStore(part, slot))
         b.insert(Barrier(scope=plan.scope))
         place = [row, b.add(first, b.index(chunk))]
-        b.bulk_store(slot, store.view, place, plan.scope, store.fn if isinstance(store, Atomic) else None)
+        update = store.fn if isinstance(store, Atomic) else None
+        b.bulk_store(slot, store.view, place, plan.scope, update, store.after if isinstance(store, Put) else ())
 
 
 def owns_rows(tile: TileType) -> bool:
@@ -192,12 +202,10 @@ def _finish(role: Role) -> None:
         b.insert(BulkWait(pending=0, read=False, scope=scope))
 
 
-def _complete_before_releases(role: Role) -> None:
+def _complete_before(releases: set[Operation]) -> None:
     """Each thread waits until its bulk stores are visible to itself; then a release covers them as its own stores."""
-    scopes = sorted({op.scope for op in role.body.walk() if isinstance(op, BulkWait)})
-    for atomic in [op for op in role.body.walk() if isinstance(op, Atomic) and op.order != "relaxed"]:
-        assert atomic.parent is not None
-        b = Builder(atomic.parent, atomic.loc)
-        with b.at(atomic.parent, atomic.parent.ops.index(atomic)):
-            for scope in scopes:
-                b.insert(BulkWait(pending=0, read=False, scope=scope))
+    for op in releases:
+        assert op.parent is not None
+        b = Builder(op.parent, op.loc)
+        with b.at(op.parent, op.parent.ops.index(op)):
+            b.insert(BulkWait(pending=0, read=False))

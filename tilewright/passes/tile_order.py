@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, Operation, Value, replace_uses
+from tilewright.ir.core import Block, Function, IRError, Operation, Value, replace_uses
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import (
     Binary,
@@ -57,7 +57,12 @@ class TileOrder(FunctionPass):
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
         ids = [op for op in function.walk() if isinstance(op, ProgramId)]
-        cluster = _join_clusters(function, context.target, self.num_ctas or context.options.num_ctas or 1)
+        ctas = self.num_ctas or context.options.num_ctas or 1
+        communicates = bool(function.attributes.get("communicates"))
+        if communicates and ctas > 1:
+            message = "programs that communicate with other ranks do not run in clusters"
+            raise IRError(message, function.loc, "leave out num_ctas")
+        cluster = _join_clusters(function, context.target, ctas)
         persistent = self.persistent
         if persistent is None:
             has_dots = any(isinstance(op, Dot) for op in function.walk())
@@ -66,6 +71,8 @@ class TileOrder(FunctionPass):
         axes = reuse_axes(function)
         longest = sloping_axis(function) if persistent and axes is None else None
         chiplets = 1 if persistent or not shares_neighbours(function) else context.target.chiplets
+        if communicates:  # ranks wait for programs of others that come before theirs along axis 2: it stays the slowest
+            axes, longest, chiplets = axes if axes == (0, 1) else None, None, 1
         if not ids or not (persistent or axes or chiplets > 1):
             return
         order = _Order(axes, longest, self.group or context.target.tile_group)

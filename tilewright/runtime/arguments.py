@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from tilewright.ir.abi import KernelABI, ScalarParam, TensorParam
 from tilewright.ir.types import DTYPES
 from tilewright.runtime.errors import ArgumentError
+from tilewright.runtime.peers import Endpoint, SymmetricPlace
 
 INT32_MAX = 2**31 - 1
 #: CUtensorMap: size and alignment of the value, in bytes
@@ -57,7 +58,7 @@ class TensorView(NamedTuple):
 
     ``dtype`` is a torch dtype or the name of a type, ``device`` the CUDA ordinal the memory lies
     on (-1: host memory, None: unknown). A view is hashable and says all that packing depends on,
-    so it serves as the key of the launch caches.
+    so it serves as the key of the launch caches. ``symmetric``: where the other ranks' tensors are, if it has them.
     """
 
     address: int
@@ -65,10 +66,20 @@ class TensorView(NamedTuple):
     strides: tuple[int, ...]
     dtype: Any
     device: int | None
+    symmetric: SymmetricPlace | None = None
+
+
+class Viewed:
+    """Base of arguments that know their own views. No abstract class, of which every launch would ask at some cost."""
+
+    @property
+    def view(self) -> TensorView:
+        """Where and how it lies. ArgumentError if it cannot be launched on."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class DevicePointer:
+class DevicePointer(Viewed):
     """Device memory by its address, for callers without an array library.
 
     ``shape`` and ``strides`` count elements; without ``strides`` the tensor is row-major.
@@ -114,9 +125,9 @@ def canonical_dtype(dtype: Any) -> str:
 def read_tensor(argument: Any, name: str, torch: ModuleType | None) -> tuple[TensorView, int | None]:
     """The view of an array object, and the stream that its producer asks us to wait for, if any.
 
-    Understands `DevicePointer`, torch tensors and ``__cuda_array_interface__`` (versions 2, 3).
+    Understands `Viewed` arguments, torch tensors and ``__cuda_array_interface__`` (versions 2, 3).
     """
-    if isinstance(argument, DevicePointer):
+    if isinstance(argument, Viewed):
         return argument.view, None
     if isinstance(argument, getattr(torch, "Tensor", ())):
         return read_torch(argument, name), None
@@ -185,6 +196,11 @@ def check_tensor(param: TensorParam, view: TensorView, ordinal: int | None = Non
         raise ArgumentError(
             f"Argument '{param.name}' has {len(view.shape)} dimensions {tuple(view.shape)}; "
             f"the kernel was compiled for {len(param.shape)}."
+        )
+    if param.symmetric and view.symmetric is None:
+        raise ArgumentError(
+            f"Argument '{param.name}' must be a tensor that every rank has: make it with the world's empty, zeros, "
+            "flags or tensor."
         )
     for axis, (actual, static) in enumerate(zip(view.shape, param.shape, strict=True)):
         _check_extent(param, axis, actual, static)
@@ -312,7 +328,8 @@ class ArgumentLayout:
         self._all_scalars = struct.Struct("<" + "".join(_SCALAR_CODES[p.dtype] for p in self.scalars))
         self._converters = [(i, _CONVERT[p.dtype]) for i, p in enumerate(self.scalars) if p.dtype in _CONVERT]
         fields = [field for param in abi.params for field in _fields(param)]
-        fields += ["i"] * 3 + [f"{TENSOR_MAP_BYTES}s"] * len(abi.tensor_maps)
+        fields += ["i"] * 3 + (["i", "i", "Q", "Q"] if abi.communicates else [])
+        fields += ["Q" if param.peers else f"{TENSOR_MAP_BYTES}s" for param in abi.tensor_maps]
         self.offsets, self._struct = _lay_out(fields)
 
     @property
@@ -344,9 +361,17 @@ class ArgumentLayout:
                 ) from error
 
     def pack(
-        self, views: Sequence[TensorView], scalars: bytes, grid: tuple[int, int, int], maps: Sequence[bytes] = ()
+        self,
+        views: Sequence[TensorView],
+        scalars: bytes,
+        grid: tuple[int, int, int],
+        maps: Sequence[bytes | int] = (),
+        endpoint: Endpoint | None = None,
     ) -> ArgumentBlock:
-        """A block of arguments in the order of the ABI. Views must have been checked."""
+        """A block of arguments in the order of the ABI. Views must have been checked.
+
+        ``maps``: tensor maps, or where they lie for those of all ranks; ``endpoint``: of kernels that communicate.
+        """
         values: list[Any] = []
         next_view, position = iter(views), 0
         for param in self.abi.params:
@@ -356,8 +381,10 @@ class ArgumentLayout:
                 size = struct.calcsize(_SCALAR_CODES[param.dtype])
                 values.append(scalars[position : position + size])
                 position += size
-        values += [*grid, *maps]
-        return self._write(values)
+        values += grid
+        if endpoint is not None:
+            values += [endpoint.rank, endpoint.size, endpoint.control, endpoint.controls_table]
+        return self._write([*values, *maps])
 
     def _write(self, values: list[Any]) -> ArgumentBlock:
         count = len(self.offsets)
@@ -373,7 +400,8 @@ def _fields(param: TensorParam | ScalarParam) -> list[str]:
     """struct codes of the kernel arguments that one parameter becomes."""
     if isinstance(param, ScalarParam):
         return [f"{struct.calcsize(_SCALAR_CODES[param.dtype])}s"]  # packed, and checked, beforehand
-    return ["Q"] + ["i"] * param.shape.count(None) + ["q"] * param.strides.count(None)
+    table = ["Q"] if param.symmetric else []
+    return ["Q"] + ["i"] * param.shape.count(None) + ["q"] * param.strides.count(None) + table
 
 
 def _lay_out(fields: Sequence[str]) -> tuple[tuple[int, ...], struct.Struct]:
@@ -391,7 +419,19 @@ def _lay_out(fields: Sequence[str]) -> tuple[tuple[int, ...], struct.Struct]:
 def _tensor_values(param: TensorParam, view: TensorView) -> list[int]:
     extents = [actual for actual, static in zip(view.shape, param.shape, strict=True) if static is None]
     strides = [actual for actual, static in zip(view.strides, param.strides, strict=True) if static is None]
-    return [view.address, *extents, *strides]
+    table = [view.symmetric.table] if param.symmetric and view.symmetric is not None else []
+    return [view.address, *extents, *strides, *table]
+
+
+def endpoint_of(abi: KernelABI, views: Sequence[TensorView]) -> Endpoint | None:
+    """The rank that a communicating kernel runs for, which its symmetric tensors know; None for other kernels."""
+    if not abi.communicates:
+        return None
+    endpoints = {view.symmetric.endpoint for view in views if view.symmetric is not None}
+    if len(endpoints) != 1:
+        found = "tensors of several worlds" if endpoints else "no tensor of a world"
+        raise ArgumentError(f"{abi.name} communicates, and its arguments are {found}: its ranks cannot be told.")
+    return endpoints.pop()
 
 
 # -- grids ---------------------------------------------------------------------------------------

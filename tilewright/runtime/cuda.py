@@ -17,7 +17,7 @@ from tilewright.ir.abi import KernelABI, TensorMapParam
 from tilewright.runtime.arguments import DevicePointer, TensorView
 from tilewright.runtime.device import Device, DeviceInfo, nvidia_target
 from tilewright.runtime.driver_module import DriverFunction, DriverModule
-from tilewright.runtime.errors import ArgumentError, DeviceError
+from tilewright.runtime.errors import ArgumentError, DeviceError, explain_failure
 from tilewright.runtime.launching import Launcher, ReadyLaunch, stream_handle
 from tilewright.runtime.tensor_maps import TensorMapEncoder
 
@@ -144,6 +144,8 @@ class CudaDevice(Device):
         self._context = self.call("cuDevicePrimaryCtxRetain", device)
         self._context_handle = int(self._context)
         self._spare_address = 0
+        #: asked for an explanation when a call fails: kernels that give up waiting for other GPUs leave one
+        self.faults: list[Callable[[], str | None]] = []
         self._lock = threading.Lock()
         self.tensor_maps = TensorMapEncoder(self._driver, self.call, self._spare_cell)
 
@@ -159,8 +161,13 @@ class CudaDevice(Device):
         """Call a driver function: its value (a list where it has several), or a `DeviceError`."""
         status, *values = getattr(self._driver, function)(*args)
         if status:
-            _check(status, doing or function)
+            self.fail(status, doing or function)
         return values[0] if len(values) == 1 else values
+
+    def fail(self, status: Any, doing: str) -> None:
+        """Raise the DeviceError of a failed call, with the reason that a kernel left behind if one did."""
+        explain_failure(self.faults, status)
+        _check(status, doing)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -208,6 +215,12 @@ class CudaDevice(Device):
         default stream.
         """
         function.launcher(abi)(grid, args, stream)
+
+    def ready(
+        self, function: CudaFunction, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
+    ) -> Callable[[Any], None]:
+        """See `Device.ready`."""
+        return function.launcher(abi).bound(grid, args)
 
     def prepare(
         self, function: CudaFunction, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
@@ -269,7 +282,14 @@ class CudaLauncher(Launcher):
         function.allow_shared(abi.shared_bytes)
         super().__init__(function.device, function.device.ordinal, abi)
         self.function = function
-        self._cu_launch_kernel = self.device._driver.cuLaunchKernel
+        # blocks that wait for other GPUs' must all be resident, or those that others wait for may never start
+        cooperative = abi.communicates and abi.persistent
+        driver = self.device._driver
+        self._cu_launch_kernel = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
+        self._extra = () if cooperative else (0,)
+        if abi.communicates:  # else the driver may load it at its first launch, behind a kernel that waits for it
+            with self.device.current():
+                self.device.call("cuFuncLoad", function.handle)
         self._get_current = self.device._driver.cuCtxGetCurrent
 
     def units(self) -> int:
@@ -319,11 +339,12 @@ class CudaLauncher(Launcher):
         launch, ordinal, handle = self._cu_launch_kernel, self.ordinal, self.function.handle
         (x, y, z), threads, shared = ready.blocks, self.abi.threads, self.abi.shared_bytes
         pointers, device_of_thread = ready.arguments.pointers, torch._C._cuda_getDevice
+        extra = self._extra
 
         def start(stream: Any) -> None:
             where = raw_stream(ordinal) if stream is None else stream_handle(stream, torch, ordinal)
             if device_of_thread() == ordinal:
-                (status,) = launch(handle, x, y, z, threads, 1, 1, shared, where, pointers, 0)
+                (status,) = launch(handle, x, y, z, threads, 1, 1, shared, where, pointers, *extra)
                 if not status:
                     return
             self.start(ready, where)  # another device or no context is current in this thread; or it reports the error
@@ -344,10 +365,10 @@ class CudaLauncher(Launcher):
             self.abi.shared_bytes,
             stream,
             ready.arguments.pointers,
-            0,
+            *self._extra,
         )
         if status:
-            _check(
+            self.device.fail(
                 status,
                 f"Launching '{self.abi.name}' on {self.device.name} with {x}x{y}x{z} blocks of {self.abi.threads} "
                 f"threads and {self.abi.shared_bytes} bytes of shared memory",

@@ -61,6 +61,15 @@ class Device(ABC):
         Returns before the kernel has finished. A grid with a zero in it starts nothing.
         """
 
+    def ready(
+        self, function: Any, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
+    ) -> Callable[[Any], None]:
+        """The launch as a function of the stream, with all done that could wait for kernels which run already.
+
+        Kernels that wait for each other are started after all of them are ready.
+        """
+        return lambda stream: self.launch(function, abi, grid, args, stream)
+
     def prepare(
         self, function: Any, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
     ) -> Callable[[Any], None] | None:

@@ -22,12 +22,15 @@ from tilewright.ir.types import DTYPES
 from tilewright.runtime.arguments import (
     ArgumentLayout,
     TensorView,
+    Viewed,
     canonical_dtype,
     check_tensor,
+    endpoint_of,
     normalize_grid,
     refuse_negative_strides,
 )
 from tilewright.runtime.device import Device, DeviceInfo, Module
+from tilewright.runtime.emulated_peers import control_views, place_peers
 from tilewright.runtime.errors import ArgumentError, DeviceError
 
 if TYPE_CHECKING:
@@ -222,7 +225,8 @@ def run_launches(launches: Sequence[PreparedLaunch], options: EmulationOptions) 
     memory = GlobalMemory()
     several = len(launches) > 1
     names = [f"rank {one.device.rank}: {name}" if several else name for one in launches for name in _names(one.abi)]
-    regions = map_regions([view for one in launches for view in one.views], names, memory)
+    mapped = [view for one in launches for view in (*one.views, *control_views(one.abi, one.views))]
+    regions = map_regions(mapped, names, memory)
     races = max((one.function.races() for one in launches), key=lambda r: r.proxies) if options.races else None
     machines: list[Machine] = []
     kernels = " and ".join(dict.fromkeys(f"'{one.abi.name}' on {one.device.name}" for one in launches))
@@ -252,8 +256,9 @@ def _start(launch: PreparedLaunch, regions: Sequence[Region], memory: GlobalMemo
     layout = ArgumentLayout(abi)
     scalars = layout.pack_scalars(launch.scalars) if launch.scalars else b""
     placed = [view._replace(address=_translate(regions, view)) for view in launch.views]
+    placed = place_peers(placed, lambda address: _find(regions, address), memory)
     maps = launch.function.tensor_maps(abi, placed, memory)
-    arguments = layout.pack(placed, scalars, counts, maps).image(layout.size)
+    arguments = layout.pack(placed, scalars, counts, maps, endpoint_of(abi, placed)).image(layout.size)
     resident = max(1, launch.device.units * abi.blocks_per_unit // abi.cluster_blocks)
     blocks = (abi.persistent_blocks(counts, resident), 1, 1) if abi.persistent else counts
     return launch.function.start(memory, blocks, abi, arguments, setting)
@@ -271,6 +276,8 @@ def host_view(argument: Any, name: str) -> TensorView:
         steps = tuple(step // item for step in argument.strides)
         return TensorView(argument.ctypes.data, argument.shape, steps, argument.dtype.name, None)
     torch_tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+    if isinstance(argument, Viewed) and str(getattr(argument, "device", "")).startswith("emulate:"):
+        return argument.view
     if isinstance(argument, torch_tensor) and argument.device.type == "cpu":
         return TensorView(argument.data_ptr(), tuple(argument.shape), argument.stride(), argument.dtype, None)
     raise ArgumentError(f"Argument '{name}' must be a NumPy array or a CPU torch tensor on an emulated device.")
@@ -330,11 +337,19 @@ def _span(view: TensorView) -> tuple[int, int]:
 
 def _translate(regions: Sequence[Region], view: TensorView) -> int:
     """The emulator's address of a view's origin; of an empty one, any."""
+    found = None if 0 in view.shape else _find(regions, view.address)
+    return _ALIGNMENT if found is None else found
+
+
+def _find(regions: Sequence[Region], address: int) -> int | None:
+    """The emulator's address of a byte of the host's memory, None if that is not mapped."""
     for region in regions:
-        if 0 not in view.shape and region.start <= view.address < region.end:
-            return region.allocation + region.lead + view.address - region.start
-    return _ALIGNMENT
+        if region.start <= address < region.end:
+            return region.allocation + region.lead + address - region.start
+    return None
 
 
 def _names(abi: KernelABI) -> list[str]:
-    return [p.name for p in abi.params if isinstance(p, TensorParam)]
+    """Names of what a launch maps."""
+    control = ["control block"] if abi.communicates else []
+    return [*(p.name for p in abi.params if isinstance(p, TensorParam)), *control]

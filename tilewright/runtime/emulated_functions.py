@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tilewright.ir.abi import KernelABI, TensorParam
+from tilewright.ir.abi import KernelABI, TensorMapParam, TensorParam
 from tilewright.ir.target import get_target
 from tilewright.runtime.arguments import TensorView, canonical_dtype
 from tilewright.runtime.emulator.together import Machine
@@ -37,8 +37,8 @@ class EmulatedFunction(ABC):
     def blocks_per_unit(self, abi: KernelABI) -> int:
         """How many blocks of this kernel one SM or CU holds at once."""
 
-    def tensor_maps(self, abi: KernelABI, views: Sequence[TensorView], memory: GlobalMemory) -> list[bytes]:
-        """The tensor maps that the kernel takes; ``views`` have addresses in ``memory``."""
+    def tensor_maps(self, abi: KernelABI, views: Sequence[TensorView], memory: GlobalMemory) -> list[bytes | int]:
+        """The tensor maps that the kernel takes, or addresses of them; ``views`` have addresses in ``memory``."""
         return []
 
 
@@ -89,18 +89,25 @@ class PtxFunction(EmulatedFunction):
         limit = get_target(self.emulator.kernel.target.split(",")[0]).shared_bytes
         return max(1, min(2048 // abi.threads, limit // max(abi.shared_bytes, 1)))
 
-    def tensor_maps(self, abi: KernelABI, views: Sequence[TensorView], memory: GlobalMemory) -> list[bytes]:
-        from tilewright.runtime.emulator.nvidia import encode_tensor_map
-
+    def tensor_maps(self, abi: KernelABI, views: Sequence[TensorView], memory: GlobalMemory) -> list[bytes | int]:
         names = [p.name for p in abi.params if isinstance(p, TensorParam)]
         by_name = dict(zip(names, views, strict=True))
-        maps = []
+        maps: list[bytes | int] = []
         for param in abi.tensor_maps:
             view = by_name[param.param]
-            geometry = tensor_map_geometry(param, view)
-            address = memory.allocate(np.zeros(16, np.uint8), "spare cell") if 0 in view.shape else view.address
-            element = ELEMENT_TYPES[canonical_dtype(view.dtype)]
-            maps.append(
-                encode_tensor_map(element, address, geometry.dims, geometry.strides, geometry.box, param.swizzle)
-            )
+            if param.peers:
+                assert view.symmetric is not None, "the view has been checked"
+                of_ranks = [view._replace(address=address) for address in view.symmetric.addresses]
+                maps.append(view.symmetric.endpoint.place(b"".join(_tensor_map(param, v, memory) for v in of_ranks)))
+            else:
+                maps.append(_tensor_map(param, view, memory))
         return maps
+
+
+def _tensor_map(param: TensorMapParam, view: TensorView, memory: GlobalMemory) -> bytes:
+    from tilewright.runtime.emulator.nvidia import encode_tensor_map
+
+    geometry = tensor_map_geometry(param, view)
+    address = memory.allocate(np.zeros(16, np.uint8), "spare cell") if 0 in view.shape else view.address
+    element = ELEMENT_TYPES[canonical_dtype(view.dtype)]
+    return bytes(encode_tensor_map(element, address, geometry.dims, geometry.strides, geometry.box, param.swizzle))

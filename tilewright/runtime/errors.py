@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 
 class DeviceError(RuntimeError):
     """A device could not be found, opened or used.
@@ -17,3 +20,11 @@ class DeviceError(RuntimeError):
 
 class ArgumentError(DeviceError):
     """A launch argument does not fit the compiled kernel. The message names the parameter."""
+
+
+def explain_failure(faults: Iterable[Callable[[], str | None]], status: Any) -> None:
+    """Raise a DeviceError with the first reason that is known of a failed call; return if there is none."""
+    for fault in faults:
+        reason = fault()
+        if reason is not None:
+            raise DeviceError(reason, getattr(status, "name", str(status)))

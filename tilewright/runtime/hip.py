@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tilewright.ir.abi import KernelABI, TensorParam
 from tilewright.runtime.arguments import TensorView, refuse_negative_strides
 from tilewright.runtime.device import Device, DeviceInfo
 from tilewright.runtime.driver_module import DriverFunction, DriverModule
-from tilewright.runtime.errors import ArgumentError, DeviceError
+from tilewright.runtime.errors import ArgumentError, DeviceError, explain_failure
 from tilewright.runtime.launching import Launcher, ReadyLaunch
 
 __all__ = ["HipDevice", "HipFunction", "HipModule", "enumerate_devices"]
@@ -132,6 +132,8 @@ class HipDevice(Device):
                 "hipErrorInvalidDevice",
             )
         self.info = infos[ordinal]
+        #: asked for an explanation when a call fails: kernels that give up waiting for other GPUs leave one
+        self.faults: list[Callable[[], str | None]] = []
 
     @property
     def name(self) -> str:
@@ -145,8 +147,13 @@ class HipDevice(Device):
         """Call a runtime function: its value, or a `DeviceError`."""
         status, *values = getattr(self._hip, function)(*args)
         if int(status):
-            _check(status, doing or function)
+            self.fail(status, doing or function)
         return values[0] if len(values) == 1 else values
+
+    def fail(self, status: Any, doing: str) -> None:
+        """Raise the DeviceError of a failed call, with the reason that a kernel left behind if one did."""
+        explain_failure(self.faults, status)
+        _check(status, doing)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -184,6 +191,12 @@ class HipDevice(Device):
         """See `Device.launch`. ``stream`` is a handle (int) or a torch stream, as on CUDA."""
         function.launcher(abi)(grid, args, stream)
 
+    def ready(
+        self, function: HipFunction, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
+    ) -> Callable[[Any], None]:
+        """See `Device.ready`."""
+        return function.launcher(abi).bound(grid, args)
+
     def synchronize(self) -> None:
         with self.current():
             self.call("hipDeviceSynchronize", doing=f"Waiting for {self.name}")
@@ -217,7 +230,10 @@ class HipLauncher(Launcher):
     def __init__(self, function: HipFunction, abi: KernelABI) -> None:
         super().__init__(function.device, function.device.ordinal, abi)
         self.function = function
-        self._launch_kernel = self.device._hip.hipModuleLaunchKernel
+        # blocks that wait for other GPUs' must all be resident, or those that others wait for may never start
+        cooperative, hip = abi.communicates and abi.persistent, self.device._hip
+        self._launch_kernel = hip.hipModuleLaunchCooperativeKernel if cooperative else hip.hipModuleLaunchKernel
+        self._extra = () if cooperative else (None,)
 
     def check(self, param: TensorParam, view: TensorView) -> None:
         super().check(param, view)
@@ -238,10 +254,10 @@ class HipLauncher(Launcher):
             x, y, z = ready.blocks
             assert ready.arguments is not None
             (status,) = self._launch_kernel(
-                self.function.handle, x, y, z, self.abi.threads, 1, 1, 0, stream, ready.arguments.pointers, None
+                self.function.handle, x, y, z, self.abi.threads, 1, 1, 0, stream, ready.arguments.pointers, *self._extra
             )
         if int(status):
-            _check(
+            self.device.fail(
                 status,
                 f"Launching '{self.abi.name}' on {self.device.name} with {x}x{y}x{z} workgroups of {self.abi.threads} "
                 f"threads and {self.abi.shared_bytes} bytes of LDS",

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
 from typing import Any
 
-from tilewright.ir.abi import KernelABI, TensorMapParam, TensorParam
+from tilewright.ir.abi import KernelABI, TensorMapParam, TensorParam, kernel_number
 from tilewright.runtime.arguments import (
     INT32_MAX,
     ArgumentBlock,
     ArgumentLayout,
     TensorView,
     check_tensor,
+    endpoint_of,
     normalize_grid,
     read_tensor,
 )
@@ -63,6 +64,10 @@ class Launcher(ABC):
 
     def __call__(self, grid: int | Sequence[int], args: Sequence[Any], stream: Any = None) -> None:
         """Start the kernel; see `Device.launch`."""
+        self.bound(grid, args)(stream)
+
+    def bound(self, grid: int | Sequence[int], args: Sequence[Any]) -> Callable[[Any], None]:
+        """The launch as a function of the stream, which has nothing left to do but to start the kernel."""
         if len(args) != len(self._is_tensor):
             raise ArgumentError(
                 f"{self.abi.name} takes {len(self._is_tensor)} arguments "
@@ -73,13 +78,17 @@ class Launcher(ABC):
         packed = self.layout.pack_scalars(scalars) if scalars else b""
         key = (tuple(grid) if isinstance(grid, list) else grid, packed, *views)
         ready = self._ready.get(key) or self._prepare(key)
-        if ready.arguments is None:
-            return
-        handle = stream_handle(stream, torch if from_torch else None, self.ordinal)
-        for producer in producers:
-            if producer != handle:  # the array interface, v3: wait for the producer's stream
-                self.wait_for(producer)
-        self.start(ready, handle)
+
+        def start(stream: Any) -> None:
+            if ready.arguments is None:
+                return
+            handle = stream_handle(stream, torch if from_torch else None, self.ordinal)
+            for producer in producers:
+                if producer != handle:  # the array interface, v3: wait for the producer's stream
+                    self.wait_for(producer)
+            self.start(ready, handle)
+
+        return start
 
     def ready(self, grid: int | Sequence[int], args: Sequence[Any]) -> ReadyLaunch | None:
         """The launch but for the stream, while the arguments' memory lives; None unless all tensors are torch's."""
@@ -107,7 +116,7 @@ class Launcher(ABC):
             else:
                 view, producer = self._read(arg, len(views), torch)
                 views.append(view)
-                from_torch = from_torch or isinstance(arg, tensor_type)
+                from_torch = from_torch or isinstance(arg, tensor_type) or _follows_torch(view)
                 if producer is not None:
                     producers.append(producer)
         return views, scalars, producers, from_torch
@@ -126,12 +135,28 @@ class Launcher(ABC):
             ready = ReadyLaunch(blocks, None)
         else:
             maps = [
-                self.tensor_map(param, views[source])
+                self._tensor_map(param, views[source])
                 for param, source in zip(self.abi.tensor_maps, self._map_sources, strict=True)
             ]
-            ready = ReadyLaunch(blocks, self.layout.pack(views, packed, counts, maps))
+            endpoint = endpoint_of(self.abi, views)
+            if endpoint is not None:
+                endpoint.kernels[kernel_number(self.abi.name)] = self.abi
+            ready = ReadyLaunch(blocks, self.layout.pack(views, packed, counts, maps, endpoint))
         self._keep(key, ready)
         return ready
+
+    def _tensor_map(self, param: TensorMapParam, view: TensorView) -> bytes | int:
+        """A tensor map, or the address of one for each rank, which are made once for a tensor."""
+        if not param.peers:
+            return self.tensor_map(param, view)
+        place = view.symmetric
+        assert place is not None, "the view has been checked"
+        key = (place, view.shape, view.strides, param.box, param.order, param.swizzle)
+        address = place.endpoint.maps.get(key)
+        if address is None:
+            maps = [self.tensor_map(param, view._replace(address=address)) for address in place.addresses]
+            address = place.endpoint.maps[key] = place.endpoint.place(b"".join(maps))
+        return address
 
     def _keep(self, key: tuple[Any, ...], ready: ReadyLaunch) -> None:
         """Remember a launch, first in first out; an exact LRU would cost every launch some time."""
@@ -182,6 +207,10 @@ class Launcher(ABC):
     def tensor_map(self, param: TensorMapParam, view: TensorView) -> bytes:
         """The encoded tensor map of a view, for devices that have them."""
         raise DeviceError(f"{self.abi.name} needs a tensor map of '{param.param}', which {self.device.name} has not.")
+
+
+def _follows_torch(view: TensorView) -> bool:
+    return view.symmetric is not None and view.symmetric.endpoint.torch_stream
 
 
 def stream_handle(stream: Any, torch: ModuleType | None, ordinal: int) -> int:

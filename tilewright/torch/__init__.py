@@ -13,12 +13,21 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
+    "add_layer_norm": "norms",
+    "add_rms_norm": "norms",
     "attention": "sdpa",
+    "attention_decode": "serving",
+    "attention_varlen": "serving",
     "cross_entropy": "losses",
+    "gated_linear": "gated",
+    "grouped_mm": "grouped",
+    "jit_cache": "shipping",
     "layer_norm": "norms",
     "linear": "products",
     "matmul": "products",
     "rms_norm": "norms",
+    "rotary": "positions",
+    "scaled_linear": "scaled",
     "softmax": "rows",
     "torch_op": "operator",
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.torch.rewrite import rewrite
+from tilewright.torch.rewrite import OPERATORS, rewrite
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,14 @@ class Options:
     """What ``torch.compile(..., options=)`` may say to this backend; other keys are settings of Inductor.
 
     ``fallback``: what compiles the rest of the graph, "inductor" or "eager" (traced by AOTAutograd, run as it is).
-    ``cost_gate``: take only calls that were measured to be faster. ``explain``: print what was taken, what not, why.
+    ``cost_gate``: take only calls that were measured to be faster. ``operators``: names of functional operators to take
+    wherever the kernels can, whatever the gate says, and no others. ``explain``: print what was taken, what not, why.
     """
 
     fallback: str = "inductor"
     cost_gate: bool = True
     explain: bool = False
+    operators: tuple[str, ...] | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -29,6 +31,10 @@ class Options:
         if options.fallback not in _FALLBACKS:
             known = ", ".join(_FALLBACKS)
             raise ValueError(f"backend tilewright: fallback={options.fallback!r}; it is one of {known}")
+        unknown = set(options.operators or ()) - OPERATORS
+        if unknown:
+            known = ", ".join(sorted(OPERATORS))
+            raise ValueError(f"backend tilewright: no operators {', '.join(sorted(unknown))}; there are {known}")
         if rest and options.fallback == "eager":
             raise ValueError(f"backend tilewright: no option {', '.join(rest)} with fallback='eager'")
         return options, rest
@@ -39,7 +45,7 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """The backend: rewrites Dynamo's graph to our operators and hands it on. ``mode`` is Inductor's."""
     ours, rest = Options.read(options)
-    report = rewrite(module.graph, ours.cost_gate)
+    report = rewrite(module.graph, ours.cost_gate, ours.operators)
     module.recompile()
     if ours.explain:
         print(report.text(ours.fallback))

@@ -7,26 +7,43 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
-from tilewright.torch.support import Refusal
+from tilewright.torch.support import FLOATS, IN_AUTOCAST, Refusal
 
 #: functional operator -> why it leaves arguments to torch
 _refusals: dict[Any, Callable[..., Refusal]] = {}
+#: functional operator -> the function of torch that does what the kernels do not take
+_eager: dict[Any, Callable[..., Any]] = {}
+#: those that compute in autocast's dtype inside of it
+_lowered: set[Any] = set()
 
 
-def functional(refuse: Callable[..., Refusal], otherwise: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def functional(
+    refuse: Callable[..., Refusal], otherwise: Callable[..., Any], *, lowered: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
     """Make a function on tensors into a functional operator with eager's ``otherwise`` where ``refuse`` gives a text.
 
-    All three have the same parameters. torch.compile puts a call of the operator into its graph as it is.
+    All three have the same parameters, and the first is a tensor. torch.compile puts a call of the operator into its
+    graph as it is. ``lowered``: one of those operations that torch's autocast computes in its lower precision.
     """
 
     def decorate(ours: Callable[..., Any]) -> Any:
         @wraps(ours)
         def operator(*args: Any, **kwargs: Any) -> Any:
-            chosen = otherwise if refuse(*args, **kwargs) else ours
-            return chosen(*args, **kwargs)
+            reason = refuse(*args, **kwargs)
+            if reason is None:
+                return ours(*args, **kwargs)
+            if lowered and reason is IN_AUTOCAST:
+                device = args[0].device.type
+                args, kwargs = _cast((args, kwargs), device)
+                with torch.autocast(device, enabled=False):
+                    return operator(*args, **kwargs)
+            return otherwise(*args, **kwargs)
 
-        _refusals[operator] = refuse
+        _refusals[operator], _eager[operator] = refuse, otherwise
+        if lowered:
+            _lowered.add(operator)
         return torch.compiler.allow_in_graph(operator)
 
     return decorate
@@ -34,7 +51,24 @@ def functional(refuse: Callable[..., Refusal], otherwise: Callable[..., Any]) ->
 
 def refusal(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     """Why a functional operator would leave these arguments to torch; None if the kernels take them."""
-    return _refusals[operator](*args, **kwargs)
+    reason = _refusals[operator](*args, **kwargs)
+    if reason is IN_AUTOCAST and operator in _lowered:
+        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).device.type
+        args, kwargs = _cast((args, kwargs), device)
+        with torch.autocast(device, enabled=False):
+            return _refusals[operator](*args, **kwargs)
+    return reason
 
 
-__all__ = ["functional", "refusal"]
+def eager(operator: Any) -> Callable[..., Any]:
+    """What a functional operator calls where the kernels do not take its arguments; it takes all of them."""
+    return _eager[operator]
+
+
+def _cast(values: Any, device: str) -> Any:
+    """Floating-point tensors among arguments in the dtype of the device's autocast."""
+    dtype = torch.get_autocast_dtype(device)
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x, values)
+
+
+__all__ = ["eager", "functional", "refusal"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilewright.torch import losses, norms, products, rows, sdpa
+from tilewright.torch import gated, grouped, losses, norms, products, rows, sdpa
 from tilewright.torch.support import Refusal
 
 #: multiply-adds of a product, and elements of rows, below which launching ours takes longer than it saves
@@ -37,13 +37,24 @@ def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     return _COSTS[operator](*args, **kwargs)
 
 
-def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Refusal:
+def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Refusal:
     if activation is None:
         return "a product without activation is as fast in cuBLAS"
     if _trains(input, weight):
         return "its gradient was not measured"
     size = _elements(input) * _hint(weight.shape[0])
     return "a small product" if size < LEAST_PRODUCT else None
+
+
+def _gated(input: Any, gate: Any, up: Any, activation: str = "silu") -> Refusal:
+    if _trains(input, gate, up):
+        return "its gradient was not measured"
+    size = _elements(input) * _hint(gate.shape[0])
+    return "a small product" if size < LEAST_PRODUCT else None
+
+
+def _grouped(mat_a: Any, mat_b: Any, **rest: Any) -> Refusal:
+    return "a grouped product is as fast in torch"
 
 
 def _matmul(input: Any, other: Any) -> Refusal:
@@ -76,9 +87,13 @@ def _wide_rows(x: Any, *args: Any, **kwargs: Any) -> Refusal:
 _COSTS: dict[Any, Callable[..., Refusal]] = {
     products.linear: _linear,
     products.matmul: _matmul,
+    gated.gated_linear: _gated,
+    grouped.grouped_mm: _grouped,
     sdpa.attention: _attention,
     norms.rms_norm: _norm,
     norms.layer_norm: _norm,
+    norms.add_rms_norm: _norm,
+    norms.add_layer_norm: _norm,
     rows.softmax: _wide_rows,
     losses.cross_entropy: _wide_rows,
 }

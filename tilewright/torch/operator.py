@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from tilewright.torch.mapping import mapped
 
 #: torch forgets the operators of a library that is gone
 _libraries: dict[str, Any] = {}
@@ -18,6 +20,7 @@ def torch_op(
     launch: Callable[..., None],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    leading: Sequence[str] = (),
 ) -> Any:
     """Register a torch operator that eager code, autograd and torch.compile know, and return it.
 
@@ -32,6 +35,9 @@ def torch_op(
     `torch.library.register_autograd`. For torch.compile it must consist of torch's operators and of others made here.
     Without ``setup_context(ctx, inputs, output)``, ``ctx.saved_tensors`` are the tensor arguments and ``ctx.numbers``
     the others, in order. Gradients through an operator without ``backward`` raise NotImplementedError.
+
+    `torch.vmap` calls the operator once where it maps tensor arguments named in ``leading`` alone, which then have one
+    more dimension in front, as all results must have; else once for each element.
 
     Raises ValueError if the operator exists or the schema names no namespace.
     """
@@ -60,6 +66,8 @@ def torch_op(
     torch.library.register_autograd(
         qualified, backward or _no_backward(qualified), setup_context=setup_context or _save_arguments, lib=library
     )
+    names = [argument.name for argument in operator._schema.arguments]
+    torch.library.register_vmap(qualified, mapped(operator, names, frozenset(leading)), lib=library)
     _libraries[qualified] = library
     return operator
 

@@ -24,10 +24,15 @@ class Decision:
 
 @dataclass
 class Report:
-    """Decisions in the order of the graph; ``others`` counts calls that no kernel of ours stands for."""
+    """Decisions in the order of the graph; ``calls`` names the nodes that no kernel of ours was sought for."""
 
     decisions: list[Decision] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    calls: dict[Any, str] = field(default_factory=dict)
+
+    @property
+    def others(self) -> Counter[str]:
+        """How often which function is called that no kernel of ours stands for."""
+        return Counter(name for node, name in self.calls.items() if not node._erased)
 
     @property
     def taken(self) -> list[str]:

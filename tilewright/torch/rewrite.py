@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tilewright.torch import losses, norms, products, rows, sdpa
+from tilewright.torch import candidates, gated, grouped, losses, norms, products, rows, sdpa, spelled
+from tilewright.torch.candidates import Candidate
+from tilewright.torch.casting import autocast_regions, entered
 from tilewright.torch.functional import refusal
 from tilewright.torch.gate import not_worthwhile
+from tilewright.torch.graphs import CALLS, example, name_of, precede, quiet
 from tilewright.torch.report import Decision, Report, place
 from tilewright.torch.support import Refusal
 
@@ -49,100 +52,149 @@ _OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
     "softmax": (rows.softmax, _softmax_call),
     F.cross_entropy: (losses.cross_entropy, None),
 }
+#: functional operator -> the calls that could stand for one of torch's with its neighbours
+_LARGER: dict[Any, Callable[..., Iterator[Candidate]]] = {
+    products.linear: candidates.linear,
+    sdpa.attention: candidates.attention,
+    norms.rms_norm: candidates.normalised(norms.rms_norm, norms.add_rms_norm),
+    norms.layer_norm: candidates.normalised(norms.layer_norm, norms.add_layer_norm),
+}
+#: function that others are spelled with, or of other parameters -> what could stand for it
+_FOUND_BY: dict[Any, Callable[[Any], Iterator[Candidate]]] = {
+    **dict.fromkeys((torch.rsqrt, "rsqrt"), spelled.rms_norm),
+    torch.addmm: candidates.added_product,
+    torch._grouped_mm: candidates.grouped_product,
+    getattr(F, "grouped_mm", torch._grouped_mm): candidates.grouped_product,
+}
+#: the same for operators of libraries that may not be there, by their names
+_FOUND_BY_NAME = {"transformers.grouped_mm_fallback": candidates.grouped_product}
 _OURS = {ours for ours, _ in _OPERATORS.values()}
-_RELU = (F.relu, torch.relu, "relu")
-_CALLS = ("call_function", "call_method")
+_OURS |= {gated.gated_linear, grouped.grouped_mm, norms.add_rms_norm, norms.add_layer_norm}
 
 
-def rewrite(graph: Any, cost_gate: bool = True) -> Report:
-    """Rewrite a ``torch.fx.Graph`` from Dynamo in place."""
-    report = Report()
-    switches = any(node.target is torch.amp.autocast_mode._enter_autocast for node in graph.nodes)
+#: names of what may stand in a rewritten graph
+OPERATORS = frozenset(operator.__name__ for operator in _OURS)
+#: why an operator does not pay for its arguments, None if it does
+Gate = Callable[..., Refusal]
+
+
+def rewrite(graph: Any, cost_gate: bool = True, only: Collection[str] | None = None) -> Report:
+    """Rewrite a ``torch.fx.Graph`` from Dynamo in place; with ``only``, for these operators, whatever the gate says."""
+    report, gate = Report(), _gate(cost_gate, only)
+    regions = autocast_regions(graph)
     for node in list(graph.nodes):
-        if node.op not in _CALLS or node._erased:
+        if node.op not in CALLS or node._erased:
             continue
         if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
             bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-            reason = _refuse(node, node.target, bound.args, bound.kwargs, cost_gate=False)
+            with entered(regions[node]):
+                reason = _refuse((node,), node.target, bound.args, bound.kwargs, _open)
             report.decisions.append(Decision(node.target.__name__, place(node), reason))
-        elif node.target not in _OPERATORS:
-            report.others[_name(node.target)] += 1
-        elif switches:
-            report.decisions.append(Decision(_name(node.target), place(node), "a graph that switches autocast"))
+        elif _generator(node.target) is None:
+            report.calls[node] = name_of(node.target)
         else:
-            report.decisions.append(_decide(node, cost_gate))
+            with entered(regions[node]):
+                decision = _decide(node, gate, regions)
+            if decision is None:
+                report.calls[node] = name_of(node.target)
+            else:
+                report.decisions.append(decision)
     return report
 
 
-def _decide(node: Any, cost_gate: bool) -> Decision:
-    """Replace the call if it is ours to take, with the activation behind it if there is one."""
-    ours, adapt = _OPERATORS[node.target]
-    try:
-        args, kwargs = adapt(*node.args, **node.kwargs) if adapt else (node.args, dict(node.kwargs))
-        bound = inspect.signature(ours).bind(*args, **kwargs)
-    except TypeError:
-        return Decision(ours.__name__, place(node), "arguments that ours does not have")
-    args, kwargs = bound.args, bound.kwargs
-    fused = _activation(node) if ours is products.linear else None
-    if fused is not None:
-        name, user = fused
-        if _refuse(user, ours, args, {**kwargs, "activation": name}, cost_gate) is None:
-            _replace(node, user, ours, args, {**kwargs, "activation": name})
-            return Decision(f"{ours.__name__}+{name}", place(node), None)
-    reason = _refuse(node, ours, args, kwargs, cost_gate)
-    if reason is None:
-        _replace(node, node, ours, args, kwargs)
-    return Decision(ours.__name__, place(node), reason)
-
-
-def _activation(node: Any) -> tuple[str, Any] | None:
-    """The activation that alone uses a node's result, and its node.
-
-    Where gradients flow, relu only: those of others need the value before, which a fused product does not keep.
-    """
-    if len(node.users) != 1:
-        return None
-    user = next(iter(node.users))
-    if user.op not in _CALLS or user.args[:1] != (node,):
-        return None
-    if user.target in _RELU:
-        return "relu", user
-    if getattr(_example(node), "requires_grad", True):
-        return None
-    if user.target is F.silu:
-        return "silu", user
-    if user.target is F.gelu:
-        return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
+def _open(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     return None
 
 
-def _refuse(node: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], cost_gate: bool) -> Refusal:
-    """Why the call of ours must or should not stand for ``node``."""
+def _gate(cost_gate: bool, only: Collection[str] | None) -> Gate:
+    if only is not None:
+        return lambda operator, *args, **kwargs: None if operator.__name__ in only else "not asked for"
+    return not_worthwhile if cost_gate else _open
+
+
+def _decide(node: Any, gate: Gate, regions: Mapping[Any, Any]) -> Decision | None:
+    """Replace the call if it is ours to take, with as many of its neighbours as one kernel can do.
+
+    None if nothing of ours is like it.
+    """
+    decision: Decision | None = None
+    try:
+        for candidate in _generator(node.target)(node):
+            where = _position(candidate)
+            if where is None or any(regions.get(other) != regions[node] for other in candidate.consumed):
+                continue
+            bound = inspect.signature(candidate.ours).bind(*candidate.args, **candidate.kwargs)
+            stands_for = (candidate.last,) if candidate.second is None else (candidate.last, candidate.second)
+            reason = _refuse(stands_for, candidate.ours, bound.args, bound.kwargs, gate)
+            if reason is None:
+                _replace(candidate, where, bound.args, bound.kwargs)
+                return Decision(candidate.name, place(node), None)
+            decision = Decision(candidate.ours.__name__, place(node), reason)
+    except TypeError:
+        return Decision(name_of(node.target), place(node), "arguments that ours does not have")
+    return decision
+
+
+def _generator(target: Any) -> Any:
+    """What finds the candidates for a call of a function, None if no operator of ours is like it."""
+    if target in _OPERATORS:
+        return _candidates
+    named = str(target).removesuffix(".default") if isinstance(target, torch._ops.OpOverload) else str(target)
+    return _FOUND_BY.get(target) or _FOUND_BY_NAME.get(named)
+
+
+def _candidates(node: Any) -> Iterator[Candidate]:
+    ours, adapt = _OPERATORS[node.target]
+    args, kwargs = adapt(*node.args, **node.kwargs) if adapt else (node.args, dict(node.kwargs))
+    inspect.signature(ours).bind(*args, **kwargs)
+    if ours in _LARGER:
+        yield from _LARGER[ours](node, args, kwargs)
+    else:
+        yield Candidate(ours, args, node, (node,), kwargs, ours.__name__)
+
+
+def _position(candidate: Candidate) -> Any:
+    """The node before which the new call reads what all the old ones read; None if there is no such place."""
+    first, last = min(candidate.consumed), candidate.last
+    others = (node for node in candidate.consumed if node is not first)
+    alone = all(source in candidate.consumed for node in others for source in node.all_input_nodes)
+    if precede((candidate.args, candidate.kwargs), first) and (alone or quiet(first, last)):
+        return first
+    if candidate.second is not None:  # others may use that before the last node
+        return None
+    return last if quiet(first, last) else None
+
+
+def _refuse(
+    stands_for: tuple[Any, ...], ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], gate: Gate
+) -> Refusal:
+    """Why the call of ours must or should not stand for these nodes, whose values are its results in order."""
     nodes: list[Any] = []
     torch.fx.node.map_arg((args, dict(kwargs)), nodes.append)
-    if any(_example(n) is None for n in (node, *nodes)):
+    if any(example(n) is None for n in (*stands_for, *nodes)):
         return "values that the graph does not describe"
-    if any(free_unbacked_symbols(_example(n)) for n in (node, *nodes)):
+    if any(free_unbacked_symbols(example(n)) for n in (*stands_for, *nodes)):
         return "sizes that depend on data"
-    values, named = torch.fx.node.map_arg((args, dict(kwargs)), _example)
+    values, named = torch.fx.node.map_arg((args, dict(kwargs)), example)
     if not any(isinstance(x, FakeTensor) for x in values):
         return "values that the graph does not describe"
-    reason = refusal(ours, *values, **named)
-    if reason is None and cost_gate:
-        reason = not_worthwhile(ours, *values, **named)
-    return reason or _differs(_fake(ours, values, named), _example(node))
+    reason = refusal(ours, *values, **named) or gate(ours, *values, **named)
+    if reason is not None:
+        return reason
+    results, expected = _fake(ours, values, named), tuple(map(example, stands_for))
+    pairs = zip(
+        results, expected[0] if len(expected) == 1 and isinstance(expected[0], tuple) else expected, strict=True
+    )
+    return next(filter(None, (_differs(result, wanted) for result, wanted in pairs)), None)
 
 
-def _example(node: Any) -> Any:
-    return node.meta.get("example_value")
-
-
-def _fake(ours: Any, values: Any, named: Any) -> Any:
-    """The result's description: the operator on tensors without memory."""
+def _fake(ours: Any, values: Any, named: Any) -> tuple[Any, ...]:
+    """The results' description: the operator on tensors without memory."""
     # the tensors' own mode, not that of the tracing context, which Dynamo renews before it calls a backend
     mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
     with torch.no_grad(), mode:
-        return ours(*values, **named)
+        results = ours(*values, **named)
+    return results if isinstance(results, tuple) else (results,)
 
 
 def _differs(result: Any, expected: Any) -> Refusal:
@@ -154,22 +206,22 @@ def _differs(result: Any, expected: Any) -> Refusal:
     return None if same else "the order of the result in memory differs"
 
 
-def _replace(first: Any, last: Any, ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Put a call in the place of ``first``, whose arguments may change behind it, with the result of ``last``.
-
-    ``last`` is ``first`` or its only user.
-    """
-    graph = first.graph
-    with graph.inserting_before(first):
-        new = graph.call_function(ours, args, dict(kwargs))
-    new.meta = dict(last.meta)
-    last.replace_all_uses_with(new)
-    for node in dict.fromkeys((last, first)):
-        graph.erase_node(node)
-
-
-def _name(target: Any) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+def _replace(candidate: Candidate, where: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Put the call before the node ``where`` and take what it stands for out of the graph."""
+    graph = where.graph
+    with graph.inserting_before(where):
+        new = graph.call_function(candidate.ours, args, dict(kwargs))
+        if candidate.second is not None:
+            new.meta["stack_trace"] = candidate.last.meta.get("stack_trace")
+            first, second = (graph.call_function(operator.getitem, (new, i)) for i in range(2))
+            second.meta = dict(candidate.second.meta)
+            candidate.second.replace_all_uses_with(second, delete_user_cb=lambda user: user is not new)
+            new = first
+    new.meta = dict(candidate.last.meta)
+    candidate.last.replace_all_uses_with(new)
+    for node in sorted(candidate.consumed, reverse=True):
+        if not node.users:
+            graph.erase_node(node)
 
 
 __all__ = ["rewrite"]

@@ -31,6 +31,7 @@ _softmax = torch_op(
     launch=_launch,
     backward=_backward,
     setup_context=_context,
+    leading=("x",),
 )
 
 

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import tilewright as tw
@@ -14,6 +15,8 @@ import tilewright as tw
 TARGETS = frozenset({"sm_90a"})
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Refusal = str | None
+#: the refusal that operators may answer by casting their arguments
+IN_AUTOCAST = "inside autocast"
 
 
 def refuse_tensors(first: Any, *others: Any) -> Refusal:
@@ -38,14 +41,30 @@ def refuse_place(*tensors: Any) -> Refusal:
     if any(x.layout != torch.strided or is_traceable_wrapper_subclass(x) for x in tensors):
         return "a tensor of another kind"  # sparse, distributed, nested, quantized
     if torch.is_autocast_enabled(device.type):
-        return "inside autocast"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return IN_AUTOCAST
+    if torch._C._functorch.peek_interpreter_stack() is not None and not _only_vmap():
         return "inside a transform of torch.func"
     if device.type in ("cpu", "meta"):
         return None
     if device.type != "cuda":
         return f"device {device.type}"
     return _refuse_gpu(device.index or 0)
+
+
+def _only_vmap() -> bool:
+    """Whether the transforms of torch.func that are at work are all vmap, which operators have rules for."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return all(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
+
+
+def trains(*tensors: Any) -> bool:
+    """Whether gradients of these tensors (or None) are recorded."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def traced() -> bool:
+    """Whether calls are recorded into a graph, whose operators a compiler may fuse."""
+    return get_proxy_mode() is not None
 
 
 @cache
@@ -67,4 +86,6 @@ def as_rows(x: Any) -> Any:
     return x.reshape(-1, x.shape[-1])
 
 
-__all__ = ["FLOATS", "TARGETS", "Refusal", "as_rows", "refuse_place", "refuse_tensors"]
+__all__ = [
+    "FLOATS", "IN_AUTOCAST", "TARGETS", "Refusal", "as_rows", "refuse_place", "refuse_tensors", "traced", "trains",
+]  # fmt: skip

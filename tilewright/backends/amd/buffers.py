@@ -19,6 +19,7 @@ from tilewright.backends.lower.elements import join_vector, memory_type, split_v
 from tilewright.backends.lower.index import IntLike
 from tilewright.backends.lower.memory import TileAccess
 from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.ir.comm_ops import Peer, Put
 from tilewright.ir.core import Function, Value
 from tilewright.ir.tile_ops import Load, OffsetView, PermuteView, Store, Subview
 from tilewright.ir.types import TileType, ViewType
@@ -173,7 +174,7 @@ def check_extents(lw: Lowering, function: Function) -> None:
     """Stop the kernel at its beginning where a stride of the launch takes a tile beyond `EXTENT`, or runs backwards."""
     limits: dict[tuple[Value, int], int] = {}
     for op in function.walk():
-        if isinstance(op, Load | Store):
+        if isinstance(op, Load | Store | Put):
             tile = (op.result if isinstance(op, Load) else op.value).type
             assert isinstance(tile, TileType) and isinstance(op.view.type, ViewType)
             root, dims = root_dims(op.view)
@@ -198,7 +199,7 @@ def check_extents(lw: Lowering, function: Function) -> None:
 def root_dims(view: Value) -> tuple[Value, tuple[int, ...]]:
     """The kernel parameter behind a view, and which of its dims each of the view's is."""
     path = []
-    while isinstance(view.op, Subview | PermuteView | OffsetView):
+    while isinstance(view.op, Subview | PermuteView | OffsetView | Peer):
         path.append(view.op)
         view = view.op.view
     assert isinstance(view.type, ViewType)

@@ -12,7 +12,7 @@ from tilewright.backends.lower.memory import TileAccess
 from tilewright.backends.lower.target_ops import Store, TargetOps
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.core import Value
-from tilewright.ir.types import ViewType
+from tilewright.ir.types import DType, ViewType
 
 _AXES = "xyz"
 #: grid_size_x of hsa_kernel_dispatch_packet_t, in work items (HSA Platform System Architecture, "Kernel dispatch")
@@ -43,6 +43,10 @@ _MATH: dict[str, Callable[[Lowering, mlir.Value], mlir.Value]] = {
     "floor": _float_unary("floor"),
     "ceil": _float_unary("ceil"),
 }
+
+
+#: s_waitcnt vmcnt(0), the other counters at their greatest (CDNA3 ISA guide, "S_WAITCNT")
+_NO_VECTOR_ACCESSES = 0x0F70
 
 
 class AmdOps(TargetOps):
@@ -124,12 +128,62 @@ class AmdOps(TargetOps):
         assert isinstance(view.type, ViewType)
         return None if spans_too_much(view.type, sizes) else BufferAccess
 
+    def fence(self, lw: Lowering, order: str) -> None:
+        """LLVM drops the wait behind buffer_wbl2 where nothing else is under way, so that it is said once more."""
+        lw.fb.fence(order)
+        if order == "release":
+            lw.fb.intrinsic("llvm.amdgcn.s.waitcnt", None, [lw.fb.i32(_NO_VECTOR_ACCESSES)])
+
+    def store_release(self, lw: Lowering, value: mlir.Value, pointer: mlir.Value) -> None:
+        self.fence(lw, "release")
+        lw.fb.store(value, pointer, 4, ordering="monotonic")
+
+    def pause(self, lw: Lowering) -> None:
+        lw.fb.op("rocdl.s.sleep", attributes={"count": lw.fb.module.integer(32, 1)})
+
+    def nanoseconds(self, lw: Lowering) -> mlir.Value:
+        """s_memrealtime counts at 100 MHz (CDNA3 ISA guide)."""
+        ticks = lw.fb.intrinsic("llvm.amdgcn.s.memrealtime", lw.fb.types.i64)
+        return lw.fb.mul(ticks, 10)
+
+    def add_to_memory(self, lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DType) -> None:
+        """Floats by compare-and-swap: other GPUs' memory has no additions of floats on every one of these GPUs."""
+        if dtype.is_float:
+            _add_float(lw, pointer, value, dtype)
+        else:
+            lw.fb.atomicrmw("add", pointer, value, "monotonic", None, dtype.bytes)
+
     def math(self, lw: Lowering, fn: str, x: mlir.Value) -> mlir.Value:
         return _MATH[fn](lw, x)
 
     def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
         """llvm.amdgcn.fdiv.fast: v_rcp_f32 with the divisor scaled out of the denormals, 2.5 ulp."""
         return lw.fb.intrinsic("llvm.amdgcn.fdiv.fast", x.type, [x, y])
+
+
+def _add_float(lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DType) -> None:
+    """Swap the word around the element until nobody else has changed it in between. The first guess is 0."""
+    fb, types = lw.fb, lw.fb.types
+    size = max(4, dtype.bytes)
+    word, bits = types.int(8 * size), types.int(dtype.bits)
+    shift = None
+    if dtype.bytes < size:
+        address = fb.ptrtoint(pointer, types.i64)
+        shift = fb.trunc(fb.shl(fb.and_(address, size - 1), 3), word)
+        pointer = fb.inttoptr(fb.and_(address, -size), types.ptr(1))
+    head, done = fb.block(word), fb.block()
+    fb.br(head, [fb.const(0, word)])
+    fb.position_at_end(head)
+    (old,) = head.arguments
+    part = old if shift is None else fb.trunc(fb.lshr(old, shift), bits)
+    summed = fb.bitcast(fb.fadd(fb.bitcast(part, value.type), value), bits)
+    new = summed
+    if shift is not None:
+        mask = fb.shl(fb.const((1 << dtype.bits) - 1, word), shift)
+        new = fb.or_(fb.and_(old, fb.not_(mask)), fb.shl(fb.zext(summed, word), shift))
+    found = fb.cmpxchg(pointer, old, new, size)
+    fb.cond_br(fb.icmp("eq", found, old), done, head, else_arguments=[found])
+    fb.position_at_end(done)
 
 
 def _store_all(lw: Lowering, accesses: Iterable[Store]) -> None:

@@ -130,17 +130,9 @@ def _float_extremum(lw: Lowering, fn: str, pointer: mlir.Value, value: mlir.Valu
 def _compare_and_swap(
     lw: Lowering, pointer: mlir.Value, expected: mlir.Value, value: mlir.Value, dtype: DType
 ) -> mlir.Value:
-    fb, module, type_ = lw.fb, lw.fb.module, _bits(lw, dtype)
-    relaxed = module.integer(64, 2)  # LLVM's "monotonic"
-    attributes = {
-        "success_ordering": relaxed,
-        "failure_ordering": relaxed,
-        "alignment": module.integer(64, dtype.bytes),
-        "syncscope": module.string(lw.ops.device_scope),
-    }
-    operands = [pointer, fb.bitcast(expected, type_), fb.bitcast(value, type_)]
-    pair = fb.op("llvm.cmpxchg", [fb.types.struct([type_, fb.types.i1])], operands, attributes).result
-    return fb.bitcast(fb.extractvalue(pair, 0, type_), element(lw, dtype))
+    fb, type_ = lw.fb, _bits(lw, dtype)
+    expected, value = fb.bitcast(expected, type_), fb.bitcast(value, type_)
+    return fb.bitcast(fb.cmpxchg(pointer, expected, value, dtype.bytes, lw.ops.device_scope), element(lw, dtype))
 
 
 # --- old values for threads that hold copies --------------------------------------------------------

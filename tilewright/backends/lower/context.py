@@ -85,6 +85,10 @@ class ViewRef:
     root_dims: tuple[int, ...] = ()
     #: dims of the root that `tile.subview` fixed, with their index (int or i32)
     fixed: Mapping[int, IntLike] = field(default_factory=dict)
+    #: of a symmetric tensor: where the address of each rank's lies (!llvm.ptr<1>)
+    table: mlir.Value | None = None
+    #: the rank whose tensor this is (i32); None for the own one
+    peer: mlir.Value | None = None
 
     @property
     def rank(self) -> int:

@@ -11,7 +11,7 @@ from tilewright.backends.lower.occupancy import waiting_words
 from tilewright.backends.lower.target_ops import TargetOps
 from tilewright.backends.mlir_builder import FunctionBuilder, Module
 from tilewright.backends.mlir_builder import ir as mlir
-from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
+from tilewright.ir.abi import Control, KernelABI, ScalarParam, TensorMapParam, TensorParam
 from tilewright.ir.async_ops import AsyncDot, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.target import Target
@@ -26,6 +26,19 @@ PAIRED_THREADS, PAIRED_WORDS = 256, range(48, 105)
 MOST_PAIRED_THREADS = 512
 
 
+@dataclass(frozen=True)
+class WorldRef:
+    """The ranks that run the kernel. Pointers are !llvm.ptr<1>, numbers i32."""
+
+    rank: mlir.Value
+    size: mlir.Value
+    #: the own control block, and where the address of each rank's lies (see `tilewright.ir.abi.Control`)
+    control: mlir.Value
+    controls: mlir.Value
+    #: the number of this launch
+    launch: mlir.Value
+
+
 @dataclass
 class KernelEntry:
     """A kernel under construction: its MLIR module, its builder, and what its parameters lowered to."""
@@ -37,8 +50,10 @@ class KernelEntry:
     params: dict[Value, Any]
     #: the grid arguments x, y, z (i32)
     grid: list[mlir.Value]
-    #: generic pointers to the tensor maps, in the order of ``abi.tensor_maps``
+    #: generic pointers to the tensor maps, in the order of ``abi.tensor_maps``; with ``peers``, to those of all ranks
     tensor_maps: list[mlir.Value]
+    #: of a kernel that communicates
+    world: WorldRef | None = None
     _shared: str | None = field(default=None)
 
     def shared_symbol(self, size: int | None) -> str:
@@ -81,15 +96,18 @@ def declare_kernel(
         persistent=bool(function.attributes.get("persistent", False)),
         blocks_per_unit=int(function.attributes.get("blocks_per_unit", 1)),
         cluster=_cluster(function),
+        communicates=bool(function.attributes.get("communicates", False)),
+        source=function.loc.file,
     )
     module = Module(target.triple, function.loc.file, function.loc.line)
-    types, attributes = _signature(module, function, len(tensor_maps))
+    types, attributes = _signature(module, function, abi)
     kernel_attributes = _kernel_attributes(function, target, threads, llvm_attributes or {})
     fb = module.function(abi.name, types, kernel_attributes, attributes)
     arguments = iter(fb.arguments)
     params = {p: _lower_param(fb, p, arguments) for p in function.params}
-    rest = list(arguments)
-    return KernelEntry(module, fb, abi, params, rest[:3], rest[3:])
+    grid = [next(arguments) for _ in range(3)]
+    world = _lower_world(fb, arguments) if abi.communicates else None
+    return KernelEntry(module, fb, abi, params, grid, list(arguments), world)
 
 
 def start_lowering(
@@ -115,20 +133,23 @@ def _cluster(function: Function) -> tuple[int, int, int]:
 def _abi_param(param: Value) -> TensorParam | ScalarParam:
     type_ = param.type
     if isinstance(type_, ViewType):
-        return TensorParam(param.hint, str(type_.dtype), type_.shape, type_.strides, type_.align)
+        return TensorParam(param.hint, str(type_.dtype), type_.shape, type_.strides, type_.align, type_.symmetric)
     if isinstance(type_, ScalarType):
         return ScalarParam(param.hint, str(type_.dtype))
     raise IRError(f"a kernel cannot have a parameter of type {type_}")
 
 
-def _signature(module: Module, function: Function, num_maps: int) -> tuple[list[Any], list[dict[str, str]]]:
+def _signature(module: Module, function: Function, abi: KernelABI) -> tuple[list[Any], list[dict[str, str]]]:
     """MLIR types and attributes of all arguments."""
+    types = module.types
     arguments: list[tuple[Any, dict[str, str]]] = []
     for param in function.params:
         arguments += _argument_types(module, param.type)
-    arguments += [(module.types.i32, {}) for _ in range(3)]
+    arguments += [(types.i32, {}) for _ in range(3)]
+    if abi.communicates:
+        arguments += [(types.i32, {}), (types.i32, {}), (types.ptr(1), {}), (types.ptr(1), {})]
     by_value = {"llvm.byval": "!llvm.array<128 x i8>", "llvm.align": "64 : i64", "nvvm.grid_constant": "unit"}
-    arguments += [(module.types.ptr(), by_value) for _ in range(num_maps)]
+    arguments += [(types.ptr(), {} if param.peers else by_value) for param in abi.tensor_maps]
     return [type_ for type_, _ in arguments], [attributes for _, attributes in arguments]
 
 
@@ -138,7 +159,8 @@ def _argument_types(module: Module, type_: Type) -> list[tuple[Any, dict[str, st
         align = {"llvm.align": f"{type_.align} : i64"} if type_.align > 1 else {}
         dims: list[tuple[Any, dict[str, str]]] = [(types.i32, {}) for size in type_.shape if size is None]
         strides: list[tuple[Any, dict[str, str]]] = [(types.i64, {}) for stride in type_.strides if stride is None]
-        return [(types.ptr(1), align), *dims, *strides]
+        table: list[tuple[Any, dict[str, str]]] = [(types.ptr(1), {})] if type_.symmetric else []
+        return [(types.ptr(1), align), *dims, *strides, *table]
     assert isinstance(type_, ScalarType)
     return [(types.i8 if type_.dtype == i1 else types.dtype(type_.dtype.name), {})]
 
@@ -163,7 +185,15 @@ def _lower_param(fb: FunctionBuilder, param: Value, arguments: Any) -> Any:
         root=param.hint,
         root_rank=type_.rank,
         root_dims=tuple(range(type_.rank)),
+        table=next(arguments) if type_.symmetric else None,
     )
+
+
+def _lower_world(fb: FunctionBuilder, arguments: Any) -> WorldRef:
+    """The number of the launch is read once: it changes when every block has ended, no sooner."""
+    rank, size, control, controls = (next(arguments) for _ in range(4))
+    epoch = fb.load(fb.gep(control, 4 * Control.EPOCH), fb.types.i32, 4, ordering="monotonic")
+    return WorldRef(rank, size, control, controls, fb.add(epoch, 1))
 
 
 # --- kernel attributes ------------------------------------------------------------------------------

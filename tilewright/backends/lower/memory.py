@@ -143,6 +143,11 @@ class TileAccess:
             self._predicates[axis, part] = inside
         return self._predicates[axis, part]
 
+    def inside(self, register: int) -> mlir.Value | None:
+        """i1: the register's element is inside, whatever the rest of the tile is; None where that is known."""
+        parts, axes = self.coordinates.register[register], self.open_axes()
+        return reduce(self.lw.fb.and_, (self._along(axis, parts[axis]) for axis in axes)) if axes else None
+
     # --- addresses ------------------------------------------------------------------------------
 
     def _thread_base(self) -> mlir.Value:

@@ -87,6 +87,32 @@ class TargetOps(ABC):
         """The same i32; on targets where it pays, what follows from it is not moved in front of this place."""
         return value
 
+    # --- other ranks ----------------------------------------------------------------------------
+
+    def fence(self, lw: Lowering, order: str) -> None:
+        """Among all GPUs: ``release`` this thread's accesses before, or ``acquire`` for those behind."""
+        lw.fb.fence(order)
+
+    def store_release(self, lw: Lowering, value: mlir.Value, pointer: mlir.Value) -> None:
+        """Write an i32 that tells any GPU of what this thread knows."""
+        lw.fb.store(value, pointer, 4, ordering="release")
+
+    @abstractmethod
+    def pause(self, lw: Lowering) -> None:
+        """Let others run for a moment, between two looks at a flag."""
+
+    def stop(self, lw: Lowering) -> None:
+        """End the kernel with an error."""
+        lw.fb.intrinsic("llvm.trap", None)
+
+    @abstractmethod
+    def nanoseconds(self, lw: Lowering) -> mlir.Value:
+        """A clock (i64)."""
+
+    @abstractmethod
+    def add_to_memory(self, lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DType) -> None:
+        """Add to an element of global memory, atomically among all GPUs."""
+
     # --- messages -------------------------------------------------------------------------------
 
     def print_line(self, lw: Lowering, text: str, values: Sequence[mlir.Value]) -> None:

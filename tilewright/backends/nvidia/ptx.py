@@ -100,9 +100,9 @@ def fence_barrier_init(fb: FunctionBuilder) -> None:
     emit(fb, "fence.mbarrier_init.release.cluster;")
 
 
-def fence_async_proxy(fb: FunctionBuilder) -> None:
-    """``fence.proxy.async``: this thread's shared-memory accesses come before later ones of the async proxy."""
-    emit(fb, "fence.proxy.async.shared::cta;")
+def fence_async_proxy(fb: FunctionBuilder, space: str = "shared::cta") -> None:
+    """``fence.proxy.async``: this thread's accesses to a memory come before later ones of the async proxy."""
+    emit(fb, f"fence.proxy.async.{space};")
 
 
 def block_barrier(fb: FunctionBuilder) -> None:

@@ -7,7 +7,7 @@ to those that need many (PTX ISA, "setmaxnreg"; it asks for `nvvm.maxntid` and `
 from __future__ import annotations
 
 from tilewright.backends.errors import BackendError
-from tilewright.backends.lower.context import Lowering, Table, lowers
+from tilewright.backends.lower.context import LOWERINGS, Lowering, Table, lowers
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
 from tilewright.backends.nvidia.state import (
@@ -27,6 +27,9 @@ REGISTER_STEP, MOST_REGISTERS = 8, 255
 #: hardware barriers of the warpgroups that take turns: roles have those below, warpgroups those from 8 on
 #: (`AsyncState.barrier`, `NvidiaOps.barrier`)
 TURN_BARRIERS = range(4, 8)
+
+#: kinds of fences with the asynchronous proxy, by the memory that they are about
+_PROXIES = {"async": "shared::cta", "async_global": "global"}
 
 ROLE_LOWERINGS: Table = {}
 
@@ -88,9 +91,10 @@ def check_registers(function: Function, at_launch: int) -> None:
 
 @lowers(Fence, table=ROLE_LOWERINGS)
 def lower_fence(lw: Lowering, op: Fence) -> None:
-    if op.proxy != "async":
-        raise lw.error(f"no fence for proxy {op.proxy!r}")
-    ptx.fence_async_proxy(lw.fb)
+    if op.proxy in _PROXIES:
+        ptx.fence_async_proxy(lw.fb, _PROXIES[op.proxy])
+    else:
+        LOWERINGS[Fence](lw, op)
 
 
 # --- turns: each warpgroup has a barrier, where it meets the arrivals of the one before it ------------------------

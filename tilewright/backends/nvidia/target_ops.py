@@ -16,6 +16,13 @@ _AXES = "xyz"
 _FULL_MASK = -1
 _FIRST_WARPGROUP_BARRIER = 8
 _FP8 = {"f8e4m3": "e4m3", "f8e5m2": "e5m2"}
+#: nanoseconds between two looks at a flag
+_PAUSE = 20
+#: PTX type and register letter of an addition to memory
+_RED = {
+    "i32": ("u32", "r"), "i64": ("u64", "l"), "f32": ("f32", "f"), "f64": ("f64", "d"),
+    "f16": ("noftz.f16", "h"), "bf16": ("noftz.bf16", "h"),
+}  # fmt: skip
 _LN2 = 0.693147182464599609375
 
 
@@ -110,6 +117,26 @@ class NvidiaOps(TargetOps):
                 lw.fb.store(value, pointer, align)
             else:
                 _predicated_store(lw, predicate, pointer, value)
+
+    def pause(self, lw: Lowering) -> None:
+        ptx.emit(lw.fb, f"nanosleep.u32 {_PAUSE};")
+
+    def stop(self, lw: Lowering) -> None:
+        """A store to no address, which is an error too.
+
+        Behind a trap in one lane ptxas takes the threads of all warps to be apart, and gives up uniform registers: each
+        wgmma of the kernel then waits for its descriptors.
+        """
+        ptx.emit(lw.fb, "st.global.u32 [$0], 0;", "l", [lw.fb.i64(0)])
+
+    def nanoseconds(self, lw: Lowering) -> mlir.Value:
+        return lw.fb.inline_asm(lw.fb.types.i64, "mov.u64 $0, %globaltimer;", "=l")
+
+    def add_to_memory(self, lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DType) -> None:
+        """PTX as text: LLVM would add among the threads of one GPU."""
+        type_, letter = _RED[dtype.name]
+        bits = lw.fb.bitcast(value, lw.fb.types.i16) if letter == "h" else value
+        ptx.emit(lw.fb, f"red.relaxed.sys.global.add.{type_} [$0], $1;", f"l{letter}", [pointer, bits])
 
     def from_here(self, lw: Lowering, value: mlir.Value) -> mlir.Value:
         """Without this LLVM computes masks of rare iterations in front of the loop, and keeps them in registers."""

@@ -23,12 +23,13 @@ from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, ring_of, s
 from tilewright.backends.nvidia.thread_copies import copy_by_threads
 from tilewright.ir.abi import TensorMapParam
 from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, MakeRing, Publish, Role
+from tilewright.ir.comm_ops import Peer, peer_of
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.layout import SharedLayout
 from tilewright.ir.tile_ops import OffsetView, PermuteView, Subview
 from tilewright.ir.types import SlotType, TokenType, ViewType
 
-MOST_BOX = 256
+MOST_BOX, TENSOR_MAP_BYTES = 256, 128
 
 TMA_LOWERINGS: Table = {}
 
@@ -98,7 +99,7 @@ def map_of(op: Copy | BulkStore, warps: int) -> TensorMapParam:
     box = [1] * rank
     for axis, size in enumerate(boxes_of(op, warps).box):
         box[dims[axis]] = size
-    return TensorMapParam(root.hint, tuple(box), tuple(order), slot.layout.swizzle)
+    return TensorMapParam(root.hint, tuple(box), tuple(order), slot.layout.swizzle, peer_of(op.view) is not None)
 
 
 def boxes_of(op: Copy | BulkStore, warps: int) -> Boxes:
@@ -127,7 +128,7 @@ def blocks_of(op: Copy) -> int:
 def provenance(view: Value) -> tuple[Value, tuple[int, ...]]:
     """The parameter that a view was derived from, and which of its dims each dim of the view is."""
     op = view.op
-    if isinstance(op, OffsetView):
+    if isinstance(op, OffsetView | Peer):
         return provenance(op.view)
     if isinstance(op, Subview):
         root, dims = provenance(op.view)
@@ -157,6 +158,8 @@ def _transfers(
     view, slot, math, warps = lw.view(op.view), lw.slot(op.slot), lw.index, lw.scope.num_warps
     boxes, param = boxes_of(op, warps), map_of(op, warps)
     pointer = lw.entry.tensor_map(param)
+    if view.peer is not None:
+        pointer = lw.fb.gep(pointer, math.value(math.mul(math.wide(view.peer), TENSOR_MAP_BYTES), 64))
     index = [math.narrow(index_operand(lw, value)) for value in op.index]
     tile = [math.add(math.mul(i, n), s) for i, n, s in zip(index, slot.type.shape, shift, strict=True)]
     for start in boxes.starts:

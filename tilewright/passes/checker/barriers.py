@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tilewright.passes.checker.model import Agent
 from tilewright.passes.checker.trace import Event
 
-Clock = list[int]
+#: how far each thread and unit is known to be
+Clock = np.ndarray
+
+
+def merged(known: Clock | None, more: Clock) -> Clock:
+    """What both know, in an array of its own."""
+    return more.copy() if known is None else np.maximum(known, more)
 
 
 @dataclass(eq=False)
@@ -21,8 +29,8 @@ class Phases:
     #: bytes announced and not brought yet
     bytes: int = 0
     #: of the open phase
-    clock: Clock = field(default_factory=list)
-    proxy: Clock = field(default_factory=list)
+    clock: Clock | None = None
+    proxy: Clock | None = None
     arrivals: list[list[tuple[int, int]]] = field(default_factory=lambda: [[], []])
     #: (clock, proxy clock) of complete phases; phase 0 is complete from the start and knows nothing
     complete: list[tuple[Clock, Clock]] = field(default_factory=list)
@@ -37,20 +45,19 @@ class Meeting:
     members: list[int]
     #: who came since it was last complete, when, and what they know together
     arrived: dict[int, int] = field(default_factory=dict)
-    clock: Clock = field(default_factory=list)
-    proxy: Clock = field(default_factory=list)
+    clock: Clock | None = None
+    proxy: Clock | None = None
     complete: list[tuple[Clock, Clock]] = field(default_factory=list)
     #: the arrivals that completed it last
     last: dict[int, int] = field(default_factory=dict)
 
     def arrive(self, number: int, clock: Clock, proxy: Clock) -> None:
         """A thread comes, with what it knows now."""
-        self.arrived[number] = clock[number]
-        self.clock = list(map(max, self.clock, clock)) if self.clock else clock.copy()
-        self.proxy = list(map(max, self.proxy, proxy)) if self.proxy else proxy.copy()
+        self.arrived[number] = int(clock[number])
+        self.clock, self.proxy = merged(self.clock, clock), merged(self.proxy, proxy)
         if len(self.arrived) == len(self.members):
             self.complete.append((self.clock, self.proxy))
-            self.last, self.arrived, self.clock, self.proxy = self.arrived, {}, [], []
+            self.last, self.arrived, self.clock, self.proxy = self.arrived, {}, None, None
 
 
-__all__ = ["Clock", "Meeting", "Phases"]
+__all__ = ["Clock", "Meeting", "Phases", "merged"]

@@ -71,6 +71,8 @@ def describe(event: Any) -> str:
     if event.ring is not None:
         ring = event.ring
         what += f" {ring.label} use {event.count} (stage {event.count % ring.stages})"
+    if event.kind in ("signal", "wait_flags"):
+        what += f" {event.place}"
     for attribute in ("pending", "scope"):
         if attribute in op.attributes:
             what += f" {attribute}={op.attributes[attribute]}"

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from tilewright.passes.checker.barriers import Clock, Meeting, Phases
+import numpy as np
+
+from tilewright.passes.checker.barriers import Clock, Meeting, Phases, merged
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.memory import Access, Memory, RaceFault
 from tilewright.passes.checker.model import Agent, Model, RingModel
@@ -42,24 +45,29 @@ class Thread:
 
 
 class Machine:
-    """One block, or the blocks of a cluster, on given inputs. ``runs``: for each block those of its roles."""
+    """One block, or the blocks of a cluster, on given inputs. ``runs``: for each block those of its roles by number."""
 
-    def __init__(self, model: Model, runs: Sequence[Sequence[Run]]):
+    #: what each kind of event does; false: it has to wait
+    rules: ClassVar[dict[str, Callable[[Any, Thread, Event], bool]]]
+
+    def __init__(self, model: Model, runs: Sequence[Sequence[Run] | dict[int, Run]], agents: Sequence[Agent] = ()):
+        """``agents``: whom to follow if not those of one cluster."""
         self.model = model
-        agents, count = model.agents, len(model.agents)
+        self.agents = agents = agents or model.agents
+        count = len(agents)
         self.units: dict[object, int] = {}
         for agent in agents:
             events = runs[agent.cta][agent.role.number].events
             kinds = {(event.kind, event.other if event.kind == "start_copy" else "") for event in events}
             self._add_units(agent, kinds, count)
-        blocks, rings = range(model.ctas), model.rings.values()
+        blocks, rings = range(len(runs)), model.rings.values()
         for key in [("ring", cta, ring.number, n) for cta in blocks for ring in rings for n in range(ring.stages)]:
             self.units[key] = count + len(self.units)
         size = count + len(self.units)
         self.threads = []
         for agent in agents:
             run = runs[agent.cta][agent.role.number]
-            self.threads.append(Thread(agent, run.events, run.cut, [0] * size, [0] * size))
+            self.threads.append(Thread(agent, run.events, run.cut, np.zeros(size, int), np.zeros(size, int)))
         self.everything = (1 << model.groups) - 1
         self.memory = [Memory(model.regions, self.everything) for _ in blocks]
         self.full = {(cta, r.number): self._barriers(r, cta, "full", r.producers) for cta in blocks for r in rings}
@@ -120,9 +128,9 @@ class Machine:
         if not thread.started:
             thread.started = True
             thread.clock[number] += 1
-        if not _RULES[event.kind](self, thread, event):
+        if not self.rules[event.kind](self, thread, event):
             return False
-        self.log.append((number, thread.clock[number], event))
+        self.log.append((number, int(thread.clock[number]), event))
         thread.at += 1
         thread.started = False
         return True
@@ -192,8 +200,8 @@ class Machine:
             self._touch(thread, event, event.access[0], (False, part), write=True, unit=unit, when=phase, cta=cta)
             barrier.bytes -= copy.brings
             if cta != own:  # it has been issued when they are there
-                barrier.clock = list(map(max, barrier.clock or thread.clock, thread.clock))
-                barrier.proxy = barrier.proxy or [0] * self.size
+                barrier.clock = merged(barrier.clock, thread.clock)
+                barrier.proxy = np.zeros(self.size, int) if barrier.proxy is None else barrier.proxy
         if copy.arrives:
             self._arrive(thread, event, self.full[own, ring.number][stage], phase, 1)
         for cta in targets:
@@ -257,8 +265,7 @@ class Machine:
                 kind="arrivals",
             )
         clock, proxy = thread.clock, thread.proxy
-        barrier.clock = list(map(max, barrier.clock, clock)) if barrier.clock else clock.copy()
-        barrier.proxy = list(map(max, barrier.proxy, proxy)) if barrier.proxy else proxy.copy()
+        barrier.clock, barrier.proxy = merged(barrier.clock, clock), merged(barrier.proxy, proxy)
         number = thread.agent.number
         place = (number, clock[number])
         if remote is not None:
@@ -271,6 +278,7 @@ class Machine:
         """Complete the open phase if nothing is missing any more."""
         if barrier.arrived < barrier.expected or barrier.bytes:
             return
+        assert barrier.clock is not None and barrier.proxy is not None
         for agent, when, waited in barrier.waits:
             if barrier.clock[agent.number] < when:
                 raise Fault(
@@ -282,7 +290,7 @@ class Machine:
                     kind="ring order",
                 )
         barrier.complete.append((barrier.clock, barrier.proxy))
-        barrier.done, barrier.arrived, barrier.clock, barrier.proxy = phase, 0, [], []
+        barrier.done, barrier.arrived, barrier.clock, barrier.proxy = phase, 0, None, None
         barrier.waits = []
         barrier.arrivals.append([])
 
@@ -304,8 +312,8 @@ class Machine:
         own, how = spread
         rows = 1 << agent.group if own and agent.role.groups == self.model.groups else self.everything
         now = thread.clock[agent.number]
-        place = (agent.number, now) if unit is None else (unit, when)
-        access = Access(*place, rows, write, how, generic, agent, now, event, thread.clock.copy())
+        at, when = (agent.number, now) if unit is None else (unit, when)
+        access = Access(at, when, rows, write, how, generic, agent, now, event, thread.clock.copy())
         self.memory[agent.cta if cta is None else cta].touch(number, access, thread.proxy)
 
     def _load(self, thread: Thread, event: Event) -> bool:
@@ -414,7 +422,7 @@ class Machine:
             key = ("block", agent.cta)
         found = self.meetings.get(key)
         if found is None:
-            members = [x.number for x in self.model.agents if _identity(x, len(key)) == key[1:]]
+            members = [x.number for x in self.agents if _identity(x, len(key)) == key[1:]]
             found = self.meetings[key] = Meeting(members)
         return found
 
@@ -445,7 +453,7 @@ class Machine:
         found = self.meetings.get(key)
         if found is None:
             before = (group - 1) % role.groups
-            mine = [x for x in self.model.agents if x.cta == agent.cta and x.role is role]
+            mine = [x for x in self.agents if x.cta == agent.cta and x.role is role]
             pair = [x for x in mine if x.group in (before, group)]
             found = self.meetings[key] = Meeting([x.number for x in pair])
             if group == 0:
@@ -453,8 +461,8 @@ class Machine:
         return found
 
     def _join(self, thread: Thread, known: tuple[Clock, Clock]) -> None:
-        thread.clock = list(map(max, thread.clock, known[0]))
-        thread.proxy = list(map(max, thread.proxy, known[1]))
+        thread.clock = np.maximum(thread.clock, known[0])
+        thread.proxy = np.maximum(thread.proxy, known[1])
 
     # --- the end ------------------------------------------------------------------------------------
 
@@ -481,7 +489,7 @@ class Machine:
     def _finish_block(self, cta: int) -> None:
         """Nothing of other blocks may still be on its way to a block that ends with its last thread."""
         mine = [t for t in self.threads if t.agent.cta == cta]
-        known = [max(places) for places in zip(*(t.clock for t in mine), strict=True)]
+        known = np.maximum.reduce([t.clock for t in mine])
         for thread in self.threads:
             sent = thread.remote.get(cta, 0)
             if sent and known[self.units["arrivals", thread.agent.number, cta]] < sent:
@@ -543,7 +551,7 @@ class Machine:
 
     def _past(self, ends: list[tuple[Agent, Clock]]) -> list[tuple[str, Event]]:
         """The events that happen before the ends, in an order in which they can; of threads alike, the first."""
-        reach = [max(clock[number] for _, clock in ends) for number in range(len(self.threads))]
+        reach = np.maximum.reduce([clock for _, clock in ends])
         shown = {agent.number for agent, _ in ends}
         return [
             (self.threads[number].agent.name, event)
@@ -557,7 +565,7 @@ def _identity(agent: Agent, length: int) -> tuple[object, ...]:
     return (agent.cta, agent.role.number, agent.group)[: length - 1]
 
 
-_RULES: dict[str, Callable[[Machine, Thread, Event], bool]] = {
+Machine.rules = {
     "acquire": Machine._acquire,
     "await": Machine._await_full,
     "bulk_copy": Machine._bulk_copy,

@@ -13,6 +13,7 @@ from typing import Any
 
 from tilewright.ir import async_ops as a
 from tilewright.ir.core import Operation
+from tilewright.passes.checker.barriers import Clock
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Agent, Region
 from tilewright.passes.checker.trace import Event
@@ -35,7 +36,7 @@ class Access:
     issued: int
     event: Event
     #: what the agent knew then
-    clock: list[int]
+    clock: Clock
 
 
 class Memory:
@@ -48,7 +49,7 @@ class Memory:
         self.taken: list[Event | None] = [None] * len(regions)
         self.regions = regions
 
-    def touch(self, number: int, new: Access, proxy: list[int]) -> None:
+    def touch(self, number: int, new: Access, proxy: Clock) -> None:
         """Check an access against those before it, and remember it. Raises Fault."""
         region = self.regions[number]
         self._compare(region, region, new, proxy)
@@ -68,7 +69,7 @@ class Memory:
             accesses.clear()  # ordered behind all of them: what is ordered behind it is behind them too
         accesses[new.unit, new.write, new.rows, new.spread] = new
 
-    def _compare(self, region: Region, own: Region, new: Access, proxy: list[int]) -> None:
+    def _compare(self, region: Region, own: Region, new: Access, proxy: Clock) -> None:
         write, generic, rows, clock = new.write, new.generic, new.rows, new.clock
         for old in self.accesses[region.number].values():
             if not (write or old.write) or (region is own and not rows & old.rows):
@@ -112,7 +113,7 @@ def _no_fence(region: Region, old: Access, new: Access) -> Fault:
 
 def _race(region: Region, own: Region, old: Access, new: Access) -> Fault:
     what = own.label if region is own else f"{own.label}, which shares bytes with {region.label},"
-    before, started = f"'{old.event.op.name}' ({old.agent.name})", new.clock[old.agent.number] >= old.issued
+    before, started = f"'{old.event.op.name}' ({old.agent.name})", bool(new.clock[old.agent.number] >= old.issued)
     how = (
         f"while {before} may still be at work"
         if started

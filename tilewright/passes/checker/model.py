@@ -8,7 +8,7 @@ any two; what does not order them is a race. Where blocks of a cluster share cop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,11 +28,11 @@ from tilewright.ir.async_ops import (
     TransposeSlot,
     Wait,
 )
+from tilewright.ir.comm_ops import Leave, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import scratch_bytes
 from tilewright.ir.target import Target
 from tilewright.ir.types import BufferType, RingType, TileType, TokenType
-from tilewright.passes.analysis import view_root
 
 WARPGROUP = 4
 BARRIER_BYTES = 8
@@ -79,10 +79,14 @@ class RoleModel:
     groups: int
     single_thread: bool
 
+    def operations(self, model: Model) -> list[Operation]:
+        """All that it runs, but for what stands beside roles."""
+        return model.ops if self.op is None else list(self.op.walk())
+
 
 @dataclass(eq=False)
 class Agent:
-    """A thread that the checker follows. ``weight``: how many threads it stands for; ``cta``: its block's rank."""
+    """A thread that the checker follows. ``weight``: how many threads it stands for; ``cta``: its block's number."""
 
     number: int
     role: RoleModel
@@ -90,12 +94,12 @@ class Agent:
     first: bool
     weight: int
     cta: int = 0
-    #: more than one block is followed
-    in_cluster: bool = False
+    #: which block that is, where more than one is followed
+    where: str = ""
 
     @property
     def name(self) -> str:
-        name = f"block {self.cta}, {self.role.name}" if self.in_cluster else self.role.name
+        name = f"{self.where}, {self.role.name}" if self.where else self.role.name
         if self.role.groups > 1:
             name += f" warpgroup {self.group}"
         return name if self.role.single_thread else name + (" first thread" if self.first else " other threads")
@@ -124,7 +128,8 @@ class Model:
         self._find_overlaps()
         self.roles = list(self._find_roles())
         self.groups = max(role.groups for role in self.roles)
-        self.agents = list(self._find_agents())
+        names = [f"block {cta}" for cta in range(self.ctas)] if self.ctas > 1 else [""]
+        self.agents = list(find_agents(self.roles, names))
         self._check_tokens()
 
     @property
@@ -244,18 +249,6 @@ class Model:
         )
         return max(1, warps // WARPGROUP) if alone and self.target.vendor == "nvidia" else 1
 
-    def _find_agents(self) -> Iterator[Agent]:
-        number = 0
-        for cta in range(self.ctas):
-            for role in self.roles:
-                for group in range(role.groups):
-                    yield Agent(number, role, group, True, 1, cta, self.ctas > 1)
-                    number += 1
-                    if role.threads > 1:
-                        others = role.threads // role.groups - 1
-                        yield Agent(number, role, group, False, others, cta, self.ctas > 1)
-                        number += 1
-
     # --- checks of the text -------------------------------------------------------------------------
 
     def _check_tokens(self) -> None:
@@ -276,6 +269,20 @@ class Model:
                 raise IRError(f"{ring.label} has no producers or no consumers", ring.op.loc)
 
 
+def find_agents(roles: Sequence[RoleModel], blocks: Sequence[str]) -> Iterator[Agent]:
+    """The threads to follow of blocks that run ``roles``; ``blocks``: the name of each."""
+    number = 0
+    for cta, where in enumerate(blocks):
+        for role in roles:
+            for group in range(role.groups):
+                yield Agent(number, role, group, True, 1, cta, where)
+                number += 1
+                if role.threads > 1:
+                    others = role.threads // role.groups - 1
+                    yield Agent(number, role, group, False, others, cta, where)
+                    number += 1
+
+
 #: what acts on the machine and has no place beside roles
 BESIDE_ROLES = frozenset(
     f"async.{name}"
@@ -287,8 +294,15 @@ BESIDE_ROLES = frozenset(
 
 
 def _stands_beside(op: Operation) -> bool:
-    """Where the blocks of a cluster meet, all roles of each have come to their ends or not begun."""
-    return op.base_name in BESIDE_ROLES and not (isinstance(op, Barrier) and op.scope == "cluster")
+    """Where the blocks of a cluster meet, or a block leaves a launch, all roles are at their ends or have not begun."""
+    return op.base_name in BESIDE_ROLES and not (isinstance(op, Barrier) and (op.scope == "cluster" or _ends(op)))
+
+
+def _ends(barrier: Barrier) -> bool:
+    """Whether nothing follows a barrier but that the block leaves the launch."""
+    assert barrier.parent is not None
+    behind = barrier.parent.ops[barrier.parent.ops.index(barrier) + 1 :]
+    return all(isinstance(op, Leave) for op in behind)
 
 
 def ring_of(slot: Value) -> Value | None:

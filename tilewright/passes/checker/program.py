@@ -7,6 +7,7 @@ matrix unit's group that an accumulator in flight belongs to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tilewright.ir import async_ops as a
@@ -26,12 +27,26 @@ MOST_UNKNOWN = 24
 Step = Callable[["Run"], None]
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which operations a program follows, and how they become events."""
+
+    #: whether an operation acts; the second argument: values that may be accumulators in flight
+    acts: Callable[[Operation, set[Value]], bool]
+    #: the values that its event is made of
+    arguments: Callable[[Operation], list[Value]]
+    events: Callable[[Compiler, Operation], list[Step]]
+    #: whether a long loop may be shortened
+    shortens: Callable[[Operation], bool] = lambda op: True
+
+
 class RoleProgram:
     """The steps of one role."""
 
-    def __init__(self, model: Model, role: RoleModel):
+    def __init__(self, model: Model, role: RoleModel, vocabulary: Vocabulary | None = None):
+        """``vocabulary``: what to follow, if not all that happens in a block."""
         self.model, self.role = model, role
-        self.compiler = _Compiler(model, role)
+        self.compiler = Compiler(model, role, vocabulary or BLOCK)
         ops: list[Operation] = []
         for op in model.function.body.block.ops:
             if not isinstance(op, a.Role):
@@ -68,17 +83,17 @@ class RoleProgram:
         return run
 
 
-class _Compiler:
+class Compiler:
     """Turns operations into steps; see `RoleProgram`."""
 
-    def __init__(self, model: Model, role: RoleModel):
-        self.model, self.role = model, role
+    def __init__(self, model: Model, role: RoleModel, vocabulary: Vocabulary):
+        self.model, self.role, self.vocabulary = model, role, vocabulary
         body = model.function.body if role.op is None else role.op.body
-        beside = [op for op in model.function.body.block.ops if role.op is not None and isinstance(op, a.Barrier)]
         self.constants: dict[Value, Any] = {}
         self.owners = {r.block: op for op in model.ops for r in op.regions}
         self.flying = _flying(body)
-        self.busy = _busy(body, self.flying) | set(beside)
+        self.busy = _busy(body, self.flying, vocabulary)
+        self.busy |= {op for op in model.function.body.block.ops if not op.regions and vocabulary.acts(op, self.flying)}
         self.needed = self._needed(body)
         self.counting = self._counting(body)
 
@@ -89,17 +104,17 @@ class _Compiler:
         pending: list[Value] = []
         for op in body.walk():
             if op in self.busy:
-                pending += _control(op) if op.regions else _arguments(op)
+                pending += control(op) if op.regions else self.vocabulary.arguments(op)
         seen: set[Value] = set()
         while pending:
             value = pending.pop()
             if value in seen:
                 continue
             seen.add(value)
-            pending += self._sources(value)
+            pending += self.sources(value)
         return seen
 
-    def _sources(self, value: Value) -> Iterable[Value]:
+    def sources(self, value: Value) -> Iterable[Value]:
         op = value.op
         if op is None:
             assert isinstance(value.owner, Block)
@@ -110,7 +125,7 @@ class _Compiler:
             return _carried(owner, position) if isinstance(owner, While) else []
         position = op.results.index(value)
         if isinstance(op, For | While):
-            return [*_carried(op, position), *_control(op)]
+            return [*_carried(op, position), *control(op)]
         if isinstance(op, If):
             return [op.condition, *(_yields(r)[position] for r in op.regions)]
         return op.operands
@@ -130,8 +145,8 @@ class _Compiler:
             if isinstance(owner, For) and value is owner.index:
                 found.add(owner)
             elif isinstance(owner, For | While | If):
-                control = _control(owner)
-                pending += [v for v in self._sources(value) if not any(v is c for c in control)]
+                deciding = control(owner)
+                pending += [v for v in self.sources(value) if not any(v is c for c in deciding)]
             elif value.op is not None:
                 pending += value.op.operands
         return found
@@ -147,12 +162,12 @@ class _Compiler:
                 continue
             if op in self.busy:
                 steps += self._checks(op)
-                steps += _events(self, op)
+                steps += self.vocabulary.events(self, op)
             elif op.results and any(v in self.needed for v in op.results) and not isinstance(op, a.Alloc | a.MakeRing):
-                self._scalar(op, steps)
+                self.scalar(op, steps)
         return steps
 
-    def _scalar(self, op: Operation, steps: list[Step]) -> None:
+    def scalar(self, op: Operation, steps: list[Step]) -> None:
         evaluate = _slot(self, op) if isinstance(op, a.Slot) else evaluator(op)
         if isinstance(op, a.TransposeSlot):
             evaluate = _same(op.slot)
@@ -181,7 +196,7 @@ class _Compiler:
 # --- analysis -------------------------------------------------------------------------------------
 
 
-def _arguments(op: Operation) -> list[Value]:
+def arguments(op: Operation) -> list[Value]:
     """What an operation's event is made of."""
     if isinstance(op, a.Acquire | a.Publish | a.Await | a.Release):
         return [op.count]
@@ -199,7 +214,7 @@ def _yields(region: Region) -> list[Value]:
     return terminator.values if isinstance(terminator, Yield) else []
 
 
-def _control(op: Operation) -> list[Value]:
+def control(op: Operation) -> list[Value]:
     if isinstance(op, For):
         return [op.lo, op.hi, op.step]
     return [op.condition] if isinstance(op, If) else _yields(op.regions[0])[:1] if isinstance(op, While) else []
@@ -232,16 +247,21 @@ _ACTS = (
 )  # fmt: skip
 
 
-def _busy(body: Region, flying: set[Value]) -> set[Operation]:
+def _acts(op: Operation, flying: set[Value]) -> bool:
+    if isinstance(op, _ACTS) or op.attributes.get("scratch") is not None:
+        return True
+    if not op.terminator and not op.regions and any(v in flying for v in op.operands):
+        return True
+    return isinstance(op, Dot) and any(isinstance(v.type, SlotType) for v in op.operands)
+
+
+def _busy(body: Region, flying: set[Value], vocabulary: Vocabulary) -> set[Operation]:
     """Operations that the machine sees, and those that hold such."""
     found: set[Operation] = set()
 
     def visit(op: Operation) -> bool:
         inside = [visit(nested) for r in op.regions for nested in r.block.ops]
-        acts = isinstance(op, _ACTS) or op.attributes.get("scratch") is not None
-        reads = not op.terminator and not op.regions and any(v in flying for v in op.operands)
-        slots = isinstance(op, Dot) and any(isinstance(v.type, SlotType) for v in op.operands)
-        if acts or reads or slots or any(inside):
+        if vocabulary.acts(op, flying) or any(inside):
             found.add(op)
             return True
         return False
@@ -261,7 +281,7 @@ def _assign(value: Value, evaluate: Callable[[Any], Any]) -> Step:
     return step
 
 
-def _not_in_flight(compiler: _Compiler, op: Operation, value: Value) -> Step:
+def _not_in_flight(compiler: Compiler, op: Operation, value: Value) -> Step:
     def step(run: Run) -> None:
         group = run.env.get(value, 0)
         if group:
@@ -277,21 +297,24 @@ def _not_in_flight(compiler: _Compiler, op: Operation, value: Value) -> Step:
     return step
 
 
-def _for(compiler: _Compiler, op: For) -> Step:
+def _for(compiler: Compiler, op: For) -> Step:
     lo, hi, step_, index = op.lo, op.hi, op.step, op.index
     kept = compiler.carried(op.carried)
     kept = sorted({*kept, *compiler.carried(op.results)})
     arguments, results = [op.carried[n] for n in kept], [op.results[n] for n in kept]
     inits, yielded = [op.inits[n] for n in kept], [_yields(op.body)[n] for n in kept]
     body = compiler.block(op.body.block.ops)
-    counts = op in compiler.counting
+    counts, shortens = op in compiler.counting, compiler.vocabulary.shortens(op)
 
     def step(run: Run) -> None:
         env = run.env
         values = [env.get(v, 0) for v in inits]
-        chosen = indices(run, range(env[lo], env[hi], max(1, env[step_])), counts)
-        if chosen:
-            run.covered.update(((op, 1), (op, 2)) if len(chosen) > 1 else ((op, 1),))
+        chosen: Sequence[int] = range(env[lo], env[hi], max(1, env[step_]))
+        if shortens:
+            chosen = indices(run, chosen, counts)
+        run.covered.add((op, min(len(chosen), 2)))
+        if len(chosen) > 1:
+            run.covered.add((op, 1))
         for i in chosen:
             env[index] = i
             env.update(zip(arguments, values, strict=True))
@@ -317,7 +340,7 @@ def indices(run: Run, every: Sequence[int], counts: bool) -> Sequence[int]:
     return [*every[:first], *(() if counts else every[first + left_out :])]
 
 
-def _while(compiler: _Compiler, op: While) -> Step:
+def _while(compiler: Compiler, op: While) -> Step:
     before, body = op.regions
     kept = sorted({n for r in op.regions for n in compiler.carried(r.block.args)} | set(compiler.carried(op.results)))
     inits, results = [op.inits[n] for n in kept], [op.results[n] for n in kept]
@@ -344,7 +367,7 @@ def _while(compiler: _Compiler, op: While) -> Step:
     return step
 
 
-def _if(compiler: _Compiler, op: If) -> Step:
+def _if(compiler: Compiler, op: If) -> Step:
     kept = compiler.carried(op.results)
     results, condition = [op.results[n] for n in kept], op.condition
     branches = []
@@ -365,23 +388,23 @@ def _if(compiler: _Compiler, op: If) -> Step:
     return step
 
 
-_STRUCTURED: dict[type[Operation], Callable[[_Compiler, Any], Step]] = {For: _for, While: _while, If: _if}
+_STRUCTURED: dict[type[Operation], Callable[[Compiler, Any], Step]] = {For: _for, While: _while, If: _if}
 
 
 # --- events ---------------------------------------------------------------------------------------
 
 
-def _events(compiler: _Compiler, op: Operation) -> list[Step]:
+def events(compiler: Compiler, op: Operation) -> list[Step]:
     """The steps of an operation that the machine sees."""
     make = _MAKERS.get(type(op))
     if make is not None:
         return make(compiler, op)
     if op.attributes.get("scratch") is not None and op in compiler.model.scratch:
-        return _exchange(compiler, op) + _result(compiler, op)
+        return _exchange(compiler, op) + result(compiler, op)
     if isinstance(op, Dot):
         slots = [v for v in op.operands if isinstance(v.type, SlotType)]
-        return [_emit("load", op, _whole(slot)) for slot in slots]
-    return _result(compiler, op)
+        return [emit("load", op, _whole(slot)) for slot in slots]
+    return result(compiler, op)
 
 
 def _whole(slot: Value) -> Callable[[Run], Any]:
@@ -392,15 +415,15 @@ def _same(value: Value) -> Callable[[Run], Any]:
     return lambda run: run.env[value]
 
 
-def _result(compiler: _Compiler, op: Operation) -> list[Step]:
+def result(compiler: Compiler, op: Operation) -> list[Step]:
     """The value of an operation that is both seen and computed with."""
     steps: list[Step] = []
     if any(v in compiler.needed for v in op.results) and op.effect in (Effect.PURE, Effect.READ):
-        compiler._scalar(op, steps)
+        compiler.scalar(op, steps)
     return steps
 
 
-def _emit(kind: str, op: Operation, access: Callable[[Run], Any] | None = None, other: Any = None) -> Step:
+def emit(kind: str, op: Operation, access: Callable[[Run], Any] | None = None, other: Any = None) -> Step:
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
             raise Full
@@ -409,8 +432,8 @@ def _emit(kind: str, op: Operation, access: Callable[[Run], Any] | None = None, 
     return step
 
 
-def _ring_event(kind: str) -> Callable[[_Compiler, Any], list[Step]]:
-    def make(compiler: _Compiler, op: Any) -> list[Step]:
+def _ring_event(kind: str) -> Callable[[Compiler, Any], list[Step]]:
+    def make(compiler: Compiler, op: Any) -> list[Step]:
         ring, count = compiler.model.rings[op.ring], op.count
 
         def step(run: Run) -> None:
@@ -426,24 +449,24 @@ def _ring_event(kind: str) -> Callable[[_Compiler, Any], list[Step]]:
     return make
 
 
-def _publish(compiler: _Compiler, op: a.Publish) -> list[Step]:
+def _publish(compiler: Compiler, op: a.Publish) -> list[Step]:
     return _ring_event("announced" if engine_alone(op) else "publish")(compiler, op)
 
 
-def _release(compiler: _Compiler, op: a.Release) -> list[Step]:
+def _release(compiler: Compiler, op: a.Release) -> list[Step]:
     steps = _ring_event("release")(compiler, op)
     if compiler.model.rings[op.ring].read_by_threads and not compiler.role.single_thread:
-        return [_emit("barrier", op, other="warpgroup"), *steps]  # part of the release (backends/nvidia/rings.py)
+        return [emit("barrier", op, other="warpgroup"), *steps]  # part of the release (backends/nvidia/rings.py)
     return steps
 
 
-def _copy(compiler: _Compiler, op: a.Copy) -> list[Step]:
+def _copy(compiler: Compiler, op: a.Copy) -> list[Step]:
     publish = compiler.model.publishes.get(op.result)
     slot, spread = op.slot, ("copy", id(op))
     if publish is None:
-        return [_emit("start_copy", op, lambda run: (run.env[slot], False, spread), kind_of(op.result))]
+        return [emit("start_copy", op, lambda run: (run.env[slot], False, spread), kind_of(op.result))]
     if not by_engine(op.result):
-        return [_emit("store", op, lambda run: (run.env[slot], False, spread))]
+        return [emit("store", op, lambda run: (run.env[slot], False, spread))]
     engines = [token for token in publish.tokens if by_engine(token)]
     announced = sum(_bytes(token) for token in engines) if engines[0] is op.result else 0
     parts = compiler.model.ctas if op.multicast is not None else 1
@@ -463,7 +486,7 @@ def _bytes(token: Value) -> int:
     return token.op.slot.type.bytes
 
 
-def _dot(compiler: _Compiler, op: a.AsyncDot) -> list[Step]:
+def _dot(compiler: Compiler, op: a.AsyncDot) -> list[Step]:
     result, token = op.results
     rows = isinstance(op.acc.type, TileType) and op.acc.type.shape[0] > 64
     slots = [(v, rows and v is op.a and isinstance(v.op, a.Slot)) for v in (op.a, op.b) if isinstance(v.type, SlotType)]
@@ -478,10 +501,10 @@ def _dot(compiler: _Compiler, op: a.AsyncDot) -> list[Step]:
     return [step]
 
 
-def _wait(compiler: _Compiler, op: a.Wait) -> list[Step]:
+def _wait(compiler: Compiler, op: a.Wait) -> list[Step]:
     token, pending = op.token, op.pending
     if token is not None and kind_of(token) != "mma":
-        return [_emit("wait_copies", op, other=(kind_of(token), pending))]
+        return [emit("wait_copies", op, other=(kind_of(token), pending))]
 
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
@@ -498,41 +521,41 @@ def _wait(compiler: _Compiler, op: a.Wait) -> list[Step]:
     return [step]
 
 
-def _local(kind: str) -> Callable[[_Compiler, Any], list[Step]]:
-    def make(compiler: _Compiler, op: Any) -> list[Step]:
+def _local(kind: str) -> Callable[[Compiler, Any], list[Step]]:
+    def make(compiler: Compiler, op: Any) -> list[Step]:
         slot, tile = op.slot, op.result.type if kind == "load" else op.value.type
         own = splits_rows(tile, compiler.role.groups) and isinstance(slot.op, a.Slot)
         spread = ("tile", tile.layout) if isinstance(slot.op, a.Slot) else ("turned", id(op))
         if kind == "load" and (tile.layout is None or tile.layout.free_bits("lane") or tile.layout.free_bits("warp")):
             spread = ("copies", tile.layout)
-        return [_emit(kind, op, lambda run: (run.env[slot], own, spread))]
+        return [emit(kind, op, lambda run: (run.env[slot], own, spread))]
 
     return make
 
 
-def _bulk_store(compiler: _Compiler, op: a.BulkStore) -> list[Step]:
+def _bulk_store(compiler: Compiler, op: a.BulkStore) -> list[Step]:
     slot, own = op.slot, op.scope == "warpgroup" and compiler.role.groups > 1
-    return [_emit("bulk_store", op, lambda run: (run.env[slot], own, None), own)]
+    return [emit("bulk_store", op, lambda run: (run.env[slot], own, None), own)]
 
 
-def _exchange(compiler: _Compiler, op: Operation) -> list[Step]:
+def _exchange(compiler: Compiler, op: Operation) -> list[Step]:
     """Threads of a role pass elements through scratch memory, between two barriers of the role."""
     region = compiler.model.scratch[op].number
     return [
-        _emit("barrier", op, other="role"),
-        _emit("store", op, lambda run: (region, False, ("exchange", id(op)))),
-        _emit("barrier", op, other="role"),
-        _emit("load", op, lambda run: (region, False, None)),
+        emit("barrier", op, other="role"),
+        emit("store", op, lambda run: (region, False, ("exchange", id(op)))),
+        emit("barrier", op, other="role"),
+        emit("load", op, lambda run: (region, False, None)),
     ]
 
 
-def _slot(compiler: _Compiler, op: a.Slot) -> Callable[[Any], int]:
+def _slot(compiler: Compiler, op: a.Slot) -> Callable[[Any], int]:
     numbers = [region.number for region in compiler.model.buffers[op.buffer]]
     count = op.count
     return lambda run: numbers[run.env[count] % len(numbers)]
 
 
-def _assume(compiler: _Compiler, op: Assume) -> list[Step]:
+def _assume(compiler: Compiler, op: Assume) -> list[Step]:
     condition = op.condition
 
     def step(run: Run) -> None:
@@ -542,7 +565,7 @@ def _assume(compiler: _Compiler, op: Assume) -> list[Step]:
     return [step]
 
 
-_MAKERS: dict[type[Operation], Callable[[_Compiler, Any], list[Step]]] = {
+_MAKERS: dict[type[Operation], Callable[[Compiler, Any], list[Step]]] = {
     a.Acquire: _ring_event("acquire"),
     a.Await: _ring_event("await"),
     a.Publish: _publish,
@@ -552,13 +575,16 @@ _MAKERS: dict[type[Operation], Callable[[_Compiler, Any], list[Step]]] = {
     a.Wait: _wait,
     a.LocalLoad: _local("load"),
     a.LocalStore: _local("store"),
-    a.Fence: lambda compiler, op: [_emit("fence", op)],
-    a.Barrier: lambda compiler, op: [_emit("barrier", op, other=op.scope)],
-    a.TakeTurn: lambda compiler, op: [_emit("take_turn", op)],
-    a.PassTurn: lambda compiler, op: [_emit("pass_turn", op)],
+    a.Fence: lambda compiler, op: [emit("fence", op)],
+    a.Barrier: lambda compiler, op: [emit("barrier", op, other=op.scope)],
+    a.TakeTurn: lambda compiler, op: [emit("take_turn", op)],
+    a.PassTurn: lambda compiler, op: [emit("pass_turn", op)],
     a.BulkStore: _bulk_store,
-    a.BulkWait: lambda compiler, op: [_emit("bulk_wait", op, other=op.pending)],
+    a.BulkWait: lambda compiler, op: [emit("bulk_wait", op, other=op.pending)],
     Assume: _assume,
 }
 
-__all__ = ["Event", "Infeasible", "RoleProgram", "Run"]
+#: what happens in a block
+BLOCK = Vocabulary(_acts, arguments, events)
+
+__all__ = ["BLOCK", "Compiler", "RoleProgram", "Step", "Vocabulary", "arguments", "control", "emit", "events", "result"]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 from zlib import crc32
 
+from tilewright.ir.comm_ops import Peer, Rank, WorldSize
 from tilewright.ir.core import Block, Operation, Value
 from tilewright.ir.tile_ops import (
     Binary,
@@ -145,7 +146,14 @@ _RULES: dict[type[Operation], Callable[[Any], Evaluate]] = {
     ProgramId: _id,
     BlockId: lambda op: lambda run: run.inputs.block,
     NumBlocks: lambda op: lambda run: run.inputs.blocks,
+    Rank: lambda op: lambda run: run.inputs.rank,
+    WorldSize: lambda op: lambda run: run.inputs.world,
 }
+
+
+def is_computed(op: Operation) -> bool:
+    """Whether the checker computes the scalar that the operation gives, rather than to guess it."""
+    return not op.results or (isinstance(op.results[0].type, ScalarType) and isinstance(op, tuple(_RULES)))
 
 
 def root_axis(view: Value, axis: int) -> tuple[Value, int]:
@@ -155,7 +163,7 @@ def root_axis(view: Value, axis: int) -> tuple[Value, int]:
         return root_axis(op.view, axis + len(op.index))
     if isinstance(op, PermuteView):
         return root_axis(op.view, op.perm[axis])
-    if isinstance(op, OffsetView):
+    if isinstance(op, OffsetView | Peer):
         return root_axis(op.view, axis)
     return view, axis
 

@@ -30,6 +30,9 @@ class Inputs:
     ids: tuple[int, int, int] = (0, 0, 0)
     block: int = 0
     blocks: int = 1
+    #: of a kernel that communicates
+    rank: int = 0
+    world: int = 2
     seed: int = 0
     most_trips: int | None = None
     period: int = 1
@@ -73,6 +76,9 @@ def find_leaves(model: Model, needed: Iterable[Value]) -> Leaves:
     for value, step in steps:
         if step > 1:
             _set_steps(leaves, backward_slice([value], loops), step, params)
+    order = {param: number for number, param in enumerate(model.function.params)}
+    leaves.dims = dict(sorted(leaves.dims.items(), key=lambda item: (order[item[0][0]], item[0][1])))
+    leaves.scalars = dict(sorted(leaves.scalars.items(), key=lambda item: order[item[0]]))
     return leaves
 
 
@@ -114,7 +120,8 @@ def _inputs(
     model: Model, leaves: Leaves, trips: tuple[int, ...], tiles: int, number: int, many: int, period: int
 ) -> Inputs:
     persistent = bool(model.function.attributes.get("persistent"))
-    inputs = Inputs(seed=number, most_trips=many + 1, period=period)
+    inputs = Inputs(seed=number, most_trips=many + 1, period=period, world=1 + number % 3)
+    inputs.rank = number // 3 % inputs.world
     items: list[tuple[Any, int]] = [*leaves.dims.items(), *leaves.scalars.items()]
     for position, (leaf, step) in enumerate(items):
         size = trips[position % len(trips)] * step

@@ -24,6 +24,8 @@ class Event:
     #: (region, rows that each warpgroup keeps to itself, how elements are spread over threads)
     access: Any = None
     other: Any = None
+    #: of a tensor that ranks share; see `places`
+    place: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,8 +148,9 @@ class Team:
         self._columns = [self.agents] * blocks
         #: what agents (block, agent) know of other blocks
         self._remote: dict[tuple[int, int], Token] = {}
-        #: what relaxed reads have seen and no fence has acquired yet; what the last fence would release
-        self._seen: dict[tuple[int, int], Token] = {}
+        #: what relaxed reads have seen and no fence has acquired yet, by the block that wrote; what the last fence would
+        #: release
+        self._seen: dict[tuple[int, int], dict[int, Token]] = {}
         self._fenced: dict[tuple[int, int], tuple[Token, int]] = {}
 
     # ---- ordering --------------------------------------------------------------------------------
@@ -248,9 +249,9 @@ class Team:
         """A fence of acquire and release semantics: strong reads before it acquire, strong writes behind it release."""
         block, agents = self._agents(warp, lanes)
         for agent in agents.tolist():
-            seen = self._seen.pop((block, agent), None)
-            if seen is not None:
-                self.acquire(warp, seen, agent % self.races.per_warp)
+            seen = self._seen.get((block, agent), {})
+            for home in [h for h in seen if self.races.within(scope, self.first + block, h)]:
+                self.acquire(warp, seen.pop(home), agent % self.races.per_warp)
         rows = self.know[block, agents]
         rows[np.arange(len(agents)), 0, agents] = self.now[warp]
         for row, agent in enumerate(agents.tolist()):
@@ -286,7 +287,7 @@ class Team:
         if acquire:
             self.acquire(warp, token, lane)
         else:
-            self._seen.setdefault((block, int(agents[0])), Token()).join(token)
+            self._seen.setdefault((block, int(agents[0])), {}).setdefault(home, Token()).join(token)
 
     # ---- accesses --------------------------------------------------------------------------------
 

@@ -1,0 +1,77 @@
+"""Our side of the works of multi_gpu.py: what runs a work on this rank's inputs, and where its result is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tilewright.kernels.multi_gpu import all_gather_gemm as gathered
+from tilewright.kernels.multi_gpu import all_reduce as reduced
+from tilewright.kernels.multi_gpu import collectives
+from tilewright.kernels.multi_gpu.gemm_all_reduce import gemm_ar
+from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
+from tilewright.kernels.multi_gpu.moe import moe as mixture
+from tilewright.kernels.multi_gpu.ring_attention import ring_sdpa
+
+Inputs = dict[str, torch.Tensor]
+Ours = tuple[Callable[[], Any], torch.Tensor]
+BF16 = torch.bfloat16
+
+
+def all_gather_gemm(world: Any, inputs: Inputs) -> Ours:
+    """The rank's rows lie where the others' arrive, as the kernel before would have written them."""
+    a, b = inputs["a"], inputs["b"]
+    rows, c = world.empty((world.size, *a.shape), BF16), a.new_empty(world.size, a.shape[0], b.shape[1])
+    rows.local[world.rank].copy_(a)
+    return lambda: gathered.ag_gemm(world, rows, b, c), c
+
+
+def gemm_reduce_scatter(world: Any, inputs: Inputs) -> Ours:
+    a, b = inputs["a"], inputs["b"]
+    c = a.new_empty(a.shape[0] // world.size, b.shape[1])
+    return lambda: gemm_rs(world, a, b, c), c
+
+
+def gemm_all_reduce(world: Any, inputs: Inputs) -> Ours:
+    a, b = inputs["a"], inputs["b"]
+    c = world.empty((world.size, a.shape[0] // world.size, b.shape[1]), BF16)
+    return lambda: gemm_ar(world, a, b, c), c.local
+
+
+def all_reduce(world: Any, inputs: Inputs) -> Ours:
+    x = inputs["x"].view(-1)
+    y = world.empty(x.shape, BF16)
+    return lambda: reduced.all_reduce(world, x, y), y.local
+
+
+def all_to_all(world: Any, inputs: Inputs) -> Ours:
+    x = inputs["x"].view(world.size, -1)
+    y = world.empty(x.shape, BF16)
+    return lambda: collectives.exchange(world, x, y, 0, 0), y.local
+
+
+def ring_attention(world: Any, inputs: Inputs) -> Ours:
+    """The rank's keys and values lie where the others' arrive."""
+    q, size, rank = inputs["q"], world.size, world.rank
+    chunks = q.shape[0]
+    whole = []
+    for x in (inputs["k"], inputs["v"]):
+        whole.append(world.empty((chunks * size, *x.shape[1:]), BF16))
+        for chunk, place in zip(x, (rank, 2 * size - 1 - rank), strict=False):
+            whole[-1].local[place].copy_(chunk)
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return lambda: ring_sdpa(world, q, *whole, o, lse, chunks == 2), o
+
+
+ring_attention_causal = ring_attention
+
+
+def moe(world: Any, inputs: Inputs) -> Ours:
+    """The rank's tokens lie where others read them."""
+    x = world.empty(inputs["x"].shape, BF16)
+    x.local.copy_(inputs["x"])
+    experts, weights, w = inputs["experts"], inputs["weights"], inputs["w"]
+    out = w.new_empty(x.shape[0], w.shape[2])
+    return lambda: mixture(world, x, experts, weights, w, out), out

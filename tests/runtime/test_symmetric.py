@@ -1,0 +1,157 @@
+"""Worlds without GPUs: emulated and interpreted ranks, what they refuse, and how a launch passes their memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from comm_kernels import all_reduce
+from ring_kernel import PTX, N, ring_abi
+
+import tilewright as tw
+from tilewright.ir.abi import Control
+from tilewright.kernels.multi_gpu.copy_engine import all_to_all
+from tilewright.runtime.device import open_device
+from tilewright.runtime.errors import ArgumentError, DeviceError
+
+
+def run_ring(world: Any, xs: list[np.ndarray], slots: Any, flags: Any) -> list[np.ndarray]:
+    """The hand-written kernel on all ranks of an emulated world."""
+    ys = [np.full((world.size, N), np.nan, np.float32) for _ in xs]
+    with world.memory.together():
+        for rank in world.ranks:
+            device = open_device(world.memory.device(rank))
+            function = device.load(b"", {"ptx": PTX}).function("ring")
+            arguments = [slots.on(rank), flags.on(rank), xs[rank], ys[rank]]
+            device.launch(function, ring_abi(world.size), 1, arguments)
+    return ys
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(1, None), (2, None), (3, 1), (4, 2)])
+def test_emulated_ranks_reach_each_other(ranks: int, seed: int | None) -> None:
+    rng = np.random.default_rng(0)
+    with tw.World.emulated("sm_90a", ranks, races=True, seed=seed) as world:
+        slots, flags = world.empty((ranks, N), "f32"), world.flags(ranks)
+        for _ in range(3):
+            xs = [rng.standard_normal(N).astype(np.float32) for _ in range(ranks)]
+            for y in run_ring(world, xs, slots, flags):
+                np.testing.assert_array_equal(y, np.stack(xs))
+        assert [int(control.view(np.int32)[Control.EPOCH]) for control in world.control.owner] == [3] * ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_interpreter_runs_all_ranks(ranks: int) -> None:
+    world = tw.World.interpreter(ranks)
+    rng = np.random.default_rng(1)
+    xs = [rng.standard_normal((4, 8)).astype(np.float32) for _ in range(ranks)]
+    ys = [np.full((4, 8), np.nan, np.float32) for _ in range(ranks)]
+    world.launch(all_reduce, (4,), xs, ys, world.empty((ranks, 4, 8), "f32"), world.flags(ranks, 4), N=8)
+    for y in ys:
+        np.testing.assert_allclose(y, sum(x.astype(np.float64) for x in xs), rtol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["interpreter", "sm_90a", "gfx942"])
+def test_copies_to_all_ranks(target: str) -> None:
+    size, rng = 3, np.random.default_rng(2)
+    world = tw.World.interpreter(size) if target == "interpreter" else tw.World.emulated(target, size, races=True)
+    xs = [rng.standard_normal((size, 5, 7)).astype(np.float32) for _ in range(size)]
+    y = world.empty((size, 5, 7), "f32")
+    all_to_all(world, xs, y)
+    for rank in range(size):
+        np.testing.assert_array_equal(y[rank], np.stack([x[rank] for x in xs]))
+    world.push(y, z := world.empty((size, 5, 7), "f32"))
+    np.testing.assert_array_equal(z[2], xs[2])
+    for wrong in (xs[0][:2], xs[0].astype(np.float64), np.zeros((5, 3, 7), np.float32)):
+        with pytest.raises(ArgumentError, match="cannot be pushed"):
+            world.push(wrong, y)
+    with pytest.raises(ArgumentError, match="must be row-major"):
+        world.push(np.zeros((7, 5, size), np.float32).T, y)
+
+
+# --- tensors ----------------------------------------------------------------------------------------
+
+
+def test_tensors_of_a_world() -> None:
+    world = tw.World.interpreter(2)
+    x = world.empty((3, 4), tw.bfloat16)
+    assert (x.shape, x.dtype, x.rank, len(x.addresses)) == ((3, 4), "bf16", None, 2)
+    assert np.isnan(x[0].astype(np.float32)).all(), "what nobody wrote shows"
+    assert (world.zeros(5, np.float32)[1] == 0).all() and world.flags((2, 3))[0].dtype == np.int32
+    assert world.flags(2, 3).shape == world.flags((2, 3)).shape == (2, 3)
+    parts = world.tensor([np.arange(6.0).reshape(2, 3), -np.arange(6.0).reshape(2, 3)])
+    assert parts.dtype == "f64" and parts[1][1, 2] == -5
+    flat = parts.reshape(6)
+    flat[0][4] = 40
+    assert flat.shape == (6,) and parts[0][1, 1] == 40, "the same memory"
+    assert world.empty((0, 7), "f32")[0].shape == (0, 7)
+    assert repr(x) == "<symmetric bf16 tensor [3, 4] on 2 ranks>"
+
+
+def test_what_tensors_refuse() -> None:
+    world = tw.World.interpreter(2)
+    x = world.zeros((4,), "f32")
+    with pytest.raises(ArgumentError, match="has 2 ranks: write x"):
+        _ = x.local
+    with pytest.raises(ArgumentError, match="Rank 2 is not of this process"):
+        _ = x[2]
+    with pytest.raises(ArgumentError, match="cannot take the shape"):
+        x.reshape(5)
+    with pytest.raises(ArgumentError, match="is no dtype"):
+        world.empty(4, "complex64")
+    with pytest.raises(ArgumentError, match="none negative"):
+        world.empty((4, -1), "f32")
+    with pytest.raises(ArgumentError, match="arrays of the ranks differ"):
+        world.tensor([np.zeros(3), np.zeros(4)])
+    with pytest.raises(ArgumentError, match="2 ranks in this process, and 3 arrays"):
+        world.tensor([np.zeros(3)] * 3)
+    with pytest.raises(ArgumentError, match="none of them alone"):
+        _ = world.rank
+    world.close()
+    with pytest.raises(DeviceError, match="has been closed"):
+        world.zeros(4, "f32")
+    with pytest.raises(ArgumentError, match="has been closed"):
+        _ = x.on(0).view
+
+
+@pytest.mark.parametrize("ranks", [0, 65])
+def test_worlds_of_too_few_or_many_ranks(ranks: int) -> None:
+    for make in (lambda: tw.World.interpreter(ranks), lambda: tw.World.emulated("sm_90a", ranks)):
+        with pytest.raises(DeviceError, match=f"1 to 64 ranks, not {ranks}"):
+            make()
+
+
+# --- launches ---------------------------------------------------------------------------------------
+
+
+def test_what_launches_refuse() -> None:
+    world, other = tw.World.interpreter(2), tw.World.interpreter(2)
+    x, slots, flags = np.zeros((4, 8), np.float32), world.empty((2, 4, 8), "f32"), world.flags(2, 4)
+    with pytest.raises(tw.ArgumentError, match="a list of 3 arguments for the 2 ranks"):
+        world.launch(all_reduce, (4,), [x] * 3, [x, x], slots, flags, N=8)
+    with pytest.raises(tw.ArgumentError, match="tensor of another world"):
+        world.launch(all_reduce, (4,), [x, x], [x, x], other.empty((2, 4, 8), "f32"), flags, N=8)
+    with pytest.raises(ArgumentError, match=r"world\.launch"):
+        all_reduce[(4,)](x, x, slots, flags, N=8)
+
+
+def test_a_symmetric_parameter_needs_a_tensor_of_a_world() -> None:
+    world = tw.World.emulated("sm_90a", 2)
+    device = open_device(world.memory.device(0))
+    function = device.load(b"", {"ptx": PTX}).function("ring")
+    x, y, flags = np.zeros(N, np.float32), np.zeros((2, N), np.float32), world.flags(2)
+    with pytest.raises(ArgumentError, match="'slots' must be a tensor that every rank has"):
+        device.launch(function, ring_abi(2), 1, [y, flags.on(0), x, y])
+    slots = tw.World.emulated("sm_90a", 2).zeros((2, N), "f32")
+    with pytest.raises(ArgumentError, match="tensors of several worlds"):
+        device.launch(function, ring_abi(2), 1, [slots.on(0), flags.on(0), x, y])
+
+
+def test_an_emulated_rank_alone_is_told_who_is_missing() -> None:
+    world = tw.World.emulated("sm_90a", 2)
+    device = open_device(world.memory.device(1))
+    function = device.load(b"", {"ptx": PTX}).function("ring")
+    slots, flags = world.zeros((2, N), "f32"), world.flags(2)
+    x, y = np.zeros(N, np.float32), np.zeros((2, N), np.float32)
+    with pytest.raises(DeviceError, match="tensors of rank 0, which does not take part"):
+        device.launch(function, ring_abi(2), 1, [slots.on(1), flags.on(1), x, y])

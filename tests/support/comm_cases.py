@@ -1,0 +1,116 @@
+"""Kernels that communicate, with the types of their arguments: what the protocol checker is tested on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support import comm_kernels
+from tilewright.compiler.driver import complete_types
+from tilewright.frontend.build import build_module
+from tilewright.ir.core import Module
+from tilewright.ir.target import get_target
+from tilewright.ir.types import DTYPES, ViewType
+from tilewright.kernels.multi_gpu import (
+    all_gather_gemm,
+    all_reduce,
+    collectives,
+    gemm_all_reduce,
+    gemm_reduce_scatter,
+    moe,
+    ring_attention,
+    ring_attention_backward,
+    ulysses,
+)
+from tilewright.passes.manager import PassContext, PassManager, PassOptions
+from tilewright.passes.pipelines import default_pipeline
+
+
+def own(dtype: str, rank: int) -> ViewType:
+    """A tensor of one rank."""
+    return ViewType((None,) * rank, DTYPES[dtype], (*(None,) * (rank - 1), 1), 16)
+
+
+def all_ranks(dtype: str, rank: int) -> ViewType:
+    """A tensor of each rank."""
+    return ViewType((None,) * rank, DTYPES[dtype], (*(None,) * (rank - 1), 1), 16, symmetric=True)
+
+
+def flags(rank: int) -> ViewType:
+    return all_ranks("i32", rank)
+
+
+_MATRICES = {name: own("bf16", 2) for name in "abc"}
+_ATTENTION: dict[str, Any] = {
+    "q": own("bf16", 5), "k": all_ranks("bf16", 5), "v": all_ranks("bf16", 5), "o": own("bf16", 5),
+    "lse": own("f32", 4), "arrived": flags(3),
+}  # fmt: skip
+_GRADIENTS: dict[str, Any] = {
+    **{name: own("bf16", 5) for name in ("q", "k", "v", "do", "dk", "dv")},
+    **{name: own("f32", 4) for name in ("lse", "delta")},
+    **{name: all_ranks("f32", 6) for name in ("dk_parts", "dv_parts")}, "sent": flags(3),
+}  # fmt: skip
+_PARTS = {"parts": all_ranks("bf16", 3), "sent": flags(3)}
+
+#: by name: kernel, types of its tensors, and meta-parameters without a default
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "small all-reduce": (
+        comm_kernels.all_reduce,
+        {"x": own("bf16", 2), "y": own("bf16", 2), "slots": all_ranks("bf16", 3), "flags": flags(2), "N": 256},
+    ),
+    "small GEMM + reduce-scatter": (
+        comm_kernels.gemm_reduce_scatter,
+        {**_MATRICES, "parts": all_ranks("bf16", 3), "flags": flags(3), "BM": 128, "BN": 128, "BK": 64},
+    ),
+    "all-reduce, pull": (all_reduce.all_reduce_pull, {"x": all_ranks("bf16", 1), "y": own("bf16", 1)}),
+    "all-reduce, push": (
+        all_reduce.all_reduce_push,
+        {"x": own("bf16", 1), "y": own("bf16", 1), "slots": all_ranks("bf16", 2), "sent": flags(2)},
+    ),
+    "all-reduce, two-shot": (
+        all_reduce.all_reduce_two_shot, {"x": all_ranks("bf16", 1), "y": all_ranks("bf16", 1), "done": flags(2)}
+    ),
+    "all-gather": (collectives.all_gather, {"x": own("bf16", 2), "y": all_ranks("bf16", 3), "done": flags(2)}),
+    "reduce-scatter": (collectives.reduce_scatter, {"x": all_ranks("bf16", 3), "y": own("bf16", 2)}),
+    "all-to-all": (collectives.all_to_all, {"x": own("bf16", 5), "y": all_ranks("bf16", 5), "done": flags(2)}),
+    "GEMM + reduce-scatter": (gemm_reduce_scatter.gemm_reduce_scatter, {**_MATRICES, **_PARTS}),
+    "GEMM + all-reduce": (
+        gemm_all_reduce.gemm_all_reduce, {**_MATRICES, **_PARTS, "c": all_ranks("bf16", 3), "done": flags(3)}
+    ),
+    "GEMM + all-reduce, one-shot": (gemm_all_reduce.gemm_all_reduce_one_shot, {**_MATRICES, **_PARTS}),
+    "all-gather + GEMM": (
+        all_gather_gemm.all_gather_gemm,
+        {
+            "a": all_ranks("bf16", 3), "b": own("bf16", 2), "c": own("bf16", 3), "arrived": flags(3),
+        },
+    ),
+    "ring attention": (ring_attention.ring_attention, _ATTENTION),
+    "ring attention, causal": (ring_attention.ring_attention, {**_ATTENTION, "CAUSAL": True}),
+    "ring attention, gradients": (ring_attention_backward.ring_attention_dkdv, _GRADIENTS),
+    "Ulysses attention": (
+        ulysses.ulysses_attention,
+        {
+            "q": own("bf16", 5), "k": own("bf16", 4), "v": own("bf16", 4), "o": all_ranks("bf16", 4),
+            "lse": own("f32", 4), "done": flags(3),
+        },
+    ),
+    "mixture of experts": (
+        moe.moe_gemm,
+        {
+            "x": all_ranks("bf16", 2), "lists": all_ranks("i32", 2), "before": own("i32", 2), "starts": own("i32", 1),
+            "w": own("bf16", 3), "gathered": all_ranks("bf16", 3), "fetched": flags(2), "y": own("bf16", 3),
+        },
+    ),
+}  # fmt: skip
+
+
+def scheduled(name: str, target: str) -> Module:
+    """The case as the passes leave it, not checked."""
+    return schedule(*CASES[name], target)
+
+
+def schedule(kernel: Any, types: dict[str, Any], target: str) -> Module:
+    """A kernel as the passes leave it, not checked."""
+    module = build_module(kernel.definition, complete_types(kernel.definition, types))
+    context = PassContext(get_target(target), PassOptions())
+    PassManager(default_pipeline(get_target(target), check=False), context).run(module)
+    return module

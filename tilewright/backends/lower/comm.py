@@ -1,0 +1,312 @@
+"""Lowering of ``comm.*``: addresses of other ranks' tensors, puts by ordinary stores, flags, and the control block.
+
+A flag and the words of control blocks hold the number of the last launch that set them, so nothing is ever reset; a
+wait polls until the difference to this launch's number, which may wrap, is not negative (`tilewright.ir.abi.Control`).
+
+Order: a signal is a store with release semantics among all GPUs by one thread, a wait polls without order and then has
+a fence. What makes that the order of all threads is in the IR already (`tilewright.passes.rank_order`).
+
+A wait that takes longer than the control block's limit writes a fault record and stops the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from tilewright.backends.lower.context import Lowering, TokenRef, ViewRef, lowers
+from tilewright.backends.lower.coordinates import sole_holder
+from tilewright.backends.lower.entry import WorldRef
+from tilewright.backends.lower.index import IntLike
+from tilewright.backends.lower.memory import TileAccess, run_if, store_tile, tile_access
+from tilewright.backends.mlir_builder import ir as mlir
+from tilewright.ir import comm_ops
+from tilewright.ir.abi import Control, Fault, kernel_number
+from tilewright.ir.async_ops import Fence
+from tilewright.ir.core import Location
+
+WORD, ADDRESS = 4, 8
+
+
+# --- ranks, puts --------------------------------------------------------------------------------
+
+
+@lowers(comm_ops.Rank)
+def lower_rank(lw: Lowering, op: comm_ops.Rank) -> None:
+    lw.define(op.result, _world(lw).rank)
+
+
+@lowers(comm_ops.WorldSize)
+def lower_world_size(lw: Lowering, op: comm_ops.WorldSize) -> None:
+    lw.define(op.result, _world(lw).size)
+
+
+@lowers(comm_ops.Peer)
+def lower_peer(lw: Lowering, op: comm_ops.Peer) -> None:
+    view, rank = lw.view(op.view), lw.scalar(op.rank)
+    assert view.table is not None
+    lw.define(op.result, replace(view, base=_address(lw, view.table, rank), table=None, peer=rank))
+
+
+@lowers(comm_ops.Join)
+def lower_join(lw: Lowering, op: comm_ops.Join) -> None:
+    lw.define(op.result, TokenRef(comm_ops.PUT.kind))
+
+
+@lowers(comm_ops.Put)
+def lower_put(lw: Lowering, op: comm_ops.Put) -> None:
+    layout, values = lw.layout(op.value), lw.registers(op.value)
+    access = tile_access(lw, op.view, op.index, layout)
+    run_if(lw, sole_holder(lw, layout), lambda: store_tile(lw, access, values))
+    lw.define(op.result, TokenRef(comm_ops.PUT.kind))
+
+
+@lowers(comm_ops.ReducePut)
+def lower_reduce_put(lw: Lowering, op: comm_ops.ReducePut) -> None:
+    """Element by element, each by the first thread that holds it."""
+    layout, values = lw.layout(op.value), lw.registers(op.value)
+    access, holder = TileAccess(lw, lw.view(op.view), op.index, layout), sole_holder(lw, layout)
+    done: set[tuple[int, ...]] = set()
+    for register, coordinate in enumerate(layout.table("register").tolist()):
+        if tuple(coordinate) not in done:
+            done.add(tuple(coordinate))
+            conditions = [c for c in (holder, access.inside(register)) if c is not None]
+            pointer, value = access.pointer(register), values[register]
+            condition = reduce(lw.fb.and_, conditions) if conditions else None
+            run_if(lw, condition, lambda p=pointer, v=value: lw.ops.add_to_memory(lw, p, v, access.view.dtype))  # type: ignore[misc]
+    lw.define(op.result, TokenRef(comm_ops.PUT.kind))
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+
+@lowers(comm_ops.Signal)
+def lower_signal(lw: Lowering, op: comm_ops.Signal) -> None:
+    flag, fb = lw.view(op.flag), lw.fb
+    assert flag.table is not None
+    base, launch = _address(lw, flag.table, lw.scalar(op.peer)), _world(lw).launch
+    pointer = fb.gep(base, lw.index.value(lw.index.mul(flag.offset, WORD), 64))
+    run_if(lw, _first_thread(lw), lambda: lw.ops.store_release(lw, launch, pointer))
+
+
+@lowers(comm_ops.WaitFlags)
+def lower_wait(lw: Lowering, op: comm_ops.WaitFlags) -> None:
+    fb, math, view = lw.fb, lw.index, lw.view(op.flags)
+    count = math.narrow(reduce(math.mul, view.shape, 1))
+    param = lw.function.params.index(comm_ops.view_root(op.flags))
+
+    def poll(number: mlir.Value) -> None:
+        offset = _element(lw, view, number)
+        pointer = fb.gep(view.base, math.value(math.mul(offset, WORD), 64))
+        flag = math.value(math.narrow(offset))
+        _poll(lw, pointer, _Awaited(flag, fb.i32(-1), _line(op.loc), param))
+
+    run_if(lw, None if op.when is None else lw.scalar(op.when), lambda: _poll_each(lw, count, poll))
+    lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
+
+
+def _element(lw: Lowering, view: ViewRef, number: mlir.Value) -> IntLike:
+    """How many elements behind the tensor's first one the ``number``-th of a view lies, row-major."""
+    math, rest = lw.index, number
+    offset = view.offset
+    for axis in reversed(range(view.rank)):
+        size = view.shape[axis]
+        place: IntLike = rest
+        if axis:
+            place = lw.fb.urem(rest, math.value(size))
+            rest = lw.fb.udiv(rest, math.value(size))
+        offset = math.add(
+            math.wide(offset), math.mul(math.wide(math.add(place, view.origin[axis])), view.strides[axis])
+        )
+    return offset
+
+
+@lowers(Fence)
+def lower_fence(lw: Lowering, op: Fence) -> None:
+    """Between ranks; other kinds are the targets'."""
+    if op.proxy not in ("release", "acquire"):
+        raise lw.error(f"no fence for proxy {op.proxy!r}")
+    lw.ops.fence(lw, op.proxy)
+
+
+# --- a launch's beginning and end -----------------------------------------------------------------
+
+
+@lowers(comm_ops.Enter)
+def lower_enter(lw: Lowering, op: comm_ops.Enter) -> None:
+    """The first block tells every rank."""
+    fb, world = lw.fb, _world(lw)
+    first = reduce(fb.or_, [lw.ops.block_id(lw, axis) for axis in range(3)])
+
+    def tell(peer: mlir.Value) -> None:
+        _tell(lw, peer, Control.ENTERED)
+
+    with fb.if_then(fb.icmp("eq", first, 0)):
+        _each(lw, lw.scope.thread, world.size, lw.scope.num_threads(lw.target.warp_size), tell)
+
+
+@lowers(comm_ops.Credit)
+def lower_credit(lw: Lowering, op: comm_ops.Credit) -> None:
+    fb, world = lw.fb, _world(lw)
+
+    def poll(peer: mlir.Value) -> None:
+        awaited = _Awaited(fb.i32(Fault.ENTRY), peer, _line(op.loc))
+        _poll(lw, _control(lw, Control.ENTERED, peer), awaited)
+
+    if op.peer is None:
+        _poll_each(lw, world.size, poll)
+    else:
+        peer = lw.scalar(op.peer)
+        run_if(lw, _first_thread(lw), lambda: poll(peer))
+    lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
+
+
+@lowers(comm_ops.Leave)
+def lower_leave(lw: Lowering, op: comm_ops.Leave) -> None:
+    """The last block ends the launch: its thread knows what all blocks have done, through their count."""
+    fb, world, scope = lw.fb, _world(lw), lw.ops.device_scope
+    blocks = reduce(fb.mul, [lw.ops.num_blocks(lw, axis) for axis in range(3)])
+
+    def end() -> None:
+        fb.fence("release", scope)  # LLVM leaves an order of the update itself out of PTX
+        before = fb.atomicrmw("add", _control(lw, Control.BLOCKS), fb.i32(1), "monotonic", scope, WORD)
+        fb.fence("acquire", scope)
+        with fb.if_then(fb.icmp("eq", before, fb.sub(blocks, 1))):
+            if op.after_all:
+                _each(lw, fb.i32(0), world.size, 1, lambda peer: _tell(lw, peer, Control.LEFT))
+                _each(lw, fb.i32(0), world.size, 1, await_end)
+            fb.store(fb.i32(0), _control(lw, Control.BLOCKS), WORD, ordering="monotonic")
+            lw.ops.store_release(lw, world.launch, _control(lw, Control.EPOCH))
+
+    def await_end(peer: mlir.Value) -> None:
+        line = _line(lw.function.loc)
+        _poll(lw, _control(lw, Control.LEFT, peer), _Awaited(fb.i32(Fault.EXIT), peer, line))
+
+    with fb.if_then(fb.icmp("eq", lw.scope.thread, 0)):
+        end()
+
+
+def _line(loc: Location) -> int:
+    """The line in the kernel's file: of the outermost call where helpers were inlined."""
+    while loc.caller is not None:
+        loc = loc.caller
+    return loc.line
+
+
+# --- polling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """What a fault record says of a wait: see `tilewright.ir.abi.Fault`."""
+
+    flag: mlir.Value
+    peer: mlir.Value
+    line: int
+    param: int = -1
+
+
+def _poll_each(lw: Lowering, count: IntLike, poll: Callable[[mlir.Value], None]) -> None:
+    """The lanes of the scope's first warp, or its one thread, share ``count`` polls."""
+    fb, warp = lw.fb, lw.target.warp_size
+    if lw.scope.single_thread:
+        _each(lw, fb.i32(0), count, 1, poll)
+    elif count == 1:
+        run_if(lw, _first_thread(lw), lambda: poll(fb.i32(0)))
+    else:
+        with fb.if_then(fb.icmp("ult", lw.scope.thread, warp)):
+            _each(lw, lw.scope.thread, count, warp, poll)
+
+
+def _each(lw: Lowering, first: mlir.Value, count: IntLike, step: int, body: Callable[[mlir.Value], None]) -> None:
+    with lw.fb.for_loop(first, lw.index.value(count), step, unroll=False) as loop:
+        body(loop.index)
+
+
+def _poll(lw: Lowering, pointer: mlir.Value, awaited: _Awaited) -> None:
+    """One thread looks at a word until it holds the number of this launch, or of a later one."""
+    fb, world, i64 = lw.fb, _world(lw), lw.fb.types.i64
+
+    def reached() -> mlir.Value:
+        word = fb.load(pointer, fb.types.i32, WORD, ordering="monotonic")
+        return fb.icmp("sge", fb.sub(word, world.launch), 0)
+
+    slow, look, late, done = fb.block(), fb.block(i64), fb.block(), fb.block()
+    fb.cond_br(reached(), done, slow)
+    fb.position_at_end(slow)
+    milliseconds = fb.load(_control(lw, Control.TIMEOUT), fb.types.i32, WORD, ordering="monotonic")
+    limited = fb.icmp("ne", milliseconds, 0)
+    limit = fb.mul(fb.zext(milliseconds, i64), 1_000_000)
+    # the clock is not looked at where there is no limit: an emulator then sees that nothing changes
+    (start,) = fb.if_else(limited, [i64], lambda: [lw.ops.nanoseconds(lw)], lambda: [fb.i64(0)])
+    fb.br(look, [start])
+    fb.position_at_end(look)
+    (start,) = look.arguments
+    lw.ops.pause(lw)
+    again = fb.block()
+    fb.cond_br(reached(), done, again)
+    fb.position_at_end(again)
+    waited = fb.block()
+    fb.cond_br(limited, waited, look, else_arguments=[start])
+    fb.position_at_end(waited)
+    passed = fb.sub(lw.ops.nanoseconds(lw), start)
+    fb.cond_br(fb.icmp("ugt", passed, limit), late, look, else_arguments=[start])
+    fb.position_at_end(late)
+    _give_up(lw, awaited)
+    fb.br(done)
+    fb.position_at_end(done)
+    fb.fence("acquire")
+
+
+def _give_up(lw: Lowering, awaited: _Awaited) -> None:
+    """Leave a fault record and stop the kernel."""
+    fb, world = lw.fb, _world(lw)
+    record = fb.load(_control(lw, Control.FAULT), fb.types.ptr(1), ADDRESS)
+    words = {
+        Fault.LINE: fb.i32(awaited.line),
+        Fault.FLAG: awaited.flag,
+        Fault.PEER: awaited.peer,
+        Fault.RANK: world.rank,
+        Fault.KERNEL: fb.i32(kernel_number(lw.entry.abi.name)),
+        Fault.PARAM: fb.i32(awaited.param),
+    }
+    for place, word in words.items():
+        fb.store(word, fb.gep(record, WORD * place), WORD, ordering="monotonic")
+    lw.ops.store_release(lw, fb.i32(1), fb.gep(record, WORD * Fault.KIND))
+    lw.ops.stop(lw)
+
+
+# --- addresses, threads ---------------------------------------------------------------------------
+
+
+def _world(lw: Lowering) -> WorldRef:
+    if lw.entry.world is None:
+        raise lw.error("the function does not say that it communicates")
+    return lw.entry.world
+
+
+def _address(lw: Lowering, table: mlir.Value, rank: mlir.Value) -> mlir.Value:
+    """The pointer that a table has for a rank."""
+    place = lw.index.value(lw.index.mul(lw.index.wide(rank), ADDRESS), 64)
+    return lw.fb.load(lw.fb.gep(table, place), lw.fb.types.ptr(1), ADDRESS, invariant=True)
+
+
+def _control(lw: Lowering, word: int, peer: mlir.Value | None = None, base: mlir.Value | None = None) -> mlir.Value:
+    """The pointer to a word of a control block (by default the own one), or to that of a rank in a row of words."""
+    place: IntLike = WORD * word
+    if peer is not None:
+        place = lw.index.add(lw.index.mul(lw.index.wide(peer), WORD), place)
+    return lw.fb.gep(base if base is not None else _world(lw).control, lw.index.value(place, 64))
+
+
+def _tell(lw: Lowering, peer: mlir.Value, row: int) -> None:
+    """Write this launch's number to the own place in a row of a rank's control block."""
+    world = _world(lw)
+    pointer = _control(lw, row, world.rank, _address(lw, world.controls, peer))
+    lw.ops.store_release(lw, world.launch, pointer)
+
+
+def _first_thread(lw: Lowering) -> mlir.Value | None:
+    """i1: the thread that acts for the scope; None where one thread runs the code anyway."""
+    return None if lw.scope.single_thread else lw.fb.icmp("eq", lw.scope.thread, 0)

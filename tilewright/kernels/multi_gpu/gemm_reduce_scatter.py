@@ -1,0 +1,78 @@
+"""Matrix product whose sum over ranks is divided among them: ``c_r = rows_r(sum over p of a_p @ b_p)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import tilewright as tw
+from tilewright.kernels.gemm import configuration, product
+from tilewright.kernels.multi_gpu.workspace import flags, own, share, symmetric
+
+
+@tw.function
+def send_or_add(acc: Any, parts: Any, sent: Any, m: Any, n: Any, owner: Any) -> Any:
+    """A peer's tile goes to its owner; an own tile gets what the peers have sent, in the order of ranks.
+
+    acc (BM, BN) float32; parts (world, R, N) symmetric, sent (world, row tiles, column tiles) flags. Gives the sum,
+    of which only an own tile is complete.
+    """
+    me, world = tw.rank(), tw.world_size()
+    total = acc
+    if owner != me:
+        token = tw.put(parts.peer(owner)[me], (m, n), acc.to(parts.dtype))
+        tw.signal(sent[me, m, n], owner, after=token)
+    else:
+        for hop in tw.range(1, world):
+            source = (me + hop) % world
+            arrived = tw.wait(sent[source, m, n])
+            total = total + tw.load(parts[source], (m, n), acc.shape, after=arrived).to(tw.float32)
+    return total
+
+
+@tw.kernel
+def gemm_reduce_scatter(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    parts: tw.Symmetric,
+    sent: tw.Symmetric,
+    c: tw.Tensor,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 256,
+    BK: tw.constexpr = 64,
+) -> None:
+    """``c``: this rank's rows of the sum over ranks of ``a @ b``. Grid: (cdiv(R, BM), cdiv(N, BN), world).
+
+    a (M, K) and b (K, N) with the rank's part of K, R = cdiv(M, world), c (up to R, N): rows from rank * R on.
+    ``parts`` (world, R, N) gets what the peers send, in its dtype; ``sent`` (world, cdiv(R, BM), cdiv(N, BN)) flags.
+    Peers' rows come first, own rows last, when all has arrived. Sums in float32, in an order that does not change.
+    """
+    m, n = tw.program_id(0), tw.program_id(1)
+    owner = (tw.rank() + 1 + tw.program_id(2)) % tw.world_size()
+    acc = product(a.offset(owner * parts.shape[1], 0), b, m, n, BM, BN, BK)
+    total = send_or_add(acc, parts, sent, m, n, owner)
+    if owner == tw.rank():
+        tw.store(c, (m, n), total.to(c.dtype))
+
+
+def gemm_rs(world: Any, a: Any, b: Any, c: Any, **meta: int) -> None:
+    """``c`` of each rank: its rows of the sum of the ranks' ``a @ b``; see `gemm_reduce_scatter`.
+
+    Tile sizes are chosen as for a product of (M, N) unless given. The parts of peers travel in the dtype of ``c``.
+    """
+    (rows, columns), size = (own(a).shape[0], own(b).shape[1]), world.size
+    meta = {**configuration(rows, columns), **meta}
+    each = share(rows, size)
+    tiles = tw.cdiv(each, meta["BM"]), tw.cdiv(columns, meta["BN"])
+    parts = symmetric(world, "gemm_rs", (size, each, columns), own(c).dtype)
+    sent = flags(world, "gemm_rs", (size, *tiles))
+    world.launch(gemm_reduce_scatter, (*tiles, size), a, b, parts, sent, c, **meta)
+
+
+def reference(a: list[np.ndarray[Any, Any]], b: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    """Each rank's rows in float64."""
+    total = sum(x.astype(np.float64) @ y.astype(np.float64) for x, y in zip(a, b, strict=True))
+    each = share(a[0].shape[0], len(a))
+    return [total[rank * each : (rank + 1) * each] for rank in range(len(a))]

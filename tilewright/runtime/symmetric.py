@@ -1,0 +1,322 @@
+"""Symmetric tensors: one of the same shape and dtype on each rank of a world, which all ranks reach.
+
+`SymmetricHeap` is the part of a world (`tw.World`) that knows no compiler: it makes the tensors, keeps the
+control blocks that communicating kernels share, and explains why one gave up waiting.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from math import prod
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tilewright.ir.abi import CONTROL_WORDS, Control
+from tilewright.ir.interpreter_numerics import NUMPY
+from tilewright.ir.types import DTYPES, DType
+from tilewright.runtime.arguments import TensorView, Viewed, canonical_dtype, read_tensor, row_major
+from tilewright.runtime.emulated import host_view
+from tilewright.runtime.errors import ArgumentError, DeviceError
+from tilewright.runtime.fault_record import FaultRecord
+from tilewright.runtime.peers import Endpoint, SymmetricPlace, address_table
+from tilewright.runtime.symmetric_memory import Allocation, SymmetricMemory
+
+#: bytes of the smallest allocation, so that empty tensors have an address too
+_LEAST_BYTES = 16
+
+
+class SymmetricTensor(Viewed):
+    """A tensor on every rank, of one ``shape`` and ``dtype`` (the IR's name: "bf16"), row-major.
+
+    ``x[r]`` is the array of a rank of this process, ``x.local`` that of the only one: a torch tensor on GPUs
+    where torch is loaded, else a `DeviceArray`; a NumPy array in worlds without GPUs. ``x.rank`` is the rank whose
+    kernels this object is an argument of, None while it stands for all ranks of one process. Arrays must not be
+    used after the world has been closed.
+    """
+
+    def __init__(
+        self,
+        heap: SymmetricHeap,
+        allocation: Allocation,
+        shape: tuple[int, ...],
+        dtype: str,
+        places: Mapping[int, SymmetricPlace],
+    ) -> None:
+        self.heap, self.shape, self.dtype = heap, shape, dtype
+        self.allocation, self._places = allocation, places
+        ranks = heap.memory.ranks
+        #: the arrays of this process's ranks, and the tensor as their kernels get it
+        self.arrays = [heap.memory.array(rank, allocation, shape, dtype) for rank in ranks]
+        self.bound = [BoundTensor(self, rank, places[rank]) for rank in ranks]
+        self.rank: int | None = ranks[0] if len(ranks) == 1 else None
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each rank's tensor lies in this process's address space."""
+        return self.allocation.addresses
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one rank's tensor."""
+        return prod(self.shape) * DTYPES[self.dtype].bytes
+
+    @property
+    def local(self) -> Any:
+        """The array of this process's rank. ArgumentError where it has several."""
+        if self.rank is None:
+            raise ArgumentError(f"This process has {self.heap.size} ranks: write x[rank] for the array of one.")
+        return self.arrays[0]
+
+    def __getitem__(self, rank: int) -> Any:
+        return self.arrays[self._index(rank)]
+
+    def on(self, rank: int) -> BoundTensor:
+        """This tensor as an argument of a rank's kernel."""
+        return self.bound[self._index(rank)]
+
+    def _index(self, rank: int) -> int:
+        ranks = list(self.heap.memory.ranks)
+        if rank not in ranks:
+            raise ArgumentError(f"Rank {rank} is not of this process; it has rank {ranks}.")
+        return ranks.index(rank)
+
+    def reshape(self, *shape: int) -> SymmetricTensor:
+        """The same elements, on every rank, under another shape."""
+        if prod(shape) != prod(self.shape):
+            raise ArgumentError(f"{self!r} cannot take the shape {list(shape)}: it has {prod(self.shape)} elements.")
+        return SymmetricTensor(self.heap, self.allocation, shape, self.dtype, self._places)
+
+    @property
+    def view(self) -> TensorView:
+        if self.rank is None:
+            raise ArgumentError(f"{self!r}, all in this process: launch with world.launch(kernel, grid, ...).")
+        return self.bound[0].view
+
+    @property
+    def device(self) -> str:
+        """The device that a launch on it runs on."""
+        return self.bound[0].device
+
+    def __repr__(self) -> str:
+        return f"<symmetric {self.dtype} tensor {list(self.shape)} on {self.heap.size} ranks>"
+
+
+class BoundTensor(Viewed):
+    """A symmetric tensor as one rank's kernel gets it."""
+
+    def __init__(self, tensor: SymmetricTensor, rank: int, place: SymmetricPlace) -> None:
+        self.tensor, self.rank = tensor, rank
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.device = tensor.heap.memory.device(rank)
+        self._view = TensorView(tensor.addresses[rank], self.shape, row_major(self.shape), self.dtype, None, place)
+
+    @property
+    def array(self) -> Any:
+        """The rank's array."""
+        return self.tensor[self.rank]
+
+    @property
+    def view(self) -> TensorView:
+        if self.tensor.heap.closed:
+            raise ArgumentError("The tensor's world has been closed, and its memory given back.")
+        return self._view
+
+
+class SymmetricHeap:
+    """Symmetric tensors of one world, from one provider of memory.
+
+    ``timeout``: seconds after which a kernel that waits for another rank gives up; 0: never.
+    """
+
+    def __init__(self, memory: SymmetricMemory, timeout: float = 30.0) -> None:
+        self.memory = memory
+        self.timeout = timeout
+        self.closed = False
+        #: of this process's ranks
+        self.devices = [memory.device(rank) for rank in memory.ranks]
+        #: tensors that kernels keep for their next launches, by what they are for
+        self.workspaces: dict[Any, SymmetricTensor] = {}
+        self.endpoints: dict[int, Endpoint] = {}
+        self.faults: dict[int, FaultRecord] = {}
+        try:
+            self.control = memory.allocate(4 * CONTROL_WORDS)
+            for rank in memory.ranks:
+                self.endpoints[rank], self.faults[rank] = self._endpoint(rank)
+                memory.explain(rank, self.faults[rank].message)
+            memory.barrier()  # no rank writes to another's control block before it has been cleared
+        except BaseException:
+            memory.close()
+            raise
+
+    def _endpoint(self, rank: int) -> tuple[Endpoint, FaultRecord]:
+        memory, controls = self.memory, self.control.addresses
+        table = memory.place(rank, address_table(controls))
+        endpoint = Endpoint(
+            rank, memory.size, controls, table, lambda data: memory.place(rank, data), memory.uses_torch
+        )
+        shared = memory.fault_record(rank)
+        words = np.zeros(CONTROL_WORDS, np.int32)
+        words[Control.FAULT : Control.FAULT + 2] = np.array([shared.address], np.uint64).view(np.int32)
+        words[Control.TIMEOUT] = min(round(self.timeout * 1000), 2**31 - 1)
+        memory.fill(rank, self.control, words)
+        return endpoint, FaultRecord(shared.words, endpoint, self.timeout)
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.memory.size
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks of this process."""
+        return self.memory.ranks
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process. ArgumentError where it has several."""
+        if len(self.memory.ranks) != 1:
+            raise ArgumentError(f"This process has all {self.size} ranks of its world: it is none of them alone.")
+        return self.memory.ranks[0]
+
+    # --- tensors, made by all ranks in the same order ---------------------------------------------------
+
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> SymmetricTensor:
+        """A tensor of ``shape`` (int or several) on each rank, with any contents.
+
+        ``dtype``: a name ("bf16", "float32"), or a dtype of tilewright, torch or NumPy. DeviceError on every
+        rank where ranks ask for different ones.
+        """
+        if self.closed:
+            raise DeviceError("The world has been closed.")
+        sizes = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
+        kind = dtype_of(dtype)
+        if not sizes or min(sizes) < 0:
+            raise ArgumentError(f"A symmetric tensor has one or more dimensions, none negative, not {sizes}.")
+        self.memory.agree("the tensor to make", f"{kind} {list(sizes)}")
+        allocation = self.memory.allocate(max(prod(sizes) * kind.bytes, _LEAST_BYTES))
+        table = address_table(allocation.addresses)
+        places = {
+            rank: SymmetricPlace(endpoint, allocation.addresses, self.memory.place(rank, table))
+            for rank, endpoint in self.endpoints.items()
+        }
+        return SymmetricTensor(self, allocation, sizes, kind.name, places)
+
+    def zeros(self, shape: int | Sequence[int], dtype: Any) -> SymmetricTensor:
+        """Like `empty`, filled with zeros on every rank before any rank returns."""
+        tensor = self.empty(shape, dtype)
+        for rank in self.memory.ranks:
+            self.memory.fill(rank, tensor.allocation, None)
+        self.memory.barrier()
+        return tensor
+
+    def flags(self, *shape: int | Sequence[int]) -> SymmetricTensor:
+        """Flags for `tw.signal` and `tw.wait`: int32, none of them set. Only kernels may write to them."""
+        sizes = [n for part in shape for n in ([part] if isinstance(part, int) else part)]
+        return self.zeros(sizes, "i32")
+
+    def tensor(self, values: Any) -> SymmetricTensor:
+        """A tensor with values: an array of this process's rank, or a list of one for each rank.
+
+        Takes NumPy arrays and torch tensors, which are copied; shape and dtype are theirs.
+        """
+        ranks = self.memory.ranks
+        given = values if isinstance(values, list | tuple) else [values] * len(ranks)
+        if len(given) != len(ranks):
+            raise ArgumentError(f"There are {len(ranks)} ranks in this process, and {len(given)} arrays for them.")
+        kinds = {(tuple(array.shape), dtype_of(array.dtype)) for array in given}
+        if len(kinds) != 1:
+            listing = ", ".join(f"{dtype} {list(shape)}" for shape, dtype in kinds)
+            raise ArgumentError(
+                f"The arrays of the ranks differ: {listing}. A symmetric tensor has one shape and dtype."
+            )
+        shape, dtype = kinds.pop()
+        tensor = self.empty(shape, dtype)
+        for rank, array in zip(ranks, given, strict=True):
+            self.memory.fill(rank, tensor.allocation, array)
+        self.memory.barrier()
+        return tensor
+
+    def push(self, source: Any, target: SymmetricTensor, stream: Any = None) -> None:
+        """Copy parts to all ranks with the GPUs' copy engines: ``target[r]`` of rank p becomes ``source[p]`` of rank r.
+
+        ``source``: an array of this process's rank, a list of one for each, or a symmetric tensor; of the target's
+        shape (world, ...) and dtype, row-major. It is queued on ``stream`` like a launch, with no wait for other
+        ranks: kernels before and behind must see to it that all may write and that all have
+        (`tilewright.kernels.multi_gpu.copy_engine`).
+        """
+        sources = source if isinstance(source, list) else getattr(source, "arrays", [source] * len(self.ranks))
+        part = target.nbytes // self.size
+        for i, (rank, array) in enumerate(zip(self.ranks, sources, strict=True)):
+            address = self._pushed(array, target)
+            copies = [
+                (target.addresses[peer] + rank * part, address + peer * part, part)
+                for peer in ((rank + 1 + hop) % self.size for hop in range(self.size))
+            ]
+            if part:
+                self.memory.copy(rank, copies, stream[i] if isinstance(stream, list) else stream)
+
+    def _pushed(self, array: Any, target: SymmetricTensor) -> int:
+        """The address of what is copied. ArgumentError unless it has the form of the target."""
+        view = host_view(array, "source") if self.devices[0].startswith(("cpu", "emulate")) else tensor_view(array)
+        dtype, dense = canonical_dtype(view.dtype), row_major(view.shape)
+        if (tuple(view.shape), dtype, self.size) != (target.shape, target.dtype, target.shape[0]):
+            raise ArgumentError(
+                f"A {dtype} array {list(view.shape)} cannot be pushed to {target!r}: both must be (world, ...)."
+            )
+        if any(size > 1 and step != wanted for size, step, wanted in zip(view.shape, view.strides, dense, strict=True)):
+            raise ArgumentError("What is pushed must be row-major: pass a contiguous copy.")
+        return view.address
+
+    # --- the ranks together -------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Wait for the kernels of this process's ranks. DeviceError says whom one waited for in vain."""
+        try:
+            self.memory.synchronize()
+        except DeviceError as error:
+            self.check(error)
+            raise
+        self.check()
+
+    def check(self, error: Exception | None = None) -> None:
+        """DeviceError if a kernel of this process gave up waiting; for use after torch reported a failed launch."""
+        for record in self.faults.values():
+            message = record.message()
+            if message is not None:
+                raise DeviceError(message, getattr(error, "code", None)) from error
+
+    def barrier(self) -> None:
+        """Wait for this process's kernels and then for all processes. DeviceError when a rank is gone."""
+        self.synchronize()
+        self.memory.barrier()
+
+    def close(self) -> None:
+        """Give the memory back: collective. Tensors of this world and arrays in them must not be used any more."""
+        if not self.closed:
+            self.closed = True
+            self.memory.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def tensor_view(array: Any) -> TensorView:
+    """Where an array in a GPU's memory lies."""
+    return read_tensor(array, "source", sys.modules.get("torch"))[0]
+
+
+def dtype_of(dtype: Any) -> DType:
+    """The IR's dtype of a name or of another library's dtype. ArgumentError for others."""
+    if isinstance(dtype, type):  # np.float32 as opposed to np.dtype("float32")
+        dtype = np.dtype(dtype)
+    name = canonical_dtype(str(getattr(dtype, "name", dtype)))
+    found = DTYPES.get(name)
+    if found is None or found not in NUMPY:
+        raise ArgumentError(f"{dtype!r} is no dtype of a tensor; there are: {', '.join(kind.name for kind in NUMPY)}.")
+    return found

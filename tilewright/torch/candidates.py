@@ -1,0 +1,215 @@
+"""What of our operators could stand for a call in Dynamo's graph, together with its neighbours, largest first."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tilewright.torch import gated, grouped, products, sdpa
+from tilewright.torch.graphs import example, insert, is_call, is_tensor, only_user, without_dropout
+from tilewright.torch.masks import Band, band_of
+
+_RELU = (F.relu, torch.relu, "relu")
+_ACTIVATIONS = (F.silu, F.gelu, *_RELU)
+_ADD = (operator.add, torch.add, "add")
+_MULTIPLY = (operator.mul, torch.mul, "mul")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A call of ``ours`` that would give the result of the node ``last``.
+
+    ``consumed`` are the nodes that disappear with it, ``last`` among them.
+    """
+
+    ours: Any
+    args: tuple[Any, ...]
+    last: Any
+    consumed: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    #: what to call it in a report
+    name: str = ""
+    #: the node whose result ``ours`` gives second, where it has two; ``last``'s is the first
+    second: Any = None
+
+
+def linear(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
+    """A product, with the bias, the activation, the second product and the residual that belong to it."""
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    ours = products.linear
+    yield from _gated(node)
+    activated = _activation(node)
+    if activated is not None:
+        name, user = activated
+        if name == "relu" or not _needs_gradient(node):
+            options = {"activation": name}
+            yield from _with_residual(ours, given, options, (node, user), f"linear+{name}")
+            yield Candidate(ours, (), user, (node, user), {**given, **options}, f"linear+{name}")
+    yield from _with_residual(ours, given, {}, (node,), "linear")
+    yield Candidate(ours, (), node, (node,), given, "linear")
+
+
+def added_product(node: Any) -> Iterator[Candidate]:
+    """``addmm(bias, x, weight)``: a linear layer whose weight lies the other way, with its neighbours."""
+    given = dict(zip(("input", "mat1", "mat2"), node.args, strict=False)) | dict(node.kwargs)
+    bias, x, weight = (given.pop(name) for name in ("input", "mat1", "mat2"))
+    if any(value != 1 for value in given.values()) or not all(map(is_tensor, (bias, x, weight))):
+        return
+    if example(bias).ndim != 1 or example(weight).ndim != 2:
+        return
+    turned = insert(node, "t", (weight,), {}, example(weight).t())
+    yield from linear(node, (x, turned, bias), {})
+    if not turned.users:
+        turned.graph.erase_node(turned)
+
+
+def grouped_product(node: Any) -> Iterator[Candidate]:
+    """Torch's grouped product, or the stand-in of transformers where torch has none."""
+    given = dict(zip(("mat_a", "mat_b"), node.args, strict=False)) | dict(node.kwargs)
+    yield Candidate(grouped.grouped_mm, (), node, (node,), given, "grouped_mm")
+
+
+def _gated(node: Any) -> Iterator[Candidate]:
+    """``activation(x @ gate) * (x @ up)``, of which the node is either product."""
+    for side in (node, only_user(node)):
+        product = only_user(side)
+        if not is_call(product, *_MULTIPLY) or len(product.args) != 2:
+            continue
+        for activated, up in (product.args, product.args[::-1]):
+            gate = activated.args[0] if is_call(activated, *_ACTIVATIONS) and activated.args else None
+            found = _activation(gate) if is_call(gate, F.linear) else None
+            if found is None or found[1] is not activated or not is_call(up, F.linear):
+                continue
+            first, second = _linear_arguments(gate), _linear_arguments(up)
+            single = only_user(activated) is product and only_user(up) is product
+            biased = first.get("bias") is not None or second.get("bias") is not None
+            if single and not biased and first["input"] is second["input"]:
+                weights = {"input": first["input"], "gate": first["weight"], "up": second["weight"]}
+                consumed = (gate, activated, up, product)
+                kwargs = {**weights, "activation": found[0]}
+                yield Candidate(gated.gated_linear, (), product, consumed, kwargs, f"gated+{found[0]}")
+                return
+
+
+def _linear_arguments(node: Any) -> dict[str, Any]:
+    return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+
+
+def _with_residual(
+    ours: Any, given: dict[str, Any], options: dict[str, Any], nodes: tuple[Any, ...], name: str
+) -> Iterator[Candidate]:
+    value = without_dropout(nodes[-1])
+    user = only_user(value)
+    if not is_call(user, *_ADD) or user.kwargs or len(user.args) != 2 or user.args[0] is user.args[1]:
+        return
+    other = user.args[1] if user.args[0] is value else user.args[0]
+    if is_tensor(other) and example(other).shape == example(value).shape:
+        consumed = tuple(dict.fromkeys((*nodes, value, user)))
+        yield Candidate(ours, (), user, consumed, {**given, **options, "residual": other}, f"{name}+residual")
+
+
+def normalised(ours: Any, adding: Any) -> Callable[..., Iterator[Candidate]]:
+    """Candidates for a norm: with the addition before it, then alone."""
+
+    def candidates(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
+        given = dict(inspect.signature(ours).bind(*args, **kwargs).arguments)
+        yield from with_addition(adding, given, (node,))
+        yield Candidate(ours, (), node, (node,), given, ours.__name__)
+
+    return candidates
+
+
+def with_addition(adding: Any, given: dict[str, Any], nodes: tuple[Any, ...]) -> Iterator[Candidate]:
+    """The norm that ``nodes`` compute, together with the addition that makes its input."""
+    total = given["input"]
+    if not is_call(total, *_ADD) or total.kwargs or len(total.args) != 2 or not all(map(is_tensor, total.args)):
+        return
+    if all(example(x).shape == example(total).shape for x in total.args):
+        sums = {**given, "input": total.args[0], "residual": total.args[1]}
+        yield Candidate(adding, (), nodes[-1], (total, *nodes), sums, adding.__name__, second=total)
+
+
+def attention(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
+    """Attention, without masks that say "causal" and without keys and values that were only repeated for heads."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    plain = {**given, **_without_repetition(given)}
+    mask, ours = given.get("attn_mask"), sdpa.attention
+    if isinstance(mask, torch.fx.Node):
+        found = _positions(band_of(mask), *(example(given[name]) for name in ("query", "key", "attn_mask")))
+        if found is not None and not given.get("is_causal"):
+            name = "attention+window" if "window" in found else "attention+causal mask"
+            yield Candidate(ours, (), node, (node,), {**plain, "attn_mask": None, **found}, name)
+    yield Candidate(ours, (), node, (node,), plain, "attention")
+    if plain != given:
+        yield Candidate(ours, (), node, (node,), given, "attention")
+
+
+def _positions(band: Band | None, query: Any, key: Any, mask: Any) -> dict[str, Any] | None:
+    """The arguments of attention that stand for a band."""
+    if band is None or band.high != 0 or tuple(mask.shape[-2:]) != (query.shape[-2], query.shape[-2]):
+        return None
+    if query.shape[-2] != key.shape[-2]:
+        return None
+    if band.low == float("-inf"):
+        return {"is_causal": True}
+    return {"is_causal": True, "window": int(-band.low)} if band.low <= 0 else None
+
+
+def _without_repetition(given: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values before each was repeated for the queries' heads that share it."""
+    key, value = _repeated(given["key"]), _repeated(given["value"])
+    if key is None or value is None:
+        return {}
+    return {"key": key, "value": value, "enable_gqa": True}
+
+
+def _repeated(node: Any) -> Any:
+    """What ``x[:, :, None].expand(b, g, n, s, d).reshape(b, g * n, s, d)`` or its like repeats."""
+    if is_call(node, torch.repeat_interleave, "repeat_interleave"):
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        whole = is_tensor(node.args[0]) and isinstance(node.args[1], int) and example(node).ndim == 4
+        return node.args[0] if whole and dim in (1, -3) else None
+    if not is_call(node, "reshape", torch.reshape, "view", "flatten"):
+        return None
+    wide = node.args[0]
+    if not is_call(wide, "expand") or not is_tensor(wide) or example(wide).ndim != 5 or example(node).ndim != 4:
+        return None
+    narrow = wide.args[0]
+    source = narrow.args[0] if is_call(narrow, operator.getitem, "unsqueeze", torch.unsqueeze) else None
+    if not is_tensor(source) or example(source).ndim != 4:
+        return None
+    batch, groups, rows, depth = example(source).shape
+    added, grown = example(narrow).shape, example(wide).shape
+    same = (*grown[:2], *grown[3:]) == (batch, groups, rows, depth) and tuple(added) == (batch, groups, 1, rows, depth)
+    return source if same and example(node).shape[1] == groups * grown[2] else None
+
+
+def _activation(node: Any) -> tuple[str, Any] | None:
+    """The activation that alone uses a node's result, and its node."""
+    user = only_user(node)
+    if user is None or not is_call(user, *_ACTIVATIONS) or user.args[:1] != (node,):
+        return None
+    if user.kwargs.get("inplace") or (len(user.args) > 1 and user.args[1] is True):
+        return None
+    if user.target in _RELU:
+        return "relu", user
+    if user.target is F.silu:
+        return "silu", user
+    return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
+
+
+def _needs_gradient(node: Any) -> bool:
+    """Whether a gradient flows here: of an activation other than relu it needs the value before, which is not kept."""
+    return getattr(example(node), "requires_grad", True)
+
+
+__all__ = [
+    "Candidate", "added_product", "attention", "grouped_product", "linear", "normalised", "with_addition",
+]  # fmt: skip

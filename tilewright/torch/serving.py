@@ -1,0 +1,184 @@
+"""Attention as servers need it: sequences of different lengths in one tensor, and one new query for each sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import tilewright as tw
+from tilewright.kernels import attention as kernels
+from tilewright.kernels import attention_decode as decoding
+from tilewright.torch.functional import functional
+from tilewright.torch.operator import torch_op
+from tilewright.torch.sdpa import DEPTHS
+from tilewright.torch.support import Refusal, refuse_place, refuse_tensors, trains
+
+# --- packed sequences -----------------------------------------------------------------------------
+
+
+def _launch_varlen(
+    out: Any, q: Any, k: Any, v: Any, q_starts: Any, k_starts: Any, longest: int, causal: bool, left: Any, scale: float
+) -> None:
+    if out.numel():
+        meta = kernels.configuration(longest if left is None else 0, q.shape[2])
+        grid = tw.cdiv(longest, meta["BM"]), q.shape[1], q_starts.shape[0] - 1
+        arguments = q, k, v, out, q_starts, k_starts, scale * kernels.LOG2E, None, left
+        sizes = {"D": q.shape[2], "DV": v.shape[2], "CAUSAL": causal}
+        kernels.attention_varlen[grid](*arguments, **sizes, **meta)
+
+
+_varlen = torch_op(
+    "tilewright::attention_varlen(Tensor q, Tensor k, Tensor v, Tensor q_starts, Tensor k_starts, int longest,"
+    " bool causal, int? left, float scale) -> Tensor",
+    outputs=lambda q, k, v, *rest: q.new_empty((*q.shape[:2], v.shape[2])),
+    launch=_launch_varlen,
+)
+
+
+def _refuse_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    max_q: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Refusal:
+    reason = refuse_tensors(query, key, value) or refuse_place(query, cu_seq_q, cu_seq_k)
+    if reason:
+        return reason
+    if any(x.ndim != 3 for x in (query, key, value)) or query.shape[2] not in DEPTHS:
+        return f"no packed heads of {' or '.join(map(str, DEPTHS))}"
+    if key.shape != value.shape or key.shape[2] != query.shape[2] or query.shape[1] % key.shape[1]:
+        return "the sizes of query, key and value differ"
+    if cu_seq_q.dtype != torch.int32 or cu_seq_k.dtype != torch.int32 or cu_seq_q.shape != cu_seq_k.shape:
+        return "starts are no int32 of one size"
+    return "gradients of packed sequences" if trains(query, key, value) else None
+
+
+def _eager_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    max_q: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Any:
+    """All pairs of queries and keys, masked."""
+    places = []
+    for starts, packed in ((cu_seq_q, query), (cu_seq_k, key)):
+        index = torch.arange(packed.shape[0], device=packed.device)
+        number = torch.searchsorted(starts.long(), index, right=True) - 1
+        behind = starts.long()[(number + 1).clamp(max=starts.shape[0] - 1)] - index  # the last one is 1
+        places.append((number, behind))
+    (q_number, q_behind), (k_number, k_behind) = places
+    seen = (q_number[:, None] == k_number) & (q_number[:, None] < cu_seq_q.shape[0] - 1)
+    if is_causal:
+        seen &= k_behind >= q_behind[:, None]
+    if window is not None:
+        seen &= k_behind <= q_behind[:, None] + window
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+@functional(_refuse_varlen, _eager_varlen, lowered=True)
+def attention_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    max_q: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Any:
+    """Attention within each of several sequences that lie one after the other.
+
+    query (T, H, D), key and value (S, G, D), H a multiple of G; ``cu_seq_q`` and ``cu_seq_k`` (B + 1,) int32 are where
+    sequences begin and the last ends; ``max_q``, the longest sequence of queries or more. ``is_causal`` and ``window``
+    (as many keys before a query's own) align the last query of a sequence with its last key. No gradients in the
+    kernel: where they flow, torch computes with a mask of all pairs (T, S).
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, is_causal, window, factor)
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+def _launch_decode(out: Any, q: Any, k: Any, v: Any, lengths: Any, pages: Any, scale: float) -> None:
+    if not out.numel():
+        return
+    keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
+    count = decoding.splits(q.shape[0], k.shape[1], keys)
+    parts = q.new_empty((*q.shape[:2], count, v.shape[3]), dtype=torch.float32)
+    logarithms = q.new_empty((*q.shape[:2], count), dtype=torch.float32)
+    decoding.decode(q, k, v, out, lengths, parts, logarithms, pages, scale=scale)
+
+
+_decode = torch_op(
+    "tilewright::attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? pages, float scale) -> Tensor",
+    outputs=lambda q, k, v, *rest: q.new_empty((*q.shape[:2], v.shape[3])),
+    launch=_launch_decode,
+)
+
+
+def _refuse_decode(
+    query: Any, key: Any, value: Any, lengths: Any, pages: Any = None, *, scale: float | None = None
+) -> Refusal:
+    reason = refuse_tensors(query, key, value) or refuse_place(query, *(x for x in (lengths, pages) if x is not None))
+    if reason:
+        return reason
+    if query.ndim != 3 or key.ndim != 4 or value.ndim != 4 or query.shape[2] not in DEPTHS:
+        return f"no heads of {' or '.join(map(str, DEPTHS))}"
+    if key.shape != value.shape or key.shape[3] != query.shape[2]:
+        return "the sizes of query, key and value differ"
+    if query.shape[1] % key.shape[1] or query.shape[1] > decoding.ROWS * key.shape[1]:
+        return f"more than {decoding.ROWS} heads for each head of keys"
+    if pages is None and key.shape[0] != query.shape[0]:
+        return "the sizes of query, key and value differ"
+    if pages is not None and (pages.dtype != torch.int32 or key.shape[2] < 16 or key.shape[2] & (key.shape[2] - 1)):
+        return "pages are no int32, or their size is no power of two from 16"
+    if lengths.dtype != torch.int32 or tuple(lengths.shape) != tuple(query.shape[:1]):
+        return "lengths are no int32 for each sequence"
+    return "gradients of decoding" if trains(query, key, value) else None
+
+
+def _eager_decode(
+    query: Any, key: Any, value: Any, lengths: Any, pages: Any = None, *, scale: float | None = None
+) -> Any:
+    if pages is not None:  # (B, P, G, N, D) to (B, G, P * N, D)
+        key, value = (x[pages.long()].transpose(1, 2).flatten(2, 3) for x in (key, value))
+    seen = torch.arange(key.shape[2], device=key.device) < lengths[:, None]
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query[:, :, None], key, value, attn_mask=seen[:, None, None], scale=scale, enable_gqa=grouped
+    )
+    return out[:, :, 0]
+
+
+@functional(_refuse_decode, _eager_decode, lowered=True)
+def attention_decode(
+    query: Any, key: Any, value: Any, lengths: Any, pages: Any = None, *, scale: float | None = None
+) -> Any:
+    """Attention of one query for each sequence, keys split over programs: query (B, H, D), the result (B, H, D).
+
+    key and value (B, G, N, D), H a multiple of G, of which the first ``lengths`` (B,) int32 exist; with ``pages``
+    (B, P) int32 they lie in pages (pages, G, N, D), those of a sequence in the order of its row. No gradients.
+    """
+    return _decode(query, key, value, lengths, pages, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+__all__ = ["attention_decode", "attention_varlen"]
