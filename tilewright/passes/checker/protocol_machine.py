@@ -78,7 +78,9 @@ class ProtocolMachine(Machine):
     def run(self) -> int:
         """As `Machine.run`. Raises Fault."""
         try:
-            return super().run()
+            steps = super().run()
+            self._check_ends()
+            return steps
         except FarFault as fault:
             old, new = fault.old, fault.new
             fault.events = self._past([(old.agent, old.clock), (new.agent, new.clock)])
@@ -302,8 +304,8 @@ class ProtocolMachine(Machine):
     def _finish(self, thread: Thread) -> None:
         """Each thread's own ends are those of its block, which `check-schedule` looks after."""
 
-    def check_ends(self) -> None:
-        """After the run: what may still be on its way when a rank's launch ends. Raises Fault."""
+    def _check_ends(self) -> None:
+        """What may still be on its way when a rank's launch ends."""
         last = self.threads[0].events[-1].op if self.threads[0].events else self.model.ops[-1]
         if any(len(left) < self.blocks for left in self.left):
             raise Fault("a block ends without leaving the launch, which would never end", last, hint="comm.leave")
