@@ -1,8 +1,8 @@
 """check-protocol: prove that ranks which run a kernel together never meet in the wrong order, or say where they do.
 
 For worlds of 2 and 3 ranks the pass looks for small launches that the protocol is meant for (`checker.rehearsal`) and
-runs each on an abstract machine (`checker.protocol_machine`), with a block for each program and with one block for all
-programs of a rank. It finds deadlocks, flags that are signalled twice, data that is read before it has arrived or
+runs each on an abstract machine (`checker.protocol_machine`), with a block for each program and with one or two blocks
+for all programs of a rank. It finds deadlocks, flags that are signalled twice, data that is read before it has arrived or
 rewritten while it may be read, writes that may come after the launch of the rank whose memory they go to has ended,
 accesses before it has begun, waits for a copy's reads where its writes matter, and missing proxy fences. It changes
 nothing.
@@ -90,9 +90,11 @@ class _Checker:
 
     def check(self, launch: Launch) -> None:
         """A launch that fits. Raises IRError."""
-        self._play(launch, len(launch.runs) // launch.world)
+        programs = len(launch.runs) // launch.world
+        self._play(launch, programs)
         if self._shares_blocks(launch) and goes_on(self._trace(launch, 1)):
-            self._play(launch, 1)
+            for blocks in range(1, min(programs, 3)):
+                self._play(launch, blocks)
 
     def require(self, launches: list[Launch], other: Launch | None) -> None:
         """Raises IRError where no launch fits, or none goes on with one block on each rank. ``other``: the best one."""

@@ -4,7 +4,8 @@ A flag is set once in a launch, by one program (checked here), so every wait mee
 order the same events, and vector clocks of one of them speak for all, as in `machine`. Two things do depend on the
 order in which blocks run, and are covered by the choice of blocks: programs of one block follow one another, so the
 fewer blocks there are, the less can go on at the same time and the more can deadlock; and the more there are, the less
-is ordered and the more can race. So one block for each program and one block for all of a rank are the two extremes.
+is ordered and the more can race. So one block for each program and one block for all of a rank are the two extremes;
+two blocks on each rank show what a block does for one program while it is at another of its own.
 
 PTX ISA, "Memory Consistency Model": a signal is a release at system scope by one thread, which speaks for others of
 its block that it has met at a barrier; a wait is a poll by one thread with an acquire behind it. The copy engine's

@@ -70,8 +70,9 @@ class Launch:
     def text(self, blocks: int) -> str:
         """As a message names it. ``blocks``: of each rank."""
         parts = str(self.inputs).rsplit(", block", 1)[0]
-        how = ", a block for each program" if blocks > 1 else ", one block on each"
-        how = how if prod(self.inputs.grid) > 1 else ""
+        programs = prod(self.inputs.grid)
+        how = ", a block for each program" if blocks == programs else f", {blocks} blocks on each"
+        how = "" if programs == 1 else ", one block on each" if blocks == 1 else how
         return f"{self.world} ranks{how}, {parts}"
 
 
