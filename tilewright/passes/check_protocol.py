@@ -2,8 +2,8 @@
 
 For worlds of 2 and 3 ranks the pass looks for small launches that the protocol is meant for (`checker.rehearsal`) and
 runs each on an abstract machine (`checker.protocol_machine`), with a block for each program and with one or two blocks
-for all programs of a rank. It finds deadlocks, flags that are signalled twice, data that is read before it has arrived or
-rewritten while it may be read, writes that may come after the launch of the rank whose memory they go to has ended,
+for all programs of a rank. It finds deadlocks, flags that are signalled twice, data that is read before it has arrived
+or rewritten while it may be read, writes that may come after the launch of the rank whose memory they go to has ended,
 accesses before it has begun, waits for a copy's reads where its writes matter, and missing proxy fences. It changes
 nothing.
 """
