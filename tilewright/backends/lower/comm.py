@@ -176,6 +176,7 @@ def lower_leave(lw: Lowering, op: comm_ops.Leave) -> None:
             if op.after_all:
                 _each(lw, fb.i32(0), world.size, 1, lambda peer: _tell(lw, peer, Control.LEFT))
                 _each(lw, fb.i32(0), world.size, 1, await_end)
+                fb.fence("acquire")
             fb.store(fb.i32(0), _control(lw, Control.BLOCKS), WORD, ordering="monotonic")
             lw.ops.store_release(lw, world.launch, _control(lw, Control.EPOCH))
 
@@ -208,7 +209,7 @@ class _Awaited:
 
 
 def _poll_each(lw: Lowering, count: IntLike, poll: Callable[[mlir.Value], None]) -> None:
-    """The lanes of the scope's first warp, or its one thread, share ``count`` polls.
+    """The lanes of the scope's first warp, or its one thread, share ``count`` polls; behind all of them is one fence.
 
     All lanes poll until what all of them wait for is there, those without a poll of their own the last one's. So the
     warp stays together, which ptxas wants to know: behind a loop that lanes leave one by one it takes all warps to be
@@ -217,13 +218,15 @@ def _poll_each(lw: Lowering, count: IntLike, poll: Callable[[mlir.Value], None])
     fb, warp, math = lw.fb, lw.target.warp_size, lw.index
     if lw.scope.single_thread:
         _each(lw, fb.i32(0), count, 1, poll)
+        fb.fence("acquire")
         return
     with fb.if_then(fb.icmp("eq", lw.scope.warp, 0)):
         if isinstance(count, int) and count <= warp:
             poll(fb.i32(0) if count == 1 else fb.umin(lw.scope.lane, count - 1))
-            return
-        last = math.value(math.sub(count, 1))
-        _each(lw, fb.i32(0), count, warp, lambda first: poll(fb.smin(fb.add(first, lw.scope.lane), last)))
+        else:
+            last = math.value(math.sub(count, 1))
+            _each(lw, fb.i32(0), count, warp, lambda first: poll(fb.smin(fb.add(first, lw.scope.lane), last)))
+        fb.fence("acquire")
 
 
 def _each(lw: Lowering, first: mlir.Value, count: IntLike, step: int, body: Callable[[mlir.Value], None]) -> None:
@@ -272,7 +275,6 @@ def _poll(lw: Lowering, pointer: mlir.Value, awaited: _Awaited, alone: bool | No
     fb.intrinsic("llvm.trap", None)
     fb.br(done)
     fb.position_at_end(done)
-    fb.fence("acquire")
 
 
 def _leave_record(lw: Lowering, awaited: _Awaited) -> None:
