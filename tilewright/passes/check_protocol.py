@@ -127,7 +127,8 @@ class _Checker:
         except Fault as fault:
             if launch.inputs.most_trips is not None and any(run.shortened for block in runs for run in block.values()):
                 launch.inputs.most_trips = None  # shortened loops may be what is wrong: look again without
-                return self._play(launch, blocks, hint)
+                self._play(launch, blocks, hint)
+                return
             fault.hint = hint or fault.hint
             raise fault.error(launch.text(blocks)) from None
         self.result.launches.append(launch.text(blocks))
