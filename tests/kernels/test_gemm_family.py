@@ -26,7 +26,14 @@ from tilewright.kernels.gemm_epilogue import (
     relu,
     silu,
 )
-from tilewright.kernels.gemm_grouped import gemm_grouped, grouped, list_tiles, most_tiles
+from tilewright.kernels.gemm_grouped import (
+    gemm_grouped,
+    gemm_grouped_weights,
+    grouped,
+    grouped_weights,
+    list_tiles,
+    most_tiles,
+)
 from tilewright.kernels.gemm_scaled import (
     configuration,
     gemm_block_scaled,
@@ -103,6 +110,11 @@ def test_gate_up(merged: bool, device: str) -> None:
         gate, up = np.asfortranarray(gate), np.asfortranarray(up)
     tw.device(device).launch(gate_up, tiles((m, n)), x, gate, up, out)
     assert relative(out, epilogue_module.gate_up_reference(x, gate, up)) < ROUNDED
+    again, left, right = (poisoned(m, n) for _ in range(3))
+    tw.device(device).launch(gate_up, tiles((m, n)), x, gate, up, again, left, right)
+    np.testing.assert_array_equal(again, out)
+    for kept, weight in ((left, gate), (right, up)):
+        assert relative(kept, x.astype(np.float64) @ weight.astype(np.float64)) < ROUNDED
 
 
 def test_both_products_of_gate_up_stay_in_flight() -> None:
@@ -197,6 +209,25 @@ def test_grouped(sizes: list[int], device: str) -> None:
     assert not table[len(tiles_of) :, :3].any() and (table[:, 3] == len(tiles_of)).all()
     place.launch(gemm_grouped, (most * tw.cdiv(n, 128),), a, b, table, out, BN=128, WINDOW=2)
     assert relative(out, grouped_module.reference(a, b, offsets)) < ROUNDED
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+def test_gradient_of_grouped_matrices(sizes: list[int], device: str) -> None:
+    k, n = 72, 136
+    offsets = np.cumsum([0, *sizes]).astype(np.int32)
+    a, dy, db = random(int(offsets[-1]), k), random(int(offsets[-1]), n, seed=1), poisoned(len(sizes), k, n)
+    tw.device(device).launch(gemm_grouped_weights, (*tiles((k, n)), len(sizes)), a, dy, offsets, db)
+    assert relative(db, grouped_module.reference_weights(a, dy, offsets)) < ROUNDED
+    assert all((db[g] == 0).all() for g, size in enumerate(sizes) if size == 0)
+
+
+def test_what_follows_a_group_is_of_no_account() -> None:
+    offsets = np.array([0, 70], np.int32)
+    a, dy, db = random(128, 64), random(128, 64, seed=1), poisoned(1, 64, 64)
+    a[70:], dy[70:] = np.nan, np.inf
+    grouped_weights(a, dy, offsets, db, BM=64, BN=64)
+    assert relative(db, grouped_module.reference_weights(a[:70], dy[:70], offsets)) < ROUNDED
 
 
 def test_rows_outside_all_groups_stay() -> None:
