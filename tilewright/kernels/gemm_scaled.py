@@ -14,6 +14,8 @@ import tilewright as tw
 
 #: K (and, of b, N) that shares a scale in `gemm_block_scaled`
 BLOCK = 128
+#: scales of b that are read together: as many as a copy of the copy engine brings at least
+NEIGHBOURS = 32
 
 
 @tw.function
@@ -110,10 +112,10 @@ def gemm_block_scaled(
     column = n * BN // BLOCK
     acc = tw.zeros((BM, BN), tw.float32)
     for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
-        # vectors of 16 bytes or more travel with the operands: of b's scales one of the neighbours is ours
-        rows, neighbours = tw.load(scale_a.T[k], m, BM), tw.load(scale_b[k], column // 4, 4)
+        # vectors travel with the operands: of b's scales one of the neighbours is ours
+        rows, neighbours = tw.load(scale_a.T[k], m, BM), tw.load(scale_b[k], column // NEIGHBOURS, NEIGHBOURS)
         product = tw.dot(tw.load(a, (m, k), (BM, BLOCK)), tw.load(b, (k, n), (BLOCK, BN)))
-        ours = tw.sum(tw.where(tw.arange(4) == column % 4, neighbours, 0.0))
+        ours = tw.sum(tw.where(tw.arange(NEIGHBOURS) == column % NEIGHBOURS, neighbours, 0.0))
         acc += product.to(tw.float32) * (rows * ours)[:, None]
     tw.store(c, (m, n), acc.to(c.dtype))
 
