@@ -50,6 +50,15 @@ def test_kernels_are_sound(name: str, target: str) -> None:
     assert len(result.missed) == (name in PUSHING), result.missed
 
 
+@pytest.mark.parametrize("schedule_name", ["prefetch", "turns", "alternate"])
+@pytest.mark.parametrize("name", ["GEMM + reduce-scatter", "GEMM + all-reduce", "all-gather + GEMM"])
+def test_other_schedules_are_sound(name: str, schedule_name: str) -> None:
+    """Consumers that alternate hand turns to each other, behind which no signal may stay that a peer waits for."""
+    kernel, types = CASES[name]
+    sizes = {"BM": 64, "BN": 64} if schedule_name == "alternate" else {}
+    checked(schedule(kernel, {**types, **sizes}, "sm_90a", schedule=schedule_name))
+
+
 @pytest.mark.parametrize("name", ["GEMM + reduce-scatter", "all-to-all", "ring attention, causal"])
 def test_it_is_fast(name: str) -> None:
     """Some tens of milliseconds, where code generation takes hundreds."""
