@@ -1,7 +1,7 @@
 """Decoder layers of Llama 3 8B's shapes through torch.compile: this backend against Inductor alone, in the same run.
 
-Random bfloat16 weights. Forward without gradients, and forward with backward; the errors are those of the output and of
-the gradients against float32 (relative, in the Frobenius norm), of both rivals.
+Random bfloat16 weights. Forward without gradients, and forward with backward. Errors, relative in the Frobenius norm:
+of the output and of the input's gradient against float32, and how far the rivals are apart, in all gradients too.
 """
 
 from __future__ import annotations
@@ -125,29 +125,45 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for work in WORKS[-1:] if options.training else WORKS:
         calls = {name: found[work] for name, found in compiled.items()}
         row: dict[str, Any] = {"work": work, "take": options.take or "by the gate", **shape(options)}
-        for name, call in calls.items():
-            row[f"{name}_error"] = farthest(call(), exact[work]) if exact else float("nan")
+        results = {name: call() for name, call in calls.items()}
+        row["apart"] = apart(*results.values())
+        for name, result in results.items():
+            row[f"{name}_error"] = error(first(result), exact[work]) if exact else float("nan")
+        del results, result
         times = compare(calls, repeats=options.repeats)
         row |= {f"{name}_ms": times[name].median_us / 1e3 for name in calls}
         row["ratio"] = times.speedup("tilewright", "inductor")
-        print("{work:<22} tilewright {tilewright_ms:.2f} ms, inductor {inductor_ms:.2f} ms, ratio {ratio:.3f}; "
-              "errors {tilewright_error:.2e}, {inductor_error:.2e}".format(**row), flush=True)  # fmt: skip
+        text = (
+            "{work:<22} tilewright {tilewright_ms:.2f} ms, inductor {inductor_ms:.2f} ms, ratio {ratio:.3f}; "
+            "errors {tilewright_error:.2e}, {inductor_error:.2e}, apart {apart:.2e}"
+        )
+        print(text.format(**row), flush=True)
         if options.profile:
             for name, call in calls.items():
                 profile(f"{work}, {name}", call)
         rows.append(row)
+        save(options, rows)
     return rows
 
 
 def references(model: Stack, inputs: Any, dy: torch.Tensor) -> dict[str, Any]:
-    """The results in float32, of the weights as they are in bfloat16."""
-    found = {name: step() for name, step in steps(model.float(), [x.float() for x in inputs], dy.float()).items()}
+    """For the first sequence, the output and the gradient of the input, in float32 of the bfloat16 weights."""
+    x, *angles = (value.detach().float() for value in inputs)
+    x = x[:1].requires_grad_()
+    out = model.float()(x, *angles)
+    (dx,) = torch.autograd.grad(out, x, dy[:1].float())
     model.bfloat16()
-    return found
+    return dict(zip(WORKS, (out.detach(), dx), strict=True))
 
 
-def farthest(results: Any, exact: Any) -> float:
-    pairs = zip(results, exact, strict=True) if isinstance(results, tuple) else [(results, exact)]
+def first(results: Any) -> torch.Tensor:
+    """The first sequence of a step's output or of its gradient of the input."""
+    return (results[0] if isinstance(results, tuple) else results)[:1]
+
+
+def apart(ours: Any, theirs: Any) -> float:
+    """How far the results of two steps are from each other, gradients of all weights included."""
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
     return max(error(a, b) for a, b in pairs)
 
 
@@ -199,6 +215,12 @@ def host_time(call: Callable[[], Any], repeats: int = 50, rounds: int = 9) -> fl
     return median(times)
 
 
+def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if options.json:
+        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (("layers", 4), ("batch", 4), ("rows", 4096), ("hidden", 4096), ("feed", 14336), ("heads", 32),
@@ -214,9 +236,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {shape(options)}", flush=True)
-    rows = [overhead(options)] if options.host else measure(options)
-    if options.json:
-        options.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+    if options.host:
+        save(options, [overhead(options)])
+    else:
+        measure(options)
 
 
 if __name__ == "__main__":

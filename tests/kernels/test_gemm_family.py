@@ -26,12 +26,20 @@ from tilewright.kernels.gemm_epilogue import (
     relu,
     silu,
 )
-from tilewright.kernels.gemm_grouped import gemm_grouped, grouped, list_tiles, most_tiles
+from tilewright.kernels.gemm_grouped import (
+    gemm_grouped,
+    gemm_grouped_weights,
+    grouped,
+    grouped_weights,
+    list_tiles,
+    most_tiles,
+)
 from tilewright.kernels.gemm_scaled import (
     configuration,
     gemm_block_scaled,
     gemm_promoted,
     gemm_scaled,
+    promoted_configuration,
 )
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
@@ -102,6 +110,11 @@ def test_gate_up(merged: bool, device: str) -> None:
         gate, up = np.asfortranarray(gate), np.asfortranarray(up)
     tw.device(device).launch(gate_up, tiles((m, n)), x, gate, up, out)
     assert relative(out, epilogue_module.gate_up_reference(x, gate, up)) < ROUNDED
+    again, left, right = (poisoned(m, n) for _ in range(3))
+    tw.device(device).launch(gate_up, tiles((m, n)), x, gate, up, again, left, right)
+    np.testing.assert_array_equal(again, out)
+    for kept, weight in ((left, gate), (right, up)):
+        assert relative(kept, x.astype(np.float64) @ weight.astype(np.float64)) < ROUNDED
 
 
 def test_both_products_of_gate_up_stay_in_flight() -> None:
@@ -126,7 +139,7 @@ def test_scaled(left: Any, right: Any, parts: int | None, per_row: bool, bias: b
     a, b, out = random(m, k, dtype=left), random(n, k, dtype=right).T, poisoned(m, n)
     scale_a, scale_b = positive(m if per_row else 1), positive(n if per_row else 1)
     added = random(n, seed=5) if bias else None
-    kernel, meta = (gemm_promoted, {"PARTS": parts}) if parts else (gemm_scaled, {})
+    kernel, meta = (gemm_promoted, {"PARTS": parts, "BK": 128}) if parts else (gemm_scaled, {})
     tw.device(device).launch(
         kernel,
         tiles((m, n), bn=128 * (parts or 1)),
@@ -145,14 +158,12 @@ def test_scaled(left: Any, right: Any, parts: int | None, per_row: bool, bias: b
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [E4M3, np.int8])
-@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("shape", [(200, 264, 400), (64, 96, 128), (19, 21, 7)])
-def test_block_scaled(shape: tuple[int, int, int], parts: int, dtype: Any, device: str) -> None:
+def test_block_scaled(shape: tuple[int, int, int], dtype: Any, device: str) -> None:
     m, n, k = shape
     a, b, out = random(m, k, dtype=dtype), random(n, k, dtype=dtype).T, poisoned(m, n)
     scale_a, scale_b = positive(tw.cdiv(k, 128), m).T, positive(tw.cdiv(k, 128), tw.cdiv(n, 128))
-    grid = tiles((m, n), bn=128 * parts)
-    tw.device(device).launch(gemm_block_scaled, grid, a, b, scale_a, scale_b, out, PARTS=parts)
+    tw.device(device).launch(gemm_block_scaled, tiles((m, n), bn=128), a, b, scale_a, scale_b, out)
     assert relative(out, scaled_module.block_reference(a, b, scale_a, scale_b)) < ROUNDED
 
 
@@ -161,11 +172,11 @@ def test_promoted_sums_keep_more_digits() -> None:
     m, n, k = 64, 64, 1024
     a, b = random(m, k, dtype=E4M3), random(n, k, dtype=E4M3).T
     one, errors = np.ones(1, np.float32), []
-    for kernel in (gemm_scaled, gemm_promoted):
+    for kernel, meta in ((gemm_scaled, {}), (gemm_promoted, {"BK": 256}), (gemm_promoted, {"BK": 128})):
         out = np.full((m, n), np.nan, np.float32)
-        tw.device("emulate:sm_90a").launch(kernel, (1, 1), a, b, one, one, out, BM=64, BN=64)
+        tw.device("emulate:sm_90a").launch(kernel, (1, 1), a, b, one, one, out, BM=64, BN=64, **meta)
         errors.append(relative(out, scaled_module.reference(a, b, one, one)))
-    assert errors[1] < 1e-3 < 5e-3 < errors[0]
+    assert errors[2] < 1e-3 < errors[1] < 2e-3 < 5e-3 < errors[0], errors
 
 
 def test_scaled_products_run_on_the_asynchronous_unit() -> None:
@@ -200,6 +211,25 @@ def test_grouped(sizes: list[int], device: str) -> None:
     assert relative(out, grouped_module.reference(a, b, offsets)) < ROUNDED
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+def test_gradient_of_grouped_matrices(sizes: list[int], device: str) -> None:
+    k, n = 72, 136
+    offsets = np.cumsum([0, *sizes]).astype(np.int32)
+    a, dy, db = random(int(offsets[-1]), k), random(int(offsets[-1]), n, seed=1), poisoned(len(sizes), k, n)
+    tw.device(device).launch(gemm_grouped_weights, (*tiles((k, n)), len(sizes)), a, dy, offsets, db)
+    assert relative(db, grouped_module.reference_weights(a, dy, offsets)) < ROUNDED
+    assert all((db[g] == 0).all() for g, size in enumerate(sizes) if size == 0)
+
+
+def test_what_follows_a_group_is_of_no_account() -> None:
+    offsets = np.array([0, 70], np.int32)
+    a, dy, db = random(128, 64), random(128, 64, seed=1), poisoned(1, 64, 64)
+    a[70:], dy[70:] = np.nan, np.inf
+    grouped_weights(a, dy, offsets, db, BM=64, BN=64)
+    assert relative(db, grouped_module.reference_weights(a[:70], dy[:70], offsets)) < ROUNDED
+
+
 def test_rows_outside_all_groups_stay() -> None:
     offsets = np.array([10, 40, 50], np.int32)
     a, b, out = random(60, 64), random(2, 64, 64), poisoned(60, 64)
@@ -229,7 +259,8 @@ def test_batched(device: str) -> None:
 
 def test_configurations() -> None:
     assert configuration(8192, 8192) == {"BM": 128, "BN": 256}
-    assert configuration(8192, 8192, most_columns=128) == {"BM": 128, "BN": 128}
+    assert promoted_configuration(8192, 8192) == {"BM": 128, "BN": 128, "PARTS": 2}
+    assert promoted_configuration(128, 128) == {"BM": 64, "BN": 64, "PARTS": 1}
     assert configuration(64, 1024)["BM"] == 64
     assert batched_configuration(64, 512, 512)["BN"] == 256
     assert batched_configuration(1, 128, 128) == {"BM": 64, "BN": 64, "BK": 128}

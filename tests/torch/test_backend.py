@@ -143,6 +143,48 @@ def test_a_gated_layer_and_its_residual(reports, grad):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [lambda x: x, lambda x: x.view(-1, 50), lambda x: x.flatten(0, 1)])
+def test_a_loss_reads_logits_before_their_cast(reports, shape):
+    def f(x, w, target):
+        logits = F.linear(x, w).float()
+        return F.cross_entropy(shape(logits), target, ignore_index=3)
+
+    x = torch.randn(*((2, 3) if shape(torch.zeros(2, 3, 50)).ndim == 2 else (6,)), 16, dtype=torch.bfloat16)
+    x, w = x.requires_grad_(), torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.tensor([3, 4, 0, 49, 17, 3])
+    ours, theirs = compiled(f)(x, w, target), f(x, w, target)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    gradients = (torch.autograd.grad(y, (x, w)) for y in (ours, theirs))
+    torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
+    assert reports[0].taken == ["linear", "cross_entropy+cast"]
+
+
+def _norm_of_what_changes(x, w):
+    wide = x.float()
+    x.mul_(3.0)
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)).to(x.dtype)
+
+
+def _loss_of_what_changes(x, w):
+    wide = x.float()
+    x.mul_(3.0)
+    return F.cross_entropy(wide, torch.tensor([1, 2, 0, 3]))
+
+
+def _attention_of_what_changes(x, w):
+    keys = x.view(1, 1, 4, 16)
+    repeated = keys[:, :, None].expand(1, 1, 2, 4, 16).reshape(1, 2, 4, 16)
+    x.mul_(3.0)
+    return F.scaled_dot_product_attention(repeated + 1, repeated, repeated)
+
+
+@pytest.mark.parametrize("f", [_norm_of_what_changes, _loss_of_what_changes, _attention_of_what_changes])
+def test_what_changes_behind_a_cast_or_a_copy_is_read_before(f):
+    x, w = torch.randn(4, 16, dtype=torch.bfloat16), torch.randn(16, dtype=torch.bfloat16)
+    torch.testing.assert_close(compiled(f)(x.clone(), w), f(x.clone(), w), rtol=2e-2, atol=2e-2)
+
+
 def test_a_residual_that_changes_is_read_where_it_was(reports):
     def f(x, w):
         y = F.linear(x, w)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.torch import gated, grouped, products, sdpa
-from tilewright.torch.graphs import example, insert, is_call, is_tensor, only_user, without_dropout
+from tilewright.torch import gated, grouped, losses, products, sdpa
+from tilewright.torch.graphs import CALLS, example, insert, is_call, is_tensor, only_user, without_dropout
 from tilewright.torch.masks import Band, band_of
 
 _RELU = (F.relu, torch.relu, "relu")
@@ -67,6 +67,39 @@ def added_product(node: Any) -> Iterator[Candidate]:
     yield from linear(node, (x, turned, bias), {})
     if not turned.users:
         turned.graph.erase_node(turned)
+
+
+def loss(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
+    """Cross-entropy; of logits that were only cast to float32, it reads those before the cast: it sums in float32."""
+    given = dict(inspect.signature(losses.cross_entropy).bind(*args, **kwargs).arguments)
+    found = _before_cast(given["input"])
+    if found is not None:
+        narrow, between = found
+        sums = {**given, "input": narrow, "float32": True}
+        yield Candidate(losses.cross_entropy, (), node, (*between, node), sums, "cross_entropy+cast")
+        if not narrow.users and narrow.op in CALLS and narrow is not between[0].args[0]:
+            narrow.graph.erase_node(narrow)
+    yield Candidate(losses.cross_entropy, (), node, (node,), given, "cross_entropy")
+
+
+def _before_cast(logits: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """16-bit logits whose cast to float32, perhaps reshaped, the loss takes; the nodes between."""
+    shaped = is_call(logits, "view", "reshape", "flatten", torch.flatten) and is_tensor(logits)
+    cast = logits.args[0] if shaped else logits
+    if not is_call(cast, "float", "to") or not is_tensor(cast) or example(cast).dtype != torch.float32:
+        return None
+    narrow = cast.args[0]
+    if not is_tensor(narrow) or example(narrow).dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if example(narrow).device != example(cast).device:
+        return None
+    if not shaped:
+        return narrow, (cast,)
+    shape = tuple(example(logits).shape)
+    if any(not isinstance(size, int) for size in shape):
+        shape = (-1, shape[-1])
+    like = example(narrow).reshape(example(logits).shape)
+    return insert(logits, "reshape", (narrow, shape), {}, like), (cast, logits)
 
 
 def grouped_product(node: Any) -> Iterator[Candidate]:
@@ -139,14 +172,15 @@ def attention(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Itera
     """Attention, without masks that say "causal" and without keys and values that were only repeated for heads."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, args, strict=False)) | kwargs
-    plain = {**given, **_without_repetition(given)}
+    single, repeating = _without_repetition(given)
+    plain, consumed = {**given, **single}, (*repeating, node)
     mask, ours = given.get("attn_mask"), sdpa.attention
     if isinstance(mask, torch.fx.Node):
         found = _positions(band_of(mask), *(example(given[name]) for name in ("query", "key", "attn_mask")))
         if found is not None and not given.get("is_causal"):
             name = "attention+window" if "window" in found else "attention+causal mask"
-            yield Candidate(ours, (), node, (node,), {**plain, "attn_mask": None, **found}, name)
-    yield Candidate(ours, (), node, (node,), plain, "attention")
+            yield Candidate(ours, (), node, consumed, {**plain, "attn_mask": None, **found}, name)
+    yield Candidate(ours, (), node, consumed, plain, "attention")
     if plain != given:
         yield Candidate(ours, (), node, (node,), given, "attention")
 
@@ -162,20 +196,20 @@ def _positions(band: Band | None, query: Any, key: Any, mask: Any) -> dict[str, 
     return {"is_causal": True, "window": int(-band.low)} if band.low <= 0 else None
 
 
-def _without_repetition(given: dict[str, Any]) -> dict[str, Any]:
-    """Keys and values before each was repeated for the queries' heads that share it."""
+def _without_repetition(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Keys and values before each was repeated for the queries' heads that share it, and the nodes that did so."""
     key, value = _repeated(given["key"]), _repeated(given["value"])
     if key is None or value is None:
-        return {}
-    return {"key": key, "value": value, "enable_gqa": True}
+        return {}, ()
+    return {"key": key[0], "value": value[0], "enable_gqa": True}, (*key[1], *value[1])
 
 
-def _repeated(node: Any) -> Any:
-    """What ``x[:, :, None].expand(b, g, n, s, d).reshape(b, g * n, s, d)`` or its like repeats."""
+def _repeated(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """What ``x[:, :, None].expand(b, g, n, s, d).reshape(b, g * n, s, d)`` or its like repeats, and these nodes."""
     if is_call(node, torch.repeat_interleave, "repeat_interleave"):
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
         whole = is_tensor(node.args[0]) and isinstance(node.args[1], int) and example(node).ndim == 4
-        return node.args[0] if whole and dim in (1, -3) else None
+        return (node.args[0], (node,)) if whole and dim in (1, -3) else None
     if not is_call(node, "reshape", torch.reshape, "view", "flatten"):
         return None
     wide = node.args[0]
@@ -188,7 +222,7 @@ def _repeated(node: Any) -> Any:
     batch, groups, rows, depth = example(source).shape
     added, grown = example(narrow).shape, example(wide).shape
     same = (*grown[:2], *grown[3:]) == (batch, groups, rows, depth) and tuple(added) == (batch, groups, 1, rows, depth)
-    return source if same and example(node).shape[1] == groups * grown[2] else None
+    return (source, (narrow, wide, node)) if same and example(node).shape[1] == groups * grown[2] else None
 
 
 def _activation(node: Any) -> tuple[str, Any] | None:
@@ -211,5 +245,5 @@ def _needs_gradient(node: Any) -> bool:
 
 
 __all__ = [
-    "Candidate", "added_product", "attention", "grouped_product", "linear", "normalised", "with_addition",
+    "Candidate", "added_product", "attention", "grouped_product", "linear", "loss", "normalised", "with_addition",
 ]  # fmt: skip

@@ -75,6 +75,8 @@ def _refuse(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    float32: bool = False,
 ) -> Refusal:
     reason = refuse_tensors(input) or refuse_place(input, target)
     if reason:
@@ -92,7 +94,11 @@ def _refuse(
     return None
 
 
-@functional(_refuse, F.cross_entropy)
+def _eager(input: Any, *rest: Any, float32: bool = False, **options: Any) -> Any:
+    return F.cross_entropy(input.float() if float32 else input, *rest, **options)
+
+
+@functional(_refuse, _eager)
 def cross_entropy(
     input: Any,
     target: Any,
@@ -102,17 +108,20 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    float32: bool = False,
 ) -> Any:
     """`torch.nn.functional.cross_entropy` of logits (M, V) and class indices (M,), computed in float32.
 
-    Not as in torch, a class that is neither in range nor ``ignore_index`` raises no error: its loss has no meaning.
+    ``float32``: as of ``input.float()``, whose dtype the result then has, without this copy. Not as in torch, a class
+    that is neither in range nor ``ignore_index`` raises no error: its loss has no meaning.
     """
     loss, _ = _cross_entropy(input, target, ignore_index, label_smoothing)
     if reduction == "mean":
         loss = loss.sum() / (target != ignore_index).sum()
     elif reduction == "sum":
         loss = loss.sum()
-    return loss.to(input.dtype)
+    return loss if float32 else loss.to(input.dtype)
 
 
 __all__ = ["cross_entropy"]

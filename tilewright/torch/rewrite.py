@@ -56,6 +56,7 @@ _OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
 _LARGER: dict[Any, Callable[..., Iterator[Candidate]]] = {
     products.linear: candidates.linear,
     sdpa.attention: candidates.attention,
+    losses.cross_entropy: candidates.loss,
     norms.rms_norm: candidates.normalised(norms.rms_norm, norms.add_rms_norm),
     norms.layer_norm: candidates.normalised(norms.layer_norm, norms.add_layer_norm),
 }

@@ -25,9 +25,10 @@ def rms_norm(node: Any) -> Iterator[Candidate]:
         return
     x, eps, inner = found
     factor = scaled.args[1] if scaled.args[0] is node else scaled.args[0]
-    if _source(factor) is not x:
+    same, casts = _source(factor)
+    if same is not x:
         return
-    last, consumed = scaled, [*inner, node, scaled]
+    last, consumed = scaled, [*casts, *inner, node, scaled]
     last = _cast(last, consumed)
     last, weight = _weighted(last, example(x), consumed)
     if weight is not None:
@@ -35,8 +36,8 @@ def rms_norm(node: Any) -> Iterator[Candidate]:
     if not is_tensor(x) or example(last).dtype != example(x).dtype:
         return
     given = {"input": x, "normalized_shape": (example(x).shape[-1],), "weight": weight, "eps": eps}
-    yield from with_addition(norms.add_rms_norm, given, tuple(consumed))
-    yield Candidate(norms.rms_norm, (), last, tuple(consumed), given, "rms_norm")
+    yield from with_addition(norms.add_rms_norm, given, tuple(dict.fromkeys(consumed)))
+    yield Candidate(norms.rms_norm, (), last, tuple(dict.fromkeys(consumed)), given, "rms_norm")
 
 
 def _variance(node: Any) -> tuple[Any, float, list[Any]] | None:
@@ -56,17 +57,20 @@ def _variance(node: Any) -> tuple[Any, float, list[Any]] | None:
     product = is_call(square, *_MULTIPLY) and square.args[0] is square.args[1]
     if not power and not product and not is_call(square, torch.square, "square"):
         return None
-    return _source(square.args[0]), eps, [square, mean, shifted]
+    x, casts = _source(square.args[0])
+    return x, eps, [*casts, square, mean, shifted]
 
 
-def _source(node: Any) -> Any:
-    """What a cast to float32 casts: the kernel computes in float32 too."""
+def _source(node: Any) -> tuple[Any, list[Any]]:
+    """What casts to float32 cast, since the kernel computes in float32 too, and these casts."""
+    casts = []
     while is_call(node, *_CASTS) and is_tensor(node) and example(node).dtype == torch.float32:
         before = node.args[0]
         if not is_tensor(before) or example(node).device != example(before).device:
             break
+        casts.append(node)
         node = before
-    return node
+    return node, casts
 
 
 def _cast(last: Any, consumed: list[Any]) -> Any:
