@@ -308,6 +308,7 @@ def test_decode(device: str, paged: bool) -> None:
 
 
 def test_splits_fill_the_gpu_but_stay_long() -> None:
-    assert splits(1, 8, 65536) == 32
+    assert splits(1, 8, 65536) == 16
+    assert splits(16, 8, 16384) == 2
     assert splits(128, 8, 65536) == 1
     assert splits(1, 1, 300) == 1
