@@ -20,7 +20,7 @@ import tilewright as tw
 from tilewright.kernels import activations, cross_entropy, dropout, embedding, layernorm, quantize, rmsnorm, rotary
 from tilewright.kernels.column_sum import column_sums, workspace_shapes
 from tilewright.kernels.norm_backward import norm_backward
-from tilewright.kernels.rows import FEW_ELEMENTS, gradient_tiles, row_major_grid, row_tiles
+from tilewright.kernels.rows import block_tiles, gradient_tiles, layer_tiles, row_major_grid, row_tiles
 from tilewright.kernels.softmax import softmax, softmax_backward
 from tilewright.runtime.bench import compare
 
@@ -108,7 +108,7 @@ def rms_residual_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 def layer_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, w, b, y = normal(m, n, dtype=dtype), normal(n, dtype=dtype), normal(n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    mean, r, meta = poisoned(m), poisoned(m), row_tiles(m, n, FEW_ELEMENTS)
+    mean, r, meta = poisoned(m), poisoned(m), layer_tiles(m, n)
     grid = (tw.cdiv(m, meta["BM"]),)
 
     def ours() -> None:
@@ -305,22 +305,25 @@ def gelu_math(x: Tensor) -> Tensor:
 
 
 def gelu_case(m: int, n: int, dtype: torch.dtype) -> Case:
-    x, y, grid = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), row_major_grid(m, n, 4, 1024)
-    ours = lambda: activations.activation[grid](x, y, FN=activations.gelu)  # noqa: E731
+    x, y, meta = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), block_tiles(n)
+    grid = row_major_grid(m, n, **meta)
+    ours = lambda: activations.activation[grid](x, y, FN=activations.gelu, **meta)  # noqa: E731
     return Case(ours, [y], gelu_math, [x], 2 * x.nbytes)
 
 
 def swiglu_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, up, y = normal(m, n, dtype=dtype), normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    grid = row_major_grid(m, n, 4, 1024)
-    return Case(lambda: activations.activation[grid](x, y, up), [y], swiglu_math, [x, up], 3 * x.nbytes)
+    meta = block_tiles(n)
+    grid = row_major_grid(m, n, **meta)
+    return Case(lambda: activations.activation[grid](x, y, up, **meta), [y], swiglu_math, [x, up], 3 * x.nbytes)
 
 
 def swiglu_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
     dy, x, up = (normal(m, n, dtype=dtype) for _ in range(3))
     dx, dup = poisoned(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    grid = row_major_grid(m, n, 4, 1024)
-    ours = lambda: activations.activation_backward[grid](dy, x, dx, up, dup)  # noqa: E731
+    meta = block_tiles(n, 2048)
+    grid = row_major_grid(m, n, **meta)
+    ours = lambda: activations.activation_backward[grid](dy, x, dx, up, dup, **meta)  # noqa: E731
     return Case(ours, [dx, dup], swiglu_backward_math, [dy, x, up], 5 * x.nbytes)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_checks import DEVICES, check, errors, launch, normal, poisoned
+from kernel_checks import DEVICES, check, errors, launch, normal, poisoned, strided
 
 import tilewright as tw
 from tilewright.kernels.attention import LOG2E, attention, attention_varlen, configuration, reference
@@ -146,6 +146,8 @@ BACKWARD: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((1, 1, 1, 130, 130, 64, 64), {"causal": True, "left": 20}),
     ((1, 1, 1, 130, 100, 64, 64), {"causal": True}),
     ((2, 4, 2, 100, 70, 64, 64), {"causal": True, "exact": False}),
+    ((1, 1, 1, 70, 100, 96, 32), {"causal": True}),
+    ((1, 1, 1, 70, 100, 192, 128), {}),
 ]
 
 
@@ -160,9 +162,11 @@ def backward_inputs(shape: tuple[int, ...], causal: bool, left: int | None) -> l
 def backward(
     device: str, arrays: list[np.ndarray], causal: bool, left: int | None = None, exact: bool = True, **tiles: int
 ) -> list[np.ndarray]:
-    """dq, dk and dv of the kernels."""
+    """dq, dk and dv of the kernels, and the sums that became dq."""
     q, k, v, o, do, lse = arrays
-    (b, h, m, d), (g, n), dv = q.shape, k.shape[1:3], v.shape[3]
+    (b, h, m, depth), (g, n) = q.shape, k.shape[1:3]
+    meta = {"CAUSAL": causal, "EXACT": exact, **backward_configuration(depth, v.shape[3]), **tiles}
+    d, dv = meta["D"], meta["DV"]
     blocks = tw.cdiv(m, TILE)
     rows, sums = poisoned(ROWS, b, h, blocks * TILE), np.full(q.shape, 123, np.int32 if exact else np.float32)
     results, bound = [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)], None
@@ -171,11 +175,10 @@ def backward(
         launch(device, attention_largest, (tw.cdiv(n, TILE), g, b), k, v, largest, D=d, DV=dv)
         launch(device, attention_bound, (g, b), largest, bound)
     launch(device, attention_rows, (blocks, h, b), o, do, lse, rows, sums, bound, D=d, DV=dv)
-    meta = {"D": d, "DV": dv, "CAUSAL": causal, "EXACT": exact, **(tiles or backward_configuration(max(d, dv)))}
     grid = (tw.cdiv(n, meta["BN"]), g, b)
-    launch(device, attention_gradients, grid, q, k, v, do, rows, sums, *results[1:], d**-0.5, left, **meta)
-    launch(device, attention_dq, (blocks, h, b), sums, rows, results[0], d**-0.5, D=d)
-    return results
+    launch(device, attention_gradients, grid, q, k, v, do, rows, sums, *results[1:], depth**-0.5, left, **meta)
+    launch(device, attention_dq, (blocks, h, b), sums, rows, results[0], depth**-0.5, D=d)
+    return [*results, sums]
 
 
 def check_backward(
@@ -184,7 +187,7 @@ def check_backward(
     arrays = backward_inputs(shape, causal, left)
     q, k, v, _, do, _ = arrays
     results = backward(device, arrays, causal, left, **options)
-    for actual, wanted in zip(results, gradients(q, k, v, do, causal, left=left), strict=True):
+    for actual, wanted in zip(results[:3], gradients(q, k, v, do, causal, left=left), strict=True):
         check(actual, wanted, "bf16")
 
 
@@ -214,13 +217,28 @@ def test_backward_of_arrays(causal: bool) -> None:
             check(actual, wanted, "bf16")
 
 
+def test_backward_of_rows_that_are_not_aligned() -> None:
+    """Threads copy instead of the engine, and leave registers for smaller tiles only."""
+    q, do, k, v = (strided(1, 1, n, 128, dtype="bf16", seed=s) for s, n in enumerate((70, 70, 90, 90)))
+    o, lse = reference(q, k, v)
+    arrays, wanted = [q, k, v, o.astype(q.dtype), do, lse.astype(np.float32)], gradients(q, k, v, do)
+    results = [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)]
+    sdpa_backward(*arrays, *results)
+    smaller = backward_configuration(128, 128, aligned=False)
+    assert smaller != backward_configuration(128, 128)
+    emulated = backward("emulate:sm_90a", arrays, False, **smaller)[:3]
+    for got in (results, emulated):
+        for actual, exact in zip(got, wanted, strict=True):
+            check(actual, exact, "bf16")
+
+
 def test_integer_sums_do_not_depend_on_their_order() -> None:
     """Blocks that run in different orders give the same bits, which sums of float32 do not."""
     arrays = backward_inputs((1, 1, 1, 64, 512, 64, 64), False, None)
     orders = [f"emulate:sm_90a,seed={seed}" for seed in (1, 8)]  # whose blocks add in different orders
-    exact, loose = ([backward(device, arrays, False, exact=e)[0] for device in orders] for e in (True, False))
-    assert exact[0].tobytes() == exact[1].tobytes()
-    assert loose[0].tobytes() != loose[1].tobytes(), "these runs do not differ in order"
+    exact, loose = ([backward(device, arrays, False, exact=e) for device in orders] for e in (True, False))
+    assert [x.tobytes() for x in exact[0]] == [x.tobytes() for x in exact[1]]
+    assert loose[0][3].tobytes() != loose[1][3].tobytes(), "these runs do not differ in order"
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-4, 1e4])
@@ -228,7 +246,7 @@ def test_integer_sums_of_any_size(factor: float) -> None:
     q, k, v, o, do, lse = backward_inputs((1, 1, 1, 70, 200, 64, 64), True, None)
     scaled = (do * do.dtype.type(factor)).astype(do.dtype)
     results = backward("cpu", [q, k, v, o, scaled, lse], True)
-    for actual, wanted in zip(results, gradients(q, k, v, scaled, True), strict=True):
+    for actual, wanted in zip(results[:3], gradients(q, k, v, scaled, True), strict=True):
         if factor:
             check(actual, wanted, "bf16")
         else:

@@ -16,7 +16,7 @@ from tilewright.kernels import rotary as rotary_module
 from tilewright.kernels.dropout import dropout
 from tilewright.kernels.random import philox, reference_philox
 from tilewright.kernels.rotary import rotary
-from tilewright.kernels.rows import row_major_grid
+from tilewright.kernels.rows import block_tiles, row_major_grid
 
 DTYPES = ("f32", "bf16")
 FORMATS = {ml_dtypes.float8_e4m3fn: quantize.E4M3_MAX, ml_dtypes.float8_e5m2: quantize.E5M2_MAX}
@@ -205,3 +205,9 @@ def test_rows_of_zeros_have_scale_one() -> None:
     x, q, scale = np.zeros((1, 64), np.float32), np.ones((1, 64), ml_dtypes.float8_e4m3fn), poisoned(1)
     quantize.quantize_rows[(1,)](x, q, scale, BN=64)
     assert scale[0] == 1 and (q.astype(np.float32) == 0).all()
+
+
+def test_block_tiles_lie_together_in_memory() -> None:
+    assert block_tiles(1000) == {"BM": 4, "BN": 1024}
+    assert block_tiles(9000) == {"BM": 1, "BN": 4096}
+    assert block_tiles(4096, 2048) == {"BM": 1, "BN": 2048}

@@ -79,6 +79,12 @@ def test_only_few_tiles_split(shape: tuple[int, int, int], split: bool) -> None:
     assert tiles * runs <= 132 or not split
 
 
+def test_tiles_follow_the_length_of_k() -> None:
+    """What alternating consumers hide weighs more where tiles are short."""
+    assert split_configuration(4096, 4096, 512)[0] == {"BM": 128, "BN": 128, "BK": 64}
+    assert split_configuration(4096, 4096, 4096)[0] == {"BM": 128, "BN": 256, "BK": 64}
+
+
 # --- kept memory --------------------------------------------------------------------------------------
 
 

@@ -191,14 +191,14 @@ def test_tiles_of_gradients() -> None:
         assert 4 <= meta["num_warps"] <= 32
 
 
-def test_registers_leave_room_for_a_second_block() -> None:
-    """What waits at the reductions decides: six values for each of 16 elements, and the next row's loads."""
+def test_gradients_fit_the_registers() -> None:
+    """What waits at the reductions decides: six values for each of 8 elements, and the next row's loads."""
     matrix, partial = amd.matrix("bf16"), ViewType((None, None, None), DTYPES["f32"], (None, None, 1), 16)
     vectors = {name: ViewType((None,), DTYPES["f32"], (1,), 16) for name in ("weight", "mean", "inverse")}
     args = {"dy": matrix, "x": matrix, "dx": matrix, "partial": partial, **vectors}
     meta, _ = gradient_tiles(16384, 4096)
     warps = meta.pop("num_warps")
     function = amd.scheduled(amd.module_of(norm_backward, **args, **meta, BIAS=True), "sm_90a", num_warps=warps)
-    assert 80 <= waiting_words(function) <= 104
+    assert 40 <= waiting_words(function) <= 72
     result = compile_function(function, get_target("sm_90a"))
-    assert result.resources.registers <= 128 and result.resources.spill_stores <= 64
+    assert result.resources.registers <= 128 and result.resources.spill_stores == 0  # of each of 512 threads

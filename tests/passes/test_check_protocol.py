@@ -29,6 +29,8 @@ from tilewright.passes.manager import PassContext, PassError, PassManager
 TABLE = Path(__file__).with_name("protocol_mutants.md")
 BF16 = ml_dtypes.bfloat16
 TARGETS = ("sm_90a", "sm_80", "gfx942")
+#: kernels with programs that push what the own rank has written
+PUSHING = ("all-gather + GEMM", "ring attention", "ring attention, causal")
 
 
 def checked(module: Module, target: str = "sm_90a") -> Result:
@@ -226,17 +228,12 @@ SUBJECTS = [
     *((name, "gfx942") for name in ("small all-reduce", "GEMM + reduce-scatter", "all-reduce, pull")),
 ]
 
-#: kernels with programs that push what the own rank has written
-PUSHING = ("all-gather + GEMM", "ring attention", "ring attention, causal")
 AT_THE_END = "nothing in the block uses what is waited for, and its end has a barrier of its own"
 OTHER_BARRIER = "each block passes the barrier behind a credit or wait, and no thread does anything behind that"
 NEXT_BARRIER = "the barrier behind the next wait comes before any put"
 COME_BEFORE = "the same flag of each rank was waited for before"
-OWN_RANK = "what the copy engine stores goes to the own rank"
 NEVER = "the condition never holds: what the own rank has written is there"
 ONE_THREAD = "one thread waits, stores, waits for its stores, and signals"
-ORDINARY = "these puts are ordinary stores: the copies are those of results, which no other rank sees"
-TWICE = "the other wait in front of the signal is for the same copies"
 DONE = "tokens keep operations in order while passes move them; in the schedule the waits and the barrier count"
 EXIT = "ranks read each other's memory here: none ends before all have come to their ends"
 SUMS = "each rank waits for the sums of all others, which come behind their reads"
@@ -254,18 +251,12 @@ REDUNDANT: list[tuple[str, str, str, str]] = [
     ("GEMM + all-reduce", "sm_90a", "consumer: loop if barrier 2", AT_THE_END),
     ("GEMM + all-reduce, one-shot", "sm_90a", "consumer: barrier 1", ONE_THREAD),
     ("GEMM + all-reduce, one-shot", "sm_90a", "consumer: loop loop barrier 5", ONE_THREAD),
-    *((name, "sm_90a", f"consumer: loop if loop {place} 1", NEVER) for place in ("wait", "barrier") for name in PUSHING),
+    *((name, "sm_90a", f"consumer: loop if loop {place} 1", NEVER)
+      for place in ("wait", "barrier") for name in PUSHING),
     *((name, "sm_90a", "consumer: barrier 1", NEXT_BARRIER) for name in PUSHING),
-    ("all-gather + GEMM", "sm_90a", "consumer: loop if loop loop bulk_wait 1", ORDINARY),
-    ("ring attention", "sm_90a", "consumer: loop if loop loop bulk_wait 1", ORDINARY),
-    ("ring attention, causal", "sm_90a", "consumer: loop if loop loop if bulk_wait 1", ORDINARY),
-    *(("ring attention, gradients", "sm_90a", f"consumer: {place}if bulk_wait 1", ORDINARY) for place in ("", "loop ")),
     *(("ring attention, gradients", "sm_90a", f"consumer: loop if loop if {place} 2", COME_BEFORE)
       for place in ("wait", "barrier")),
     ("Ulysses attention", "sm_90a", "consumer: loop if if loop barrier 1", AT_THE_END),
-    ("mixture of experts", "sm_90a", "consumer: fence 1", OWN_RANK),
-    *(("mixture of experts", "sm_90a", f"consumer: loop if loop bulk_wait {n}", TWICE) for n in (17, 18)),
-    ("mixture of experts", "sm_90a", "consumer: loop if loop barrier 33", ONE_THREAD),
     *((name, "gfx942", "fence 1", NOT_READ) for name in ("small all-reduce", "GEMM + reduce-scatter")),
     *((name, "gfx942", "fence 2", TOLD) for name in ("small all-reduce", "GEMM + reduce-scatter")),
 ]  # fmt: skip

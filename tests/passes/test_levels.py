@@ -48,6 +48,17 @@ def residual(x: tw.Tensor, w: tw.Tensor, r: tw.Tensor, y: tw.Tensor, scale: tw.f
 
 
 @tw.kernel
+def promoted(x: tw.Tensor, w: tw.Tensor, scale: tw.Tensor, y: tw.Tensor):
+    """Each step's product is scaled, and added up by the vector unit."""
+    m = tw.program_id(0)
+    acc = tw.zeros((64, 64), tw.float32)
+    for k in tw.range(tw.cdiv(x.shape[1], 32)):
+        product = tw.dot(tw.load(x, (m, k), (64, 32)), tw.load(w, (k, 0), (32, 64)))
+        acc += product * tw.load(scale, (m, k), (64, 1)).to(tw.float32)
+    tw.store(y, (m, 0), acc.to(y.dtype))
+
+
+@tw.kernel
 def streamed(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 16):
     """A loop without products that loads tiles and ends inside one."""
     total = tw.zeros((BM, 128), tw.float32)
@@ -110,6 +121,12 @@ CASES = {
         attention, {"q": (2, 1, 200, 64), "k": (2, 1, 200, 64), "v": (2, 1, 200, 64)}, ("o", (2, 1, 200, 64)),
         (4, 1, 2), scalars={"scale": 0.18}, D=64, BM=64, BN=64, CAUSAL=True,
     ),
+    **{
+        f"promoted-{k}": case(
+            promoted, {"x": (100, k), "w": (k, 64), "scale": (100, 9)}, ("y", (100, 64)), (2, 1, 1)
+        )
+        for k in (0, 30, 64, 150)
+    },
     **{
         f"ahead-{n}": case(
             ahead, {"x": (200, 64), "y": (n, 64), "z": (200, 64), "v": (n,)}, ("out", (200, 64)), (2, 1, 1)
@@ -182,7 +199,7 @@ def test_every_level_gives_the_same_bits(name: str, target: str, align: int) -> 
 #: the passes after which the program is run again; the others are covered by their own tests
 CHANGES_SCHEDULE = {
     "tile-order", "pipeline", "roles", "peel", "skew", "mma", "copy-ahead", "prefetch", "layouts", "staging", "fences",
-    "shared-plan", "alternate", "turns", "lead", "barriers",
+    "shared-plan", "alternate", "turns", "lead", "barriers", "issue-ahead",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from ring_kernel import PTX, N, ring_abi
 
 import tilewright as tw
 from tilewright.ir.abi import Control
-from tilewright.kernels.multi_gpu.copy_engine import all_to_all
+from tilewright.kernels.multi_gpu.copy_engine import all_gather_gemm, all_to_all
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import ArgumentError, DeviceError
 
@@ -67,6 +67,26 @@ def test_copies_to_all_ranks(target: str) -> None:
             world.push(wrong, y)
     with pytest.raises(ArgumentError, match="must be row-major"):
         world.push(np.zeros((7, 5, size), np.float32).T, y)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("target", ["interpreter", "sm_90a", "gfx942"])
+def test_a_product_of_rows_that_are_copied(target: str, size: int) -> None:
+    rng = np.random.default_rng(size)
+    world = tw.World.interpreter(size) if target == "interpreter" else tw.World.emulated(target, size)
+    parts = [rng.standard_normal((20, 24)).astype(np.float32) for _ in range(size)]
+    b = [rng.standard_normal((24, 40)).astype(np.float32) for _ in range(size)]
+    c = [np.full((size, 20, 40), np.nan, np.float32) for _ in range(size)]
+    a = world.empty((size, 20, 24), "f32")
+    for rank, part in enumerate(parts):
+        a[rank][rank] = part
+    all_gather_gemm(world, a, b, c, BM=32, BN=32, BK=16)
+    for rank in range(size):
+        exact = np.stack(parts).astype(np.float64) @ b[rank].astype(np.float64)
+        np.testing.assert_allclose(c[rank], exact, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(a[rank], np.stack(parts))
+    with pytest.raises(ArgumentError, match="cannot be spread"):
+        world.spread(world.empty((size + 1, 4), "f32"))
 
 
 # --- tensors ----------------------------------------------------------------------------------------

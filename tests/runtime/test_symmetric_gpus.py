@@ -116,15 +116,14 @@ def test_copies_run_beside_each_other(driver: FakeDriver) -> None:
         driver.calls.clear()
         heap.push([x, x], y, stream=[0x71, 0x72])
         copies, (first, second) = driver.named("cuMemcpyAsync"), y.addresses
-        assert copies[:2] == [(second, 0x10800, 2048, 0x400), (first, 0x10000, 2048, 0x71)]
-        assert copies[2:] == [(first + 2048, 0x10000, 2048, 0x400), (second + 2048, 0x10800, 2048, 0x72)]
+        moved = [(second, 0x10800), (first, 0x10000), (first + 2048, 0x10000), (second + 2048, 0x10800)]
+        sides = [args[3] for args in copies]
+        assert [args[:3] for args in copies] == [(*pair, 2048) for pair in moved] and len(set(sides)) == 4
         order = [(name, args[0] if name == "cuStreamWaitEvent" else args[-1]) for name, args in driver.calls]
-        wanted = [
-            ("cuEventRecord", 0x71), ("cuStreamWaitEvent", 0x400), ("cuMemcpyAsync", 0x400), ("cuEventRecord", 0x400),
-            ("cuMemcpyAsync", 0x71), ("cuStreamWaitEvent", 0x71),
-        ]  # fmt: skip
         queued = [step for step in order if step[0] in ("cuEventRecord", "cuStreamWaitEvent", "cuMemcpyAsync")]
-        assert queued[:6] == wanted, "the stream goes on behind both"
+        side = [[("cuStreamWaitEvent", n), ("cuMemcpyAsync", n), ("cuEventRecord", n)] for n in sides]
+        assert queued[:7] == [("cuEventRecord", 0x71), *side[0], *side[1]]
+        assert queued[-4:] == [("cuStreamWaitEvent", n) for n in (0x71, 0x71, 0x72, 0x72)], "the streams wait for all"
     assert not driver.named("cuStreamCreate"), "streams are made once"
 
 
@@ -344,7 +343,9 @@ record {event} on 0x77
 0x51 waits for {event}
 copy 8 over 64 on 0x51
 record {event} on 0x51
-copy 4 over 124 on 0x77
+copy 4 over 124 on 0x51
+record {event} on 0x51
+0x77 waits for {event}
 0x77 waits for {event}
 [117835012]
 write 8{write}

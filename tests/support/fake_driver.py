@@ -68,12 +68,12 @@ class FakeDriver:
             "cuMemGetAllocationGranularity": 2 * 2**20,
             "cuMemCreate": 0x300,
             "cuMemImportFromShareableHandle": 0x301,
-            "cuStreamCreate": 0x400,
             "cuEventCreate": 0x500,
             "cuThreadExchangeStreamCaptureMode": "the mode before",
             "cuDeviceCanAccessPeer": 1,
         }
         self.CU_MEMHOSTALLOC_PORTABLE, self.CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
+        self._streams = -1
         self._reserved = 0x7_0000_0000
         self._host: list[Any] = []
 
@@ -130,6 +130,11 @@ class FakeDriver:
         self.calls.append(("cuMemAddressReserve", (nbytes, *rest)))
         self._reserved += nbytes
         return CUresult.CUDA_SUCCESS, self._reserved - nbytes
+
+    def cuStreamCreate(self, flags: Any) -> tuple[CUresult, int]:
+        self.calls.append(("cuStreamCreate", (flags,)))
+        self._streams += 1
+        return CUresult.CUDA_SUCCESS, 0x400 + self._streams
 
     def cuMemExportToShareableHandle(self, *args: Any) -> tuple[CUresult, int]:
         self.calls.append(("cuMemExportToShareableHandle", args))

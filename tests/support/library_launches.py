@@ -21,10 +21,11 @@ from tilewright.kernels.gemm import gemm, gemm_partial
 from tilewright.kernels.gemm_epilogue import add_bias, gate_up, gemm_epilogue, relu
 from tilewright.kernels.gemm_grouped import gemm_grouped
 from tilewright.kernels.gemm_scaled import gemm_promoted, gemm_scaled
-from tilewright.kernels.layernorm import layernorm, layernorm_backward
+from tilewright.kernels.layernorm import layernorm
+from tilewright.kernels.norm_backward import norm_backward
 from tilewright.kernels.precise_gemm import precise_gemm
 from tilewright.kernels.quantize import quantize_rows
-from tilewright.kernels.rmsnorm import rmsnorm, rmsnorm_backward
+from tilewright.kernels.rmsnorm import rmsnorm
 from tilewright.kernels.softmax import softmax
 from tilewright.kernels.transpose import transpose
 
@@ -82,9 +83,10 @@ def _products() -> Iterator[Launch]:
     for name, kernel in (("scaled gemm e4m3", gemm_scaled), ("promoted gemm e4m3", gemm_promoted)):
         arguments = [*small, *scales, poisoned(200, 136, dtype="bf16"), None]
         yield Launch(name, kernel, (2, 2), arguments, {"BN": 128})
-    offsets, starts = np.array([0, 130, 131, 200], np.int32), np.array([0, 2, 3, 4], np.int32)
-    experts = [a[:200], normal(3, 200, 264, dtype="bf16", seed=4), offsets, starts, poisoned(200, 264, dtype="bf16")]
-    yield Launch("grouped gemm", gemm_grouped, (15,), experts, {"BN": 128})
+    # of each tile its group, first row and the group's end, and how many tiles there are
+    table = np.array([(0, 0, 130, 4), (0, 128, 130, 4), (1, 130, 131, 4), (2, 131, 200, 4)], np.int32)
+    experts = [a[:200], normal(3, 200, 264, dtype="bf16", seed=4), table, poisoned(200, 264, dtype="bf16")]
+    yield Launch("grouped gemm", gemm_grouped, (12,), experts, {"BN": 128})
     for dtype, precision in ((np.float64, "default"), (np.float32, "3xtf32")):
         wide = [normal(130, 75).astype(dtype), normal(75, 70, seed=1).astype(dtype), np.full((130, 70), np.nan, dtype)]
         meta = {"BM": 64, "BN": 64, "BK": 32, "PRECISION": precision}
@@ -100,22 +102,32 @@ def _attention() -> Iterator[Launch]:
         meta = {"D": d, "DV": d, "CAUSAL": True, "schedule": schedule}
         arguments = [q, k, v, o, d**-0.5 * LOG2E, lse]
         yield Launch(f"attention, {schedule}", attention, (2, h, b), arguments, meta, exact=False)
-    exact, logarithm = reference(q, k, v, True)
-    o, lse = exact.astype(NUMPY["bf16"]), logarithm.astype(np.float32)
-    tiles, sizes = -(-m // TILE), {"D": d, "DV": d}
-    rows, sums = poisoned(ROWS, b, h, tiles * TILE), poisoned(b, h, m, d)
-    yield Launch("attention rows", attention_rows, (tiles, h, b), [o, do, lse, rows, sums], sizes, exact=False)
-    delta = (exact * do.astype(np.float64)).sum(-1)
-    rows, sums = np.zeros((ROWS, b, h, tiles * TILE), np.float32), np.zeros((b, h, m, d), np.float32)
-    rows[0], rows[0, :, :, :m], rows[1, :, :, :m] = np.inf, logarithm * LOG2E, delta
-    gradients = [q, k, v, do, rows, sums, *(poisoned(b, g, n, d, dtype="bf16") for _ in range(2)), d**-0.5, None]
-    meta = {**sizes, "CAUSAL": True, "EXACT": False}
-    yield Launch("attention gradients", attention_gradients, (3, g, b), gradients, meta, exact=False)
-    queries = [normal(b, h, m, d, seed=5), rows, poisoned(b, h, m, d, dtype="bf16"), d**-0.5]
-    yield Launch("attention dq", attention_dq, (tiles, h, b), queries, {"D": d}, exact=False)
+    yield from _gradients(q, k, v, do)
     parts, logarithms, lengths = poisoned(b, h, 3, d), poisoned(b, h, 3), np.array([250], np.int32)
     arguments = [q[:, :, 0].copy(), k, v, parts, logarithms, lengths, d**-0.5 * LOG2E, None]
     yield Launch("attention decode", attention_decode, (3, g, b), arguments, {"D": d, "DV": d}, exact=False)
+
+
+def _gradients(q: Array, k: Array, v: Array, do: Array) -> Iterator[Launch]:
+    (b, h, m, d), (_, g, n, _) = q.shape, k.shape
+    exact, logarithm = reference(q, k, v, True)
+    o, lse, tiles = exact.astype(NUMPY["bf16"]), logarithm.astype(np.float32), tw.cdiv(m, TILE)
+    bound = np.full((b, g), 20, np.float32)
+    shape, sizes = (ROWS, b, h, tiles * TILE), {"D": d, "DV": d}
+    arguments = [o, do, lse, poisoned(*shape), np.zeros(q.shape, np.int32), bound]
+    yield Launch("attention rows", attention_rows, (tiles, h, b), arguments, sizes, exact=False)
+    rows = np.zeros(shape, np.float32)
+    most = np.sqrt((do.astype(np.float32) ** 2).sum(-1)) * 20
+    rows[0, ..., m:], rows[0, ..., :m] = np.inf, lse * np.float32(LOG2E)
+    rows[1, ..., :m] = (exact * do.astype(np.float64)).sum(-1)
+    rows[2, ..., :m], rows[3, ..., :m] = 2.0**29 / most, most * 2.0**-29
+    sums = np.zeros(q.shape, np.int32)
+    arguments = [q, k, v, do, rows, sums, *(poisoned(*k.shape, dtype="bf16") for _ in range(2)), d**-0.5, None]
+    meta = {**sizes, "CAUSAL": True}
+    yield Launch("attention gradients", attention_gradients, (tw.cdiv(n, 128), g, b), arguments, meta, exact=False)
+    steps = np.random.default_rng(8).integers(-(1 << 20), 1 << 20, q.shape).astype(np.int32)
+    arguments = [steps, rows, poisoned(*q.shape, dtype="bf16"), d**-0.5]
+    yield Launch("attention dq", attention_dq, (tiles, h, b), arguments, {"D": d})
 
 
 def _rows() -> Iterator[Launch]:
@@ -128,9 +140,9 @@ def _rows() -> Iterator[Launch]:
     arguments = [x, weight, poisoned(m, n), eps, None, None, bias]
     yield Launch("layernorm", layernorm, grid, arguments, tiles, exact=False)
     arguments = [dy, x, weight, inverse, poisoned(m, n), poisoned(8, 1, n)]
-    yield Launch("rmsnorm backward", rmsnorm_backward, (8,), arguments, tiles, exact=False)
-    arguments = [dy, x, weight, mean.astype(np.float32), inverse, poisoned(m, n), poisoned(8, 1, n)]
-    yield Launch("layernorm backward", layernorm_backward, (8,), arguments, tiles, exact=False)
+    yield Launch("rmsnorm backward", norm_backward, (8,), arguments, tiles, exact=False)
+    arguments = [dy, x, weight, inverse, poisoned(m, n), poisoned(8, 1, n), None, mean.astype(np.float32)]
+    yield Launch("layernorm backward", norm_backward, (8,), arguments, tiles, exact=False)
     yield Launch("softmax", softmax, (m,), [x, poisoned(m, n)], {"BN": 1024}, exact=False)
     yield Launch("gelu", activation, (m // 2,), [x, poisoned(m, n)], {"FN": gelu, **tiles}, exact=False)
     target, meta = np.arange(m, dtype=np.int32) * 7, {"BN": 512, "LANES": 512}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tests.support.kernel_checks import Array, check
+from tests.support.kernel_checks import Array, check, errors
 from tilewright.kernels.multi_gpu import (
     all_gather_gemm,
     all_reduce,
@@ -204,7 +204,10 @@ def ring(world: Any, seed: int, tiles: Tiles, causal: bool = False) -> None:
         world, q, *whole, o, do, lse, delta, *gradients, causal, BM=min(rows, 64), BN=rows
     )
     for got, wanted in zip(gradients, ring_attention_backward.reference(q, k, v, do, causal), strict=True):
-        check_all(got, wanted)
+        for part, exact_part in zip(got, wanted, strict=True):
+            mean, largest = errors(part, exact_part, "bf16")
+            # the first queries see few keys: their gradients are large, and so is what rounding the weights leaves
+            assert mean < 4e-3 and largest < 0.1, (mean, largest)
 
 
 def ring_causal(world: Any, seed: int, tiles: Tiles) -> None:

@@ -170,9 +170,24 @@ def attention_sum_heads(parts: tw.Tensor, total: tw.Tensor, *, D: tw.constexpr) 
     tw.store(total[b, g], (n, 0), added.to(total.dtype))
 
 
-def configuration(depth: int) -> dict[str, int]:
-    """Tile sizes of `attention_gradients`."""
-    return {"BM": 64, "BN": 128}
+def configuration(depth: int, width: int, aligned: bool = True) -> dict[str, int]:
+    """Compile-time values of `attention_gradients` for head dimensions of q and k, and of v.
+
+    Tiles are wider than rows of other lengths than 64, 128 and 256: what they read beyond is 0. Not ``aligned``: where
+    the rows of some array do not start at multiples of 16 bytes threads copy them, and need registers.
+    """
+    sizes = {"D": 64 << (depth > 64) << (depth > 128), "DV": 64 << (width > 64) << (width > 128)}
+    if max(depth, width) > 128:
+        return {**sizes, "BM": 32, "BN": 64}
+    return {**sizes, "BM": 64, "BN": 128 if aligned or max(depth, width) <= 64 else 64}
+
+
+def _aligned(array: Any) -> bool:
+    """Whether the rows of an array of NumPy or torch start at multiples of 16 bytes."""
+    if isinstance(array, np.ndarray):
+        return not any(place % 16 for place in (array.ctypes.data, *array.strides[:-1]))
+    size = array.element_size()
+    return not any(place % 16 for place in (array.data_ptr(), *(size * step for step in array.stride()[:-1])))
 
 
 def sdpa_backward(
@@ -200,26 +215,27 @@ def sdpa_backward(
     batch, heads, length, depth = q.shape
     width, groups, keys = v.shape[3], k.shape[1], k.shape[2]
     factor = depth**-0.5 if scale is None else scale
-    tiles, meta = tw.cdiv(length, TILE), configuration(max(depth, width))
+    tiles, meta = tw.cdiv(length, TILE), configuration(depth, width, all(map(_aligned, (q, k, v, do))))
+    sizes = {"D": meta["D"], "DV": meta["DV"]}
     rows = temporary(q, (ROWS, batch, heads, tiles * TILE))
     sums = temporary(q, q.shape, "int32" if deterministic else "float32")
     bound = None
     if deterministic:
         largest = temporary(q, (2, batch, groups, tw.cdiv(keys, TILE)))
         bound = temporary(q, (batch, groups))
-        attention_largest[tw.cdiv(keys, TILE), groups, batch](k, v, largest, D=depth, DV=width)
+        attention_largest[tw.cdiv(keys, TILE), groups, batch](k, v, largest, **sizes)
         attention_bound[groups, batch](largest, bound)
-    attention_rows[tiles, heads, batch](o, do, lse, rows, sums, bound, D=depth, DV=width)
+    attention_rows[tiles, heads, batch](o, do, lse, rows, sums, bound, **sizes)
     parts = [dk, dv]
     if causal and groups != heads:
         parts = [temporary(q, (batch, heads, keys, x.shape[3]), q.dtype) for x in (k, v)]
     attention_gradients[tw.cdiv(keys, meta["BN"]), parts[0].shape[1], batch](
-        q, k, v, do, rows, sums, *parts, factor, left, D=depth, DV=width, CAUSAL=causal, EXACT=deterministic, **meta
+        q, k, v, do, rows, sums, *parts, factor, left, CAUSAL=causal, EXACT=deterministic, **meta
     )
-    attention_dq[tiles, heads, batch](sums, rows, dq, factor, D=depth)
-    for part, total in zip(parts, (dk, dv), strict=True):
+    attention_dq[tiles, heads, batch](sums, rows, dq, factor, D=meta["D"])
+    for part, total, wide in zip(parts, (dk, dv), (meta["D"], meta["DV"]), strict=True):
         if part is not total:
-            attention_sum_heads[tw.cdiv(keys, TILE), groups, batch](part, total, D=total.shape[3])
+            attention_sum_heads[tw.cdiv(keys, TILE), groups, batch](part, total, D=wide)
 
 
 def reference(

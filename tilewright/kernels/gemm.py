@@ -82,6 +82,15 @@ TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((128, 64, 128), 0.51),
     ((64, 64, 128), 0.62),
 )
+#: (speed, exposed) of tiles whose sums are only rounded and stored: some consumers then alternate (docs/passes.md).
+#: ``exposed``: what of a tile's beginning and end runs beside no other products, as so many products of K
+PLAIN: dict[tuple[int, int], tuple[float, int]] = {
+    (128, 256): (1.0, 100),
+    (64, 256): (0.93, 45),
+    (256, 128): (0.93, 70),
+    (128, 128): (0.91, 0),
+    (64, 128): (0.80, 80),
+}
 #: the same where K is split: about one program for each SM, with operands from L2
 SPLIT_TILES: tuple[tuple[tuple[int, int, int], float], ...] = (
     ((64, 128, 128), 0.87),
@@ -104,7 +113,7 @@ _workspace = Workspace()
 
 
 def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
-    """Tile sizes for a product of that size on a GPU of ``units`` SMs, without tuning.
+    """Tile sizes for a product of that size, with any epilogue, on a GPU of ``units`` SMs, without tuning.
 
     Picks the tiles whose waves over the SMs take least time, each wave costing its area over its speed.
     """
@@ -119,7 +128,7 @@ def configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
 
 
 def split_configuration(m: int, n: int, k: int, units: int = 132) -> tuple[dict[str, int], int]:
-    """Tile sizes as `configuration` gives them, and in how many runs to split K: 1 where the tiles fill the GPU.
+    """Tile sizes for a product that is only stored, and in how many runs to split K: 1 where the tiles fill the GPU.
 
     By a formula again: waves of programs, which cost their products over the tile's speed but not less than reading
     the operands; and where K is split, another launch that adds the partial sums up. Of equals, that which keeps most
@@ -129,11 +138,14 @@ def split_configuration(m: int, n: int, k: int, units: int = 132) -> tuple[dict[
 
     def cost(choice: tuple[tuple[tuple[int, int, int], float], int]) -> tuple[float, int, int]:
         ((bm, bn, bk), speed), runs = choice
+        exposed = 0
+        if runs == 1:
+            speed, exposed = PLAIN.get((bm, bn), (speed, 0))
         programs = tw.cdiv(m, bm) * tw.cdiv(n, bn) * runs
         waves = tw.cdiv(programs, units)
         steps = tw.cdiv(tw.cdiv(k, bk), runs)
         adding = LAUNCH + runs * m * n / ADDED if runs > 1 else 0.0
-        multiplying = max(waves * bm * bn * steps * bk / (SPEED * speed), reading)
+        multiplying = max(waves * bm * bn * (steps * bk / speed + exposed) / SPEED, reading)
         return multiplying + adding, waves, -min(programs, units)
 
     whole = [(tile, 1) for tile in TILES]

@@ -119,7 +119,8 @@ def grouped(a: Any, b: Any, offsets: Any, c: Any, **meta: int) -> None:
 
     ``offsets`` (G + 1,) int32, ascending. Arrays of NumPy or torch.
     """
-    groups, bm, bn = b.shape[0], meta.get("BM", 128), meta.get("BN", 256)
+    meta = {"BM": 64, "BN": 256, "WINDOW": 16, **meta}
+    groups, bm, bn = b.shape[0], meta["BM"], meta["BN"]
     most = most_tiles(a.shape[0], groups, bm)
     table = _tables.take(c, (most, 4))
     list_tiles[(tw.cdiv(most, LISTED),)](offsets, table, BM=bm, GROUPS=1 << (groups - 1).bit_length(), TILES=LISTED)

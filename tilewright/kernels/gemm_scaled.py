@@ -70,19 +70,20 @@ def gemm_promoted(
     PARTS: tw.constexpr = 1,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 128,
+    BK: tw.constexpr = 256,
 ) -> None:
-    """As `gemm_scaled`, but every 128 of K are added to the sum in float32. Grid: (cdiv(M, BM), cdiv(N, BN * PARTS)).
+    """As `gemm_scaled`, but every BK of K are added to the sum in float32. Grid: (cdiv(M, BM), cdiv(N, BN * PARTS)).
 
     A program has PARTS (1 or 2) tiles side by side, one after the other: they share a's tile, and the registers of what
     is added.
     """
     m, n = tw.program_id(0), tw.program_id(1) * PARTS
     first, second = tw.zeros((BM, BN), tw.float32), tw.zeros((BM, BN), tw.float32)
-    for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
-        rows = tw.load(a, (m, k), (BM, BLOCK))
-        first += tw.dot(rows, tw.load(b, (k, n), (BLOCK, BN))).to(tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[1], BK)):
+        rows = tw.load(a, (m, k), (BM, BK))
+        first += tw.dot(rows, tw.load(b, (k, n), (BK, BN))).to(tw.float32)
         if PARTS == 2:
-            second += tw.dot(rows, tw.load(b, (k, n + 1), (BLOCK, BN))).to(tw.float32)
+            second += tw.dot(rows, tw.load(b, (k, n + 1), (BK, BN))).to(tw.float32)
     scale_and_store(c, m, n, first, scale_a, scale_b, bias, PER_ROW)
     if PARTS == 2:
         scale_and_store(c, m, n + 1, second, scale_a, scale_b, bias, PER_ROW)
@@ -96,34 +97,25 @@ def gemm_block_scaled(
     scale_b: tw.Tensor,
     c: tw.Tensor,
     *,
-    PARTS: tw.constexpr = 1,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 128,
 ) -> None:
-    """Sums over blocks k of ``scale_a[:, k] * scale_b[k, n // 128] * (a_k @ b_k)``.
+    """Sums over blocks k of ``scale_a[:, k] * scale_b[k, n // 128] * (a_k @ b_k)``. Grid: (cdiv(M, BM), cdiv(N, BN)).
 
-    Grid: (cdiv(M, BM), cdiv(N, BN * PARTS)). a (M, K), b (K, N), c (M, N), scale_a (M, cdiv(K, 128)), scale_b
-    (cdiv(K, 128), cdiv(N, 128)), any strides; BN divides 128. Blocks are added up in float32 (those of int8 are exact
-    in int32). PARTS as in `gemm_promoted`.
+    a (M, K), b (K, N), c (M, N), scale_a (M, cdiv(K, 128)), scale_b (cdiv(K, 128), cdiv(N, 128)), any strides; BN
+    divides 128. Blocks are added up in float32 (those of int8 are exact in int32).
     """
     tw.static_assert(BLOCK % BN == 0, "a tile of b has one scale: BN divides 128")
-    m, n = tw.program_id(0), tw.program_id(1) * PARTS
-    first, second = tw.zeros((BM, BN), tw.float32), tw.zeros((BM, BN), tw.float32)
-    left, right = n * BN // BLOCK, (n + 1) * BN // BLOCK
-    row_scale = tw.load(scale_a, (m, 0), (BM, 1))
-    left_scale, right_scale = tw.load(scale_b, (0, left)), tw.load(scale_b, (0, right))
+    m, n = tw.program_id(0), tw.program_id(1)
+    column = n * BN // BLOCK
+    acc = tw.zeros((BM, BN), tw.float32)
     for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
-        # the next block's scales arrive while this one is multiplied
-        next_row = tw.load(scale_a, (m, k + 1), (BM, 1))
-        next_left, next_right = tw.load(scale_b, (k + 1, left)), tw.load(scale_b, (k + 1, right))
-        rows = tw.load(a, (m, k), (BM, BLOCK))
-        first += tw.dot(rows, tw.load(b, (k, n), (BLOCK, BN))).to(tw.float32) * (row_scale * left_scale)
-        if PARTS == 2:
-            second += tw.dot(rows, tw.load(b, (k, n + 1), (BLOCK, BN))).to(tw.float32) * (row_scale * right_scale)
-        row_scale, left_scale, right_scale = next_row, next_left, next_right
-    tw.store(c, (m, n), first.to(c.dtype))
-    if PARTS == 2:
-        tw.store(c, (m, n + 1), second.to(c.dtype))
+        # vectors of 16 bytes or more travel with the operands: of b's scales one of the neighbours is ours
+        rows, neighbours = tw.load(scale_a.T[k], m, BM), tw.load(scale_b[k], column // 4, 4)
+        product = tw.dot(tw.load(a, (m, k), (BM, BLOCK)), tw.load(b, (k, n), (BLOCK, BN)))
+        ours = tw.sum(tw.where(tw.arange(4) == column % 4, neighbours, 0.0))
+        acc += product.to(tw.float32) * (rows * ours)[:, None]
+    tw.store(c, (m, n), acc.to(c.dtype))
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -138,15 +130,29 @@ TILES: tuple[tuple[tuple[int, int], float], ...] = (
 )
 
 
-def configuration(m: int, n: int, units: int = 132, most_columns: int = 256) -> dict[str, int]:
+#: the same where partial sums are added up, which takes registers: a program of 256 columns has two parts
+BLOCK_TILES: tuple[tuple[tuple[int, int], float], ...] = (((128, 128), 0.94), ((64, 128), 0.75), ((64, 64), 0.4))
+PROMOTED_TILES = (((128, 256), 1.0), *BLOCK_TILES)
+
+
+def configuration(
+    m: int, n: int, units: int = 132, tiles: tuple[tuple[tuple[int, int], float], ...] = TILES
+) -> dict[str, int]:
     """Tile sizes: those whose waves over ``units`` SMs take least time, each wave costing its area over its speed."""
 
     def cost(entry: tuple[tuple[int, int], float]) -> float:
         (bm, bn), speed = entry
         return -(-(-(-m // bm) * -(-n // bn)) // units) * bm * bn / speed
 
-    bm, bn = min((entry for entry in TILES if entry[0][1] <= most_columns), key=cost)[0]
+    bm, bn = min(tiles, key=cost)[0]
     return {"BM": bm, "BN": bn}
+
+
+def promoted_configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
+    """Tile sizes and PARTS of `gemm_promoted`."""
+    meta = configuration(m, n, units, PROMOTED_TILES)
+    parts = tw.cdiv(meta["BN"], BLOCK)
+    return {"BM": meta["BM"], "BN": meta["BN"] // parts, "PARTS": parts}
 
 
 def scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any, bias: Any = None, *, promote: bool = False) -> None:
@@ -158,15 +164,15 @@ def scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any, bias: Any = None,
     per_row = (scale_a.shape[0], scale_b.shape[0]) != (1, 1)
     kernel, meta = gemm_scaled, configuration(m, n)
     if promote:
-        kernel, meta = gemm_promoted, configuration(m, n, most_columns=BLOCK)  # two accumulators
-    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
+        kernel, meta = gemm_promoted, promoted_configuration(m, n)
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"] * meta.get("PARTS", 1))
     kernel[grid](a, b, scale_a, scale_b, c, bias, PER_ROW=per_row, **meta)
 
 
 def block_scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any) -> None:
     """See `gemm_block_scaled`."""
     m, n = c.shape
-    meta = configuration(m, n, most_columns=BLOCK)
+    meta = configuration(m, n, tiles=BLOCK_TILES)
     grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
     gemm_block_scaled[grid](a, b, scale_a, scale_b, c, **meta)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import FEW_ELEMENTS, LONG_COLUMNS, WIDEST, row_tiles, store_weighted, sum_of
+from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, layer_tiles, store_weighted, sum_of
 
 
 @tw.kernel
@@ -44,7 +44,7 @@ def layernorm(
         tw.store(mean, m, middle)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    store_weighted(y, m, 0, row, scale, weight, bias, BN)
+    store_weighted(y, m, 0, row * scale[:, None], weight, bias, BN)
 
 
 @tw.kernel
@@ -68,17 +68,17 @@ def layernorm_long(
     """
     m, columns = tw.program_id(0), x.shape[1]
     blocks = tw.cdiv(columns, BN)
-    middle, spread = tw.zeros((1,), tw.float32), tw.zeros((1,), tw.float32)
+    middle, spread = 0.0, 0.0
     for j in tw.range(blocks):
         row = sum_of(x, residual, m, j, 1, BN)
         if total is not None:
             tw.store(total, (m, j), row.to(total.dtype))
         before = (j * BN).to(tw.float32)
         count = tw.minimum(BN, columns - j * BN).to(tw.float32)
-        own = tw.sum(row, axis=1) / count
-        apart = tw.where((j * BN + tw.arange(BN) < columns)[None, :], row - own[:, None], 0.0)
+        own = tw.sum(row) / count
+        apart = tw.where((j * BN + tw.arange(BN) < columns)[None, :], row - own, 0.0)
         step, share = own - middle, count / (before + count)
-        spread = spread + tw.sum(apart * apart, axis=1) + step * step * (before * share)
+        spread = spread + tw.sum(apart * apart) + step * step * (before * share)
         middle = middle + step * share
     scale = tw.rsqrt(spread / columns + eps)
     if mean is not None:
@@ -86,8 +86,8 @@ def layernorm_long(
     if inverse is not None:
         tw.store(inverse, m, scale)
     for j in tw.range(blocks):
-        row = sum_of(x, residual, m, j, 1, BN) - middle[:, None]
-        store_weighted(y, m, j, row, scale, weight, bias, BN)
+        row = (sum_of(x, residual, m, j, 1, BN) - middle) * scale
+        store_weighted(y, m, j, row, weight, bias, BN)
 
 
 def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
@@ -95,9 +95,8 @@ def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None
     if x.shape[1] > WIDEST:
         layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional)
         return
-    rows, columns = x.shape
-    meta = row_tiles(rows, columns, FEW_ELEMENTS)
-    layernorm[(tw.cdiv(rows, meta["BM"]),)](x, weight, y, eps, **optional, **meta)
+    meta = layer_tiles(*x.shape)
+    layernorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)
 
 
 def reference(

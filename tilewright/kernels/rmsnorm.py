@@ -37,7 +37,7 @@ def rmsnorm(
     scale = tw.rsqrt(tw.sum(row * row, axis=1) / x.shape[1] + eps)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    store_weighted(y, m, 0, row, scale, weight, bias, BN)
+    store_weighted(y, m, 0, row * scale[:, None], weight, bias, BN)
 
 
 @tw.kernel
@@ -66,7 +66,7 @@ def rmsnorm_long(
     if inverse is not None:
         tw.store(inverse, m, scale)
     for j in tw.range(blocks):
-        store_weighted(y, m, j, sum_of(x, residual, m, j, 1, BN), scale, weight, bias, BN)
+        store_weighted(y, m, j, sum_of(x, residual, m, j, 1, BN) * scale[:, None], weight, bias, BN)
 
 
 def rms_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:

@@ -8,18 +8,22 @@ import tilewright as tw
 ELEMENTS, WIDEST = 4096, 16384
 #: columns that kernels for longer rows work on at a time
 LONG_COLUMNS = 4096
-#: elements of a row that a thread holds where it holds several rows, or several values for each element
-FEW_ELEMENTS = 16
+#: elements of a row that a thread of `layernorm` holds, and how many rows more than others a program has: two
+#: reductions follow each other, and other rows hide their exchanges between threads
+LAYER_ELEMENTS, LAYER_ROWS = 32, 2
+#: elements that a thread of `norm_backward` holds: several values for each
+GRADIENT_ELEMENTS = 8
 #: below every finite number that matters in a softmax, yet finite: differences from it are never NaN
 LEAST = -1e30
 #: programs that share the rows of a gradient: two for each SM of an H100
 GRADIENT_PROGRAMS = 264
 
 
-def row_tiles(rows: int, columns: int, elements: int | None = None) -> dict[str, int]:
+def row_tiles(rows: int, columns: int, elements: int | None = None, times: int = 1) -> dict[str, int]:
     """``BM`` and ``BN`` for kernels that hold whole rows of (rows, columns), several where they are short.
 
-    With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses.
+    With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses. With
+    ``times`` so many times the rows, where there are enough.
     """
     if columns > WIDEST:
         hint = "use the kernels for long rows, or the functions that choose"
@@ -30,15 +34,22 @@ def row_tiles(rows: int, columns: int, elements: int | None = None) -> dict[str,
     height = 1
     while height * width < ELEMENTS and tw.cdiv(rows, height) > 2048:
         height *= 2
+    if tw.cdiv(rows, height) > 2048:
+        height *= times
     meta = {"BM": height, "BN": width}
     if elements is None:
         return meta
     return {**meta, "num_warps": max(4, min(32, height * width // (32 * elements)))}
 
 
+def layer_tiles(rows: int, columns: int) -> dict[str, int]:
+    """Tile sizes and warps of `layernorm`."""
+    return row_tiles(rows, columns, LAYER_ELEMENTS, LAYER_ROWS)
+
+
 def gradient_tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
     """Tile sizes and number of programs of `norm_backward`."""
-    meta = row_tiles(rows, columns, FEW_ELEMENTS)
+    meta = row_tiles(rows, columns, GRADIENT_ELEMENTS)
     programs = GRADIENT_PROGRAMS if meta["num_warps"] <= 8 else GRADIENT_PROGRAMS // 2
     return meta, min(programs, tw.cdiv(rows, meta["BM"]))
 
@@ -48,6 +59,14 @@ def row_major(columns, BN):
     """The tile (m, n) of this program where programs go along rows first: who runs together reads together."""
     across = tw.cdiv(columns, BN)
     return tw.program_id(0) // across, tw.program_id(0) % across
+
+
+def block_tiles(columns: int, elements: int = 4096) -> dict[str, int]:
+    """``BM`` and ``BN`` of kernels that call `row_major`: about ``elements`` that lie together in memory."""
+    width = 1
+    while width < min(columns, elements):
+        width *= 2
+    return {"BM": max(1, elements // width), "BN": width}
 
 
 def row_major_grid(rows: int, columns: int, BM: int, BN: int) -> tuple[int]:
@@ -65,12 +84,12 @@ def sum_of(x, residual, m, j, BM, BN):
 
 
 @tw.function
-def store_weighted(y, m, j, row, scale, weight, bias, BN):
-    """``y = row * scale * weight + bias`` of the tile (m, j); ``scale`` has an element for each row.
+def store_weighted(y, m, j, row, weight, bias, BN):
+    """``y = row * weight + bias`` of the tile (m, j).
 
     Weight and bias are read here, not with the row: cached rows that need not wait in registers.
     """
-    out = row * scale[:, None] * tw.load(weight, j, BN).to(tw.float32)
+    out = row * tw.load(weight, j, BN).to(tw.float32)
     if bias is not None:
         out = out + tw.load(bias, j, BN).to(tw.float32)
     tw.store(y, (m, j), out.to(y.dtype))

@@ -21,7 +21,7 @@ from tilewright.ir.async_ops import Await, MakeRing, Publish, Release, Role
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Operation, Region, Value, replace_uses
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Binary, Cast, Constant, Dot, For, NumBlocks, Yield
+from tilewright.ir.tile_ops import Binary, Broadcast, Cast, Constant, Dot, ExpandDims, For, NumBlocks, Yield
 from tilewright.ir.types import SlotType, TileType
 from tilewright.passes.dce import eliminate_dead_code, has_effect
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -81,13 +81,13 @@ def pays(function: Function, target: Target) -> bool:
     dots = [op for op in function.walk() if isinstance(op, Dot)]
     lanes = WARPGROUP * target.warp_size
     fills = LEAST_ACCUMULATORS <= sum(_accumulators(dot) for dot in dots) / lanes <= MOST_ACCUMULATORS
-    return fills and all(map(_only_accumulates, dots)) and not any(map(_computes, function.walk()))
+    return fills and all(map(_only_accumulates, dots)) and not any(_computes(op, lanes) for op in function.walk())
 
 
-def _computes(op: Operation) -> bool:
-    """Whether an operation is vector work other than the rounding of a result."""
-    tiles = any(isinstance(v.type, TileType) for v in op.results)
-    return tiles and not op.regions and not isinstance(op, Cast | Constant | Dot)
+def _computes(op: Operation, lanes: int) -> bool:
+    """Whether an operation is vector work other than the rounding of a result, on more than an element of each lane."""
+    tiles = any(isinstance(v.type, TileType) and v.type.size > lanes for v in op.results)
+    return tiles and not op.regions and not isinstance(op, Broadcast | Cast | Constant | Dot | ExpandDims)
 
 
 def _accumulators(dot: Dot) -> int:

@@ -33,8 +33,6 @@ from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: barriers by how many threads they join
 SCOPES = ("warpgroup", "role", "block", "cluster")
-
-
 #: as many younger pieces of work of an asynchronous unit are told apart
 MOST_YOUNGER = 8
 
@@ -94,16 +92,11 @@ class _Search:
 
     def __init__(self, barrier: Barrier):
         self.barrier = barrier
-        #: accesses that are open where the barrier stands, and those that this would be the first barrier behind
-        self.held: Open = frozenset()
         self.found = False
 
     def needed(self, block: Block) -> bool:
-        while True:
-            held = self.held
-            self.block(block, frozenset(), frozenset())
-            if self.found or held == self.held:
-                return self.found
+        self.block(block, frozenset(), frozenset())
+        return self.found
 
     def block(self, block: Block, open_: Open, behind: Open) -> tuple[Open, Open]:
         """``behind``: accesses held apart by the barrier in question alone, from those behind it."""
@@ -112,7 +105,6 @@ class _Search:
                 open_, behind = self.regions(op, open_, behind)
                 continue
             if op is self.barrier:
-                self.held |= open_
                 behind |= {access for access in open_ if not access.unit}
                 continue
             open_, behind = (settle(op, state, self.barrier.scope) for state in (open_, behind))

@@ -57,8 +57,8 @@ def check(function: Function, context: PassContext) -> Result:
     """Check one function. Raises IRError."""
     model, result = Model(function, context.target), Result()
     programs, flags = protocol_programs(model), flag_programs(model)
-    if not any(program.compiler.busy for program in flags):
-        flags = programs  # no flags: what is left to search for is inputs that reach all of the program
+    if not flags:
+        flags = programs  # what is left to search for is inputs that reach all of the program
     leaves = find_leaves(model, {value for program in programs for value in program.compiler.needed})
     search, checker = Search(model, flags, leaves), _Checker(model, programs, result)
     result.missed = {op for op in model.ops if touches_ranks(op)}

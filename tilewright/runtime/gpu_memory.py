@@ -126,24 +126,26 @@ class GpuMemory(ABC):
     def start_copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         """Give ``stream`` a copy between addresses of any GPUs."""
 
-    def copy(self, copies: Sequence[tuple[int, int, int]], stream: int) -> None:
-        """Queue copies (target, source, bytes) on ``stream``, which run beside each other; the last one on it itself.
+    def start_copies(self, copies: Sequence[tuple[int, int, int]], stream: int, ordered: bool) -> list[Any]:
+        """Start copies (target, source, bytes) behind what ``stream`` has been given; an event for the end of each.
 
-        The stream goes on when all are done. Within a capture they become part of the graph.
+        They run beside the stream, and beside each other unless ``ordered``. Within a capture they become part of the
+        graph, if the stream waits for all events.
         """
-        while len(self._beside) < len(copies) - 1:
+        while len(self._beside) < len(copies):
             self._beside.append((self.new_stream(), self.new_event()))
         if stream not in self._forks:
             self._forks[stream] = self.new_event()
-        sides = self._beside[: len(copies) - 1]
         self.record(self._forks[stream], stream)
-        for (target, source, nbytes), (side, done) in zip(copies, sides, strict=False):
-            self.wait_event(side, self._forks[stream])
+        done = []
+        for i, (target, source, nbytes) in enumerate(copies):
+            side, end = self._beside[0 if ordered else i][0], self._beside[i][1]
+            if i == 0 or not ordered:
+                self.wait_event(side, self._forks[stream])
             self.start_copy(target, source, nbytes, side)
-            self.record(done, side)
-        self.start_copy(*copies[-1], stream)
-        for _, done in sides:
-            self.wait_event(stream, done)
+            self.record(end, side)
+            done.append(end)
+        return done
 
     def place(self, data: bytes) -> int:
         """Bytes in the GPU's memory at a multiple of 128, until `close`."""

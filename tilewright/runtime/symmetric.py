@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from tilewright.runtime.emulated import host_view
 from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.fault_record import FaultRecord
 from tilewright.runtime.peers import Endpoint, SymmetricPlace, address_table
-from tilewright.runtime.symmetric_memory import Allocation, SymmetricMemory
+from tilewright.runtime.symmetric_memory import Allocation, Copy, SymmetricMemory
 
 #: bytes of the smallest allocation, so that empty tensors have an address too
 _LEAST_BYTES = 16
@@ -123,6 +124,20 @@ class BoundTensor(Viewed):
         if self.tensor.heap.closed:
             raise ArgumentError("The tensor's world has been closed, and its memory given back.")
         return self._view
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies in progress: for each rank of this process its stream, and the copies in their order."""
+
+    memory: SymmetricMemory
+    started: Sequence[tuple[int, Any, list[Any]]]
+
+    def join(self, count: int | None = None) -> None:
+        """Let the streams wait for the first ``count`` copies of each rank (None: for all)."""
+        for rank, stream, copies in self.started:
+            for copy in copies[:count]:
+                self.memory.join(rank, copy, stream)
 
 
 class SymmetricHeap:
@@ -239,8 +254,10 @@ class SymmetricHeap:
         self.memory.barrier()
         return tensor
 
+    # --- copies by the GPUs' copy engines -----------------------------------------------------------------
+
     def push(self, source: Any, target: SymmetricTensor, stream: Any = None) -> None:
-        """Copy parts to all ranks with the GPUs' copy engines: ``target[r]`` of rank p becomes ``source[p]`` of rank r.
+        """Copy parts to all ranks: ``target[r]`` of rank p becomes ``source[p]`` of rank r.
 
         ``source``: an array of this process's rank, a list of one for each, or a symmetric tensor; of the target's
         shape (world, ...) and dtype, row-major. It is queued on ``stream`` like a launch, with no wait for other
@@ -248,15 +265,37 @@ class SymmetricHeap:
         (`tilewright.kernels.multi_gpu.copy_engine`).
         """
         sources = source if isinstance(source, list) else getattr(source, "arrays", [source] * len(self.ranks))
-        part = target.nbytes // self.size
+        part, started = target.nbytes // self.size, []
         for i, (rank, array) in enumerate(zip(self.ranks, sources, strict=True)):
             address = self._pushed(array, target)
-            copies = [
-                (target.addresses[peer] + rank * part, address + peer * part, part)
-                for peer in ((rank + 1 + hop) % self.size for hop in range(self.size))
-            ]
-            if part:
-                self.memory.copy(rank, copies, stream[i] if isinstance(stream, list) else stream)
+            peers = [(rank + 1 + hop) % self.size for hop in range(self.size)]
+            copies = [(target.addresses[peer] + rank * part, address + peer * part, part) for peer in peers if part]
+            started.append((rank, self._of(stream, i), copies))
+        self._start(started, ordered=False).join()
+
+    def spread(self, tensor: SymmetricTensor, stream: Any = None) -> Copies:
+        """Start copying each rank's own part, ``tensor[rank]`` of (world, ...), to the same place of all others.
+
+        To the next rank first, then to the one behind it, beside what ``stream`` is given from now on: `Copies.join`
+        lets it wait. As with `push` nobody waits for other ranks.
+        """
+        part, started = tensor.nbytes // self.size, []
+        if tensor.shape[0] != self.size:
+            raise ArgumentError(f"{tensor!r} cannot be spread: its shape must be (world, ...).")
+        for i, rank in enumerate(self.ranks):
+            places = [address + rank * part for address in tensor.addresses]
+            peers = [(rank + hop) % self.size for hop in range(1, self.size)]
+            started.append((rank, self._of(stream, i), [(places[p], places[rank], part) for p in peers if part]))
+        return self._start(started, ordered=True)
+
+    def _start(self, started: Sequence[tuple[int, Any, list[Copy]]], ordered: bool) -> Copies:
+        memory = self.memory
+        return Copies(
+            memory, [(rank, stream, memory.start_copies(rank, all_, stream, ordered)) for rank, stream, all_ in started]
+        )
+
+    def _of(self, stream: Any, index: int) -> Any:
+        return stream[index] if isinstance(stream, list) else stream
 
     def _pushed(self, array: Any, target: SymmetricTensor) -> int:
         """The address of what is copied. ArgumentError unless it has the form of the target."""

@@ -13,7 +13,7 @@ from tilewright.ir.interpreter_numerics import NUMPY
 from tilewright.ir.types import DTYPES
 from tilewright.runtime.emulated_group import EmulatedGroup
 from tilewright.runtime.host_arrays import array_bytes
-from tilewright.runtime.symmetric_memory import Allocation, SymmetricMemory, check_size
+from tilewright.runtime.symmetric_memory import Allocation, Copy, SymmetricMemory, check_size
 
 #: what the emulators and vector accesses want of an address (bytes)
 _ALIGNMENT = 256
@@ -53,9 +53,13 @@ class HostMemory(SymmetricMemory):
         """The emulator places tables in its own memory (`emulated_peers`), and the interpreter needs none."""
         return 0
 
-    def copy(self, rank: int, copies: Sequence[tuple[int, int, int]], stream: Any) -> None:
+    def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
         for target, source, nbytes in copies:
             ctypes.memmove(target, source, nbytes)
+        return [None] * len(copies)
+
+    def join(self, rank: int, copy: Any, stream: Any) -> None:
+        """Copies have happened when they have been started."""
 
     def explain(self, rank: int, reason: Callable[[], str | None]) -> None:
         """Kernels here do not give up: who waits in vain is found out."""

@@ -11,7 +11,7 @@ from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.gpu_memory import GpuMemory, gpu_array, torch_with_gpus
 from tilewright.runtime.host_arrays import array_bytes
 from tilewright.runtime.launching import stream_handle
-from tilewright.runtime.symmetric_memory import Allocation, SharedWords, SymmetricMemory, check_size
+from tilewright.runtime.symmetric_memory import Allocation, Copy, SharedWords, SymmetricMemory, check_size
 
 
 class GpuRanks(SymmetricMemory):
@@ -37,9 +37,15 @@ class GpuRanks(SymmetricMemory):
     def place(self, rank: int, data: bytes) -> int:
         return self.gpus[rank].place(data)
 
-    def copy(self, rank: int, copies: Sequence[tuple[int, int, int]], stream: Any) -> None:
-        gpu = self.gpus[rank]
-        gpu.copy(copies, stream_handle(stream, torch_with_gpus() if self.uses_torch else None, gpu.ordinal))
+    def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
+        return self.gpus[rank].start_copies(copies, self._stream(rank, stream), ordered)
+
+    def join(self, rank: int, copy: Any, stream: Any) -> None:
+        self.gpus[rank].wait_event(self._stream(rank, stream), copy)
+
+    def _stream(self, rank: int, stream: Any) -> int:
+        """The handle of what a caller passed as a stream."""
+        return stream_handle(stream, torch_with_gpus() if self.uses_torch else None, self.gpus[rank].ordinal)
 
     def fault_record(self, rank: int) -> SharedWords:
         return self.gpus[rank].shared_words(FAULT_WORDS)

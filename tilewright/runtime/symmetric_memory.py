@@ -18,6 +18,9 @@ import numpy as np
 from tilewright.ir.abi import FAULT_WORDS, MOST_RANKS
 from tilewright.runtime.errors import DeviceError
 
+#: target and source address, bytes
+Copy = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -73,8 +76,15 @@ class SymmetricMemory(ABC):
         """Put bytes into the memory of the rank's device, at a multiple of 128; they stay until `close`."""
 
     @abstractmethod
-    def copy(self, rank: int, copies: Sequence[tuple[int, int, int]], stream: Any) -> None:
-        """Queue copies (target, source, bytes) on a stream of the rank's device, beside each other."""
+    def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
+        """Start copies behind what a stream of the rank's device has been given; something to `join` for each.
+
+        They run beside the stream, and beside each other unless ``ordered``.
+        """
+
+    @abstractmethod
+    def join(self, rank: int, copy: Any, stream: Any) -> None:
+        """Let the stream wait for a copy."""
 
     def fault_record(self, rank: int) -> SharedWords:
         """The record that a kernel of the rank writes when it gives up waiting."""

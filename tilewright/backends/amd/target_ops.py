@@ -138,6 +138,11 @@ class AmdOps(TargetOps):
         self.fence(lw, "release")
         lw.fb.store(value, pointer, 4, ordering="monotonic")
 
+    def all_lanes(self, lw: Lowering, condition: mlir.Value) -> mlir.Value:
+        fb = lw.fb
+        others = fb.intrinsic("llvm.amdgcn.ballot.i64", fb.types.i64, [fb.not_(condition)])
+        return fb.icmp("eq", others, fb.i64(0))
+
     def pause(self, lw: Lowering) -> None:
         lw.fb.op("rocdl.s.sleep", attributes={"count": lw.fb.module.integer(32, 1)})
 

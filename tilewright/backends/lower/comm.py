@@ -158,7 +158,7 @@ def lower_credit(lw: Lowering, op: comm_ops.Credit) -> None:
         _poll_each(lw, world.size, poll)
     else:
         peer = lw.scalar(op.peer)
-        run_if(lw, _first_thread(lw), lambda: poll(peer))
+        _poll_each(lw, 1, lambda _: poll(peer))
     lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
 
 
@@ -181,7 +181,7 @@ def lower_leave(lw: Lowering, op: comm_ops.Leave) -> None:
 
     def await_end(peer: mlir.Value) -> None:
         line = _line(lw.function.loc)
-        _poll(lw, _control(lw, Control.LEFT, peer), _Awaited(fb.i32(Fault.EXIT), peer, line))
+        _poll(lw, _control(lw, Control.LEFT, peer), _Awaited(fb.i32(Fault.EXIT), peer, line), alone=True)
 
     with fb.if_then(fb.icmp("eq", lw.scope.thread, 0)):
         end()
@@ -208,15 +208,22 @@ class _Awaited:
 
 
 def _poll_each(lw: Lowering, count: IntLike, poll: Callable[[mlir.Value], None]) -> None:
-    """The lanes of the scope's first warp, or its one thread, share ``count`` polls."""
-    fb, warp = lw.fb, lw.target.warp_size
+    """The lanes of the scope's first warp, or its one thread, share ``count`` polls.
+
+    All lanes poll until what all of them wait for is there, those without a poll of their own the last one's. So the
+    warp stays together, which ptxas wants to know: behind a loop that lanes leave one by one it takes all warps to be
+    apart, gives up uniform registers, and each wgmma of the kernel then waits for its descriptors.
+    """
+    fb, warp, math = lw.fb, lw.target.warp_size, lw.index
     if lw.scope.single_thread:
         _each(lw, fb.i32(0), count, 1, poll)
-    elif count == 1:
-        run_if(lw, _first_thread(lw), lambda: poll(fb.i32(0)))
-    else:
-        with fb.if_then(fb.icmp("ult", lw.scope.thread, warp)):
-            _each(lw, lw.scope.thread, count, warp, poll)
+        return
+    with fb.if_then(fb.icmp("eq", lw.scope.warp, 0)):
+        if isinstance(count, int) and count <= warp:
+            poll(fb.i32(0) if count == 1 else fb.umin(lw.scope.lane, count - 1))
+            return
+        last = math.value(math.sub(count, 1))
+        _each(lw, fb.i32(0), count, warp, lambda first: poll(fb.smin(fb.add(first, lw.scope.lane), last)))
 
 
 def _each(lw: Lowering, first: mlir.Value, count: IntLike, step: int, body: Callable[[mlir.Value], None]) -> None:
@@ -224,19 +231,27 @@ def _each(lw: Lowering, first: mlir.Value, count: IntLike, step: int, body: Call
         body(loop.index)
 
 
-def _poll(lw: Lowering, pointer: mlir.Value, awaited: _Awaited) -> None:
-    """One thread looks at a word until it holds the number of this launch, or of a later one."""
+def _poll(lw: Lowering, pointer: mlir.Value, awaited: _Awaited, alone: bool | None = None) -> None:
+    """Look at a word until it holds the number of this launch, or of a later one.
+
+    All lanes of a warp look, each at its word, and go on together; ``alone``: one thread does (by default where one
+    thread runs the scope).
+    """
     fb, world, i64 = lw.fb, _world(lw), lw.fb.types.i64
+    alone = lw.scope.single_thread if alone is None else alone
 
     def reached() -> mlir.Value:
         word = fb.load(pointer, fb.types.i32, WORD, ordering="monotonic")
         return fb.icmp("sge", fb.sub(word, world.launch), 0)
 
-    slow, look, late, done = fb.block(), fb.block(i64), fb.block(), fb.block()
-    fb.cond_br(reached(), done, slow)
+    def together(condition: mlir.Value) -> mlir.Value:
+        return condition if alone else lw.ops.all_lanes(lw, condition)
+
+    slow, look, again, waited, late, done = fb.block(), fb.block(i64), *(fb.block() for _ in range(4))
+    fb.cond_br(together(reached()), done, slow)
     fb.position_at_end(slow)
     milliseconds = fb.load(_control(lw, Control.TIMEOUT), fb.types.i32, WORD, ordering="monotonic")
-    limited = fb.icmp("ne", milliseconds, 0)
+    limited = together(fb.icmp("ne", milliseconds, 0))
     limit = fb.mul(fb.zext(milliseconds, i64), 1_000_000)
     # the clock is not looked at where there is no limit: an emulator then sees that nothing changes
     (start,) = fb.if_else(limited, [i64], lambda: [lw.ops.nanoseconds(lw)], lambda: [fb.i64(0)])
@@ -244,23 +259,24 @@ def _poll(lw: Lowering, pointer: mlir.Value, awaited: _Awaited) -> None:
     fb.position_at_end(look)
     (start,) = look.arguments
     lw.ops.pause(lw)
-    again = fb.block()
-    fb.cond_br(reached(), done, again)
+    own = reached()
+    fb.cond_br(together(own), done, again)
     fb.position_at_end(again)
-    waited = fb.block()
     fb.cond_br(limited, waited, look, else_arguments=[start])
     fb.position_at_end(waited)
     passed = fb.sub(lw.ops.nanoseconds(lw), start)
-    fb.cond_br(fb.icmp("ugt", passed, limit), late, look, else_arguments=[start])
+    fb.cond_br(together(fb.icmp("ugt", passed, limit)), late, look, else_arguments=[start])
     fb.position_at_end(late)
-    _give_up(lw, awaited)
+    with fb.if_then(fb.not_(own)):
+        _leave_record(lw, awaited)
+    fb.intrinsic("llvm.trap", None)
     fb.br(done)
     fb.position_at_end(done)
     fb.fence("acquire")
 
 
-def _give_up(lw: Lowering, awaited: _Awaited) -> None:
-    """Leave a fault record and stop the kernel."""
+def _leave_record(lw: Lowering, awaited: _Awaited) -> None:
+    """Tell the host who waited for what."""
     fb, world = lw.fb, _world(lw)
     record = fb.load(_control(lw, Control.FAULT), fb.types.ptr(1), ADDRESS)
     words = {
@@ -274,7 +290,6 @@ def _give_up(lw: Lowering, awaited: _Awaited) -> None:
     for place, word in words.items():
         fb.store(word, fb.gep(record, WORD * place), WORD, ordering="monotonic")
     lw.ops.store_release(lw, fb.i32(1), fb.gep(record, WORD * Fault.KIND))
-    lw.ops.stop(lw)
 
 
 # --- addresses, threads ---------------------------------------------------------------------------

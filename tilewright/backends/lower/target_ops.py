@@ -98,12 +98,12 @@ class TargetOps(ABC):
         lw.fb.store(value, pointer, 4, ordering="release")
 
     @abstractmethod
+    def all_lanes(self, lw: Lowering, condition: mlir.Value) -> mlir.Value:
+        """i1, the same in the whole warp: the condition holds in all its lanes, which arrive together."""
+
+    @abstractmethod
     def pause(self, lw: Lowering) -> None:
         """Let others run for a moment, between two looks at a flag."""
-
-    def stop(self, lw: Lowering) -> None:
-        """End the kernel with an error."""
-        lw.fb.intrinsic("llvm.trap", None)
 
     @abstractmethod
     def nanoseconds(self, lw: Lowering) -> mlir.Value:

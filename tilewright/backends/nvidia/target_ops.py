@@ -118,16 +118,12 @@ class NvidiaOps(TargetOps):
             else:
                 _predicated_store(lw, predicate, pointer, value)
 
+    def all_lanes(self, lw: Lowering, condition: mlir.Value) -> mlir.Value:
+        fb = lw.fb
+        return fb.intrinsic("llvm.nvvm.vote.all.sync", fb.types.i1, [fb.i32(_FULL_MASK), condition])
+
     def pause(self, lw: Lowering) -> None:
         ptx.emit(lw.fb, f"nanosleep.u32 {_PAUSE};")
-
-    def stop(self, lw: Lowering) -> None:
-        """A store to no address, which is an error too.
-
-        Behind a trap in one lane ptxas takes the threads of all warps to be apart, and gives up uniform registers: each
-        wgmma of the kernel then waits for its descriptors.
-        """
-        ptx.emit(lw.fb, "st.global.u32 [$0], 0;", "l", [lw.fb.i64(0)])
 
     def nanoseconds(self, lw: Lowering) -> mlir.Value:
         return lw.fb.inline_asm(lw.fb.types.i64, "mov.u64 $0, %globaltimer;", "=l")

@@ -87,7 +87,7 @@ def ulysses_sdpa(
         whole.append(symmetric(world, f"ulysses_{name}", (batch, size * length, count // size, last), dtype))
         exchange(world, x, whole[-1], 2, 1)
     each = heads // size
-    sizes = {**configuration(length, max(depth, width)), **meta}
+    sizes = meta if meta else configuration(length, max(depth, width))
     tiles = tw.cdiv(length, sizes["BM"])
     done = flags(world, "ulysses", (tiles, heads, batch))
     factor = (depth**-0.5 if scale is None else scale) * LOG2E

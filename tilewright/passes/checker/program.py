@@ -64,9 +64,7 @@ class RoleProgram:
 
     def trace(self, inputs: Inputs, most_events: int) -> Run:
         """Run on inputs. Raises Fault for what one thread does wrong on its own, Infeasible."""
-        run = Run(inputs, dict(self.compiler.constants), most_events)
-        for param in self.model.function.params:
-            run.env[param] = inputs.scalars.get(param, parameter_key(param))
+        run = Run(inputs, {**self.compiler.constants, **inputs.scalars}, most_events)
         try:
             for step in self.steps:
                 step(run)
@@ -89,7 +87,7 @@ class Compiler:
     def __init__(self, model: Model, role: RoleModel, vocabulary: Vocabulary):
         self.model, self.role, self.vocabulary = model, role, vocabulary
         body = model.function.body if role.op is None else role.op.body
-        self.constants: dict[Value, Any] = {}
+        self.constants: dict[Value, Any] = {param: parameter_key(param) for param in model.function.params}
         self.owners = {r.block: op for op in model.ops for r in op.regions}
         self.flying = _flying(body)
         self.busy = _busy(body, self.flying, vocabulary)

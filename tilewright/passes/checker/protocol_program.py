@@ -63,10 +63,11 @@ def protocol_programs(model: Model) -> list[RoleProgram]:
 
 
 def flag_programs(model: Model) -> list[RoleProgram]:
-    """For each role its signals and waits alone."""
+    """Of roles that have such, their signals and waits alone."""
     acting = c.Signal | c.WaitFlags | Assume
     vocabulary = Vocabulary(lambda op, flying: isinstance(op, acting), _arguments, _events, _shortens(model))
-    return [RoleProgram(model, role, vocabulary) for role in model.roles]
+    roles = [r for r in model.roles if any(isinstance(op, c.Signal | c.WaitFlags) for op in r.operations(model))]
+    return [RoleProgram(model, role, vocabulary) for role in roles]
 
 
 def flags_depend_on_data(programs: Sequence[RoleProgram]) -> bool:

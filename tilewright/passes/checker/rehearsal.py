@@ -17,7 +17,7 @@ from typing import Any
 
 from tilewright.ir.comm_ops import Signal, WaitFlags
 from tilewright.ir.core import Operation, Value
-from tilewright.ir.tile_ops import Binary, BlockId, Constant, Dim, For, NumPrograms, ProgramId
+from tilewright.ir.tile_ops import Binary, BlockId, Constant, Dim, For, NumBlocks, NumPrograms, ProgramId
 from tilewright.ir.types import ScalarType, ViewType
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model
@@ -64,7 +64,7 @@ class Launch:
 
     @property
     def covered(self) -> set[Any]:
-        return {goal for roles in self.runs for run in roles.values() for goal in run.covered}
+        return _covered(self.runs)
 
     def text(self, blocks: int) -> str:
         """As a message names it. ``blocks``: of each rank."""
@@ -93,7 +93,9 @@ class Search:
         self.uses_flags = any(isinstance(op, Signal | WaitFlags) for op in self.model.ops)
         self.tiles = _tile_sizes(self.model)
         needed = find_leaves(self.model, {value for program in self.programs for value in program.compiler.needed})
-        dims = [leaf for leaf in self.leaves.dims if leaf in needed.dims or leaf in self.waited]
+        #: sizes of flag tensors, which only say how many flags a wait is for: as many as are signalled
+        self.counted = self.waited - set(needed.dims)
+        dims = [leaf for leaf in self.leaves.dims if leaf in needed.dims]
         self.knobs: list[Knob] = [("grid", axis) for axis in range(3)]
         self.knobs += [("dim", leaf) for leaf in dims]
         self.knobs += [("scalar", leaf) for leaf in needed.scalars]
@@ -127,6 +129,7 @@ class Search:
     def _more(self, world: int, sizes: Sizes, first: Launch) -> Iterator[Launch]:
         """Launches that reach what the first one does not."""
         missed = {goal for program in self.programs for goal in _goals(program)} - first.covered
+        missed -= _covered(trace(self.programs, first.inputs, 1))  # what a block does from one program to the next
         most, given = len(self.tried) + MOST_TRIES_FOR_MORE, 0
         changed = list(_changed(sizes, (2, 0)))
         for larger in chain(changed, (further for new in changed for further in _changed(new, values(world)))):
@@ -159,17 +162,29 @@ class Search:
         if not 0 < programs <= MOST_PROGRAMS:
             return None
         try:
-            launch = Launch(world, inputs, trace(self.programs, inputs, programs))
+            launch = Launch(world, inputs, self._count_flags(inputs, trace(self.programs, inputs, programs)))
         except (Infeasible, Fault):
             return None
         rehearse(launch)
         return launch
 
+    def _count_flags(self, inputs: Inputs, runs: Runs) -> Runs:
+        """Give the tensors of flags the sizes that signals ask for."""
+        events = [event for roles in runs for run in roles.values() for event in run.events if event.kind == "signal"]
+        sizes = {
+            (root, axis): max((event.place.box[axis][1] for event in events if event.place.root is root), default=1)
+            for root, axis in self.counted
+        }
+        if all(inputs.dims[leaf] == size for leaf, size in sizes.items()):
+            return runs
+        inputs.dims.update(sizes)
+        return trace(self.programs, inputs, len(runs) // inputs.world)
+
     def _inputs(self, world: int, sizes: Sizes) -> Inputs:
         inputs = Inputs(world=world, most_trips=2, period=self.model.most_stages)
         # what has no say in flags is as large as any tile: what one loop writes by large ones others read by small ones
         largest = max((self.tiles.get(leaf, 1) for leaf in self.leaves.dims), default=1)
-        inputs.dims = dict.fromkeys(self.leaves.dims, largest)
+        inputs.dims = {leaf: 1 if leaf in self.counted else largest for leaf in self.leaves.dims}
         inputs.scalars = {leaf: _scalar(leaf, self.tiles.get(leaf, 1)) for leaf in self.leaves.scalars}
         grid = [1, 1, 1]
         for (kind, what), size, step in zip(self.knobs, sizes, self.steps, strict=True):
@@ -199,9 +214,15 @@ def trace(programs: Sequence[RoleProgram], inputs: Inputs, blocks: int) -> Runs:
     return runs
 
 
+def _covered(runs: Runs) -> set[Any]:
+    return {goal for roles in runs for run in roles.values() for goal in run.covered}
+
+
 def _goals(program: RoleProgram) -> Iterator[tuple[Operation, int]]:
     """How often loops may run (2: more than once) and which branches may be taken, where sizes have a say in it."""
     for op, times in program.goals:
+        if isinstance(op, For) and isinstance(op.step.op, NumBlocks):
+            continue  # over the programs of a block: one each
         values, pending = set(), control(op)
         while pending:
             value = pending.pop()

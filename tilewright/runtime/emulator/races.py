@@ -148,8 +148,7 @@ class Team:
         self._columns = [self.agents] * blocks
         #: what agents (block, agent) know of other blocks
         self._remote: dict[tuple[int, int], Token] = {}
-        #: what relaxed reads have seen and no fence has acquired yet, by the block that wrote; what the last fence would
-        #: release
+        #: what relaxed reads have seen and no fence has acquired yet, by the block that wrote it
         self._seen: dict[tuple[int, int], dict[int, Token]] = {}
         self._fenced: dict[tuple[int, int], tuple[Token, int]] = {}
 
