@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from tilewright.kernels import activations
@@ -85,11 +84,10 @@ def _products_backward(ctx: Any, x: Any, gate: Any, up: Any, dleft: Any, dright:
     rows, dleft, dright = as_rows(x), as_rows(dleft), as_rows(dright)
     dx = None
     if needs_x:
-        dx = products.product(dleft, gate)
-        dx = torch.addmm(dx, dright, up) if traced() else products._linear(dright, up.t(), None, dx, "none")
-        dx = dx.view(x.shape)
-    dgate = products.product(dleft.t(), rows) if needs_gate else None
-    dup = products.product(dright.t(), rows) if needs_up else None
+        first = products._matmul(dleft, gate)
+        dx = products._linear(dright, up.t(), None, first, "none").view(x.shape)
+    dgate = products._matmul(dleft.t(), rows) if needs_gate else None
+    dup = products._matmul(dright.t(), rows) if needs_up else None
     return dx, dgate, dup, None
 
 

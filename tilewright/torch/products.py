@@ -36,14 +36,9 @@ def _launch_matmul(out: Any, a: Any, b: Any) -> None:
 
 def _matmul_backward(ctx: Any, dy: Any) -> tuple[Any, Any]:
     a, b = ctx.saved_tensors
-    da = product(dy, b.t()) if ctx.needs_input_grad[0] else None
-    db = product(a.t(), dy) if ctx.needs_input_grad[1] else None
+    da = _matmul(dy, b.t()) if ctx.needs_input_grad[0] else None
+    db = _matmul(a.t(), dy) if ctx.needs_input_grad[1] else None
     return da, db
-
-
-def product(a: Any, b: Any) -> Any:
-    """``a @ b`` of matrices for gradients: our kernel; in a graph torch's, as fast, which Inductor may fuse."""
-    return torch.mm(a, b) if traced() else _matmul(a, b)
 
 
 _matmul = torch_op(
@@ -83,8 +78,8 @@ def _linear_backward(ctx: Any, dy: Any) -> tuple[Any, Any, Any, Any, None]:
         before = _linear(x, weight, bias, None, "none") if y is None else y
         dy = activation_gradient(dy, before, ctx.activation)
     gradient = as_rows(dy)
-    dx = product(gradient, weight).view(x.shape) if needs_x else None
-    dweight = product(gradient.t(), as_rows(x)) if needs_weight else None
+    dx = _matmul(gradient, weight).view(x.shape) if needs_x else None
+    dweight = _matmul(gradient.t(), as_rows(x)) if needs_weight else None
     dbias = gradient.sum(0) if needs_bias else None
     return dx, dweight, dbias, dresidual, None
 
@@ -194,4 +189,4 @@ def linear(input: Any, weight: Any, bias: Any = None, activation: str | None = N
     return _linear(input, weight, bias, residual, "none" if activation is None else known_activation(activation))
 
 
-__all__ = ["ACTIVATIONS", "activation_gradient", "known_activation", "linear", "matmul", "product"]
+__all__ = ["ACTIVATIONS", "activation_gradient", "known_activation", "linear", "matmul"]
