@@ -27,6 +27,8 @@ from tilewright.ir.async_ops import Fence
 from tilewright.ir.core import Location
 
 WORD, ADDRESS = 4, 8
+#: words that one thread looks at before it decides
+GLANCE = 8
 
 
 # --- ranks, puts --------------------------------------------------------------------------------
@@ -96,13 +98,12 @@ def lower_wait(lw: Lowering, op: comm_ops.WaitFlags) -> None:
     count = math.narrow(reduce(math.mul, view.shape, 1))
     param = lw.function.params.index(comm_ops.view_root(op.flags))
 
-    def poll(number: mlir.Value) -> None:
+    def flag(number: mlir.Value) -> _Awaited:
         offset = _element(lw, view, number)
         pointer = fb.gep(view.base, math.value(math.mul(offset, WORD), 64))
-        flag = math.value(math.narrow(offset))
-        _poll(lw, pointer, _Awaited(flag, fb.i32(-1), _line(op.loc), param))
+        return _Awaited(pointer, math.value(math.narrow(offset)), fb.i32(-1), _line(op.loc), param)
 
-    run_if(lw, None if op.when is None else lw.scalar(op.when), lambda: _poll_each(lw, count, poll))
+    run_if(lw, None if op.when is None else lw.scalar(op.when), lambda: _poll_each(lw, count, flag))
     lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
 
 
@@ -150,15 +151,14 @@ def lower_enter(lw: Lowering, op: comm_ops.Enter) -> None:
 def lower_credit(lw: Lowering, op: comm_ops.Credit) -> None:
     fb, world = lw.fb, _world(lw)
 
-    def poll(peer: mlir.Value) -> None:
-        awaited = _Awaited(fb.i32(Fault.ENTRY), peer, _line(op.loc))
-        _poll(lw, _control(lw, Control.ENTERED, peer), awaited)
+    def entry(peer: mlir.Value) -> _Awaited:
+        return _Awaited(_control(lw, Control.ENTERED, peer), fb.i32(Fault.ENTRY), peer, _line(op.loc))
 
     if op.peer is None:
-        _poll_each(lw, world.size, poll)
+        _poll_each(lw, world.size, entry)
     else:
         peer = lw.scalar(op.peer)
-        _poll_each(lw, 1, lambda _: poll(peer))
+        _poll_each(lw, 1, lambda _: entry(peer))
     lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
 
 
@@ -181,8 +181,8 @@ def lower_leave(lw: Lowering, op: comm_ops.Leave) -> None:
             lw.ops.store_release(lw, world.launch, _control(lw, Control.EPOCH))
 
     def await_end(peer: mlir.Value) -> None:
-        line = _line(lw.function.loc)
-        _poll(lw, _control(lw, Control.LEFT, peer), _Awaited(fb.i32(Fault.EXIT), peer, line), alone=True)
+        word = _control(lw, Control.LEFT, peer)
+        _poll(lw, _Awaited(word, fb.i32(Fault.EXIT), peer, _line(lw.function.loc)), alone=True)
 
     with fb.if_then(fb.icmp("eq", lw.scope.thread, 0)):
         end()
@@ -200,33 +200,50 @@ def _line(loc: Location) -> int:
 
 @dataclass(frozen=True)
 class _Awaited:
-    """What a fault record says of a wait: see `tilewright.ir.abi.Fault`."""
+    """A word that a launch's number will be in, and what a fault record says of it: see `tilewright.ir.abi.Fault`."""
 
+    pointer: mlir.Value
     flag: mlir.Value
     peer: mlir.Value
     line: int
     param: int = -1
 
 
-def _poll_each(lw: Lowering, count: IntLike, poll: Callable[[mlir.Value], None]) -> None:
-    """The lanes of the scope's first warp, or its one thread, share ``count`` polls; behind all of them is one fence.
+def _poll_each(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], _Awaited]) -> None:
+    """Wait for words 0 to ``count`` - 1: by the lanes of the scope's first warp, or by its one thread.
 
-    All lanes poll until what all of them wait for is there, those without a poll of their own the last one's. So the
+    All lanes poll until what all of them wait for is there, those without a word of their own the last one. So the
     warp stays together, which ptxas wants to know: behind a loop that lanes leave one by one it takes all warps to be
     apart, gives up uniform registers, and each wgmma of the kernel then waits for its descriptors.
     """
     fb, warp, math = lw.fb, lw.target.warp_size, lw.index
+    last = math.value(math.sub(count, 1))
     if lw.scope.single_thread:
-        _each(lw, fb.i32(0), count, 1, poll)
+        if count == 1:
+            _poll(lw, word(fb.i32(0)))
+        else:
+            _poll_alone(lw, count, lambda number: word(fb.smin(number, last)))
         fb.fence("acquire")
         return
     with fb.if_then(fb.icmp("eq", lw.scope.warp, 0)):
-        if isinstance(count, int) and count <= warp:
-            poll(fb.i32(0) if count == 1 else fb.umin(lw.scope.lane, count - 1))
+        if isinstance(count, int) and 0 < count <= warp:
+            _poll(lw, word(fb.i32(0) if count == 1 else fb.umin(lw.scope.lane, count - 1)))
         else:
-            last = math.value(math.sub(count, 1))
-            _each(lw, fb.i32(0), count, warp, lambda first: poll(fb.smin(fb.add(first, lw.scope.lane), last)))
+            own = lw.scope.lane
+            _each(lw, fb.i32(0), count, warp, lambda first: _poll(lw, word(fb.smin(fb.add(first, own), last))))
         fb.fence("acquire")
+
+
+def _poll_alone(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], _Awaited]) -> None:
+    """One thread polls all words: it looks at `GLANCE` of them at a time, and waits where one is missing."""
+    fb = lw.fb
+
+    def glance(first: mlir.Value) -> None:
+        words = [_reached(lw, word(fb.add(first, number))) for number in range(GLANCE)]
+        with fb.if_then(fb.not_(reduce(fb.and_, words))):
+            _each(lw, fb.i32(0), GLANCE, 1, lambda number: _poll(lw, word(fb.add(first, number))))
+
+    _each(lw, fb.i32(0), count, GLANCE, glance)
 
 
 def _each(lw: Lowering, first: mlir.Value, count: IntLike, step: int, body: Callable[[mlir.Value], None]) -> None:
@@ -234,24 +251,26 @@ def _each(lw: Lowering, first: mlir.Value, count: IntLike, step: int, body: Call
         body(loop.index)
 
 
-def _poll(lw: Lowering, pointer: mlir.Value, awaited: _Awaited, alone: bool | None = None) -> None:
-    """Look at a word until it holds the number of this launch, or of a later one.
+def _reached(lw: Lowering, awaited: _Awaited) -> mlir.Value:
+    """i1: the number of this launch, or of a later one, is there. Orders nothing: a fence comes behind."""
+    word = lw.fb.load(awaited.pointer, lw.fb.types.i32, WORD, ordering="monotonic")
+    return lw.fb.icmp("sge", lw.fb.sub(word, _world(lw).launch), 0)
+
+
+def _poll(lw: Lowering, awaited: _Awaited, alone: bool | None = None) -> None:
+    """Look at a word until it is `_reached`.
 
     All lanes of a warp look, each at its word, and go on together; ``alone``: one thread does (by default where one
     thread runs the scope).
     """
-    fb, world, i64 = lw.fb, _world(lw), lw.fb.types.i64
+    fb, i64 = lw.fb, lw.fb.types.i64
     alone = lw.scope.single_thread if alone is None else alone
-
-    def reached() -> mlir.Value:
-        word = fb.load(pointer, fb.types.i32, WORD, ordering="monotonic")
-        return fb.icmp("sge", fb.sub(word, world.launch), 0)
 
     def together(condition: mlir.Value) -> mlir.Value:
         return condition if alone else lw.ops.all_lanes(lw, condition)
 
     slow, look, again, waited, late, done = fb.block(), fb.block(i64), *(fb.block() for _ in range(4))
-    fb.cond_br(together(reached()), done, slow)
+    fb.cond_br(together(_reached(lw, awaited)), done, slow)
     fb.position_at_end(slow)
     milliseconds = fb.load(_control(lw, Control.TIMEOUT), fb.types.i32, WORD, ordering="monotonic")
     limited = together(fb.icmp("ne", milliseconds, 0))
@@ -262,7 +281,7 @@ def _poll(lw: Lowering, pointer: mlir.Value, awaited: _Awaited, alone: bool | No
     fb.position_at_end(look)
     (start,) = look.arguments
     lw.ops.pause(lw)
-    own = reached()
+    own = _reached(lw, awaited)
     fb.cond_br(together(own), done, again)
     fb.position_at_end(again)
     fb.cond_br(limited, waited, look, else_arguments=[start])
