@@ -193,7 +193,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
                                 "groups": 2, "no_gate": True, "explain": False})  # fmt: skip
     model, inputs, dy = build(few)
     compiled = {name: steps(f, inputs, dy) for name, f in rivals(model, few).items()}
-    row: dict[str, Any] = {"work": "host", **shape(few)}
+    row: dict[str, Any] = {"work": "host", "take": options.take or "all", **shape(few)}
     for work in WORKS:
         for turn_number in range(2):
             for name in sorted(compiled, reverse=bool(turn_number)):

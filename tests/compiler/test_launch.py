@@ -295,6 +295,11 @@ def test_repeated_launches_are_told_apart_by_all_that_they_depend_on() -> None:
         repeat_key((1,), None, (a, 0.0), {}),
         repeat_key((1,), None, (a, -0.0), {}),
         repeat_key((1,), None, (a,), {"n": 1}),
+        repeat_key((1,), None, (a, None), {}),
+        repeat_key((1,), None, (a,), {"n": None}),
+        repeat_key((1,), None, (a,), {"n": pytest.importorskip}),
+        repeat_key((1,), None, (a,), {"n": repeat_key}),
+        repeat_key((1,), None, (a,), {"n": (pytest.importorskip, repeat_key)}),
     ]
     assert None not in keys
     assert len(set(keys)) == len(keys)
@@ -302,3 +307,4 @@ def test_repeated_launches_are_told_apart_by_all_that_they_depend_on() -> None:
     assert repeat_key(lambda meta: 1, None, (a,), {}) is None
     assert repeat_key((1,), None, (np.zeros(3),), {}) is None
     assert repeat_key((1,), None, (a, "text"), {}) is None
+    assert repeat_key((1,), None, (a,), {"n": (1, True)}) is None

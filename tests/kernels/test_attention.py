@@ -18,6 +18,7 @@ from tilewright.kernels.attention_backward import (
     attention_gradients,
     attention_largest,
     attention_rows,
+    attention_sum_heads,
     sdpa_backward,
 )
 from tilewright.kernels.attention_backward import configuration as backward_configuration
@@ -230,6 +231,13 @@ def test_backward_of_rows_that_are_not_aligned() -> None:
     for got in (results, emulated):
         for actual, exact in zip(got, wanted, strict=True):
             check(actual, exact, "bf16")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_parts_of_a_group_are_added(device: str) -> None:
+    parts, total = normal(2, 6, 70, 64, dtype="bf16"), poisoned(2, 2, 70, 64, dtype="bf16")
+    launch(device, attention_sum_heads, (tw.cdiv(70, TILE), 2, 2), parts, total, D=64)
+    check(total, parts.astype(np.float64).reshape(2, 2, 3, 70, 64).sum(2), "bf16")
 
 
 def test_integer_sums_do_not_depend_on_their_order() -> None:

@@ -59,6 +59,16 @@ def promoted(x: tw.Tensor, w: tw.Tensor, scale: tw.Tensor, y: tw.Tensor):
 
 
 @tw.kernel
+def kept(x: tw.Tensor, w: tw.Tensor, y: tw.Tensor):
+    """One operand stays; the products are worked on."""
+    m = tw.program_id(0)
+    rows, acc = tw.load(x, (m, 0), (64, 64)), tw.zeros((64, 64), tw.float32)
+    for k in tw.range(tw.cdiv(w.shape[0], 64)):
+        acc = acc * 0.5 + tw.maximum(tw.dot(rows, tw.load(w, (k, 0), (64, 64))), 0.0)
+    tw.store(y, (m, 0), acc.to(y.dtype))
+
+
+@tw.kernel
 def streamed(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 16):
     """A loop without products that loads tiles and ends inside one."""
     total = tw.zeros((BM, 128), tw.float32)
@@ -127,6 +137,7 @@ CASES = {
         )
         for k in (0, 30, 64, 150)
     },
+    **{f"kept-{k}": case(kept, {"x": (100, 64), "w": (k, 64)}, ("y", (100, 64)), (2, 1, 1)) for k in (0, 64, 150)},
     **{
         f"chained-{n}": case(
             chained, {"x": (200, 64), "y": (n, 64), "z": (200, 64), "v": (n,)}, ("out", (200, 64)), (2, 1, 1)

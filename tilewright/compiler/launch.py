@@ -156,11 +156,20 @@ def repeat_key(
             parts.append(value)
         elif kind is bool or kind is float:
             parts += (kind, value or repr(value))  # 1.0 and True are not 1, and 0.0 is not -0.0
+        elif value is None:
+            parts.append(None)
+        elif _is_function(value) or (kind is tuple and all(map(_is_function, value))):
+            parts.append(value)
         elif kind is str and value in kwargs:
             parts += (str, value)  # the name of a keyword; a text as an argument takes the long way below
         else:
             return None
     return tuple(parts)
+
+
+def _is_function(value: Any) -> bool:
+    """A compile-time value to call, which equals itself alone."""
+    return callable(value) and type(value).__hash__ is object.__hash__
 
 
 def signature(kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

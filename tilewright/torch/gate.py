@@ -48,7 +48,7 @@ def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = 
 
 def _gated(input: Any, gate: Any, up: Any, activation: str = "silu") -> Refusal:
     if _trains(input, gate, up):
-        return "its gradient was not measured"
+        return "with its gradient it is as fast in torch"
     size = _elements(input) * _hint(gate.shape[0])
     return "a small product" if size < LEAST_PRODUCT else None
 
@@ -71,7 +71,7 @@ def _attention(
     **rest: Any,
 ) -> Refusal:
     if _trains(query, key, value):
-        return "its gradient was not measured"
+        return "with its gradient it is as fast in torch"
     least = LEAST_CAUSAL_QUERIES if is_causal else LEAST_QUERIES
     return f"fewer than {least} queries" if _hint(query.shape[2]) < least else None
 

@@ -13,7 +13,7 @@ from tilewright.torch import products
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
 from tilewright.torch.products import ACTIVATIONS, activation_gradient, known_activation
-from tilewright.torch.support import Refusal, as_rows, refuse_tensors, traced, trains
+from tilewright.torch.support import Refusal, as_rows, empty_rows, refuse_tensors, traced, trains
 
 #: tile of the elementwise gradient
 _ROWS, _COLUMNS = 4, 1024
@@ -102,7 +102,7 @@ def _launch_elementwise(made: tuple[Any, Any], dy: Any, left: Any, right: Any, a
 
 _elementwise_backward = torch_op(
     "tilewright::gated_backward(Tensor dy, Tensor left, Tensor right, str activation) -> (Tensor, Tensor)",
-    outputs=lambda dy, left, right, activation: (left.new_empty(left.shape), right.new_empty(right.shape)),
+    outputs=lambda dy, left, right, activation: (empty_rows(left), empty_rows(right)),
     launch=_launch_elementwise,
 )
 

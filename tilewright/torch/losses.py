@@ -11,7 +11,7 @@ from tilewright.kernels import cross_entropy as kernels
 from tilewright.kernels.rows import row_major_grid
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, refuse_place, refuse_tensors
+from tilewright.torch.support import Refusal, empty_rows, refuse_place, refuse_tensors
 
 _INT32 = range(-(2**31), 2**31)
 
@@ -61,7 +61,7 @@ def _launch_backward(
 _cross_entropy_backward = torch_op(
     "tilewright::cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor lse, int ignored,"
     " float smoothing) -> Tensor",
-    outputs=lambda dloss, logits, *rest: logits.new_empty(logits.shape),
+    outputs=lambda dloss, logits, *rest: empty_rows(logits),
     launch=_launch_backward,
 )
 

@@ -12,7 +12,7 @@ from tilewright.kernels.norm_backward import gradient_programs, norm_gradients
 from tilewright.kernels.rmsnorm import rms_rows
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, as_rows, refuse_place, refuse_tensors
+from tilewright.torch.support import Refusal, as_rows, empty_rows, refuse_place, refuse_tensors
 
 
 def _statistic(x: Any) -> Any:
@@ -41,7 +41,7 @@ def _rms_backward(ctx: Any, dy: Any, dinverse: Any) -> tuple[Any, Any, None]:
 
 _rms_norm = torch_op(
     "tilewright::rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-    outputs=lambda x, weight, eps: (x.new_empty(x.shape), _statistic(x)),
+    outputs=lambda x, weight, eps: (empty_rows(x), _statistic(x)),
     launch=_launch_rms,
     backward=_rms_backward,
     setup_context=_rms_context,
@@ -70,7 +70,7 @@ def _add_rms_backward(ctx: Any, dy: Any, dtotal: Any, dinverse: Any) -> tuple[An
 #: x and a residual, their sum and its statistic
 _add_rms_norm = torch_op(
     "tilewright::add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-    outputs=lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape), _statistic(x)),
+    outputs=lambda x, *rest: (empty_rows(x), empty_rows(x), _statistic(x)),
     launch=_launch_add_rms,
     backward=_add_rms_backward,
     setup_context=_add_rms_context,
@@ -93,7 +93,7 @@ def _launch_rms_backward(made: tuple[Any, Any], dy: Any, dtotal: Any, x: Any, we
 _rms_norm_backward = torch_op(
     "tilewright::rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor inverse)"
     " -> (Tensor, Tensor)",
-    outputs=lambda dy, dtotal, x, weight, inverse: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    outputs=lambda dy, dtotal, x, weight, inverse: (empty_rows(x), weight.new_empty(weight.shape)),
     launch=_launch_rms_backward,
 )
 
@@ -123,7 +123,7 @@ def _layer_backward(ctx: Any, dy: Any, dmean: Any, dinverse: Any) -> tuple[Any, 
 
 _layer_norm = torch_op(
     "tilewright::layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
-    outputs=lambda x, weight, bias, eps: (x.new_empty(x.shape), _statistic(x), _statistic(x)),
+    outputs=lambda x, weight, bias, eps: (empty_rows(x), _statistic(x), _statistic(x)),
     launch=_launch_layer,
     backward=_layer_backward,
     setup_context=_layer_context,
@@ -154,7 +154,7 @@ def _add_layer_backward(ctx: Any, dy: Any, dtotal: Any, *rest: Any) -> tuple[Any
 _add_layer_norm = torch_op(
     "tilewright::add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    outputs=lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape), _statistic(x), _statistic(x)),
+    outputs=lambda x, *rest: (empty_rows(x), empty_rows(x), _statistic(x), _statistic(x)),
     launch=_launch_add_layer,
     backward=_add_layer_backward,
     setup_context=_add_layer_context,
@@ -182,7 +182,7 @@ _layer_norm_backward = torch_op(
     "tilewright::layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor mean, Tensor inverse)"
     " -> (Tensor, Tensor, Tensor)",
     outputs=lambda dy, dtotal, x, weight, *rest: (
-        x.new_empty(x.shape),
+        empty_rows(x),
         weight.new_empty(weight.shape),
         weight.new_empty(weight.shape),
     ),

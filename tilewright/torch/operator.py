@@ -50,13 +50,14 @@ def torch_op(
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(schema.strip().removeprefix(f"{namespace}::"), tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(getattr(torch.ops, namespace), name).default
-    complete = _completion(operator._schema)
+    complete, parameter = _completion(operator._schema), torch.nn.Parameter
 
     def make(*given: Any, **named: Any) -> Any:
         return outputs(*complete(given, named))
 
     def run(*given: Any, **named: Any) -> Any:
-        arguments = [_plain(value) for value in complete(given, named)]
+        # parameters as tensors, which the fast path of launches knows
+        arguments = [value.detach() if type(value) is parameter else value for value in complete(given, named)]
         made = outputs(*arguments)
         launch(made, *arguments)
         return made
@@ -72,22 +73,17 @@ def torch_op(
     return operator
 
 
-def _completion(schema: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
+def _completion(schema: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Sequence[Any]]:
     """A function that puts arguments into the schema's order; the dispatcher drops those that equal the default."""
     names = [argument.name for argument in schema.arguments]
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
 
-    def complete(given: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+    def complete(given: tuple[Any, ...], named: dict[str, Any]) -> Sequence[Any]:
         if len(given) == len(names):
-            return list(given)
+            return given
         return [*given, *(named[n] if n in named else defaults[n] for n in names[len(given) :])]
 
     return complete
-
-
-def _plain(value: Any) -> Any:
-    """Parameters as tensors, which the fast path of launches knows."""
-    return value.detach() if type(value) is torch.nn.Parameter else value
 
 
 def _save_arguments(

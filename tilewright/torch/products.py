@@ -13,7 +13,7 @@ from tilewright.kernels import gemm_epilogue as epilogue
 from tilewright.kernels.rows import row_major_grid
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, as_rows, refuse_tensors, traced
+from tilewright.torch.support import Refusal, as_rows, empty_rows, refuse_tensors, traced
 
 #: activation -> its step behind a product, (function, derivative) for the gradient, and torch's function
 ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {
@@ -119,7 +119,7 @@ def activation_gradient(dy: Any, x: Any, activation: str) -> Any:
 
 _activation_backward = torch_op(
     "tilewright::activation_backward(Tensor dy, Tensor x, str activation) -> Tensor",
-    outputs=lambda dy, x, activation: dy.new_empty(dy.shape),
+    outputs=lambda dy, x, activation: empty_rows(dy),
     launch=_launch_activation_backward,
 )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tilewright.kernels.softmax import softmax_rows, softmax_rows_backward
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, as_rows, refuse_tensors
+from tilewright.torch.support import Refusal, as_rows, empty_rows, refuse_tensors
 
 
 def _launch(y: Any, x: Any) -> None:
@@ -27,7 +27,7 @@ def _backward(ctx: Any, dy: Any) -> Any:
 
 _softmax = torch_op(
     "tilewright::softmax(Tensor x) -> Tensor",
-    outputs=lambda x: x.new_empty(x.shape),
+    outputs=empty_rows,
     launch=_launch,
     backward=_backward,
     setup_context=_context,
@@ -42,7 +42,7 @@ def _launch_backward(dx: Any, dy: Any, y: Any) -> None:
 
 _softmax_backward = torch_op(
     "tilewright::softmax_backward(Tensor dy, Tensor y) -> Tensor",
-    outputs=lambda dy, y: y.new_empty(y.shape),
+    outputs=lambda dy, y: empty_rows(y),
     launch=_launch_backward,
 )
 

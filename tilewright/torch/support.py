@@ -81,11 +81,17 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def empty_rows(x: Any) -> Any:
+    """A new contiguous tensor of x's shape and dtype, contents undefined."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def as_rows(x: Any) -> Any:
     """A tensor as a matrix of its rows along the last dimension."""
     return x.reshape(-1, x.shape[-1])
 
 
 __all__ = [
-    "FLOATS", "IN_AUTOCAST", "TARGETS", "Refusal", "as_rows", "refuse_place", "refuse_tensors", "traced", "trains",
+    "FLOATS", "IN_AUTOCAST", "TARGETS", "Refusal", "as_rows", "empty_rows", "refuse_place", "refuse_tensors", "traced",
+    "trains",
 ]  # fmt: skip
