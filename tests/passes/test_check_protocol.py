@@ -251,6 +251,8 @@ SUBJECTS = [
 AT_THE_END = "nothing in the block uses what is waited for, and its end has a barrier of its own"
 OTHER_BARRIER = "each block passes the barrier behind a credit or wait, and no thread does anything behind that"
 NEXT_BARRIER = "the barrier behind the next wait comes before any put"
+STAGED = "the barrier in front of the staging slot comes before any put"
+EITHER = "the barriers behind the credit and before the signal both come between the put and the signal"
 COME_BEFORE = "the same flag of each rank was waited for before"
 NEVER = "the condition never holds: what the own rank has written is there"
 ONE_THREAD = "one thread waits, stores, waits for its stores, and signals"
@@ -261,6 +263,8 @@ NOT_READ = "nothing is read behind it"
 TOLD = "what the threads have put was told by signals, each behind a fence"
 #: why a mutant is as good as the schedule: (case, target, what its place and change begin with, the rule)
 REDUNDANT: list[tuple[str, str, str, str]] = [
+    ("small all-gather + GEMM", "sm_90a", "consumer: barrier 1", STAGED),
+    *(("barrier", "sm_90a", place, EITHER) for place in ("barrier 1", "loop barrier 1")),
     ("all-reduce, two-shot", "sm_90a", "loop loop barrier 1", EXIT),
     ("all-reduce, two-shot", "sm_90a", "leave 1 before all", SUMS),
     ("all-reduce, two-shot", "sm_90a", "loop barrier 1", AT_THE_END),

@@ -61,6 +61,18 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         comm_kernels.gemm_reduce_scatter,
         {**_MATRICES, "parts": all_ranks("bf16", 3), "flags": flags(3), "BM": 128, "BN": 128, "BK": 64},
     ),
+    "small all-gather + GEMM": (
+        comm_kernels.gather_gemm_push,
+        {
+            **_MATRICES, "a": all_ranks("bf16", 2), "whole": all_ranks("bf16", 3), "flags": flags(1),
+            "BM": 128, "BN": 128, "BK": 64,
+        },
+    ),
+    "added to one rank's": (
+        comm_kernels.add_to_first,
+        {"x": own("f32", 2), "y": own("f32", 2), "total": all_ranks("f32", 2), "flags": flags(1), "M": 8, "N": 32},
+    ),
+    "barrier": (comm_kernels.meet, {"y": own("i32", 2), "places": all_ranks("i32", 1), "flags": flags(2)}),
     "all-reduce, pull": (all_reduce.all_reduce_pull, {"x": all_ranks("bf16", 1), "y": own("bf16", 1)}),
     "all-reduce, push": (
         all_reduce.all_reduce_push,

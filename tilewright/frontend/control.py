@@ -186,10 +186,12 @@ class Control(Statements):
         self.frame.locals[index] = loop_index(index, node.lineno)
 
     def _puts(self, node: ast.For, variables: Sequence[Variable]) -> dict[str, Value]:
-        """Variables that end an iteration as a token of its puts, and that no earlier iteration reaches."""
+        """Variables that end an iteration as tokens of its puts, and that no earlier iteration reaches."""
         head, carried = self.frame.definition.liveness.head[node], {v.name for v in variables}
         values = {n: self.frame.locals.get(n) for n in stores(node.body) if n in head and n not in carried}
-        return {name: value for name, value in values.items() if isinstance(value, Value) and is_put(value)}
+        tokens = {name: leaves(value) for name, value in values.items()}
+        puts = {n: all(isinstance(t, Value) and is_put(t) for t in items) for n, items in tokens.items() if items}
+        return {n: tokens[n][0] if len(tokens[n]) == 1 else self.builder.join(tokens[n]) for n in puts if puts[n]}
 
     def _collect(self, loop: For, name: str, token: Value) -> Value:
         """The token of the puts of all iterations."""

@@ -13,6 +13,8 @@ from tilewright.kernels.multi_gpu.workspace import flags, own
 
 #: columns that a pushing program moves at a time, and in how many parts it moves a tile of rows
 WIDTH, PARTS = 512, 4
+#: flags of a row tile, which the program that needs it looks at one after the other
+FLAGS = 4
 #: row tiles that run at the same time, column by column: what they read stays in L2
 WINDOW = 8
 
@@ -32,11 +34,12 @@ def all_gather_gemm(
     BK: tw.constexpr = 64,
     WIDTH: tw.constexpr = WIDTH,
     PARTS: tw.constexpr = PARTS,
+    FLAGS: tw.constexpr = FLAGS,
     WINDOW: tw.constexpr = WINDOW,
 ) -> None:
     """``c[p] = a_p @ b``: a (world, R, K) whose part ``a[rank]`` is there before the launch; the rest arrives.
 
-    b (K, N), c (world, R, N), ``arrived`` flags (world, cdiv(R, BM), cdiv(K, WIDTH)). Some programs push the own rows,
+    b (K, N), c (world, R, N), ``arrived`` flags (world, cdiv(R, BM), FLAGS). Some programs push the own rows,
     see `tilewright.kernels.multi_gpu.pushing`; the others take the own rows first and then wait for each row tile of
     the peers, that which was sent first first. Grid: (communicators * rounds + world * row tiles * column tiles,).
     """
@@ -44,13 +47,15 @@ def all_gather_gemm(
     rows, columns, slices = tw.cdiv(a.shape[1], BM), tw.cdiv(b.shape[1], BN), tw.cdiv(a.shape[2], WIDTH)
     pushes, number, tile = place_of(communicators, rounds, period)
     if pushes:
-        for unit in tw.range(number, rows * slices, communicators * rounds):
-            row, column = unit // slices, unit % slices
-            tiles = load_parts(a[me], row, column, BM, WIDTH, PARTS, tw.wait(arrived[me, row, column], when=False))
+        each = tw.cdiv(slices, FLAGS)
+        for unit in tw.range(number, rows * FLAGS, communicators * rounds):
+            row, group = unit // FLAGS, unit % FLAGS
+            for column in tw.range(group * each, tw.minimum((group + 1) * each, slices)):
+                tiles = load_parts(a[me], row, column, BM, WIDTH, PARTS, tw.wait(arrived[me, row, group], when=False))
+                for hop in tw.range(1, world):
+                    tokens = put_parts(a.peer((me + hop) % world)[me], row, column, tiles, PARTS)
             for hop in tw.range(1, world):
-                peer = (me + hop) % world
-                tokens = put_parts(a.peer(peer)[me], row, column, tiles, PARTS)
-                tw.signal(arrived[me, row, column], peer, after=tokens)
+                tw.signal(arrived[me, row, group], (me + hop) % world, after=tokens)
     else:
         distance, place = tile // (rows * columns), tile % (rows * columns)
         source = (me + world - distance) % world
@@ -82,10 +87,9 @@ def ag_gemm(world: Any, a: Any, b: Any, c: Any, *, communicators: int | None = N
     columns = own(b).shape[1]
     meta = {**configuration(size * each, columns), **meta}
     rows, across = tw.cdiv(each, meta["BM"]), tw.cdiv(columns, meta["BN"])
-    slices = tw.cdiv(depth, meta.get("WIDTH", WIDTH))
-    arrived = flags(world, "ag_gemm", (size, rows, slices))
+    arrived = flags(world, "ag_gemm", (size, rows, FLAGS))
     programs = pushing_programs((size - 1) * each * depth * 2, meta["BM"] * meta["BN"] * depth)
-    pushers = Pushers.choose(min(programs, rows * slices), rows * across, communicators)
+    pushers = Pushers.choose(min(programs, rows * FLAGS), rows * across, communicators)
     grid = (pushers.programs + size * rows * across,)
     numbers = pushers.communicators, pushers.rounds, pushers.period
     world.launch(all_gather_gemm, grid, a, b, c, arrived, *numbers, **meta)

@@ -19,9 +19,10 @@ from tilewright.kernels.multi_gpu.pushing import load_parts, put_parts
 from tilewright.kernels.multi_gpu.workspace import flags, own
 
 #: blocks that push at the same time
-COMMUNICATORS = 24
-#: keys that a pushing program moves at a time, and in how many parts
-ROWS, PARTS = 128, 2
+COMMUNICATORS = 32
+#: keys that a pushing program moves at a time, and in how many parts; flags of a head's keys in a chunk, which programs
+#: that need them look at one after the other
+ROWS, PARTS, FLAGS = 128, 2, 4
 
 
 @tw.function
@@ -55,32 +56,35 @@ def ring_attention(
     BN: tw.constexpr = 128,
     ROWS: tw.constexpr = ROWS,
     PARTS: tw.constexpr = PARTS,
+    FLAGS: tw.constexpr = FLAGS,
     CAUSAL: tw.constexpr = False,
 ) -> None:
     """q (C, B, H, S, D), o (C, B, H, S, DV), lse (C, B, H, S): the rank's chunks of S places, 2 with CAUSAL, else 1.
 
     k (C * world, B, G, S, D) and v (C * world, B, G, S, DV), in the order of the sequence: the own chunks are there
-    before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G,
-    cdiv(S, ROWS)). ``scale`` includes log2(e). The first ``communicators`` programs push, a block each, which then
-    computes as the others do. Grid: (communicators + C * B * H * cdiv(S, BM),).
+    before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G, FLAGS).
+    ``scale`` includes log2(e). The first ``communicators`` programs push, a block each, which then computes as the
+    others do. Grid: (communicators + C * B * H * cdiv(S, BM),).
     """
     CHUNKS = 2 if CAUSAL else 1
     me, world, batch, heads, groups = tw.rank(), tw.world_size(), q.shape[1], q.shape[2], k.shape[2]
     number, length = tw.program_id(0), k.shape[3]
     if number < communicators:
         tiles = tw.cdiv(length, ROWS)
-        for unit in tw.range(number, CHUNKS * batch * groups * tiles, communicators):
-            row, bg, c = unit % tiles, unit // (tiles * CHUNKS), own_chunk(unit // tiles % CHUNKS, CHUNKS)
+        each = tw.cdiv(tiles, FLAGS)
+        for unit in tw.range(number, CHUNKS * batch * groups * FLAGS, communicators):
+            part, bg, c = unit % FLAGS, unit // (FLAGS * CHUNKS), own_chunk(unit // FLAGS % CHUNKS, CHUNKS)
             b, g = bg // groups, bg % groups
-            here = tw.wait(arrived[c, bg, row], when=False)
-            keys = load_parts(k[c, b, g], row, 0, ROWS, D, PARTS, here)
-            values = load_parts(v[c, b, g], row, 0, ROWS, DV, PARTS, here)
+            here = tw.wait(arrived[c, bg, part], when=False)
             for hop in tw.range(1, world):
                 peer = (me + hop) % world
                 if not CAUSAL or c < 2 * world - peer:  # some query there sees it
-                    sent = put_parts(k.peer(peer)[c, b, g], row, 0, keys, PARTS)
-                    sent_too = put_parts(v.peer(peer)[c, b, g], row, 0, values, PARTS)
-                    tw.signal(arrived[c, bg, row], peer, after=(*sent, *sent_too))
+                    for row in tw.range(part * each, tw.minimum((part + 1) * each, tiles)):
+                        keys = load_parts(k[c, b, g], row, 0, ROWS, D, PARTS, here)
+                        values = load_parts(v[c, b, g], row, 0, ROWS, DV, PARTS, here)
+                        sent = put_parts(k.peer(peer)[c, b, g], row, 0, keys, PARTS)
+                        sent_too = put_parts(v.peer(peer)[c, b, g], row, 0, values, PARTS)
+                    tw.signal(arrived[c, bg, part], peer, after=(sent, sent_too))
     else:
         program, rows = number - communicators, tw.cdiv(length, BM)
         m, h, b = program % rows, program // rows % heads, program // (rows * heads) % batch
@@ -132,9 +136,9 @@ def ring_sdpa(
         raise ValueError(f"q {own(q).shape} and k {k.shape}: {'causal' if causal else 'full'} attention takes {wanted}")
     meta = {"BM": 128, "BN": 128 if max(depth, width) <= 128 else 64, "ROWS": ROWS, **meta}
     factor = (depth**-0.5 if scale is None else scale) * LOG2E
-    tiles, rows = tw.cdiv(length, meta["ROWS"]), tw.cdiv(length, meta["BM"])
-    arrived = flags(world, "ring_attention", (k.shape[0], batch * groups, tiles))
-    communicators = min(communicators, chunks * batch * groups * tiles)
+    rows = tw.cdiv(length, meta["BM"])
+    arrived = flags(world, "ring_attention", (k.shape[0], batch * groups, FLAGS))
+    communicators = min(communicators, chunks * batch * groups * FLAGS)
     grid = (communicators + chunks * batch * heads * rows,)
     sizes = {"D": depth, "DV": width, "CAUSAL": causal, **meta}
     world.launch(ring_attention, grid, q, k, v, o, lse, arrived, factor, communicators, **sizes)
