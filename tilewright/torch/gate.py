@@ -1,6 +1,6 @@
 """The cost gate of the backend: which calls our kernels are worth, by what docs/performance.md has measured.
 
-That is an H100. Elsewhere, and where a call alone was never ahead, the gate leaves it to the rest of the pipeline.
+That is Hopper. Elsewhere, and where a call alone was never ahead, the gate leaves it to the rest of the pipeline.
 """
 
 from __future__ import annotations
