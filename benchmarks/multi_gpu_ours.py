@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.multi_gpu import all_gather_gemm as gathered
 from tilewright.kernels.multi_gpu import all_reduce as reduced
-from tilewright.kernels.multi_gpu import collectives
+from tilewright.kernels.multi_gpu import copy_engine
 from tilewright.kernels.multi_gpu.gemm_all_reduce import gemm_ar
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
 from tilewright.kernels.multi_gpu.moe import moe as mixture
@@ -25,7 +24,7 @@ def all_gather_gemm(world: Any, inputs: Inputs) -> Ours:
     a, b = inputs["a"], inputs["b"]
     rows, c = world.empty((world.size, *a.shape), BF16), a.new_empty(world.size, a.shape[0], b.shape[1])
     rows.local[world.rank].copy_(a)
-    return lambda: gathered.ag_gemm(world, rows, b, c), c
+    return lambda: copy_engine.all_gather_gemm(world, rows, b, c), c
 
 
 def gemm_reduce_scatter(world: Any, inputs: Inputs) -> Ours:
@@ -49,7 +48,7 @@ def all_reduce(world: Any, inputs: Inputs) -> Ours:
 def all_to_all(world: Any, inputs: Inputs) -> Ours:
     x = inputs["x"].view(world.size, -1)
     y = world.empty(x.shape, BF16)
-    return lambda: collectives.exchange(world, x, y, 0, 0), y.local
+    return lambda: copy_engine.all_to_all(world, x, y), y.local
 
 
 def ring_attention(world: Any, inputs: Inputs) -> Ours:

@@ -51,6 +51,16 @@ def store_to_a_peer(s: tw.Symmetric):
     tw.store(s.peer(0), (0, 0), tw.zeros((8, 8)))
 
 
+@case("tw.atomic_add to the tensor of another rank", "use tw.put")
+def atomic_of_a_peer(f: tw.Symmetric):
+    tw.atomic_add(f.peer(0), (0, 0), 1)
+
+
+@case("tw.scatter to the tensor of another rank", "use tw.put")
+def scatter_to_a_peer(s: tw.Symmetric):
+    tw.scatter(s.peer(0), tw.arange(8), tw.zeros((8, 8)), 0)
+
+
 @case("cannot store a f32 tile to a tensor of bf16", ".to(tw.bfloat16)")
 def put_of_another_dtype(b: tw.Symmetric):
     tw.put(b, (0, 0), tw.zeros((8, 8)))

@@ -18,6 +18,7 @@ from tilewright.kernels.attention_backward import (
     attention_gradients,
     attention_largest,
     attention_rows,
+    attention_sum_heads,
     sdpa_backward,
 )
 from tilewright.kernels.attention_backward import configuration as backward_configuration
@@ -232,6 +233,13 @@ def test_backward_of_rows_that_are_not_aligned() -> None:
             check(actual, exact, "bf16")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_parts_of_a_group_are_added(device: str) -> None:
+    parts, total = normal(2, 6, 70, 64, dtype="bf16"), poisoned(2, 2, 70, 64, dtype="bf16")
+    launch(device, attention_sum_heads, (tw.cdiv(70, TILE), 2, 2), parts, total, D=64)
+    check(total, parts.astype(np.float64).reshape(2, 2, 3, 70, 64).sum(2), "bf16")
+
+
 def test_integer_sums_do_not_depend_on_their_order() -> None:
     """Blocks that run in different orders give the same bits, which sums of float32 do not."""
     arrays = backward_inputs((1, 1, 1, 64, 512, 64, 64), False, None)
@@ -300,6 +308,7 @@ def test_decode(device: str, paged: bool) -> None:
 
 
 def test_splits_fill_the_gpu_but_stay_long() -> None:
-    assert splits(1, 8, 65536) == 32
+    assert splits(1, 8, 65536) == 16
+    assert splits(16, 8, 16384) == 2
     assert splits(128, 8, 65536) == 1
     assert splits(1, 1, 300) == 1

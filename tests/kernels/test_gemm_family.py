@@ -158,7 +158,7 @@ def test_scaled(left: Any, right: Any, parts: int | None, per_row: bool, bias: b
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [E4M3, np.int8])
-@pytest.mark.parametrize("shape", [(200, 264, 400), (64, 96, 128), (19, 21, 7)])
+@pytest.mark.parametrize("shape", [(200, 264, 400), (64, 96, 128), (19, 21, 7), (132, 512, 384)])
 def test_block_scaled(shape: tuple[int, int, int], dtype: Any, device: str) -> None:
     m, n, k = shape
     a, b, out = random(m, k, dtype=dtype), random(n, k, dtype=dtype).T, poisoned(m, n)

@@ -21,6 +21,7 @@ from tests.support.comm_cases import CASES, all_ranks, flags, own, schedule, sch
 from tilewright.ir.core import IRError, Module
 from tilewright.ir.interpreter import run_ranks
 from tilewright.ir.target import get_target
+from tilewright.ir.types import DTYPES, ViewType
 from tilewright.ir.verifier import verify
 from tilewright.passes import check_schedule
 from tilewright.passes.check_protocol import Result, check
@@ -47,6 +48,15 @@ def test_kernels_are_sound(name: str, target: str) -> None:
     assert {text[:7] for text in result.launches} == {"2 ranks", "3 ranks"}
     #: what the own rank has written is there: its wait never waits
     assert len(result.missed) == (name in PUSHING), result.missed
+
+
+@pytest.mark.parametrize("schedule_name", ["prefetch", "turns", "alternate"])
+@pytest.mark.parametrize("name", ["GEMM + reduce-scatter", "GEMM + all-reduce", "all-gather + GEMM"])
+def test_other_schedules_are_sound(name: str, schedule_name: str) -> None:
+    """Consumers that alternate hand turns to each other, behind which no signal may stay that a peer waits for."""
+    kernel, types = CASES[name]
+    sizes = {"BM": 64, "BN": 64} if schedule_name == "alternate" else {}
+    checked(schedule(kernel, {**types, **sizes}, "sm_90a", schedule=schedule_name))
 
 
 @pytest.mark.parametrize("name", ["GEMM + reduce-scatter", "all-to-all", "ring attention, causal"])
@@ -135,6 +145,12 @@ def nobody_signals(flags: tw.Symmetric):
 
 
 @tw.kernel
+def own_flag(flags: tw.Symmetric):
+    tw.signal(flags[tw.rank()], tw.rank())
+    tw.wait(flags[tw.rank()])
+
+
+@tw.kernel
 def for_two_ranks(flags: tw.Symmetric, *, SAID: tw.constexpr):
     """The other rank of two."""
     if SAID:
@@ -171,6 +187,9 @@ FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
         "'comm.put'.*when the launch of rank . has ended|nobody waits for flag",
     ),
     "nobody signals": (nobody_signals, {"flags": flags(1)}, "deadlock.*flag .* which nobody signals"),
+    "a flag that is not there": (
+        own_flag, {"flags": ViewType((1,), DTYPES["i32"], (1,), 16, symmetric=True)}, r"no flag \[1\] of %flags"
+    ),
     "two ranks alone": (for_two_ranks, {"flags": flags(1), "SAID": False}, "3 ranks"),
 }  # fmt: skip
 
@@ -190,6 +209,7 @@ SOUND: list[tuple[Any, dict[str, Any]]] = [
     (twice_through_a_slot, {**_SLOT, "GIVE_BACK": True}),
     (wrong_slot, {**_SLOTS, "SHIFT": 0}),
     (for_two_ranks, {"flags": flags(1), "SAID": True}),
+    (own_flag, {"flags": flags(1)}),
     (as_data_says, {"x": own("i32", 1), "flags": flags(1)}),
 ]
 

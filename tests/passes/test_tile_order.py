@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 from amd_programs import matrix, module_of, normal, scheduled
 
+from tilewright.compiler.kernel import Kernel
 from tilewright.frontend.build import build_module
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Value
 from tilewright.ir.interpreter import run
 from tilewright.ir.target import get_target
 from tilewright.ir.tile_ops import Binary, BlockId, Compare, Constant, Select
+from tilewright.ir.types import DTYPES, ViewType
+from tilewright.kernels.attention import attention
+from tilewright.kernels.attention_backward import attention_gradients
 from tilewright.kernels.gemm import gemm
 from tilewright.kernels.softmax import softmax
 from tilewright.passes.manager import PassContext, parse_pipeline
-from tilewright.passes.tile_order import by_chiplet, decode
+from tilewright.passes.tile_order import by_chiplet, decode, decode_longest_first, sloping_axis
 
 _FUNCTIONS = {
     "add": lambda x, y: x + y,
@@ -92,3 +99,37 @@ def test_programs_that_share_nothing_keep_their_order():
     (order,) = parse_pipeline("tile-order")
     order.run(module, PassContext(get_target("gfx950")))
     assert not [op for op in module.functions[0].walk() if isinstance(op, BlockId)]
+
+
+@pytest.mark.parametrize("slope", [1, -1])
+def test_long_programs_run_first(slope: int):
+    """Within windows of as many other places as given; each program once."""
+    b, sizes = Builder(Block()), (5, 2, 3)
+    counts = [b.index(size) for size in sizes]
+    order = [
+        tuple(number(v) for v in decode_longest_first(b, b.index(tile), counts, 0, slope, 4)) for tile in range(30)
+    ]
+    assert sorted(order) == sorted(itertools.product(*map(range, sizes)))
+    for window, width in ((order[:20], 4), (order[20:], 2)):
+        lengths = [n if slope > 0 else 4 - n for n, _, _ in window]
+        assert lengths == sorted(lengths, reverse=True)
+        assert len({place[1:] for place in window}) == width
+
+
+def test_which_programs_are_long():
+    def slope(kernel: Kernel, causal: bool) -> tuple[int, int] | None:
+        view = ViewType((None,) * 4, DTYPES["bf16"], (None, None, None, 1), 16)
+        row = ViewType((None,) * 4, DTYPES["f32"], (None, None, None, 1), 16)
+        types: dict[str, Any] = {"scale": DTYPES["f32"], "CAUSAL": causal, "D": 64, "DV": 64}
+        for name in kernel.definition.parameter:
+            if name in ("q", "k", "v", "o", "do", "dk", "dv"):
+                types[name] = view
+            elif name in ("rows", "sums"):
+                types[name] = row
+        if "EXACT" in kernel.definition.parameter:
+            types["EXACT"] = False
+        return sloping_axis(build_module(kernel.definition, types).functions[0])
+
+    assert slope(attention, True) == (0, 1), "later queries see more keys"
+    assert slope(attention_gradients, True) == (0, -1), "later keys are seen by fewer queries"
+    assert slope(attention, False) is None and slope(attention_gradients, False) is None

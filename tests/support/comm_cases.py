@@ -108,9 +108,9 @@ def scheduled(name: str, target: str) -> Module:
     return schedule(*CASES[name], target)
 
 
-def schedule(kernel: Any, types: dict[str, Any], target: str) -> Module:
+def schedule(kernel: Any, types: dict[str, Any], target: str, **options: Any) -> Module:
     """A kernel as the passes leave it, not checked."""
     module = build_module(kernel.definition, complete_types(kernel.definition, types))
-    context = PassContext(get_target(target), PassOptions())
+    context = PassContext(get_target(target), PassOptions(**options))
     PassManager(default_pipeline(get_target(target), check=False), context).run(module)
     return module

@@ -79,14 +79,18 @@ def of_ranks(tensor: Any, ranks: range) -> list[Array]:
 # --- matrix products ------------------------------------------------------------------------------
 
 
-def gemm_rs(world: Any, seed: int, tiles: Tiles) -> None:
+def gemm_rs(world: Any, seed: int, tiles: Tiles, any_order: bool = False) -> None:
     inputs, (bm, bn, bk, each) = Inputs(world, seed), tiles
     rows = each * world.size - world.size // 2
     a, b = inputs.normal(rows, bk + 9), inputs.normal(bk + 9, bn + 7)
     exact = gemm_reduce_scatter.reference(a, b)
     c = nans(exact)
-    gemm_reduce_scatter.gemm_rs(world, a, b, c, BM=bm, BN=bn, BK=bk)
+    gemm_reduce_scatter.gemm_rs(world, a, b, c, any_order=any_order, BM=bm, BN=bn, BK=bk)
     check_all(c, exact)
+
+
+def gemm_rs_any_order(world: Any, seed: int, tiles: Tiles) -> None:
+    gemm_rs(world, seed, tiles, any_order=True)
 
 
 def gemm_ar(world: Any, seed: int, tiles: Tiles, one_shot: bool = False) -> None:
@@ -254,7 +258,7 @@ def mixture(world: Any, seed: int, tiles: Tiles) -> None:
 CASES: dict[str, Callable[[Any, int, Tiles], None]] = {
     case.__name__: case
     for case in (
-        gemm_rs, gemm_ar, gemm_ar_one_shot, ag_gemm, reduce_all, reduce_all_pull, reduce_all_two_shot, gather,
-        scatter_sum, exchange, ulysses_sdpa, ring, ring_causal, mixture,
+        gemm_rs, gemm_rs_any_order, gemm_ar, gemm_ar_one_shot, ag_gemm, reduce_all, reduce_all_pull,
+        reduce_all_two_shot, gather, scatter_sum, exchange, ulysses_sdpa, ring, ring_causal, mixture,
     )
 }  # fmt: skip

@@ -160,10 +160,15 @@ def require_pad(pad: Any, dtype: DType) -> int | float:
 @implements(tw.store)
 def store(emit: Emitter, view: Any, index: Any, value: Any) -> None:
     indices, tile = stored_tile(emit, "store", _view(view, "store"), index, value)
+    require_own_rank(view, "store")
+    emit.builder.store(view, indices, tile)
+
+
+def require_own_rank(view: Value, name: str) -> None:
+    """An error for views of other ranks' tensors, which are written by puts alone."""
     if peer_of(view) is not None:
         hint = "use tw.put, and pass its token to the tw.signal that tells the rank"
-        raise CompileError("tw.store to the tensor of another rank", hint=hint, argument="view")
-    emit.builder.store(view, indices, tile)
+        raise CompileError(f"tw.{name} to the tensor of another rank", hint=hint, argument="view")
 
 
 def stored_tile(emit: Emitter, name: str, view: Value, index: Any, value: Any) -> tuple[list[Value], Value]:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.frontend import language as tw
-from tilewright.frontend.builtins import IMPLEMENTATIONS, Implementation, implements, require_pad, require_tokens
+from tilewright.frontend.builtins import (
+    IMPLEMENTATIONS,
+    Implementation,
+    implements,
+    require_own_rank,
+    require_pad,
+    require_tokens,
+)
 from tilewright.frontend.emitter import Emitter, Shape, broadcast_shapes, require_tile
 from tilewright.frontend.errors import CompileError
 from tilewright.frontend.methods import require_shape
@@ -200,6 +207,7 @@ def _update(emit: Emitter, places: Places, value: Any, what: str, argument: str)
 @implements(tw.scatter)
 def scatter(emit: Emitter, view: Any, index: Any, value: Any, axis: Any, tile: Any) -> None:
     places = _places(emit, "scatter", view, index, axis, tile)
+    require_own_rank(view, "scatter")
     value, shape = _update(emit, places, value, "store", "value")
     tile_value = emit.conform(value, dtype_of(view), shape)
     emit.builder.scatter(view, places.tile, places.indices(emit, shape), tile_value, places.axes)
@@ -219,6 +227,8 @@ def _atomic(
     if order not in ORDERS:
         known = ", ".join(repr(o) for o in ORDERS)
         raise CompileError(f"unknown order {order!r}", hint=f"one of {known}", argument="order")
+    if is_view(view):
+        require_own_rank(view, name)
     if is_view(view) and not supports_atomic(fn, dtype_of(view)):
         known = ", ".join(dtype_name(DTYPES[d]) for d in ATOMIC_DTYPES[fn])
         message = f"tw.{name} does not exist for {dtype_name(dtype_of(view))}"

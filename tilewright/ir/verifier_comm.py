@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from tilewright.ir.async_ops import Copy
 from tilewright.ir.collectives import TileCollective, ViewCollective
-from tilewright.ir.comm_ops import Join, Put, ReducePut, Signal, view_root
+from tilewright.ir.comm_ops import Join, Put, ReducePut, Signal, peer_of, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
-from tilewright.ir.indexed_ops import Gather
-from tilewright.ir.tile_ops import Element, For, If, Load, While, Yield
+from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
+from tilewright.ir.tile_ops import Element, For, If, Load, Store, While, Yield
 from tilewright.ir.types import ViewType
 
 #: operations that write to other ranks' tensors
@@ -17,8 +17,13 @@ PUTS = Put | ReducePut | TileCollective | ViewCollective
 
 
 def verify_communication(function: Function) -> None:
-    """Every put reaches a signal, and what ranks put into is read behind a wait."""
-    puts = [op for op in function.walk() if isinstance(op, PUTS)]
+    """Ranks write to others by puts alone, every put reaches a signal, and what they put into is read behind a wait."""
+    puts = []
+    for op in function.walk():
+        if isinstance(op, PUTS):
+            puts.append(op)
+        elif isinstance(op, Store | Scatter | Atomic) and peer_of(op.view) is not None:
+            raise IRError(f"'{op.name}' writes to the tensor of another rank", op.loc, "put it: comm.put")
     if not puts:
         return
     uses = uses_of(function.body)

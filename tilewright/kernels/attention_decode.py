@@ -91,8 +91,8 @@ def attention_merge(
 
 
 def splits(batch: int, groups: int, keys: int, units: int = 132) -> int:
-    """Shares of a sequence's keys so that every SM has work twice over, none shorter than 256 keys; a power of two."""
-    wanted = min(2 * units // max(batch * groups, 1), keys // 256, 64)
+    """Shares of a sequence's keys so that every SM has work, none shorter than 256 keys; a power of two."""
+    wanted = min(tw.cdiv(units, max(batch * groups, 1)), keys // 256, 64)
     return 1 << max(wanted, 1).bit_length() - 1
 
 

@@ -14,6 +14,8 @@ import tilewright as tw
 
 #: K (and, of b, N) that shares a scale in `gemm_block_scaled`
 BLOCK = 128
+#: scales of b that are read together: as many as a copy of the copy engine brings at least
+NEIGHBOURS = 32
 
 
 @tw.function
@@ -103,17 +105,18 @@ def gemm_block_scaled(
     """Sums over blocks k of ``scale_a[:, k] * scale_b[k, n // 128] * (a_k @ b_k)``. Grid: (cdiv(M, BM), cdiv(N, BN)).
 
     a (M, K), b (K, N), c (M, N), scale_a (M, cdiv(K, 128)), scale_b (cdiv(K, 128), cdiv(N, 128)), any strides; BN
-    divides 128. Blocks are added up in float32 (those of int8 are exact in int32).
+    divides 128. Blocks are added up in float32 (those of int8 are exact in int32). Fast on Hopper where a and b are
+    contiguous along K, scale_a along M and scale_b along N, with strides of multiples of 16 bytes.
     """
     tw.static_assert(BLOCK % BN == 0, "a tile of b has one scale: BN divides 128")
     m, n = tw.program_id(0), tw.program_id(1)
     column = n * BN // BLOCK
     acc = tw.zeros((BM, BN), tw.float32)
     for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
-        # vectors of 16 bytes or more travel with the operands: of b's scales one of the neighbours is ours
-        rows, neighbours = tw.load(scale_a.T[k], m, BM), tw.load(scale_b[k], column // 4, 4)
+        # vectors travel with the operands: of b's scales one of the neighbours is ours
+        rows, neighbours = tw.load(scale_a.T[k], m, BM), tw.load(scale_b[k], column // NEIGHBOURS, NEIGHBOURS)
         product = tw.dot(tw.load(a, (m, k), (BM, BLOCK)), tw.load(b, (k, n), (BLOCK, BN)))
-        ours = tw.sum(tw.where(tw.arange(4) == column % 4, neighbours, 0.0))
+        ours = tw.sum(tw.where(tw.arange(NEIGHBOURS) == column % NEIGHBOURS, neighbours, 0.0))
         acc += product.to(tw.float32) * (rows * ours)[:, None]
     tw.store(c, (m, n), acc.to(c.dtype))
 

@@ -8,22 +8,22 @@ import tilewright as tw
 ELEMENTS, WIDEST = 4096, 16384
 #: columns that kernels for longer rows work on at a time
 LONG_COLUMNS = 4096
-#: elements of a row that a thread of `layernorm` holds, and how many rows more than others a program has: two
-#: reductions follow each other, and other rows hide their exchanges between threads
-LAYER_ELEMENTS, LAYER_ROWS = 32, 2
-#: elements that a thread of `norm_backward` holds: several values for each
-GRADIENT_ELEMENTS = 8
+#: elements that a thread of `layernorm` holds at most, and how many long rows a program has: two reductions follow each
+#: other, and another row hides their exchanges between threads
+LAYER_ELEMENTS, LAYER_ROWS = 64, 2
+#: elements that a thread of `norm_backward` holds, several values for each, and that a program has at least
+GRADIENT_ELEMENTS, GRADIENT_LEAST = 8, 2048
 #: below every finite number that matters in a softmax, yet finite: differences from it are never NaN
 LEAST = -1e30
 #: programs that share the rows of a gradient: two for each SM of an H100
 GRADIENT_PROGRAMS = 264
 
 
-def row_tiles(rows: int, columns: int, elements: int | None = None, times: int = 1) -> dict[str, int]:
+def row_tiles(rows: int, columns: int, elements: int | None = None, least: int = ELEMENTS) -> dict[str, int]:
     """``BM`` and ``BN`` for kernels that hold whole rows of (rows, columns), several where they are short.
 
-    With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses. With
-    ``times`` so many times the rows, where there are enough.
+    With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses. Short rows
+    make up ``least`` elements, where there are enough for all SMs.
     """
     if columns > WIDEST:
         hint = "use the kernels for long rows, or the functions that choose"
@@ -32,24 +32,27 @@ def row_tiles(rows: int, columns: int, elements: int | None = None, times: int =
     while width < columns:
         width *= 2
     height = 1
-    while height * width < ELEMENTS and tw.cdiv(rows, height) > 2048:
+    while height * width < least and tw.cdiv(rows, height) > 2048:
         height *= 2
-    if tw.cdiv(rows, height) > 2048:
-        height *= times
     meta = {"BM": height, "BN": width}
-    if elements is None:
-        return meta
-    return {**meta, "num_warps": max(4, min(32, height * width // (32 * elements)))}
+    return meta if elements is None else {**meta, "num_warps": _warps(meta, elements)}
+
+
+def _warps(meta: dict[str, int], elements: int) -> int:
+    return max(4, min(32, meta["BM"] * meta["BN"] // (32 * elements)))
 
 
 def layer_tiles(rows: int, columns: int) -> dict[str, int]:
     """Tile sizes and warps of `layernorm`."""
-    return row_tiles(rows, columns, LAYER_ELEMENTS, LAYER_ROWS)
+    meta = row_tiles(rows, columns)
+    if meta["BN"] >= ELEMENTS and rows > 2048:
+        meta["BM"] = LAYER_ROWS
+    return {**meta, "num_warps": _warps(meta, LAYER_ELEMENTS)}
 
 
 def gradient_tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
     """Tile sizes and number of programs of `norm_backward`."""
-    meta = row_tiles(rows, columns, GRADIENT_ELEMENTS)
+    meta = row_tiles(rows, columns, GRADIENT_ELEMENTS, GRADIENT_LEAST)
     programs = GRADIENT_PROGRAMS if meta["num_warps"] <= 8 else GRADIENT_PROGRAMS // 2
     return meta, min(programs, tw.cdiv(rows, meta["BM"]))
 

@@ -1,9 +1,9 @@
 """check-protocol: prove that ranks which run a kernel together never meet in the wrong order, or say where they do.
 
 For worlds of 2 and 3 ranks the pass looks for small launches that the protocol is meant for (`checker.rehearsal`) and
-runs each on an abstract machine (`checker.protocol_machine`), with a block for each program and with one block for all
-programs of a rank. It finds deadlocks, flags that are signalled twice, data that is read before it has arrived or
-rewritten while it may be read, writes that may come after the launch of the rank whose memory they go to has ended,
+runs each on an abstract machine (`checker.protocol_machine`), with a block for each program and with one or two blocks
+for all programs of a rank. It finds deadlocks, flags that are signalled twice, data that is read before it has arrived
+or rewritten while it may be read, writes that may come after the launch of the rank whose memory they go to has ended,
 accesses before it has begun, waits for a copy's reads where its writes matter, and missing proxy fences. It changes
 nothing.
 """
@@ -30,6 +30,12 @@ from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: numbers of ranks: with three, two of them act on the third without each other's knowledge
 WORLDS = (2, 3)
+#: hints where no launch fits, and where none goes on with one block on each rank
+MISFIT = (
+    "in no small launch that was tried every signal meets a wait. If the kernel is for none like this one, say which "
+    "it is for: tw.assume(...) what holds of sizes, num_programs() and world_size()"
+)
+STUCK = "a block runs its programs in order: those that send must come before those that wait"
 
 
 @register_pass("check-protocol")
@@ -84,21 +90,24 @@ class _Checker:
 
     def check(self, launch: Launch) -> None:
         """A launch that fits. Raises IRError."""
-        self._play(launch, len(launch.runs) // launch.world)
+        programs = len(launch.runs) // launch.world
+        self._play(launch, programs)
         if self._shares_blocks(launch) and goes_on(self._trace(launch, 1)):
-            self._play(launch, 1)
+            for blocks in range(1, min(programs, 3)):
+                self._play(launch, blocks)
 
     def require(self, launches: list[Launch], other: Launch | None) -> None:
         """Raises IRError where no launch fits, or none goes on with one block on each rank. ``other``: the best one."""
         if other is not None:
             blocks = len(other.runs) // other.world
-            self._play(other, blocks)
-            if other.unread is not None:
-                raise _unread(other.unread).error(other.text(blocks))
+            self._play(other, blocks, MISFIT)
+            for event, fault in ((other.outside, _outside), (other.unread, _unread)):
+                if event is not None:
+                    raise fault(event).error(other.text(blocks))
         shared = [launch for launch in launches if self._shares_blocks(launch)]
         if len(shared) == len(launches) and not any(goes_on(self._trace(launch, 1)) for launch in shared):
             for launch in shared:
-                self._play(launch, 1)
+                self._play(launch, 1, STUCK)
 
     def _shares_blocks(self, launch: Launch) -> bool:
         """Whether programs may have to share blocks."""
@@ -107,15 +116,20 @@ class _Checker:
     def _trace(self, launch: Launch, blocks: int) -> Runs:
         return trace(self.programs, launch.inputs, blocks)
 
-    def _play(self, launch: Launch, blocks: int) -> None:
+    def _play(self, launch: Launch, blocks: int, hint: str = "") -> None:
+        """``hint``: what to say of a fault, if not what comes with it."""
+        runs: Runs = []
         try:
             runs = self._trace(launch, blocks)
-            machine = ProtocolMachine(self.model, launch.world, runs)
-            self.result.steps += machine.run()
-            machine.check_ends()
+            self.result.steps += ProtocolMachine(self.model, launch.world, runs).run()
         except Infeasible:
             return
         except Fault as fault:
+            if launch.inputs.most_trips is not None and any(run.shortened for block in runs for run in block.values()):
+                launch.inputs.most_trips = None  # shortened loops may be what is wrong: look again without
+                self._play(launch, blocks, hint)
+                return
+            fault.hint = hint or fault.hint
             raise fault.error(launch.text(blocks)) from None
         self.result.launches.append(launch.text(blocks))
         self.result.missed -= {event.op for block in runs for run in block.values() for event in run.events}
@@ -136,9 +150,13 @@ def _unread(signal: Event) -> Fault:
     return Fault(
         f"nobody waits for flag {signal.place}: what it tells of may arrive after that rank's launch has ended",
         signal.op,
-        hint="wait(flag) on the rank that it is sent to; tw.assume what holds of sizes, grid and world_size()",
+        hint=f"wait(flag) on the rank that it is sent to. {MISFIT}",
         kind="unread",
     )
+
+
+def _outside(event: Event) -> Fault:
+    return Fault(f"there is no flag {event.place}", event.op, hint=MISFIT, kind="outside")
 
 
 __all__ = ["CheckProtocol", "Result", "check"]

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from tilewright.ir.builder import Builder
 from tilewright.ir.comm_ops import FLAG, Credit, Enter, Leave, Put, ReducePut, Signal, peer_of
-from tilewright.ir.core import Block, Function, IRError, Operation
-from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
-from tilewright.ir.tile_ops import Element, Load, Store
+from tilewright.ir.core import Block, Function, Operation
+from tilewright.ir.indexed_ops import Gather
+from tilewright.ir.tile_ops import Element, Load
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: operations that read through a view
@@ -38,9 +38,6 @@ class Communicate(FunctionPass):
     def run_on_function(self, function: Function, context: PassContext) -> None:
         if not function.attributes.get("communicates"):
             return
-        for op in function.walk():
-            if isinstance(op, Store | Scatter | Atomic) and peer_of(op.view) is not None:
-                raise IRError(f"'{op.name}' writes to the tensor of another rank", op.loc, "use tw.put")
         reads_peers = any(isinstance(op, READS) and peer_of(op.view) is not None for op in function.walk())
         body = function.body.block
         _add_credit(body)

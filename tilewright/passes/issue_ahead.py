@@ -77,10 +77,12 @@ def find_front(loop: For, function: Function) -> Front | None:
     local = {v for op in block.ops for v in op.results} | set(block.args)
     if any(dot.acc in local for dot in dots) or not _worked_on(dots, function):
         return None
-    rings = {ring for dot in dots for v in (dot.a, dot.b) if (ring := _ring_of(v)) is not None}
+    read = {_ring_of(v) for dot in dots for v in (dot.a, dot.b)}
+    awaits = [op for op in block.ops if isinstance(op, Await) and op.ring in read]
+    rings = {op.ring for op in awaits}
     if any(not isinstance(ring.type, RingType) or ring.type.stages < 2 for ring in rings):
         return None
-    first = [*dots, *(op for op in block.ops if isinstance(op, Await) and op.ring in rings)]
+    first = [*dots, *awaits]
     front = _slice(block, [v for op in first for v in op.operands])
     if front is None:
         return None
@@ -231,7 +233,7 @@ class _Emitter:
         for op in self.front.ops:
             if isinstance(op, Dot):
                 b.loc = op.loc
-                result, _ = b.async_dot(mapping[op.a], mapping[op.b], mapping.get(op.acc, op.acc))
+                result, _ = b.async_dot(*(mapping.get(v, v) for v in (op.a, op.b, op.acc)))
                 result.hint = op.result.hint
                 flying.append(result)
             else:

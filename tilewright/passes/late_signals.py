@@ -12,7 +12,8 @@ iteration, in front of the first operation there that stores, waits for ranks or
     tile.if %pending { comm.signal ... }
 
 Nobody waits in vain for a late signal: the role sends it before it waits itself. Signals stay where they are if the
-role waits later in the same iteration, or if the block's producer waits for ranks.
+role waits later in the same iteration, or if another role of the block waits for ranks: the next iteration may need
+stages of a producer, or the turn of consumers that alternate, which come behind such a wait.
 """
 
 from __future__ import annotations
@@ -41,15 +42,9 @@ class LateSignals(FunctionPass):
     def run_on_function(self, function: Function, context: PassContext) -> None:
         roles = [op for op in function.body.block.ops if isinstance(op, Role)]
         for role in roles:
-            others = [other for other in roles if other is not role]
-            if _kind(role) == "consumer" and not any(_waits(other) for other in others if _kind(other) != "consumer"):
+            if role.kind.startswith("consumer") and not any(_waits(other) for other in roles if other is not role):
                 for loop in [op for op in role.body.block.ops if isinstance(op, For)]:
                     _delay(function, loop)
-
-
-def _kind(role: Role) -> str:
-    """Consumers that alternate are numbered."""
-    return role.kind.split("_")[0]
 
 
 def _waits(role: Role) -> bool:

@@ -5,7 +5,7 @@ A mask like ``columns < n`` with ``columns = j * BN + arange(BN)`` is all true u
 loop index, the iterations before (from) that point run in a loop of their own without the masks. Only loops with
 matrix products are split.
 
-Masks that remain beside matrix products (in the other iterations, in one that `skew` or `lead` took out of its loop)
+Masks that remain beside matrix products (in the other iterations, in one that `skew` took out of its loop)
 are computed and applied in a branch, which is taken where some element fails.
 """
 

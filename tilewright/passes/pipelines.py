@@ -11,7 +11,7 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
     f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,pipeline,roles,alternate,copy-ahead,"
-    f"prefetch,load-ahead,{SIMPLIFY},split-products,skew,lead,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,"
+    f"prefetch,load-ahead,{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,"
     "late-signals,staging,barriers,hand-back,fences"
 )
 

@@ -34,8 +34,9 @@ from tilewright.passes.matrix import ROLES, contiguous_axis, matrix_unit, schedu
 
 #: cuTensorMapEncodeTiled: base address and strides are multiples of 16 bytes, rank at most 5
 TMA_ALIGNMENT, TMA_MAX_RANK = 16, 5
-#: elements of a vector that one bulk copy brings (a box of the copy engine)
-MOST_VECTOR = 256
+#: elements of a vector that one bulk copy brings (a box of the copy engine), and the alignment of where it puts them:
+#: slots of a buffer follow each other
+MOST_VECTOR, SLOT_ALIGNMENT = 256, 128
 #: the smallest copy of cp.async
 CP_ASYNC_BYTES = 4
 
@@ -97,7 +98,7 @@ def riders(function: Function, target: Target) -> list[Load]:
 def _is_copyable_vector(load: Load, target: Target) -> bool:
     tile = load.result.type
     assert isinstance(tile, TileType)
-    if tile.rank != 1 or tile.size > MOST_VECTOR or tile.size * tile.dtype.bytes % TMA_ALIGNMENT:
+    if tile.rank != 1 or tile.size > MOST_VECTOR or tile.size * tile.dtype.bytes % SLOT_ALIGNMENT:
         return False
     return copy_engine(load, target) == "tma"
 

@@ -4,7 +4,7 @@ A kernel with matrix products that is scheduled with roles becomes persistent: e
 walks the grid, so that copies for the next tile overlap the end of this one. Where two loads
 follow different grid axes, the tiles that run at the same time form a square-ish window (groups of
 ``group`` rows), so that both operands are found in L2 again. Where programs further along an axis run
-longer loops (a triangular product), the long ones go first within a window of ``group`` places along
+longer or shorter loops (a triangular product), the long ones go first within a window of ``group`` places along
 the other axes, so that the blocks end together and what programs of a place share stays in L2.
 
 Some GPUs consist of chiplets, each with an L2 of its own, and deal blocks to them in turn (AMD Instinct: eight XCDs).

@@ -57,15 +57,58 @@ def gemm_reduce_scatter(
         tw.store(c, (m, n), total.to(c.dtype))
 
 
-def gemm_rs(world: Any, a: Any, b: Any, c: Any, **meta: int) -> None:
+@tw.kernel
+def gemm_reduce_scatter_any_order(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    sums: tw.Symmetric,
+    sent: tw.Symmetric,
+    c: tw.Tensor,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 256,
+    BK: tw.constexpr = 64,
+) -> None:
+    """The same, where peers add to ``sums`` (R, N), which is zero before: less memory, but the rounding may differ.
+
+    ``sent`` flags (cdiv(R, BM), cdiv(N, BN), world).
+    """
+    m, n = tw.program_id(0), tw.program_id(1)
+    me = tw.rank()
+    owner = (me + 1 + tw.program_id(2)) % tw.world_size()
+    acc = product(a.offset(owner * sums.shape[0], 0), b, m, n, BM, BN, BK)
+    if owner != me:
+        token = tw.reduce_put(sums.peer(owner), (m, n), acc.to(sums.dtype))
+        tw.signal(sent[m, n, me], owner, after=token)
+    else:
+        tw.signal(sent[m, n, me], me)
+        arrived = tw.wait(sent[m, n])
+        total = acc + tw.load(sums, (m, n), (BM, BN), after=arrived).to(tw.float32)
+        tw.store(c, (m, n), total.to(c.dtype))
+
+
+@tw.kernel
+def clear(x: tw.Tensor, *, BM: tw.constexpr = 16, BN: tw.constexpr = 256) -> None:
+    """``x = 0``: x (M, N). Grid: (cdiv(M, BM), cdiv(N, BN))."""
+    tw.store(x, (tw.program_id(0), tw.program_id(1)), tw.zeros((BM, BN), x.dtype))
+
+
+def gemm_rs(world: Any, a: Any, b: Any, c: Any, *, any_order: bool = False, **meta: int) -> None:
     """``c`` of each rank: its rows of the sum of the ranks' ``a @ b``; see `gemm_reduce_scatter`.
 
     Tile sizes are chosen as for a product of (M, N) unless given. The parts of peers travel in the dtype of ``c``.
+    ``any_order``: they are added to one float32 matrix as they come, instead of each having a place of its own.
     """
     (rows, columns), size = (own(a).shape[0], own(b).shape[1]), world.size
     meta = {**configuration(rows, columns), **meta}
     each = share(rows, size)
     tiles = tw.cdiv(each, meta["BM"]), tw.cdiv(columns, meta["BN"])
+    if any_order:
+        sums = symmetric(world, "gemm_rs", (each, columns), "float32")
+        sent = flags(world, "gemm_rs", (*tiles, size))
+        world.launch(clear, (tw.cdiv(each, 16), tw.cdiv(columns, 256)), sums)
+        world.launch(gemm_reduce_scatter_any_order, (*tiles, size), a, b, sums, sent, c, **meta)
+        return
     parts = symmetric(world, "gemm_rs", (size, each, columns), own(c).dtype)
     sent = flags(world, "gemm_rs", (size, *tiles))
     world.launch(gemm_reduce_scatter, (*tiles, size), a, b, parts, sent, c, **meta)

@@ -30,6 +30,14 @@ def own_chunk(which: Any, CHUNKS: tw.constexpr) -> Any:
     return tw.where(which == 0, tw.rank(), CHUNKS * tw.world_size() - 1 - tw.rank())
 
 
+@tw.function
+def visible_chunk(i: Any, place: Any, which: Any) -> Any:
+    """The ``i``-th chunk that the rank's chunk number ``which``, at ``place``, sees: own ones first."""
+    me, earlier = tw.rank(), place + 1 - i
+    of_second = tw.where(i == 1, me, earlier - (earlier <= me).to(tw.int32))
+    return tw.where((which == 0) | (i == 0), place - i, of_second)
+
+
 @tw.kernel
 def ring_attention(
     q: tw.Tensor,
@@ -82,16 +90,19 @@ def ring_attention(
         queries = tw.load(q[which, b, h], (m, 0), (BM, D))
         top, total = tw.full((BM,), -1e30, tw.float32), tw.zeros((BM,), tw.float32)
         out = tw.zeros((BM, DV), tw.float32)
-        for i in tw.range(CHUNKS * world):
-            source = (me + world - i // CHUNKS) % world
-            c = tw.where(i % CHUNKS == 0, source, CHUNKS * world - 1 - source)
-            if not CAUSAL or c <= place:
-                here = tw.wait(arrived[c, b * groups + g], when=source != me)
-                shift = (place - c) * length
-                top, total, out = weigh(
-                    queries, k[c, b, g], v[c, b, g], None, scale, m * BM, length, shift, None, top, total, out,
-                    BN, CAUSAL, None, here,
-                )  # fmt: skip
+        for i in tw.range(place + 1 if CAUSAL else world):
+            if CAUSAL:
+                c = visible_chunk(i, place, which)
+                theirs = (c != me) & (c != 2 * world - 1 - me)
+            else:
+                c = (me + world - i) % world
+                theirs = i > 0
+            here = tw.wait(arrived[c, b * groups + g], when=theirs)
+            shift = (place - c) * length
+            top, total, out = weigh(
+                queries, k[c, b, g], v[c, b, g], None, scale, m * BM, length, shift, None, top, total, out,
+                BN, CAUSAL, None, here,
+            )  # fmt: skip
         tw.store(o[which, b, h], (m, 0), (out * (1.0 / tw.maximum(total, 1e-30))[:, None]).to(o.dtype))
         tw.store(lse[which, b, h], m, (top * scale + tw.log2(total)) * LN2)
 

@@ -4,7 +4,8 @@ A flag is set once in a launch, by one program (checked here), so every wait mee
 order the same events, and vector clocks of one of them speak for all, as in `machine`. Two things do depend on the
 order in which blocks run, and are covered by the choice of blocks: programs of one block follow one another, so the
 fewer blocks there are, the less can go on at the same time and the more can deadlock; and the more there are, the less
-is ordered and the more can race. So one block for each program and one block for all of a rank are the two extremes.
+is ordered and the more can race. So one block for each program and one block for all of a rank are the two extremes;
+two blocks on each rank show what a block does for one program while it is at another of its own.
 
 PTX ISA, "Memory Consistency Model": a signal is a release at system scope by one thread, which speaks for others of
 its block that it has met at a barrier; a wait is a poll by one thread with an acquire behind it. The copy engine's
@@ -78,7 +79,9 @@ class ProtocolMachine(Machine):
     def run(self) -> int:
         """As `Machine.run`. Raises Fault."""
         try:
-            return super().run()
+            steps = super().run()
+            self._check_ends()
+            return steps
         except FarFault as fault:
             old, new = fault.old, fault.new
             fault.events = self._past([(old.agent, old.clock), (new.agent, new.clock)])
@@ -302,8 +305,8 @@ class ProtocolMachine(Machine):
     def _finish(self, thread: Thread) -> None:
         """Each thread's own ends are those of its block, which `check-schedule` looks after."""
 
-    def check_ends(self) -> None:
-        """After the run: what may still be on its way when a rank's launch ends. Raises Fault."""
+    def _check_ends(self) -> None:
+        """What may still be on its way when a rank's launch ends."""
         last = self.threads[0].events[-1].op if self.threads[0].events else self.model.ops[-1]
         if any(len(left) < self.blocks for left in self.left):
             raise Fault("a block ends without leaving the launch, which would never end", last, hint="comm.leave")

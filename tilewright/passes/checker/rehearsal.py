@@ -54,8 +54,9 @@ class Launch:
     #: flags that found their other side, and what went wrong
     met: int = 0
     wrong: int = 0
-    #: the signal of a flag that nobody waits for
+    #: the signal of a flag that nobody waits for, and what names a flag that does not exist
     unread: Event | None = None
+    outside: Event | None = None
 
     @property
     def share_wrong(self) -> float:
@@ -69,8 +70,9 @@ class Launch:
     def text(self, blocks: int) -> str:
         """As a message names it. ``blocks``: of each rank."""
         parts = str(self.inputs).rsplit(", block", 1)[0]
-        how = ", a block for each program" if blocks > 1 else ", one block on each"
-        how = how if prod(self.inputs.grid) > 1 else ""
+        programs = prod(self.inputs.grid)
+        how = ", a block for each program" if blocks == programs else f", {blocks} blocks on each"
+        how = "" if programs == 1 else ", one block on each" if blocks == 1 else how
         return f"{self.world} ranks{how}, {parts}"
 
 
@@ -87,14 +89,14 @@ class Search:
     def __post_init__(self) -> None:
         waits = [op for op in self.model.ops if isinstance(op, WaitFlags)]
         waited = {root_axis(op.flags, axis) for op in waits for axis in range(len(_shape(op.flags)))}
-        self.waited = {(root, axis) for root, axis in waited if _shape(root)[axis] is None}
-        for leaf in self.waited:
+        open_sizes = {(root, axis) for root, axis in waited if _shape(root)[axis] is None}
+        for leaf in open_sizes:
             self.leaves.dims.setdefault(leaf, 1)
         self.uses_flags = any(isinstance(op, Signal | WaitFlags) for op in self.model.ops)
         self.tiles = _tile_sizes(self.model)
         needed = find_leaves(self.model, {value for program in self.programs for value in program.compiler.needed})
         #: sizes of flag tensors, which only say how many flags a wait is for: as many as are signalled
-        self.counted = self.waited - set(needed.dims)
+        self.counted = open_sizes - set(needed.dims)
         dims = [leaf for leaf in self.leaves.dims if leaf in needed.dims]
         self.knobs: list[Knob] = [("grid", axis) for axis in range(3)]
         self.knobs += [("dim", leaf) for leaf in dims]
@@ -110,12 +112,12 @@ class Search:
 
         ``more`` than one, if that reaches more code.
         """
-        start = (1,) * len(self.knobs)
+        start, most = (1,) * len(self.knobs), len(self.tried) + MOST_TRIES
         best: list[tuple[Sizes, Launch]] = []
         frontier: Iterable[Sizes] = [start]
         for _ in range(MOST_CHANGES + 1):
             for sizes in frontier:
-                launch = self._try(world, sizes, MOST_TRIES)
+                launch = self._try(world, sizes, most)
                 if launch is None:
                     continue
                 if not launch.wrong and (launch.met or not self.uses_flags):
@@ -145,8 +147,8 @@ class Search:
         """The tensors whose flags some launch that was tried signals, and waits for."""
         launches = (launch for launch in self.tried.values() if launch is not None)
         roles = (run for launch in launches for block in launch.runs for run in block.values())
-        used = {(event.kind, event.place.root) for run in roles for event in run.events if event.place is not None}
-        return tuple({root for kind, root in used if kind == which} for which in ("signal", "wait_flags"))  # type: ignore[return-value]
+        used = {(event.kind, event.place.root) for run in roles for event in run.events}
+        return {root for kind, root in used if kind == "signal"}, {root for kind, root in used if kind == "wait_flags"}
 
     def _try(self, world: int, sizes: Sizes, most: int) -> Launch | None:
         key = world, sizes
@@ -284,26 +286,24 @@ def rehearse(launch: Launch) -> None:
     """Bring signals and waits together, whatever else holds blocks up."""
     signals: dict[Any, Event] = {}
     awaited: set[Any] = set()
-    waits: list[tuple[int, Event]] = []
-    outside = 0
-    for number, roles in enumerate(launch.runs):
-        for event in (event for run in roles.values() for event in run.events):
-            if event.kind not in ("signal", "wait_flags"):
-                continue
-            place = event.place
-            if not _inside(place, launch):
-                outside += 1
-            elif event.kind == "wait_flags":
-                waits.append((number, event))
-                awaited.update((place.root, place.rank, index) for index in place.elements())
-            else:
-                flag = (place.root, place.rank, place.elements()[0])
-                outside += flag in signals
-                signals[flag] = event
+    wrong = 0
+    for event in (event for roles in launch.runs for run in roles.values() for event in run.events):
+        place = event.place
+        if event.kind not in ("signal", "wait_flags"):
+            continue
+        if not _inside(place, launch):
+            wrong += 1
+            launch.outside = event
+        elif event.kind == "wait_flags":
+            awaited.update((place.root, place.rank, index) for index in place.elements())
+        else:
+            flag = (place.root, place.rank, place.elements()[0])
+            wrong += flag in signals
+            signals[flag] = event
     never = [flag for flag in awaited if flag not in signals]
     unread = [flag for flag in signals if flag not in awaited]
     launch.met = len(awaited) - len(never)
-    launch.wrong = outside + len(never) + len(unread)
+    launch.wrong = wrong + len(never) + len(unread)
     launch.unread = signals[unread[0]] if unread else None
 
 

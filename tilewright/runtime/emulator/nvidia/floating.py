@@ -33,6 +33,7 @@ from tilewright.runtime.emulator.rounding import fma64, fma_to_odd, signed_zero,
 
 _U32, _U16 = np.uint32, np.uint16
 _FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2")
+_QUIET64 = np.uint64(0x0008000000000000)
 _INFINITY = {"f16": 0x7C00, "bf16": 0x7F80, "f32": 0x7F800000, "f64": 0x7FF0000000000000}
 Function = Callable[..., Any]
 
@@ -153,6 +154,11 @@ def _add(inst: Instruction) -> Execute:
     return form.bind(_sum(form, sign), 2)
 
 
+def _flush_tiny(rounded: Array, exact: Array) -> Array:
+    """float16 products that are subnormal before they are rounded as zeros, as an H200 has them; fma's only after."""
+    return np.where(np.abs(exact) < 2.0**-14, np.copysign(np.float16(0), rounded), rounded)
+
+
 @instruction("mul")
 def _mul(inst: Instruction) -> Execute:
     if not _is_float(inst):
@@ -161,6 +167,8 @@ def _mul(inst: Instruction) -> Execute:
     type_, mode = form.type, form.mode
     if type_.name == "f64":
         return form.bind(lambda a, b: directed(a * b, exact.product, mode, a, b), 2)
+    if type_.name == "f16" and form.ftz:
+        return form.bind(lambda a, b: _flush_tiny(a * b, to_f64(a, type_) * to_f64(b, type_)), 2)
     if type_.name != "bf16" and mode == "rn":
         return form.bind(lambda a, b: a * b, 2)
     return form.bind(lambda a, b: narrow(to_f64(a, type_) * to_f64(b, type_), type_, mode), 2)
@@ -216,7 +224,7 @@ def _neg(inst: Instruction) -> Execute:
 
 
 def _sign_bit(inst: Instruction, function: Function) -> Execute:
-    """A NaN becomes the canonical one; of f64 it stays as it is (measured on an H100, the PTX ISA leaves it open)."""
+    """A NaN becomes the canonical one; of f64 it stays but for its quiet bit (measured, the PTX ISA leaves it open)."""
     ftz, type_ = inst.flag("ftz"), inst.type(*_FLOATS)
     single = TYPES[type_.name.removesuffix("x2")]
     bits = TYPES[f"b{single.bits}"]
@@ -227,7 +235,7 @@ def _sign_bit(inst: Instruction, function: Function) -> Execute:
             flushes = flush if single.name == "f32" else flush16
             a = flushes(a.view(single.dtype)).view(bits.dtype)
         nan = (a & ~sign) > infinity
-        kept = a if single.bits == 64 else bits.dtype((1 << (single.bits - 1)) - 1)
+        kept = a | _QUIET64 if single.bits == 64 else bits.dtype((1 << (single.bits - 1)) - 1)
         return np.where(nan, kept, function(a, sign))
 
     if single is not type_:
