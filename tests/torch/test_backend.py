@@ -284,6 +284,9 @@ def test_the_gate_on_a_gpu():
         assert "gradient" in gate(twt.attention, *[(1, 8, 1024, 64)] * 3, grad=True)
         with torch.no_grad():
             assert gate(twt.attention, *[(1, 8, 1024, 64)] * 3, grad=True) is None
+            assert gate(twt.gated_linear, (4096, 4096), (4096, 4096), (4096, 4096), grad=True) is None
+        assert "gradient" in gate(twt.gated_linear, (4096, 4096), (4096, 4096), (4096, 4096), grad=True)
+        assert "windows" in gate(twt.attention, *[(1, 8, 4096, 64)] * 3, is_causal=True, window=100)
         assert gate(twt.softmax, (4096, 4096), grad=True) is None
 
 

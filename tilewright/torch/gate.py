@@ -1,6 +1,6 @@
 """The cost gate of the backend: which calls our kernels are worth, by what docs/performance.md has measured.
 
-That is an H100. Elsewhere, and where a call alone was never ahead, the gate leaves it to the rest of the pipeline.
+That is Hopper. Elsewhere, and where a call alone was never ahead, the gate leaves it to the rest of the pipeline.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def _attention(
 ) -> Refusal:
     if _trains(query, key, value):
         return "with its gradient it is as fast in torch"
+    if attn_mask is not None or rest.get("window") is not None:
+        return "masks and windows were not measured"
     least = LEAST_CAUSAL_QUERIES if is_causal else LEAST_QUERIES
     return f"fewer than {least} queries" if _hint(query.shape[2]) < least else None
 
