@@ -13,6 +13,8 @@ from tilewright.kernels.multi_gpu.workspace import flags, own, share, symmetric
 ELEMENTS, MOST_PARTS, BLOCKS = 4096, 4, 264
 #: with more than two ranks and from so many elements on each rank sums up a share: fewer bytes move, in more hops
 TWO_SHOT = 1 << 17
+#: from so many elements on reading the peers' x is faster than being sent it (docs/performance.md)
+PULLED = 1 << 21
 
 
 @tw.function
@@ -102,13 +104,15 @@ def tile_of(count: int, in_parts: bool) -> dict[str, int]:
 def all_reduce(world: Any, x: Any, y: Any, *, algorithm: str | None = None, **meta: int) -> None:
     """``y = sum over ranks of x``: both (N,). Equal bits on every rank.
 
-    ``algorithm``: "push" takes any arrays, "pull" a symmetric x, "two-shot" a symmetric x and y. None: "two-shot" where
-    that is possible and moves less, else "push".
+    ``algorithm``: "push" takes any arrays, "pull" a symmetric x, "two-shot" a symmetric x and y. None: of those that
+    are possible "two-shot" where it moves less, "pull" for many elements, else "push".
     """
     size, count = world.size, own(x).shape[0]
     if algorithm is None:
-        possible = all(isinstance(array, tw.SymmetricTensor) for array in (x, y))
-        algorithm = "two-shot" if possible and size > 2 and count >= TWO_SHOT else "push"
+        symmetric_x, symmetric_y = (isinstance(array, tw.SymmetricTensor) for array in (x, y))
+        algorithm = "pull" if symmetric_x and count >= PULLED else "push"
+        if symmetric_x and symmetric_y and size > 2 and count >= TWO_SHOT:
+            algorithm = "two-shot"
     meta = {**tile_of(count, algorithm == "push"), **meta}
     tiles = tw.cdiv(count, meta["BN"])
     grid = (min(tiles, BLOCKS),)

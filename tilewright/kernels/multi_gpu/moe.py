@@ -220,7 +220,7 @@ def moe_combine(
 
 
 #: blocks that fetch rows while the others multiply, and those of `moe_combine`
-COMMUNICATORS, BLOCKS = 24, 528
+COMMUNICATORS, BLOCKS = 48, 528
 #: choices that `moe_route` looks at in one step
 CHOICES = 4096
 
