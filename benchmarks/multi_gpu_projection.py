@@ -1,9 +1,9 @@
-"""What 8 GPUs would take, projected: python benchmarks/multi_gpu_projection.py RESULTS.json [--ranks 8].
+"""What more GPUs would take, projected: python benchmarks/multi_gpu_projection.py RESULTS.json [--ranks 8].
 
-Not measurements of 8 GPUs. One GPU multiplies what each of the ranks would; the link moves what each would send at the
-rate that RESULTS (rows of multi_gpu.py, measured on fewer ranks) show for its largest all-to-all; a kernel that
-communicates takes the longer of both and what the measured ones took beyond that. The serial time is cuBLAS's plus the
-link's, as if NCCL had the same rate.
+Not measurements of 8 GPUs. RESULTS are rows of multi_gpu.py, measured on fewer ranks. A product runs at the rate of the
+row's own product on one GPU; the link moves what each rank sends at the rate of the largest all-to-all; a kernel that
+communicates takes the longer of both and what the measured one took beyond that. The serial time is the product's plus
+the link's, as if NCCL had the same rate.
 """
 
 from __future__ import annotations
@@ -13,24 +13,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tilewright.kernels.gemm import matmul
-from tilewright.runtime.bench import compare
-
 Row = dict[str, Any]
 BF16_BYTES = 2
-
-
-def shape_of(work: str, n: int, ranks: int) -> tuple[int, int, int]:
-    """M, N, K of the product of one rank."""
-    return (n, n // ranks, n) if work == "all_gather_gemm" else (n, n, n // ranks)
+#: times that a rank sends its part of the whole matrix
+ROUNDS = {"all_gather_gemm": 1, "gemm_reduce_scatter": 1, "gemm_all_reduce": 2}
 
 
 def sent_bytes(work: str, n: int, ranks: int) -> float:
     """What one rank sends."""
-    whole = n * n * BF16_BYTES
-    return {"all_gather_gemm": 1, "gemm_reduce_scatter": 1, "gemm_all_reduce": 2}[work] * (ranks - 1) / ranks * whole
+    return ROUNDS[work] * (ranks - 1) / ranks * n * n * BF16_BYTES
 
 
 def link_rate(rows: list[Row]) -> float:
@@ -41,25 +32,15 @@ def link_rate(rows: list[Row]) -> float:
     return sent / best
 
 
-def product_times(m: int, n: int, k: int) -> tuple[float, float]:
-    """Microseconds of our product and of cuBLAS's on this GPU."""
-    a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
-    c, out = torch.empty(m, n, device="cuda", dtype=a.dtype), torch.empty(m, n, device="cuda", dtype=a.dtype)
-    found = compare({"ours": lambda: matmul(a, b, c), "cublas": lambda: torch.mm(a, b, out=out)}, repeats=20)
-    return found["ours"].median_us, found["cublas"].median_us
-
-
 def project(row: Row, ranks: int, rate: float) -> Row:
     """The projection that belongs to a measured row of a product with communication."""
-    n, measured = int(row["size"]), row["ranks"]
-    beyond = row["ours_us"] - max(row["gemm_us"], sent_bytes(row["work"], n, measured) / rate)
-    ours, library = product_times(*shape_of(row["work"], n, ranks))
-    link = sent_bytes(row["work"], n, ranks) / rate
-    together = max(ours, link) + max(beyond, 0.0)
+    work, n, measured = row["work"], int(row["size"]), row["ranks"]
+    beyond = max(row["ours_us"] - max(row["gemm_us"], sent_bytes(work, n, measured) / rate), 0.0)
+    product, link = row["gemm_us"] * measured / ranks, sent_bytes(work, n, ranks) / rate
+    together = max(product, link) + beyond
     return {
-        "work": row["work"], "size": row["size"], "ranks": ranks, "product_us": ours, "library_us": library,
-        "link_us": link, "beyond_us": beyond, "projected_us": together, "projected_serial_us": library + link,
-        "projected_over_serial": (library + link) / together,
+        "work": work, "size": row["size"], "ranks": ranks, "product_us": product, "link_us": link, "beyond_us": beyond,
+        "projected_us": together, "projected_over_serial": (product + link) / together,
     }  # fmt: skip
 
 
@@ -71,14 +52,10 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[Row] = json.loads(options.results.read_text())
     rate = link_rate(rows)
-    print(f"PROJECTIONS to {options.ranks} ranks from {torch.cuda.get_device_name()}, link {rate / 1e3:.0f} GB/s")
-    found = []
-    for row in rows:
-        if "gemm_us" in row and "ours_us" in row:
-            found.append(project(row, options.ranks, rate))
-            print(
-                "  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{v}" for k, v in found[-1].items()), flush=True
-            )
+    print(f"PROJECTIONS to {options.ranks} ranks, link {rate / 1e3:.0f} GB/s")
+    found = [project(row, options.ranks, rate) for row in rows if row["work"] in ROUNDS and "gemm_us" in row]
+    for row in found:
+        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
