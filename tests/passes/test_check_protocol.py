@@ -275,7 +275,7 @@ REDUNDANT: list[tuple[str, str, str, str]] = [
     ("GEMM + all-reduce", "sm_90a", "consumer: loop if barrier 2", AT_THE_END),
     ("GEMM + all-reduce, one-shot", "sm_90a", "consumer: barrier 1", ONE_THREAD),
     ("GEMM + all-reduce, one-shot", "sm_90a", "consumer: loop loop barrier 5", ONE_THREAD),
-    *((name, "sm_90a", f"consumer: loop if loop {place} 1", NEVER)
+    *((name, "sm_90a", f"consumer: loop if loop {'loop ' * (name == PUSHING[0])}{place} 1", NEVER)
       for place in ("wait", "barrier") for name in PUSHING),
     *((name, "sm_90a", "consumer: barrier 1", NEXT_BARRIER) for name in PUSHING),
     *(("ring attention, gradients", "sm_90a", f"consumer: loop if loop if {place} 2", COME_BEFORE)

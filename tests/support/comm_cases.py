@@ -42,7 +42,7 @@ def flags(rank: int) -> ViewType:
 _MATRICES = {name: own("bf16", 2) for name in "abc"}
 _ATTENTION: dict[str, Any] = {
     "q": own("bf16", 5), "k": all_ranks("bf16", 5), "v": all_ranks("bf16", 5), "o": own("bf16", 5),
-    "lse": own("f32", 4), "arrived": flags(3),
+    "lse": own("f32", 4), "arrived": flags(3), "FLAGS": 1,
 }  # fmt: skip
 _GRADIENTS: dict[str, Any] = {
     **{name: own("bf16", 5) for name in ("q", "k", "v", "do", "dk", "dv")},
@@ -51,7 +51,8 @@ _GRADIENTS: dict[str, Any] = {
 }  # fmt: skip
 _PARTS = {"parts": all_ranks("bf16", 3), "sent": flags(3)}
 
-#: by name: kernel, types of its tensors, and meta-parameters without a default
+#: by name: kernel, types of its tensors, and meta-parameters without a default. FLAGS is 1: of several flags that one
+#: program sets in small launches, each would come behind the barriers of those before.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "small all-reduce": (
         comm_kernels.all_reduce,
@@ -92,7 +93,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "all-gather + GEMM": (
         all_gather_gemm.all_gather_gemm,
         {
-            "a": all_ranks("bf16", 3), "b": own("bf16", 2), "c": own("bf16", 3), "arrived": flags(3),
+            "a": all_ranks("bf16", 3), "b": own("bf16", 2), "c": own("bf16", 3), "arrived": flags(3), "FLAGS": 1,
         },
     ),
     "ring attention": (ring_attention.ring_attention, _ATTENTION),
