@@ -70,8 +70,8 @@ def check(function: Function, context: PassContext) -> Result:
     result.missed = {op for op in model.ops if touches_ranks(op)}
     for world in WORLDS:
         launches, other = search.launches(world, more=world == WORLDS[0])
-        for launch in launches:
-            checker.check(launch)
+        for number, launch in enumerate(launches):
+            checker.check(launch, few=1 if number else 2)
         if not flags_depend_on_data(flags):
             checker.require(launches, other)
         elif other is not None:
@@ -88,12 +88,12 @@ class _Checker:
     programs: list[RoleProgram]
     result: Result
 
-    def check(self, launch: Launch) -> None:
-        """A launch that fits. Raises IRError."""
+    def check(self, launch: Launch, few: int) -> None:
+        """A launch that fits, with a block for each program, and with up to ``few`` of them. Raises IRError."""
         programs = len(launch.runs) // launch.world
         self._play(launch, programs)
         if self._shares_blocks(launch) and goes_on(self._trace(launch, 1)):
-            for blocks in range(1, min(programs, 3)):
+            for blocks in range(1, min(programs, few + 1)):
                 self._play(launch, blocks)
 
     def require(self, launches: list[Launch], other: Launch | None) -> None:

@@ -33,7 +33,7 @@ MOST_TRIES, MOST_KEPT, MOST_CHANGES = 160, 3, 4
 #: programs of a rank, and events of one role, that a launch may have
 MOST_PROGRAMS, MOST_EVENTS = 16, 2000
 #: further launches that fit, for loops and branches that the first one does not reach, and tries for them
-MOST_MORE, MOST_TRIES_FOR_MORE = 2, 60
+MOST_MORE, MOST_TRIES_FOR_MORE = 2, 32
 
 #: what a launch is made of: ("grid", axis), ("dim", (tensor, axis)), ("scalar", parameter), and ("seed", None) for what
 #: data decides
