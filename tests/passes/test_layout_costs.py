@@ -126,3 +126,28 @@ def test_near_layouts_stay_inside_their_warps():
         assert sorted([*near.basis("register"), *near.basis("lane")]) == sorted(
             [*layout.basis("register"), *layout.basis("lane")]
         )
+
+
+@tw.kernel
+def normalised(x: tw.Tensor, y: tw.Tensor):
+    """Rows in blocks, whose sums travel through a loop as tiles of one element."""
+    m, columns = tw.program_id(0), x.shape[1]
+    mean, spread = tw.zeros((1,), tw.float32), tw.zeros((1,), tw.float32)
+    for j in tw.range(tw.cdiv(columns, 4096)):
+        row = tw.load(x, (m, j), (1, 4096)).to(tw.float32)
+        own = tw.sum(row, axis=1) / 4096
+        apart = row - own[:, None]
+        mean, spread = mean + own, spread + tw.sum(apart * apart, axis=1)
+    for j in tw.range(tw.cdiv(columns, 4096)):
+        row = tw.load(x, (m, j), (1, 4096)).to(tw.float32)
+        tw.store(y, (m, j), ((row - mean[:, None]) * spread[:, None]).to(y.dtype))
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "gfx942"])
+def test_a_sum_that_every_thread_has_does_not_give_every_thread_the_row(target):
+    function = amd.scheduled(amd.module_of(normalised, x=amd.matrix(), y=amd.matrix()), target)
+    threads = function.attributes["threads"]
+    tiles = [v for op in function.walk() for v in op.results if isinstance(v.type, TileType)]
+    rows = [v.type for v in tiles if v.type.size == 4096]
+    assert rows and all(t.layout.num_registers == 4096 // threads for t in rows)
+    assert not find(function, Convert)

@@ -305,9 +305,17 @@ class _Assignment:
                         self._assign(source, layout)
                 elif self.known(source) and not self.known(result):
                     layout = forward(op, self.of(source))
-                    changed |= layout is not None
-                    if layout is not None:
+                    if layout is not None and not self._repeats_work(op, layout):
+                        changed = True
                         self._assign(result, layout)
+
+    def _repeats_work(self, op: Operation, layout: LinearLayout) -> bool:
+        """Whether a broadcast tile would have threads hold more than their share, since its source is in all of them.
+
+        A row's sum is in every thread, the row must not be: it is laid out by what else is done with it.
+        """
+        share = self._blocked(op.result, _tile(op.result).rank - 1).num_registers
+        return isinstance(op, Broadcast) and layout.num_registers > share
 
     def _spread_cat(self, op: Cat) -> bool:
         """Between equal parts and their whole."""
@@ -370,8 +378,12 @@ class _Assignment:
         if not (self.known(source) and self.known(result)):
             return 0.0
         derived, wanted = RULES[type(op)][0](op, self.of(source)), self.of(result)
-        if derived is None or derived == wanted or isinstance(op, Broadcast):
+        if derived is None or derived == wanted:
             return 0.0
+        if isinstance(op, Broadcast):  # its source is converted, if threads do not hold what they repeat
+            derived, wanted = self.of(source), _collapse(op, wanted)
+            if derived == wanted:
+                return 0.0
         return conversion_cost(derived, wanted, max(8, result.type.dtype.bits), self.target.banks)
 
     def _borrowable(self, access: Access) -> int:
