@@ -9,12 +9,13 @@ from typing import Any
 from tilewright.frontend.calls import Calls
 from tilewright.frontend.control import Control
 from tilewright.frontend.definition import KernelDefinition, Parameter
-from tilewright.frontend.errors import ArgumentError
+from tilewright.frontend.errors import ArgumentError, CompileError
 from tilewright.frontend.scope import Frame
 from tilewright.frontend.values import dtype_name
 from tilewright.ir.builder import Builder
-from tilewright.ir.core import Block, Function, Module, Region
+from tilewright.ir.core import Block, Function, IRError, Module, Region
 from tilewright.ir.types import DType, ScalarType, Type, ViewType
+from tilewright.ir.verifier_comm import verify_communication
 
 
 class Visitor(Control, Calls):
@@ -39,7 +40,16 @@ def build_module(definition: KernelDefinition, args: dict[str, Any], name: str |
     function = Function(name or definition.name, Region(block), loc=definition.loc)
     if any(op.name.startswith("comm.") for op in function.walk()):
         function.attributes["communicates"] = True
+        _check_communication(function)
     return Module([function])
+
+
+def _check_communication(function: Function) -> None:
+    """Rules that only the whole program can break, such as a put that no signal tells of."""
+    try:
+        verify_communication(function)
+    except IRError as error:
+        raise CompileError(error.message, error.loc, error.hint) from None
 
 
 def _without_docstring(tree: ast.FunctionDef) -> list[ast.stmt]:
