@@ -63,20 +63,6 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def reports(monkeypatch):
-    """The report of each graph that the backend gets."""
-    seen = []
-    rewrite = backend.rewrite
-
-    def recording(*args):
-        seen.append(rewrite(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(backend, "rewrite", recording)
-    return seen
-
-
 def compiled(model, **options):
     return torch.compile(model, backend=backend.compile_graph, fullgraph=True, options={**ALL, **options})
 

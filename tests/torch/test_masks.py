@@ -81,20 +81,6 @@ OTHER = {
 }
 
 
-@pytest.fixture
-def reports(monkeypatch):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    seen, rewrite = [], backend.rewrite
-
-    def recording(*args):
-        seen.append(rewrite(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(backend, "rewrite", recording)
-    return seen
-
-
 def both(build, *, grad, dynamic=False, groups=2):
     """(results and gradients with the backend, the same in eager)."""
 

@@ -123,21 +123,6 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def reports(monkeypatch):
-    """The report of each graph that the backend gets."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    seen, rewrite = [], backend.rewrite
-
-    def recording(*args):
-        seen.append(rewrite(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(backend, "rewrite", recording)
-    return seen
-
-
 def compiled(model):
     """Without graph breaks, or it raises."""
     options = {"fallback": "eager", "cost_gate": False}
