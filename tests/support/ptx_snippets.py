@@ -167,3 +167,23 @@ def check_table(cases: Sequence[tuple[str, Any, Any]], inputs: dict[str, np.ndar
             assert signs.all(), f"{text}: signs"
         else:
             np.testing.assert_array_equal(actual, wanted, err_msg=text)
+
+
+def ints(bits: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    values = [int(v) for v in rng.integers(0, 1 << (bits - 1), 20)] + [
+        0,
+        1,
+        2,
+        31,
+        32,
+        (1 << bits) - 1,
+        1 << (bits - 1),
+    ]
+    values += [(1 << (bits - 1)) - 1, 3, 0xFF, 7, 100]
+    return np.array([v & ((1 << bits) - 1) for v in values], object)
+
+
+def typed(values: np.ndarray, dtype: Any) -> np.ndarray:
+    bits = np.dtype(dtype).itemsize * 8
+    return np.array([int(v) & ((1 << bits) - 1) for v in values], f"u{bits // 8}").view(dtype)
