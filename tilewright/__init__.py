@@ -20,6 +20,8 @@ _TOOLS = {
     "device": "tilewright.compiler.api",
     "devices": "tilewright.runtime.device",
     "emulate": "tilewright.compiler.api",
+    "recording": "tilewright.compiler.recording",
+    "repeated": "tilewright.compiler.recording",
     "jit_cache": "tilewright.compiler.shipping",
     "Artifact": "tilewright.compiler.artifact",
     "torch_op": "tilewright.torch.operator",

@@ -113,6 +113,11 @@ class Artifact:
         abi, function = self._entry(device, args)
         return device.prepare(function, abi, grid, args)
 
+    def form(self, device: Device, grid: Sequence[int] | int, args: Sequence[Any]) -> Any:
+        """This launch as a `LaunchForm`; None where the device has no such form."""
+        abi, function = self._entry(device, args)
+        return device.form(function, abi, grid, args)
+
     def _entry(self, device: Device, args: Sequence[Any]) -> tuple[KernelABI, Any]:
         """The first entry whose assumptions hold, loaded on the device."""
         loaded = self._loaded.get(device.name)

@@ -22,6 +22,8 @@ class Kernel:
         self.__name__, self.__doc__ = self.definition.name, fn.__doc__
         self.plans: dict[Any, Plan] = {}
         self.repeats: dict[Any, Callable[[Any], None]] = {}
+        #: `tilewright.runtime.native.extension.Table` of launches, once there was one that it could hold
+        self.table: Any = None
         self._artifacts: dict[Any, Artifact] = {}
         self._functions: dict[Any, Function] = {}
         self._names: tuple[tuple[str, ...], frozenset[str]] | None = None

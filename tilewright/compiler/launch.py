@@ -1,8 +1,9 @@
 """Launches: from the arguments of a call to a started kernel.
 
 The first call with arguments of some kinds makes a `Plan`: which arguments are run-time values, and
-which binary takes them. Later calls with arguments of the same kinds only look the plan up. A call
-that repeats an earlier one exactly (the same GPU memory, shapes, numbers and grid) goes straight to the
+which binary takes them. Later calls with arguments of the same kinds only look the plan up. Where the extension of
+`tilewright.runtime.native` is, a table in front of the kernel starts what it has seen before, whatever the addresses;
+else a call that repeats an earlier one exactly (the same GPU memory, shapes, numbers and grid) goes straight to the
 driver.
 """
 
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,16 +24,19 @@ from tilewright.compiler.arrays import give_back, host_array, view_type, where
 from tilewright.compiler.environment import INTERPRET
 from tilewright.compiler.errors import ExecutionError
 from tilewright.compiler.options import CompileOptions
+from tilewright.compiler.recording import launch_table, recordings
 from tilewright.frontend.arguments import BoundArguments, bind_arguments
 from tilewright.frontend.errors import ArgumentError, suggestion
 from tilewright.frontend.promotion import fits
 from tilewright.ir.core import UNKNOWN, Function, IRError
 from tilewright.runtime.arguments import Viewed
-from tilewright.runtime.device import open_device
+from tilewright.runtime.device import Device, open_device
 from tilewright.runtime.errors import DeviceError
 
 if TYPE_CHECKING:
+    from tilewright.compiler.artifact import Artifact
     from tilewright.compiler.kernel import Kernel
+    from tilewright.runtime.launching import LaunchForm
 
 Grid = int | Sequence[int] | Callable[[Mapping[str, Any]], int | Sequence[int]]
 
@@ -39,6 +45,8 @@ MOST_PLANS = 4096
 #: launches kept per kernel in their final form
 MOST_REPEATS = 1024
 _INT32 = range(-(2**31), 2**31)
+
+Starter = Callable[[tuple[int, int, int], list[Any], Any], None]
 
 
 @dataclass(frozen=True)
@@ -49,29 +57,36 @@ class Plan:
     #: where to find each run-time value: position, keyword, or None for the default in ``defaults``
     sources: tuple[int | str | None, ...]
     defaults: tuple[Any, ...]
-    start: Callable[[tuple[int, int, int], list[Any], Any], None]
-    #: takes the grid and the run-time values and gives a function of the stream, or None
-    prepare: Preparer | None = None
-    #: likewise, for every device: all but the start itself
-    ready: Preparer | None = None
+    start: Starter
+    #: the compiled kernel and where it runs; None in the interpreter
+    artifact: Artifact | None = None
+    device: Device | None = None
 
     def run(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any], stream: Any) -> None:
         """Launch with these arguments, which are of the kinds that the plan was made for."""
-        self.start(resolve_grid(grid, self.constexprs), self._values(args, kwargs), stream)
+        self.start(resolve_grid(grid, self.constexprs), self.values(args, kwargs), stream)
 
     def repeat(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], None] | None:
         """This launch as a function of the stream alone, where the device has such a form."""
-        if self.prepare is None:
+        if self.artifact is None or self.device is None:
             return None
-        return self.prepare(resolve_grid(grid, self.constexprs), self._values(args, kwargs))
+        return self.artifact.prepare(self.device, resolve_grid(grid, self.constexprs), self.values(args, kwargs))
 
     def complete(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], None]:
         """This launch as a function of the stream that does nothing but start the kernel."""
-        counts, values = resolve_grid(grid, self.constexprs), self._values(args, kwargs)
-        found = None if self.ready is None else self.ready(counts, values)
-        return found or (lambda stream: self.start(counts, values, stream))
+        counts, values = resolve_grid(grid, self.constexprs), self.values(args, kwargs)
+        if self.artifact is None or self.device is None:
+            return lambda stream: self.start(counts, values, stream)
+        return self.artifact.ready(self.device, counts, values)
 
-    def _values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    def form(self, grid: Grid, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LaunchForm | None:
+        """This launch as data, where the device has such a form."""
+        if self.artifact is None or self.device is None:
+            return None
+        return self.artifact.form(self.device, resolve_grid(grid, self.constexprs), self.values(args, kwargs))
+
+    def values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The run-time values, in the order of the kernel's parameters."""
         return [
             args[source] if isinstance(source, int) else default if source is None else kwargs[source]
             for source, default in zip(self.sources, self.defaults, strict=True)
@@ -86,16 +101,28 @@ class Launch:
     def __init__(self, kernel: Kernel, grid: Grid, device: str | None = None):
         self.kernel, self.grid, self.device = kernel, grid, device
 
-    def __call__(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Launch; see `tilewright.kernel`. Raises ArgumentError, CompileError or DeviceError."""
+        table = self.kernel.table
+        if table is None or (recordings and get_ident() in recordings):
+            self.start(*args, **kwargs)
+        else:
+            table(self.grid, self.device, *args, **kwargs)
+
+    def start(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
+        """Launch without the table of repeated launches."""
         exact = repeat_key(self.grid, self.device, args, kwargs)
-        if exact is not None:
-            again = self.kernel.repeats.get(exact)
-            if again is not None:
-                again(stream)
-                return
-        plan = self._plan(args, kwargs)
+        again = None if exact is None else self.kernel.repeats.get(exact)
+        recording = recordings.get(get_ident())
+        if again is not None and recording is None:
+            again(stream)
+            return
+        plan = self.plan(args, kwargs)
+        if recording is not None:
+            recording.launch(plan, self.grid, args, kwargs, stream)
         plan.run(self.grid, args, kwargs, stream)
+        if self.kernel.table is None and plan.device is not None:
+            self.kernel.table = launch_table(self.kernel, partial(Launch, self.kernel), plan.device)
         if exact is not None:
             again = plan.repeat(self.grid, args, kwargs)
             if again is not None:
@@ -107,7 +134,7 @@ class Launch:
         again = None if exact is None else self.kernel.repeats.get(exact)
         if again is not None:
             return again
-        plan = self._plan(args, kwargs)
+        plan = self.plan(args, kwargs)
         again = None if exact is None else plan.repeat(self.grid, args, kwargs)
         if exact is None or again is None:
             return plan.complete(self.grid, args, kwargs)
@@ -119,7 +146,8 @@ class Launch:
             self.kernel.repeats.clear()
         self.kernel.repeats[exact] = again
 
-    def _plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        """The plan for arguments of these kinds, kept or made."""
         key = (self.device, INTERPRET.get(), *signature(self.kernel, args, kwargs))
         try:
             plan = self.kernel.plans.get(key)
@@ -222,39 +250,21 @@ def make_plan(kernel: Kernel, device: str | None, args: tuple[Any, ...], kwargs:
     bound = bind_arguments(kernel.definition, args, arguments)
     place = device or where(bound.tensors)
     names = [p.name for p in kernel.definition.parameters if p.name in bound.tensors or p.name in bound.scalars]
-    preparer: Preparer | None = None
-    completer: Preparer | None = None
+    artifact: Artifact | None = None
+    opened: Device | None = None
     if place == "cpu" or INTERPRET.get():
         starter = _interpreter(kernel, bound, names, from_gpu=INTERPRET.get())
     else:
-        starter, preparer, completer = _binary(kernel, bound, place, options)
+        opened = open_device(place)
+        types = bound.types({name: view_type(value, name) for name, value in bound.tensors.items()})
+        artifact = kernel.artifact(types, opened.target, options)
+        starter = partial(artifact.launch, opened)
     positions = {name: i for i, name in enumerate(kernel.positional_names[: len(args)])}
     sources = tuple(positions.get(name, name if name in kwargs else None) for name in names)
     defaults = tuple(bound.scalars.get(name) for name in names)
-    return Plan(bound.constexprs, sources, defaults, starter, preparer, completer)
+    return Plan(bound.constexprs, sources, defaults, starter, artifact, opened)
 
 
-Starter = Callable[[tuple[int, int, int], list[Any], Any], None]
-Preparer = Callable[[tuple[int, int, int], list[Any]], Callable[[Any], None] | None]
-
-
-def _binary(
-    kernel: Kernel, bound: BoundArguments, place: str, options: CompileOptions
-) -> tuple[Starter, Preparer, Preparer]:
-    device = open_device(place)
-    types = bound.types({name: view_type(value, name) for name, value in bound.tensors.items()})
-    artifact = kernel.artifact(types, device.target, options)
-
-    def start(grid: tuple[int, int, int], values: list[Any], stream: Any) -> None:
-        artifact.launch(device, grid, values, stream)
-
-    def prepare(grid: tuple[int, int, int], values: list[Any]) -> Callable[[Any], None] | None:
-        return artifact.prepare(device, grid, values)
-
-    def complete(grid: tuple[int, int, int], values: list[Any]) -> Callable[[Any], None]:
-        return artifact.ready(device, grid, values)
-
-    return start, prepare, complete
 
 
 def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_gpu: bool) -> Starter:

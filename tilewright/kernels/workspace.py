@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 
+import tilewright as tw
+
 
 class Workspace:
     """Numbers of one dtype, of any content.
 
     The memory for torch tensors on a GPU belongs to their device and stream, where launches follow one another, and
     grows with the largest request. A graph that is being captured gets memory of its own, since it may run beside the
-    stream that it was captured on. Others (NumPy, CPU tensors) get a new array each time.
+    stream that it was captured on, and so do launches that are recorded. Others (NumPy, CPU tensors) get a new array
+    each time.
     """
 
     def __init__(self, dtype: str = "float32") -> None:
@@ -28,7 +31,7 @@ class Workspace:
             return np.empty(shape, self._dtype)
         import torch
 
-        if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        if not like.is_cuda or tw.recording() or torch.cuda.is_current_stream_capturing():
             return torch.empty(shape, dtype=getattr(torch, self._dtype), device=like.device)
         place = like.get_device(), torch.cuda.current_stream(like.device).cuda_stream
         found = self._views.get((*place, shape))

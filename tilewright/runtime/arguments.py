@@ -331,6 +331,10 @@ class ArgumentLayout:
         fields += ["i"] * 3 + (["i", "i", "Q", "Q"] if abi.communicates else [])
         fields += ["Q" if param.peers else f"{TENSOR_MAP_BYTES}s" for param in abi.tensor_maps]
         self.offsets, self._struct = _lay_out(fields)
+        counts = [len(_fields(param)) for param in abi.params]
+        #: where the first field of each parameter lies, and each tensor map
+        self.starts = tuple(self.offsets[sum(counts[:i])] for i in range(len(counts)))
+        self.map_starts = self.offsets[len(fields) - len(abi.tensor_maps) :]
 
     @property
     def size(self) -> int:

@@ -7,19 +7,20 @@ much as reading the arguments and calling the driver.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tilewright.ir.abi import KernelABI, TensorMapParam
+from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
 from tilewright.runtime.arguments import DevicePointer, TensorView
 from tilewright.runtime.device import Device, DeviceInfo, nvidia_target
 from tilewright.runtime.driver_module import DriverFunction, DriverModule
 from tilewright.runtime.errors import ArgumentError, DeviceError, explain_failure
-from tilewright.runtime.launching import Launcher, ReadyLaunch, stream_handle
-from tilewright.runtime.tensor_maps import TensorMapEncoder
+from tilewright.runtime.launching import Launcher, LaunchForm, ReadyLaunch, stream_handle
+from tilewright.runtime.tensor_maps import TensorMapEncoder, tensor_map_geometry
 
 __all__ = ["CudaDevice", "CudaFunction", "CudaLauncher", "CudaModule", "DevicePointer", "enumerate_devices"]
 
@@ -228,6 +229,24 @@ class CudaDevice(Device):
         """See `Device.prepare`; offered where all tensors are torch's."""
         return function.launcher(abi).prepared(grid, args)
 
+    def form(
+        self, function: CudaFunction, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
+    ) -> LaunchForm | None:
+        """See `Device.form`; offered where all tensors are torch's and none is empty."""
+        return function.launcher(abi).form(grid, args)
+
+    @property
+    def context(self) -> int:
+        """The driver's handle of the device's context."""
+        return self._context_handle
+
+    def entry_point(self, name: str) -> int:
+        """The address of a driver's function, for callers that are no Python."""
+        found = getattr(self._driver, "entry_points", None)  # of a stand-in
+        if found is not None:
+            return int(found[name])
+        return int(ctypes.cast(getattr(ctypes.CDLL("libcuda.so.1"), name), ctypes.c_void_p).value or 0)
+
     def synchronize(self) -> None:
         with self.current():
             self.call("cuCtxSynchronize", doing=f"Waiting for {self.name}")
@@ -350,6 +369,36 @@ class CudaLauncher(Launcher):
             self.start(ready, where)  # another device or no context is current in this thread; or it reports the error
 
         return start
+
+    def form(self, grid: int | Sequence[int], args: Sequence[Any]) -> LaunchForm | None:
+        """The launch as data; None for those that depend on more than addresses and numbers."""
+        ready = None if self.abi.communicates else self.ready(grid, args)
+        if ready is None or ready.arguments is None:
+            return None
+        params = self.abi.params
+        views = {p.name: self.device.view(arg, p.name) for p, arg in zip(params, args, strict=True) if isinstance(p, TensorParam)}
+        if any(0 in view.shape for view in views.values()):
+            return None
+        number = {param.name: i for i, param in enumerate(params)}
+        maps = []
+        for param, offset in zip(self.abi.tensor_maps, self.layout.map_starts, strict=True):
+            view = views[param.param]
+            geometry = tensor_map_geometry(param, view)
+            element, swizzle = map(int, self.device.tensor_maps.kinds(param, view))
+            maps.append((offset, number[param.param], element, geometry.dims, geometry.strides, geometry.box, swizzle))
+        placed = list(zip(self.layout.starts, range(len(params)), params, strict=True))
+        return LaunchForm(
+            self.device,
+            int(self.function.handle),
+            ready.blocks,
+            self.abi.threads,
+            self.abi.shared_bytes,
+            ready.arguments.image(self.layout.size),
+            self.layout.offsets,
+            tuple((offset, i) for offset, i, p in placed if isinstance(p, TensorParam)),
+            tuple((offset, i, p.dtype) for offset, i, p in placed if isinstance(p, ScalarParam)),
+            tuple(maps),
+        )
 
     def _launch(self, ready: ReadyLaunch, stream: int) -> None:
         x, y, z = ready.blocks

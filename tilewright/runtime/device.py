@@ -76,6 +76,10 @@ class Device(ABC):
         """The launch with these arguments as a function of the stream alone, for repeating it; None: not offered."""
         return None
 
+    def form(self, function: Any, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]) -> Any:
+        """The launch as a `LaunchForm`, for repeating it with other addresses and numbers; None: not offered."""
+        return None
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything launched on this device has finished; its late errors raise here."""

@@ -39,6 +39,26 @@ class ReadyLaunch:
     arguments: ArgumentBlock | None
 
 
+@dataclass(frozen=True)
+class LaunchForm:
+    """A launch as data: what it hands to the driver, and where in that the addresses and numbers of its arguments are.
+
+    ``tensors``, ``scalars``: (offset in ``image``, parameter) and, for scalars, their dtype. ``maps``: (offset,
+    parameter, element type, dims, strides, box, swizzle) with the driver's numbers and orders.
+    """
+
+    device: Any
+    function: int
+    blocks: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    image: bytes
+    offsets: tuple[int, ...]
+    tensors: tuple[tuple[int, int], ...]
+    scalars: tuple[tuple[int, int, str], ...]
+    maps: tuple[tuple[int, int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int], ...]
+
+
 class Launcher(ABC):
     """Launches one function with one ABI: ``launcher(grid, args, stream)``.
 

@@ -133,16 +133,23 @@ class TensorMapEncoder:
         key = (view.address, view.shape, view.strides, view.dtype, param.box, param.order, param.swizzle)
         return self.cache.get(key) or self.cache.put(key, self._encode(param, view))
 
+    def kinds(self, param: TensorMapParam, view: TensorView) -> tuple[Any, Any]:
+        """The driver's constants for the element type and the swizzle."""
+        element = ELEMENT_TYPES[canonical_dtype(view.dtype)]
+        return (
+            getattr(self._driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{element}"),
+            getattr(self._driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{_SWIZZLES[param.swizzle]}"),
+        )
+
     def _encode(self, param: TensorMapParam, view: TensorView) -> bytes:
         geometry = tensor_map_geometry(param, view)
         driver, rank = self._driver, len(geometry.dims)
+        element, swizzle = self.kinds(param, view)
         address = self._spare_cell() if 0 in view.shape else view.address
         try:
             value = self._call(
                 "cuTensorMapEncodeTiled",
-                getattr(
-                    driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{ELEMENT_TYPES[canonical_dtype(view.dtype)]}"
-                ),
+                element,
                 rank,
                 address,
                 [driver.cuuint64_t(extent) for extent in geometry.dims],
@@ -150,7 +157,7 @@ class TensorMapEncoder:
                 [driver.cuuint32_t(extent) for extent in geometry.box],
                 [driver.cuuint32_t(1)] * rank,
                 driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-                getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{_SWIZZLES[param.swizzle]}"),
+                swizzle,
                 driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )

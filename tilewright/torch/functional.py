@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from tilewright.torch.direct import Direct
 from tilewright.torch.support import FLOATS, IN_AUTOCAST, Refusal
 
 #: functional operator -> why it leaves arguments to torch
@@ -29,8 +30,7 @@ def functional(
     """
 
     def decorate(ours: Callable[..., Any]) -> Any:
-        @wraps(ours)
-        def operator(*args: Any, **kwargs: Any) -> Any:
+        def choose(*args: Any, **kwargs: Any) -> Any:
             reason = refuse(*args, **kwargs)
             if reason is None:
                 return ours(*args, **kwargs)
@@ -40,6 +40,12 @@ def functional(
                 with torch.autocast(device, enabled=False):
                     return operator(*args, **kwargs)
             return otherwise(*args, **kwargs)
+
+        direct = Direct(choose, choose)
+
+        @wraps(ours)
+        def operator(*args: Any, **kwargs: Any) -> Any:
+            return direct.call(*args, **kwargs)
 
         _refusals[operator], _eager[operator] = refuse, otherwise
         if lowered:

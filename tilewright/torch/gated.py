@@ -41,6 +41,7 @@ _gated = torch_op(
     launch=_launch,
     backward=_backward,
     leading=("x",),
+    pure=True,
 )
 
 
@@ -69,6 +70,7 @@ _gated_kept = torch_op(
     launch=_launch_kept,
     backward=_kept_backward,
     setup_context=_kept_context,
+    pure=True,
 )
 
 
@@ -104,6 +106,7 @@ _elementwise_backward = torch_op(
     "tilewright::gated_backward(Tensor dy, Tensor left, Tensor right, str activation) -> (Tensor, Tensor)",
     outputs=lambda dy, left, right, activation: (empty_rows(left), empty_rows(right)),
     launch=_launch_elementwise,
+    pure=True,
 )
 
 

@@ -31,6 +31,7 @@ _grouped = torch_op(
     outputs=lambda a, b, starts: a.new_empty((a.shape[0], b.shape[2])),
     launch=_launch,
     backward=_backward,
+    pure=True,
 )
 
 
@@ -43,6 +44,7 @@ _grouped_weights = torch_op(
     "tilewright::grouped_mm_weights(Tensor a, Tensor dy, Tensor starts) -> Tensor",
     outputs=lambda a, dy, starts: a.new_empty((starts.shape[0] - 1, a.shape[1], dy.shape[1])),
     launch=_launch_weights,
+    pure=True,
 )
 
 

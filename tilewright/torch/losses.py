@@ -45,6 +45,7 @@ _cross_entropy = torch_op(
     launch=_launch,
     backward=_backward,
     setup_context=_context,
+    pure=True,
 )
 
 
@@ -63,6 +64,7 @@ _cross_entropy_backward = torch_op(
     " float smoothing) -> Tensor",
     outputs=lambda dloss, logits, *rest: empty_rows(logits),
     launch=_launch_backward,
+    pure=True,
 )
 
 

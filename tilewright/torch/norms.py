@@ -46,6 +46,7 @@ _rms_norm = torch_op(
     backward=_rms_backward,
     setup_context=_rms_context,
     leading=("x",),
+    pure=True,
 )
 
 
@@ -75,6 +76,7 @@ _add_rms_norm = torch_op(
     backward=_add_rms_backward,
     setup_context=_add_rms_context,
     leading=("x", "residual"),
+    pure=True,
 )
 
 
@@ -95,6 +97,7 @@ _rms_norm_backward = torch_op(
     " -> (Tensor, Tensor)",
     outputs=lambda dy, dtotal, x, weight, inverse: (empty_rows(x), weight.new_empty(weight.shape)),
     launch=_launch_rms_backward,
+    pure=True,
 )
 
 
@@ -128,6 +131,7 @@ _layer_norm = torch_op(
     backward=_layer_backward,
     setup_context=_layer_context,
     leading=("x",),
+    pure=True,
 )
 
 
@@ -159,6 +163,7 @@ _add_layer_norm = torch_op(
     backward=_add_layer_backward,
     setup_context=_add_layer_context,
     leading=("x", "residual"),
+    pure=True,
 )
 
 
@@ -187,6 +192,7 @@ _layer_norm_backward = torch_op(
         weight.new_empty(weight.shape),
     ),
     launch=_launch_layer_backward,
+    pure=True,
 )
 
 

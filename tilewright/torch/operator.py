@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tilewright.torch.direct import make_direct
 from tilewright.torch.mapping import mapped
 
 #: torch forgets the operators of a library that is gone
@@ -21,6 +22,7 @@ def torch_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     leading: Sequence[str] = (),
+    pure: bool = False,
 ) -> Any:
     """Register a torch operator that eager code, autograd and torch.compile know, and return it.
 
@@ -38,6 +40,10 @@ def torch_op(
 
     `torch.vmap` calls the operator once where it maps tensor arguments named in ``leading`` alone, which then have one
     more dimension in front, as all results must have; else once for each element.
+
+    ``pure``: what ``outputs`` and ``launch`` do follows from the shapes, strides and dtypes of the tensors and the values
+    of the other arguments, and is nothing but launches of kernels, views and ``torch.empty``. Calls on a GPU where no
+    gradients are recorded then repeat earlier ones of their kind without Python (docs/torch.md).
 
     Raises ValueError if the operator exists or the schema names no namespace.
     """
@@ -70,6 +76,8 @@ def torch_op(
     names = [argument.name for argument in operator._schema.arguments]
     torch.library.register_vmap(qualified, mapped(operator, names, frozenset(leading)), lib=library)
     _libraries[qualified] = library
+    if pure:
+        make_direct(operator, run)
     return operator
 
 

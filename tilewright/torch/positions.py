@@ -37,6 +37,7 @@ _rotary = torch_op(
     launch=_launch,
     backward=_backward,
     setup_context=_context,
+    pure=True,
 )
 
 

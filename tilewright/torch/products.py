@@ -46,6 +46,7 @@ _matmul = torch_op(
     outputs=lambda a, b: a.new_empty((a.shape[0], b.shape[1])),
     launch=_launch_matmul,
     backward=_matmul_backward,
+    pure=True,
 )
 
 
@@ -91,6 +92,7 @@ _linear = torch_op(
     backward=_linear_backward,
     setup_context=_linear_context,
     leading=("x", "residual"),
+    pure=True,
 )
 
 
@@ -121,6 +123,7 @@ _activation_backward = torch_op(
     "tilewright::activation_backward(Tensor dy, Tensor x, str activation) -> Tensor",
     outputs=lambda dy, x, activation: empty_rows(dy),
     launch=_launch_activation_backward,
+    pure=True,
 )
 
 

@@ -32,6 +32,7 @@ _softmax = torch_op(
     backward=_backward,
     setup_context=_context,
     leading=("x",),
+    pure=True,
 )
 
 
@@ -44,6 +45,7 @@ _softmax_backward = torch_op(
     "tilewright::softmax_backward(Tensor dy, Tensor y) -> Tensor",
     outputs=lambda dy, y: empty_rows(y),
     launch=_launch_backward,
+    pure=True,
 )
 
 

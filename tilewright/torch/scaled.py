@@ -29,6 +29,7 @@ _scaled = torch_op(
         (*x.shape[:-1], weight.shape[0]), dtype=dtype
     ),
     launch=_launch,
+    pure=True,
 )
 
 

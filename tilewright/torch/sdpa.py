@@ -55,6 +55,7 @@ _attention = torch_op(
     launch=_launch,
     backward=_backward,
     setup_context=_context,
+    pure=True,
 )
 
 
@@ -82,6 +83,7 @@ _attention_backward = torch_op(
     " bool causal, float scale) -> (Tensor, Tensor, Tensor)",
     outputs=lambda dout, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
     launch=_launch_backward,
+    pure=True,
 )
 
 

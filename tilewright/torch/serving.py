@@ -34,6 +34,7 @@ _varlen = torch_op(
     " bool causal, int? left, float scale) -> Tensor",
     outputs=lambda q, k, v, *rest: q.new_empty((*q.shape[:2], v.shape[2])),
     launch=_launch_varlen,
+    pure=True,
 )
 
 
@@ -132,6 +133,7 @@ _decode = torch_op(
     "tilewright::attention_decode(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? pages, float scale) -> Tensor",
     outputs=lambda q, k, v, *rest: q.new_empty((*q.shape[:2], v.shape[3])),
     launch=_launch_decode,
+    pure=True,
 )
 
 

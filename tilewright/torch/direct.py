@@ -1,0 +1,95 @@
+"""Calls of operators that repeat earlier ones without Python and without torch's dispatcher.
+
+On a GPU, where nothing records gradients, traces, maps or autocasts, all that a call of an operator does is to make its
+results and to launch kernels that depend on the kinds of its arguments. `tw.repeated` keeps that, where it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tilewright as tw
+
+#: operator -> its implementation, which makes the results and launches
+implementations: dict[Any, Callable[..., Any]] = {}
+_EMPTY = frozenset(
+    (
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    )
+)
+
+
+class _Watch(TorchDispatchMode):
+    """Tells a recording of new tensors and views, and that it fails with any other operator than ours."""
+
+    def __init__(self, recording: Any) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in implementations:
+            with self:
+                return implementations[func](*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _EMPTY:
+            self.recording.made(result)
+        elif func.is_view and isinstance(result, torch.Tensor):
+            self.recording.viewed(result, args[0])
+        else:
+            self.recording.fail(f"{func} between the launches")
+        return result
+
+
+class Direct:
+    """A call in front of ``function`` that repeats its launches: ``traced`` is the same function, to be recorded."""
+
+    def __init__(self, function: Callable[..., Any], traced: Callable[..., Any]) -> None:
+        self._function, self._traced = function, traced
+        self.call: Callable[..., Any] = self._first
+
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
+        """Until a call has tensors on a GPU, there is nothing to repeat."""
+        result = self._function(*args, **kwargs)
+        plain = (x for x in (*args, *kwargs.values()) if type(x) in (torch.Tensor, torch.nn.Parameter))
+        first = next(plain, None)
+        if first is not None and first.is_cuda and torch.version.hip is None:
+            table = tw.repeated(self._function, self._record, f"cuda:{first.get_device()}")
+            self.call = self._function if table is None else table
+        return result
+
+    def _record(self, recording: Any, args: Any, kwargs: Any) -> Any:
+        with _Watch(recording):
+            return self._traced(*args, **kwargs)
+
+
+class Operator(torch._ops.OpOverload):  # type: ignore[misc]
+    """A torch operator whose calls from Python go through a `Direct`, which is its attribute of that name."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self.direct.call(*args, **kwargs)
+
+
+class Packet(torch._ops.OpOverloadPacket):  # type: ignore[misc]
+    """The name of an operator that has one overload: calls of it are calls of that."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self.direct.call(*args, **kwargs)
+
+
+def make_direct(operator: Any, implementation: Callable[..., Any]) -> None:
+    """Let calls of a registered operator repeat their launches."""
+    implementations[operator] = implementation
+    packet = operator.overloadpacket
+    operator.direct = packet.direct = Direct(operator._op, implementation)
+    operator.__class__, packet.__class__ = Operator, Packet
+
+
+__all__ = ["Direct", "implementations", "make_direct"]
