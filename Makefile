@@ -11,9 +11,10 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# keyed on the content, so that a checkout that only touches the file installs nothing
-STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
-TESTED := $(VENV)/.tested-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+# keyed on the content, so that a checkout that only touches the files installs nothing
+KEY := $(shell cat pyproject.toml setup.py tilewright/runtime/_native.c | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(KEY)
+TESTED := $(VENV)/.tested-$(KEY)
 
 .PHONY: help demo test lint format clean
 
@@ -61,4 +62,4 @@ format: $(STAMP)
 	$(BIN)/ruff format --quiet .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info tilewright/runtime/_native*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#define VERSION 1   /* of what it offers; native.py asks for the same */
 #define MOST_WORDS 192
 #define MOST_OBJECTS 64
 #define MOST_VALUES 48
@@ -784,7 +785,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   name_cuda_stream = PyUnicode_InternFromString("cuda_stream");
   name_stream = PyUnicode_InternFromString("stream");
   PyObject *module = PyModule_Create(&definition);
-  if (!module || PyModule_AddType(module, &HostType) || PyModule_AddType(module, &ProgramType) ||
+  if (!module || PyModule_AddIntConstant(module, "VERSION", VERSION) || PyModule_AddType(module, &HostType) || PyModule_AddType(module, &ProgramType) ||
       PyModule_AddType(module, &TableType))
     return NULL;
   return module;

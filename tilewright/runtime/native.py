@@ -11,10 +11,17 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+#: of what the extension offers
+_VERSION = 1
+
+extension: Any = None
 try:
-    from tilewright.runtime import _native as extension  # type: ignore[attr-defined]
+    from tilewright.runtime import _native  # type: ignore[attr-defined]
 except ImportError:  # built without a compiler, or for another Python
-    extension = None
+    pass
+else:
+    if _native.VERSION == _VERSION:  # else the checkout is newer than what was built in it
+        extension = _native
 
 #: DLPack's number of CUDA
 _CUDA = 2
@@ -66,7 +73,6 @@ def make_host(
         "context": context,
         "state": _STATE,
     }
-    assert extension is not None
     with torch.inference_mode(False):
         made = extension.Host(library=_LIBRARY, allowed=_harmless(torch), **given)
         if not _sees_state(torch, made):

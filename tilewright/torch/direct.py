@@ -49,11 +49,16 @@ class _Watch(TorchDispatchMode):
 
 
 class Direct:
-    """A call in front of ``function`` that repeats its launches: ``traced`` is the same function, to be recorded."""
+    """A call in front of ``function`` that repeats its launches; ``traced`` is the same function, to be recorded.
 
-    def __init__(self, function: Callable[..., Any], traced: Callable[..., Any]) -> None:
-        self._function, self._traced = function, traced
-        self.call: Callable[..., Any] = self._first
+    ``use`` is told what to call, first and when that changes.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], traced: Callable[..., Any], use: Callable[[Callable[..., Any]], None]
+    ) -> None:
+        self._function, self._traced, self._use = function, traced, use
+        use(self._first)
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
         """Until a call has tensors on a GPU, there is nothing to repeat."""
@@ -62,7 +67,7 @@ class Direct:
         first = next(plain, None)
         if first is not None and first.is_cuda and torch.version.hip is None:
             table = tw.repeated(self._function, self._record, f"cuda:{first.get_device()}")
-            self.call = self._function if table is None else table
+            self._use(self._function if table is None else table)
         return result
 
     def _record(self, recording: Any, args: Any, kwargs: Any) -> Any:
@@ -70,26 +75,19 @@ class Direct:
             return self._traced(*args, **kwargs)
 
 
-class Operator(torch._ops.OpOverload):  # type: ignore[misc]
-    """A torch operator whose calls from Python go through a `Direct`, which is its attribute of that name."""
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return self.direct.call(*args, **kwargs)
-
-
-class Packet(torch._ops.OpOverloadPacket):  # type: ignore[misc]
-    """The name of an operator that has one overload: calls of it are calls of that."""
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return self.direct.call(*args, **kwargs)
-
-
 def make_direct(operator: Any, implementation: Callable[..., Any]) -> None:
-    """Let calls of a registered operator repeat their launches."""
+    """Let calls of a registered operator, and of its name, repeat their launches."""
     implementations[operator] = implementation
     packet = operator.overloadpacket
-    operator.direct = packet.direct = Direct(operator._op, implementation)
-    operator.__class__, packet.__class__ = Operator, Packet
+    # what is called is an attribute of the class, so each gets its own
+    classes = [type(type(each).__name__, (type(each),), {}) for each in (operator, packet)]
+
+    def use(call: Callable[..., Any]) -> None:
+        for each in classes:
+            each.__call__ = staticmethod(call)  # type: ignore[assignment]
+
+    Direct(operator._op, implementation, use)
+    operator.__class__, packet.__class__ = classes
 
 
 __all__ = ["Direct", "implementations", "make_direct"]

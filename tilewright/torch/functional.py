@@ -41,11 +41,17 @@ def functional(
                     return operator(*args, **kwargs)
             return otherwise(*args, **kwargs)
 
-        direct = Direct(choose, choose)
+        call = choose
+
+        def use(changed: Callable[..., Any]) -> None:
+            nonlocal call
+            call = changed
+
+        Direct(choose, choose, use)
 
         @wraps(ours)
         def operator(*args: Any, **kwargs: Any) -> Any:
-            return direct.call(*args, **kwargs)
+            return call(*args, **kwargs)
 
         _refusals[operator], _eager[operator] = refuse, otherwise
         if lowered:
