@@ -128,7 +128,8 @@ static void deallocate(PyObject *self) {
 
 /* The dispatcher's state of this thread, or NULL where it cannot be seen. */
 static uint64_t *host_state(Host *host) {
-  if (!dispatch_state && host->library) {
+  if (!host->library) return NULL;
+  if (!dispatch_state) {
     const char *name = PyUnicode_AsUTF8(host->state_name);
     dispatch_state = name ? dlsym(host->library, name) : NULL;
   }
