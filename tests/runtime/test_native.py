@@ -20,7 +20,9 @@ from tilewright.compiler.kernel import Kernel  # noqa: E402
 from tilewright.runtime.errors import ArgumentError  # noqa: E402
 
 
-def scaled(x: tw.Tensor, y: tw.Tensor, factor: tw.float32, n: tw.int64, step: tw.float64 = 0.0, *, B: tw.constexpr = 16):
+def scaled(
+    x: tw.Tensor, y: tw.Tensor, factor: tw.float32, n: tw.int64, step: tw.float64 = 0.0, *, B: tw.constexpr = 16
+):
     i = tw.program_id(0)
     tw.store(y, i, tw.load(x, i, B) * factor + n.to(tw.float32) + step.to(tw.float32))
 
@@ -276,8 +278,9 @@ def test_programs_are_checked():
         return program(context=1, ordinal=0, starts=(start,), allocations=(), results=(), single=False, keep=None)
 
     make(start)
-    for index, value in ((5, (0, 16)), (6, ((9, 0, 0, 0),)), (6, ((13, 1, 0, 0),)), (6, ((0, 0, 99, 0),)), (4, bytes(9000)),
-                         (7, ((0, 0, 0, 1, (8,), (), (8,), 0),))):  # fmt: skip
+    beyond = ((9, 0, 0, 0),), ((13, 1, 0, 0),), ((0, 0, 99, 0),)
+    wrong = [(6, patches) for patches in beyond]
+    for index, value in [*wrong, (5, (0, 16)), (4, bytes(9000)), (7, ((0, 0, 0, 1, (8,), (), (8,), 0),))]:
         with pytest.raises(ValueError):
             make((*start[:index], value, *start[index + 1 :]))
 

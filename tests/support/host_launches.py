@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from typing import Any
 
 import ml_dtypes
@@ -36,6 +37,10 @@ _ENCODE = ctypes.CFUNCTYPE(
 _CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_POINTER))
 _NUMPY = {"f16": "f2", "f32": "f4", "f64": "f8", "i1": "?", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8"}
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float, "f64": ctypes.c_double}
+
+
+def _artifact(kernel: Any, launches: HostLaunches, types: Any, target: str, options: Any) -> HostArtifact:
+    return launches.artifact(kernel, types)
 
 
 class _Numbers:
@@ -76,7 +81,7 @@ class HostLaunches:
         for module in (launch, recording):
             monkeypatch.setattr(module, "open_device", lambda name: self.device)
         monkeypatch.setattr(launch, "where", lambda tensors: "cuda:0")
-        monkeypatch.setattr(kernels.Kernel, "artifact", lambda *given: self._artifact(*given))
+        monkeypatch.setattr(kernels.Kernel, "artifact", partialmethod(_artifact, self))
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda ordinal: 0, raising=False)
 
     def remove(self) -> None:
@@ -84,7 +89,7 @@ class HostLaunches:
         for artifact in self._artifacts:
             artifact.key[0].table = None
 
-    def _artifact(self, kernel: Any, types: Any, target: str, options: Any) -> HostArtifact:
+    def artifact(self, kernel: Any, types: Any) -> HostArtifact:
         key = kernel, [(name, type(kind), kind) for name, kind in sorted(types.items())]
         for made in self._artifacts:
             if made.key == key:

@@ -241,7 +241,8 @@ def test_results_that_are_views_of_new_tensors(launches):
 
 def test_an_operator_and_its_name_have_classes_of_their_own():
     operator = torch.ops.tilewright.linear.default
-    assert isinstance(operator, torch._ops.OpOverload) and isinstance(torch.ops.tilewright.linear, torch._ops.OpOverloadPacket)
+    assert isinstance(operator, torch._ops.OpOverload)
+    assert isinstance(torch.ops.tilewright.linear, torch._ops.OpOverloadPacket)
     assert torch.ops.tilewright.softmax.default.__class__ is not operator.__class__
     assert torch.ops.tilewright.linear.default is operator and operator in {operator}
     x, w = normal(2, 16), normal(8, 16)

@@ -265,8 +265,6 @@ def make_plan(kernel: Kernel, device: str | None, args: tuple[Any, ...], kwargs:
     return Plan(bound.constexprs, sources, defaults, starter, artifact, opened)
 
 
-
-
 def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_gpu: bool) -> Starter:
     """Runs in the interpreter. ``from_gpu``: tensors in GPU memory are copied here and back."""
     from tilewright.ir.interpreter import run

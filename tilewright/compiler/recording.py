@@ -214,9 +214,9 @@ def _whole(view: Any, made: Any) -> bool:
 def repeated(function: Callable[..., Any], run: Callable[..., Any], place: str) -> Any:
     """A callable that does what ``function`` does on torch tensors, repeating its launches without Python.
 
-    None where it cannot be had for the device called ``place``. ``run(recording, args, kwargs)`` does the same and tells
-    the `Recording` what happens to tensors. The function's results are new tensors, and what it does must follow from
-    the kinds of its arguments: shapes, strides, dtypes and alignment of tensors, and the values of others.
+    None where it cannot be had for the device called ``place``. ``run(recording, args, kwargs)`` does the same and
+    tells the `Recording` what happens to tensors. The function's results are new tensors, and what it does must follow
+    from the kinds of its arguments: shapes, strides, dtypes and alignment of tensors, and the values of others.
     """
     host = native.host(open_device(place))
     if host is None:

@@ -376,7 +376,8 @@ class CudaLauncher(Launcher):
         if ready is None or ready.arguments is None:
             return None
         params = self.abi.params
-        views = {p.name: self.device.view(arg, p.name) for p, arg in zip(params, args, strict=True) if isinstance(p, TensorParam)}
+        pairs = [(p, arg) for p, arg in zip(params, args, strict=True) if isinstance(p, TensorParam)]
+        views = {p.name: self.device.view(arg, p.name) for p, arg in pairs}
         if any(0 in view.shape for view in views.values()):
             return None
         number = {param.name: i for i, param in enumerate(params)}

@@ -7,6 +7,7 @@ results and to launch kernels that depend on the kinds of its arguments. `tw.rep
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -75,6 +76,23 @@ class Direct:
             return self._traced(*args, **kwargs)
 
 
+def repeating(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which repeats its launches."""
+    call = function
+
+    def use(changed: Callable[..., Any]) -> None:
+        nonlocal call
+        call = changed
+
+    Direct(function, function, use)
+
+    @wraps(function)
+    def repeated(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return repeated
+
+
 def make_direct(operator: Any, implementation: Callable[..., Any]) -> None:
     """Let calls of a registered operator, and of its name, repeat their launches."""
     implementations[operator] = implementation
@@ -84,10 +102,10 @@ def make_direct(operator: Any, implementation: Callable[..., Any]) -> None:
 
     def use(call: Callable[..., Any]) -> None:
         for each in classes:
-            each.__call__ = staticmethod(call)  # type: ignore[assignment]
+            each.__call__ = staticmethod(call)  # type: ignore[method-assign]
 
     Direct(operator._op, implementation, use)
     operator.__class__, packet.__class__ = classes
 
 
-__all__ = ["Direct", "implementations", "make_direct"]
+__all__ = ["Direct", "implementations", "make_direct", "repeating"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from tilewright.torch.direct import Direct
+from tilewright.torch.direct import repeating
 from tilewright.torch.support import FLOATS, IN_AUTOCAST, Refusal
 
 #: functional operator -> why it leaves arguments to torch
@@ -41,18 +41,7 @@ def functional(
                     return operator(*args, **kwargs)
             return otherwise(*args, **kwargs)
 
-        call = choose
-
-        def use(changed: Callable[..., Any]) -> None:
-            nonlocal call
-            call = changed
-
-        Direct(choose, choose, use)
-
-        @wraps(ours)
-        def operator(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs)
-
+        operator = wraps(ours)(repeating(choose))
         _refusals[operator], _eager[operator] = refuse, otherwise
         if lowered:
             _lowered.add(operator)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tilewright.torch.direct import make_direct
+from tilewright.torch.direct import make_direct, repeating
 from tilewright.torch.mapping import mapped
 
 #: torch forgets the operators of a library that is gone
@@ -41,9 +41,9 @@ def torch_op(
     `torch.vmap` calls the operator once where it maps tensor arguments named in ``leading`` alone, which then have one
     more dimension in front, as all results must have; else once for each element.
 
-    ``pure``: what ``outputs`` and ``launch`` do follows from the shapes, strides and dtypes of the tensors and the values
-    of the other arguments, and is nothing but launches of kernels, views and ``torch.empty``. Calls on a GPU where no
-    gradients are recorded then repeat earlier ones of their kind without Python (docs/torch.md).
+    ``pure``: what ``outputs`` and ``launch`` do follows from the shapes, strides and dtypes of the tensors and the
+    values of the other arguments, and is nothing but launches of kernels, views and ``torch.empty``. Calls on a GPU
+    then repeat earlier ones of their kind without Python (docs/torch.md).
 
     Raises ValueError if the operator exists or the schema names no namespace.
     """
@@ -68,7 +68,7 @@ def torch_op(
         launch(made, *arguments)
         return made
 
-    library.impl(name, run, "CompositeExplicitAutograd")
+    library.impl(name, repeating(run) if pure else run, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, make, lib=library)
     torch.library.register_autograd(
         qualified, backward or _no_backward(qualified), setup_context=setup_context or _save_arguments, lib=library
