@@ -12,7 +12,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # keyed on the content, so that a checkout that only touches the files installs nothing
-KEY := $(shell cat pyproject.toml setup.py tilewright/runtime/_native.c | cksum | cut -d' ' -f1)
+KEY := $(shell cat pyproject.toml setup.py tilewright/runtime/extension/* | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(KEY)
 TESTED := $(VENV)/.tested-$(KEY)
 
