@@ -195,24 +195,25 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     compiled = {name: steps(f, inputs, dy) for name, f in rivals(model, few).items()}
     row: dict[str, Any] = {"work": "host", "take": options.take or "all", **shape(few)}
     for work in WORKS:
-        for turn_number in range(2):
-            for name in sorted(compiled, reverse=bool(turn_number)):
-                row[f"{work}, {name}, us"] = host_time(compiled[name][work])
-    for name, value in row.items():
-        if name.endswith("us"):
-            print(f"host, {name[:-4]}: {value:.0f} us", flush=True)
+        times = host_times({name: calls[work] for name, calls in compiled.items()})
+        row |= {f"{work}, {name}, us": value for name, value in times.items()}
+        row[f"{work}, ratio"] = times["inductor"] / times["tilewright"]
+        text = ", ".join(f"{name} {value:.0f} us" for name, value in times.items())
+        print(f"host, {work}: {text}, ratio {row[f'{work}, ratio']:.2f}", flush=True)
     return row
 
 
-def host_time(call: Callable[[], Any], repeats: int = 50, rounds: int = 9) -> float:
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        times.append((time.perf_counter() - start) / repeats * 1e6)
-    return median(times)
+def host_times(calls: dict[str, Callable[[], Any]], repeats: int = 20, rounds: int = 15) -> dict[str, float]:
+    """Microseconds of each call: medians over batches in turns, with the GPU idle before each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn_number in range(rounds + 1):
+        for name in sorted(calls, reverse=bool(turn_number % 2)):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                calls[name]()
+            times[name].append((time.perf_counter() - start) / repeats * 1e6)
+    return {name: median(values[1:]) for name, values in times.items()}
 
 
 def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
