@@ -173,6 +173,14 @@ def test_modes_transforms_and_autocast_are_seen(watched):
     assert any("linear" in event.name for event in profile.function_events)
 
 
+def test_a_default_device_is_none(watched):
+    table, x, w = watched
+    with torch.device("cpu"):
+        table.quietly(x, w)
+        with torch.autograd.profiler.profile():
+            table.by_python(x, w)
+
+
 def test_without_a_view_of_the_dispatcher(launches, monkeypatch):
     """The same where the extension does not find torch's state."""
     monkeypatch.setattr(native, "_LIBRARY", "no_such_library.so")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -23,6 +24,12 @@ if native.extension is None:
 #: whose results torch computes in part
 IN_PYTHON = {"attention, masked", "cross_entropy"}
 CALLS = _calls()
+
+
+@pytest.fixture(params=["with a default device", "without"], autouse=True)
+def _on_the_gpu(request):
+    with torch.device("cuda") if request.param == "with a default device" else nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 #: of what the extension offers
-_VERSION = 1
+_VERSION = 2
 
 extension: Any = None
 try:
@@ -64,13 +64,22 @@ def make_host(
         modes = torch._C._len_torch_dispatch_stack() or transforms.peek_interpreter_stack() is not None
         return bool(modes or autocast("cuda") or autocast("cpu"))
 
+    profiled, default_device = torch.autograd._profiler_enabled, torch.utils._device.DeviceContext
+
+    def looks() -> bool:
+        """Whether something sees calls of functions: a profiler, or a mode but for torch's default device."""
+        count = torch._C._len_torch_function_stack()
+        modes = (torch._C._get_function_stack_at(i) for i in range(count))
+        return profiled() or any(type(mode) is not default_device for mode in modes)
+
     given = {
         "exchange": exchange,
         "types": (torch.Tensor, torch.nn.Parameter),
         "allocate": allocate,
         "gradients": torch.is_grad_enabled,
         "plain": watched,
-        "quiet": (torch._C._len_torch_function_stack, torch.autograd._profiler_enabled),
+        "quiet": (torch._C._len_torch_function_stack, profiled),
+        "harmless": looks,
         "device_type": device_type,
         "launch": launch,
         "encode": encode,

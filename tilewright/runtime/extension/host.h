@@ -37,7 +37,7 @@ typedef int (*GetContext)(void **);
 
 typedef struct {
   PyObject_HEAD
-  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet;
+  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless;
   Exchange *exchange;
   LaunchKernel launch;
   EncodeMap encode;
@@ -52,13 +52,13 @@ static _Thread_local uint64_t *dispatch_state;
 static PyObject *name_requires_grad, *name_cuda_stream, *name_stream;
 
 static int host_init(Host *self, PyObject *args, PyObject *keywords) {
-  static char *names[] = {"exchange", "types", "allocate", "gradients", "plain", "quiet", "device_type", "launch", "encode",
+  static char *names[] = {"exchange", "types", "allocate", "gradients", "plain", "quiet", "harmless", "device_type", "launch", "encode",
                           "context", "library", "state", "allowed", NULL};
-  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *state;
+  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *state;
   unsigned long long launch, encode, context, included, excluded;
   const char *library;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!iKKKzO(KK)", names, &capsule, &PyTuple_Type, &types, &allocate,
-                                   &gradients, &plain, &PyTuple_Type, &quiet, &self->device_type, &launch, &encode,
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OiKKKzO(KK)", names, &capsule, &PyTuple_Type, &types, &allocate,
+                                   &gradients, &plain, &PyTuple_Type, &quiet, &harmless, &self->device_type, &launch, &encode,
                                    &context, &library, &state, &included, &excluded))
     return -1;
   Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
@@ -79,6 +79,7 @@ static int host_init(Host *self, PyObject *args, PyObject *keywords) {
   Py_XSETREF(self->gradients, Py_NewRef(gradients));
   Py_XSETREF(self->plain, Py_NewRef(plain));
   Py_XSETREF(self->quiet, Py_NewRef(quiet));
+  Py_XSETREF(self->harmless, Py_NewRef(harmless));
   Py_XSETREF(self->state_name, Py_NewRef(state));
   return 0;
 }
@@ -90,6 +91,7 @@ static int host_traverse(Host *self, visitproc visit, void *arg) {
   Py_VISIT(self->gradients);
   Py_VISIT(self->plain);
   Py_VISIT(self->quiet);
+  Py_VISIT(self->harmless);
   Py_VISIT(self->state_name);
   return 0;
 }
@@ -101,6 +103,7 @@ static int host_clear(Host *self) {
   Py_CLEAR(self->gradients);
   Py_CLEAR(self->plain);
   Py_CLEAR(self->quiet);
+  Py_CLEAR(self->harmless);
   Py_CLEAR(self->state_name);
   return 0;
 }
@@ -148,6 +151,7 @@ static int host_plain(Host *host) {
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(host->quiet); i++) {
     int answer = is_false(PyTuple_GET_ITEM(host->quiet, i));
+    if (answer == 0) answer = is_false(host->harmless);
     if (answer != 1) return answer;
   }
   return 1;
