@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -64,7 +65,8 @@ def make_host(
         modes = torch._C._len_torch_dispatch_stack() or transforms.peek_interpreter_stack() is not None
         return bool(modes or autocast("cuda") or autocast("cpu"))
 
-    profiled, default_device = torch.autograd._profiler_enabled, torch.utils._device.DeviceContext
+    profiled = torch.autograd._profiler_enabled
+    default_device = import_module("torch.utils._device").DeviceContext
 
     def looks() -> bool:
         """Whether something sees calls of functions: a profiler, or a mode but for torch's default device."""
