@@ -15,7 +15,7 @@ from tilewright.compiler.arrays import where
 from tilewright.compiler.config import Config
 from tilewright.compiler.environment import INTERPRET
 from tilewright.compiler.kernel import Kernel
-from tilewright.compiler.launch import Grid, Launch
+from tilewright.compiler.launch import Launch
 from tilewright.compiler.lookup import types_text
 from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.tuning_file import tuning_file
@@ -54,38 +54,6 @@ def autotune(
         return AutotunedKernel(kernel, configs, key, prune, (*restore_value, *reset_to_zero))
 
     return decorate
-
-
-class AutotunedKernel(Kernel):
-    """A kernel with candidates. ``best_config`` is the one that the last launch used."""
-
-    def __init__(
-        self, kernel: Kernel, configs: Sequence[Config], key: Sequence[str], prune: Prune | None, protect: Sequence[str]
-    ) -> None:
-        super().__init__(kernel.definition.fn)
-        self.configs = tuple(configs)
-        self.prune, self.protect = prune, tuple(protect)
-        self.best_config: Config | None = None
-        self.choices: dict[Any, Config] = {}
-        signature = inspect.signature(kernel.definition.fn).parameters
-        if not self.configs:
-            raise ArgumentError(f"tw.autotune of '{self.__name__}' has no configs")
-        for config in self.configs:
-            for name in config.meta:
-                _known(self.__name__, name, signature, f"the config ({config})")
-        for name in self.protect:
-            _known(self.__name__, name, signature, "restore_value or reset_to_zero")
-        self.key = tuple(_KeyPart(self.__name__, text, signature) for text in key)
-
-    @property
-    def chosen_names(self) -> frozenset[str]:
-        return frozenset(name for config in self.configs for name in config.meta)
-
-    def bind(self, grid: Grid, device: str | None = None) -> Launch:
-        return AutotunedLaunch(self, grid, device)
-
-    def __repr__(self) -> str:
-        return f"<tilewright kernel {self.__name__}, {len(self.configs)} configs>"
 
 
 class AutotunedLaunch(Launch):
@@ -155,6 +123,37 @@ class AutotunedLaunch(Launch):
         if not left:
             raise ArgumentError(f"tw.autotune of '{self.kernel.__name__}': prune left no config")
         return left
+
+
+class AutotunedKernel(Kernel):
+    """A kernel with candidates. ``best_config`` is the one that the last launch used."""
+
+    launch_class = AutotunedLaunch
+
+    def __init__(
+        self, kernel: Kernel, configs: Sequence[Config], key: Sequence[str], prune: Prune | None, protect: Sequence[str]
+    ) -> None:
+        super().__init__(kernel.definition.fn)
+        self.configs = tuple(configs)
+        self.prune, self.protect = prune, tuple(protect)
+        self.best_config: Config | None = None
+        self.choices: dict[Any, Config] = {}
+        signature = inspect.signature(kernel.definition.fn).parameters
+        if not self.configs:
+            raise ArgumentError(f"tw.autotune of '{self.__name__}' has no configs")
+        for config in self.configs:
+            for name in config.meta:
+                _known(self.__name__, name, signature, f"the config ({config})")
+        for name in self.protect:
+            _known(self.__name__, name, signature, "restore_value or reset_to_zero")
+        self.key = tuple(_KeyPart(self.__name__, text, signature) for text in key)
+
+    @property
+    def chosen_names(self) -> frozenset[str]:
+        return frozenset(name for config in self.configs for name in config.meta)
+
+    def __repr__(self) -> str:
+        return f"<tilewright kernel {self.__name__}, {len(self.configs)} configs>"
 
 
 # --- keys -------------------------------------------------------------------------------------------

@@ -31,12 +31,15 @@ class Kernel:
     def __repr__(self) -> str:
         return f"<tilewright kernel {self.__name__}>"
 
+    #: what binding a grid gives
+    launch_class: type[Launch] = Launch
+
     def __getitem__(self, grid: Grid) -> Launch:
-        return self.bind(grid)
+        return self.launch_class(self, grid)
 
     def bind(self, grid: Grid, device: str | None = None) -> Launch:
         """``kernel[grid]``, on a device by name instead of where the arrays live."""
-        return Launch(self, grid, device)
+        return self.launch_class(self, grid, device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(f"kernel '{self.__name__}' needs a grid: {self.__name__}[grid](...)")

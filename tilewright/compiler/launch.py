@@ -29,6 +29,7 @@ from tilewright.frontend.arguments import BoundArguments, bind_arguments
 from tilewright.frontend.errors import ArgumentError, suggestion
 from tilewright.frontend.promotion import fits
 from tilewright.ir.core import UNKNOWN, Function, IRError
+from tilewright.runtime import native
 from tilewright.runtime.arguments import Viewed
 from tilewright.runtime.device import Device, open_device
 from tilewright.runtime.errors import DeviceError
@@ -93,8 +94,8 @@ class Plan:
         ]
 
 
-class Launch:
-    """A kernel bound to a grid and a device (None: where the arrays live)."""
+class _Bound:
+    """What the extension has a faster form of."""
 
     __slots__ = ("device", "grid", "kernel")
 
@@ -102,7 +103,22 @@ class Launch:
         self.kernel, self.grid, self.device = kernel, grid, device
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Launch; see `tilewright.kernel`. Raises ArgumentError, CompileError or DeviceError."""
+        self.call(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+class Launch(_Bound if native.extension is None else native.extension.Bound):  # type: ignore[misc]
+    """A kernel bound to a grid and a device (None: where the arrays live). Calling it launches.
+
+    See `tilewright.kernel`. Raises ArgumentError, CompileError or DeviceError.
+    """
+
+    __slots__ = ()
+    kernel: Kernel
+    grid: Grid
+    device: str | None
+
+    def call(self, *args: Any, **kwargs: Any) -> None:
+        """Launch, through the table of repeated launches where the kernel has one."""
         table = self.kernel.table
         if table is None or (recordings and get_ident() in recordings):
             self.start(*args, **kwargs)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: the recording that is under way in a thread, by the thread's number
 recordings: dict[int, Recording] = {}
+if native.extension is not None:
+    native.extension.watch(recordings)
 #: programs kept in a table
 MOST_PROGRAMS = 1024
 #: positions of a call whose numbers may be arguments of kernels: as many as a word has bits

@@ -4,9 +4,10 @@
    functions, numbers, names), and where it has seen their like twice it has a `Program`: kernels to start, the bytes of
    their arguments, and where in those bytes addresses and numbers of the present call belong. Everything else goes to
    the Python function. All of it holds the interpreter's lock, but for the starts themselves. */
+#include <structmember.h>
 #include "key.h"
 
-#define VERSION 2   /* of what it offers; native.py asks for the same */
+#define VERSION 3   /* of what it offers; native.py asks for the same */
 
 typedef struct {
   uint64_t hash;
@@ -244,15 +245,99 @@ static PyTypeObject TableType = {
     .tp_as_sequence = &table_sequence,
 };
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, NULL};
+/* --- Bound: a kernel with a grid and a device ------------------------------------------------------ */
+
+typedef struct {
+  PyObject_HEAD
+  vectorcallfunc call;
+  PyObject *kernel, *grid, *device;
+} Bound;
+
+static PyObject *recordings, *name_table, *name_call;
+
+/* Through the kernel's table if it has one, while nothing is recorded; else the Python method `call`. */
+static PyObject *bound_call(PyObject *object, PyObject *const *args, size_t flags, PyObject *names) {
+  Bound *self = (Bound *)object;
+  Py_ssize_t all = PyVectorcall_NARGS(flags) + (names ? PyTuple_GET_SIZE(names) : 0);
+  PyObject *given[MOST_VALUES + 2], *result, *table = PyObject_GetAttr(self->kernel, name_table);
+  if (!table) return NULL;
+  if (Py_TYPE(table) == &TableType && all <= MOST_VALUES && recordings && !PyDict_GET_SIZE(recordings)) {
+    given[0] = self->grid, given[1] = self->device;
+    memcpy(given + 2, args, all * sizeof *args);
+    result = table_call(table, given, PyVectorcall_NARGS(flags) + 2, names);
+  } else {
+    PyObject *method = PyObject_GetAttr(object, name_call);
+    result = method ? PyObject_Vectorcall(method, args, PyVectorcall_NARGS(flags), names) : NULL;
+    Py_XDECREF(method);
+  }
+  Py_DECREF(table);
+  return result;
+}
+
+static int bound_init(Bound *self, PyObject *args, PyObject *keywords) {
+  static char *names[] = {"kernel", "grid", "device", NULL};
+  PyObject *kernel, *grid, *device = Py_None;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|O", names, &kernel, &grid, &device)) return -1;
+  self->call = bound_call;
+  Py_XSETREF(self->kernel, Py_NewRef(kernel));
+  Py_XSETREF(self->grid, Py_NewRef(grid));
+  Py_XSETREF(self->device, Py_NewRef(device));
+  return 0;
+}
+
+static int bound_traverse(Bound *self, visitproc visit, void *arg) {
+  Py_VISIT(self->kernel);
+  Py_VISIT(self->grid);
+  Py_VISIT(self->device);
+  return 0;
+}
+
+static int bound_clear(Bound *self) {
+  Py_CLEAR(self->kernel);
+  Py_CLEAR(self->grid);
+  Py_CLEAR(self->device);
+  return 0;
+}
+
+static PyMemberDef bound_members[] = {{"kernel", T_OBJECT_EX, offsetof(Bound, kernel), READONLY, NULL},
+                                      {"grid", T_OBJECT_EX, offsetof(Bound, grid), READONLY, NULL},
+                                      {"device", T_OBJECT_EX, offsetof(Bound, device), READONLY, NULL},
+                                      {NULL}};
+
+static PyTypeObject BoundType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "tilewright.runtime._native.Bound",
+    .tp_basicsize = sizeof(Bound),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_BASETYPE,
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)bound_init,
+    .tp_dealloc = deallocate,
+    .tp_traverse = (traverseproc)bound_traverse,
+    .tp_clear = (inquiry)bound_clear,
+    .tp_call = PyVectorcall_Call,
+    .tp_vectorcall_offset = offsetof(Bound, call),
+    .tp_members = bound_members,
+};
+
+static PyObject *watch_recordings(PyObject *module, PyObject *dictionary) {
+  if (!PyDict_Check(dictionary)) return PyErr_SetString(PyExc_TypeError, "recordings are a dict"), NULL;
+  Py_XSETREF(recordings, Py_NewRef(dictionary));
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"watch", watch_recordings, METH_O, "The dict that has an entry for each recording that is under way."}, {NULL}};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, functions};
 
 PyMODINIT_FUNC PyInit__native(void) {
   name_requires_grad = PyUnicode_InternFromString("requires_grad");
   name_cuda_stream = PyUnicode_InternFromString("cuda_stream");
   name_stream = PyUnicode_InternFromString("stream");
+  name_table = PyUnicode_InternFromString("table");
+  name_call = PyUnicode_InternFromString("call");
   PyObject *module = PyModule_Create(&definition);
   if (!module || PyModule_AddIntConstant(module, "VERSION", VERSION) || PyModule_AddType(module, &HostType) || PyModule_AddType(module, &ProgramType) ||
-      PyModule_AddType(module, &TableType))
+      PyModule_AddType(module, &TableType) || PyModule_AddType(module, &BoundType))
     return NULL;
   return module;
 }
