@@ -143,6 +143,16 @@ def test_gradients_are_recorded(watched):
     assert not table.quietly(x, torch.nn.Parameter(w, requires_grad=False)).requires_grad
 
 
+def test_a_negated_view(launches):
+    """Torch negates it when somebody reads it."""
+    table = InFront(twt.softmax)
+    x = normal(4, 16)
+    for _ in range(3):
+        table(x, -1)
+    table.quietly(x, -1)
+    torch.testing.assert_close(table.by_python(torch._neg_view(x), -1), torch.softmax(-x, -1))
+
+
 def test_modes_transforms_and_autocast_are_seen(watched):
     table, x, w = watched
     seen = []

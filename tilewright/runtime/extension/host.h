@@ -37,7 +37,7 @@ typedef int (*GetContext)(void **);
 
 typedef struct {
   PyObject_HEAD
-  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless;
+  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *negated;
   Exchange *exchange;
   LaunchKernel launch;
   EncodeMap encode;
@@ -52,13 +52,13 @@ static _Thread_local uint64_t *dispatch_state;
 static PyObject *name_requires_grad, *name_cuda_stream, *name_stream;
 
 static int host_init(Host *self, PyObject *args, PyObject *keywords) {
-  static char *names[] = {"exchange", "types", "allocate", "gradients", "plain", "quiet", "harmless", "device_type", "launch", "encode",
+  static char *names[] = {"exchange", "types", "allocate", "gradients", "plain", "quiet", "harmless", "negated", "device_type", "launch", "encode",
                           "context", "library", "state", "allowed", NULL};
-  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *state;
+  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *negated, *state;
   unsigned long long launch, encode, context, included, excluded;
   const char *library;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OiKKKzO(KK)", names, &capsule, &PyTuple_Type, &types, &allocate,
-                                   &gradients, &plain, &PyTuple_Type, &quiet, &harmless, &self->device_type, &launch, &encode,
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OOiKKKzO(KK)", names, &capsule, &PyTuple_Type, &types, &allocate,
+                                   &gradients, &plain, &PyTuple_Type, &quiet, &harmless, &negated, &self->device_type, &launch, &encode,
                                    &context, &library, &state, &included, &excluded))
     return -1;
   Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
@@ -80,6 +80,7 @@ static int host_init(Host *self, PyObject *args, PyObject *keywords) {
   Py_XSETREF(self->plain, Py_NewRef(plain));
   Py_XSETREF(self->quiet, Py_NewRef(quiet));
   Py_XSETREF(self->harmless, Py_NewRef(harmless));
+  Py_XSETREF(self->negated, Py_NewRef(negated));
   Py_XSETREF(self->state_name, Py_NewRef(state));
   return 0;
 }
@@ -92,6 +93,7 @@ static int host_traverse(Host *self, visitproc visit, void *arg) {
   Py_VISIT(self->plain);
   Py_VISIT(self->quiet);
   Py_VISIT(self->harmless);
+  Py_VISIT(self->negated);
   Py_VISIT(self->state_name);
   return 0;
 }
@@ -104,6 +106,7 @@ static int host_clear(Host *self) {
   Py_CLEAR(self->plain);
   Py_CLEAR(self->quiet);
   Py_CLEAR(self->harmless);
+  Py_CLEAR(self->negated);
   Py_CLEAR(self->state_name);
   return 0;
 }

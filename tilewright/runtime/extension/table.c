@@ -7,7 +7,7 @@
 #include <structmember.h>
 #include "key.h"
 
-#define VERSION 3   /* of what it offers; native.py asks for the same */
+#define VERSION 4   /* of what it offers; native.py asks for the same */
 
 typedef struct {
   uint64_t hash;
@@ -127,15 +127,22 @@ static int table_key(Table *self, Key *key, PyObject *const *args, Py_ssize_t co
   return key->tensors ? 0 : -1;
 }
 
-/* Whether a gradient of an argument is to be recorded: 1, 0, or -1 with an error set. */
-static int wants_gradients(Table *self, const Key *key, PyObject *const *args) {
-  int off = is_false(self->host->gradients);
-  if (off) return off < 0 ? -1 : 0;
+/* The truth of a new reference, -1 if it is NULL. */
+static int truth_of(PyObject *object) {
+  int truth = object ? PyObject_IsTrue(object) : -1;
+  Py_XDECREF(object);
+  return truth;
+}
+
+/* Whether the dispatcher has more to do with a tensor than to call a kernel, such as to record a gradient: 1, 0, or -1
+   with an error set. */
+static int wants_more(Host *host, const Key *key, PyObject *const *args) {
+  int off = is_false(host->gradients);
+  if (off < 0) return -1;
   for (uint64_t rest = key->tensors; rest; rest &= rest - 1) {
-    PyObject *flag = PyObject_GetAttr(args[__builtin_ctzll(rest)], name_requires_grad);
-    if (!flag) return -1;
-    int truth = PyObject_IsTrue(flag);
-    Py_DECREF(flag);
+    PyObject *tensor = args[__builtin_ctzll(rest)];
+    int truth = truth_of(PyObject_CallOneArg(host->negated, tensor)); /* what is in memory has the other sign */
+    if (!truth && !off) truth = truth_of(PyObject_GetAttr(tensor, name_requires_grad));
     if (truth) return truth;
   }
   return 0;
@@ -163,7 +170,7 @@ static PyObject *table_call(PyObject *object, PyObject *const *args, size_t flag
   if (plain < 0) return NULL;
   if (!plain || table_key(self, &key, args, count, names, &stream)) goto slow;
   if (!self->launches) {
-    int wants = wants_gradients(self, &key, args);
+    int wants = wants_more(self->host, &key, args);
     if (wants < 0) return NULL;
     if (wants) goto slow;
   }
