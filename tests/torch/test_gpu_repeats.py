@@ -216,9 +216,9 @@ def test_launches(no_python):
     for i, given in enumerate((None, stream, stream.cuda_stream, None)):
         x, y = torch.randn(1000, device="cuda"), torch.full((1000,), float("nan"), device="cuda")
         torch.cuda.synchronize()
-        _scaled[(8,)](x, y, 0.5 * i, -i, stream=given)
+        _scaled[(8,)](x, y, 0.5 * 2**i, -i, stream=given)
         torch.cuda.synchronize()
-        assert torch.equal(y, x * (0.5 * i) - i)
+        assert torch.equal(y, x * (0.5 * 2**i) - i)  # exact factors, since the kernel rounds once
     _scaled[(8,)](torch.nn.Parameter(x), y.fill_(0), 2.0, 7)
     assert torch.equal(y, x * 2.0 + 7)
     no_python.allow()
