@@ -143,6 +143,56 @@ def test_gradients_are_recorded(watched):
     assert not table.quietly(x, torch.nn.Parameter(w, requires_grad=False)).requires_grad
 
 
+RECORDED = {
+    "softmax": lambda: (normal(4, 16),),
+    "linear": lambda: (normal(4, 16), normal(8, 16), normal(8), None, "gelu"),
+    "attention": lambda: (*heads(), None, None, True, 0.25),
+    "add_rms_norm": lambda: (normal(4, 16), normal(4, 16), normal(16), 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_gradients_without_the_dispatcher(launches, name):
+    """An operator records its gradients itself, as what is registered with torch does."""
+    operator = getattr(torch.ops.tilewright, name).default
+    made = operator.direct
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return made._function(*args)
+
+    table = tw.repeated(counted, made._record, "cuda:0", made._recorded)
+    torch.manual_seed(0)
+    arguments = RECORDED[name]()
+    for _ in range(4):
+        results = []
+        for call in (table, made._function):
+            given = [x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+            leaves = [x for x in given if isinstance(x, torch.Tensor)]
+            outputs = call(*given)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            flows = [y for y in outputs if y.requires_grad]
+            gradients = torch.autograd.grad(sum(y.square().sum() for y in flows), leaves)
+            results.append((len(flows), *(y.detach() for y in outputs), *gradients))
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert not calls
+    leaf = arguments[0].clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):  # the dispatcher's again
+        table(leaf, *arguments[1:])
+    assert len(calls) == 1
+
+
+def test_second_derivatives_are_refused_there_too(launches):
+    made = torch.ops.tilewright.softmax.default.direct
+    table = tw.repeated(made._function, made._record, "cuda:0", made._recorded)
+    x = normal(4, 16).requires_grad_()
+    (dx,) = torch.autograd.grad(table(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="softmax_backward has no gradient"):
+        dx.sum().backward()
+
+
 def test_a_negated_view(launches):
     """Torch negates it when somebody reads it."""
     table = InFront(twt.softmax)

@@ -66,7 +66,7 @@ def launch_table(kernel: Kernel, bind: Callable[[Any, Any], Launch], device: Any
         if kernel.definition.parameter[name].kind in ("scalar", "plain") and i + 2 < _POSITIONS:
             numbers |= 1 << (i + 2)
     return native.extension.Table(
-        host=host, slow=slow, record=record, launches=True, numbers=numbers, most=MOST_PROGRAMS
+        host=host, slow=slow, record=record, recorded=None, launches=True, numbers=numbers, most=MOST_PROGRAMS
     )
 
 
@@ -213,12 +213,15 @@ def _whole(view: Any, made: Any) -> bool:
     return view.dtype == made.dtype and extents[0] == extents[1] and view.numel() == made.numel() > 0
 
 
-def repeated(function: Callable[..., Any], run: Callable[..., Any], place: str) -> Any:
+def repeated(
+    function: Callable[..., Any], run: Callable[..., Any], place: str, recorded: Callable[..., Any] | None = None
+) -> Any:
     """A callable that does what ``function`` does on torch tensors, repeating its launches without Python.
 
     None where it cannot be had for the device called ``place``. ``run(recording, args, kwargs)`` does the same and
     tells the `Recording` what happens to tensors. The function's results are new tensors, and what it does must follow
     from the kinds of its arguments: shapes, strides, dtypes and alignment of tensors, and the values of others.
+    ``recorded`` is called instead of ``function`` where torch records gradients.
     """
     host = native.host(open_device(place))
     if host is None:
@@ -233,7 +236,7 @@ def repeated(function: Callable[..., Any], run: Callable[..., Any], place: str) 
         return results, recording.program(results)
 
     return native.extension.Table(
-        host=host, slow=function, record=record, launches=False, numbers=0, most=MOST_PROGRAMS
+        host=host, slow=function, record=record, recorded=recorded, launches=False, numbers=0, most=MOST_PROGRAMS
     )
 
 

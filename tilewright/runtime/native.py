@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 #: of what the extension offers
-_VERSION = 4
+_VERSION = 5
 
 extension: Any = None
 try:

@@ -52,13 +52,18 @@ class _Watch(TorchDispatchMode):
 class Direct:
     """A call in front of ``function`` that repeats its launches; ``traced`` is the same function, to be recorded.
 
-    ``use`` is told what to call, first and when that changes.
+    ``use`` is told what to call, first and when that changes. ``recorded`` is called where gradients are recorded and
+    nothing else is at work, without it the function.
     """
 
     def __init__(
-        self, function: Callable[..., Any], traced: Callable[..., Any], use: Callable[[Callable[..., Any]], None]
+        self,
+        function: Callable[..., Any],
+        traced: Callable[..., Any],
+        use: Callable[[Callable[..., Any]], None],
+        recorded: Callable[..., Any] | None = None,
     ) -> None:
-        self._function, self._traced, self._use = function, traced, use
+        self._function, self._traced, self._use, self._recorded = function, traced, use, recorded
         use(self._first)
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +72,7 @@ class Direct:
         plain = (x for x in (*args, *kwargs.values()) if type(x) in (torch.Tensor, torch.nn.Parameter))
         first = next(plain, None)
         if first is not None and first.is_cuda and torch.version.hip is None:
-            table = tw.repeated(self._function, self._record, f"cuda:{first.get_device()}")
+            table = tw.repeated(self._function, self._record, f"cuda:{first.get_device()}", self._recorded)
             self._use(self._function if table is None else table)
         return result
 
@@ -93,7 +98,7 @@ def repeating(function: Callable[..., Any]) -> Callable[..., Any]:
     return repeated
 
 
-def make_direct(operator: Any, implementation: Callable[..., Any]) -> None:
+def make_direct(operator: Any, implementation: Callable[..., Any], recorded: Callable[..., Any] | None) -> None:
     """Let calls of a registered operator, and of its name, repeat their launches."""
     implementations[operator] = implementation
     packet = operator.overloadpacket
@@ -104,7 +109,7 @@ def make_direct(operator: Any, implementation: Callable[..., Any]) -> None:
         for each in classes:
             each.__call__ = staticmethod(call)  # type: ignore[method-assign]
 
-    Direct(operator._op, implementation, use)
+    operator.direct = Direct(operator._op, implementation, use, recorded)
     operator.__class__, packet.__class__ = classes
 
 

@@ -7,7 +7,7 @@
 #include <structmember.h>
 #include "key.h"
 
-#define VERSION 4   /* of what it offers; native.py asks for the same */
+#define VERSION 5   /* of what it offers; native.py asks for the same */
 
 typedef struct {
   uint64_t hash;
@@ -21,7 +21,7 @@ typedef struct {
   PyObject_HEAD
   vectorcallfunc call;
   Host *host;
-  PyObject *slow, *record;
+  PyObject *slow, *record, *recorded;   /* recorded: instead of slow where gradients are recorded; None: slow too */
   uint64_t numbers;    /* positions whose numbers are arguments of kernels */
   int launches;        /* the first two arguments are a grid and a device, and the keyword `stream` is one */
   size_t size, used, most;
@@ -134,18 +134,20 @@ static int truth_of(PyObject *object) {
   return truth;
 }
 
-/* Whether the dispatcher has more to do with a tensor than to call a kernel, such as to record a gradient: 1, 0, or -1
-   with an error set. */
-static int wants_more(Host *host, const Key *key, PyObject *const *args) {
-  int off = is_false(host->gradients);
+/* Where a call belongs: to a program, to what records gradients, or to Python; -1 with an error set. */
+enum { PROGRAM, GRADIENTS, PYTHON };
+
+static int belongs(Host *host, const Key *key, PyObject *const *args) {
+  int gradients = 0, off = is_false(host->gradients);
   if (off < 0) return -1;
   for (uint64_t rest = key->tensors; rest; rest &= rest - 1) {
     PyObject *tensor = args[__builtin_ctzll(rest)];
-    int truth = truth_of(PyObject_CallOneArg(host->negated, tensor)); /* what is in memory has the other sign */
-    if (!truth && !off) truth = truth_of(PyObject_GetAttr(tensor, name_requires_grad));
-    if (truth) return truth;
+    int negated = truth_of(PyObject_CallOneArg(host->negated, tensor));   /* what is in memory has the other sign */
+    if (negated) return negated < 0 ? -1 : PYTHON;
+    if (off || gradients) continue;
+    if ((gradients = truth_of(PyObject_GetAttr(tensor, name_requires_grad))) < 0) return -1;
   }
-  return 0;
+  return gradients ? GRADIENTS : PROGRAM;
 }
 
 static PyObject *table_record(Table *self, Key *key, uint64_t hash, PyObject *const *args, size_t flags, PyObject *names) {
@@ -170,9 +172,10 @@ static PyObject *table_call(PyObject *object, PyObject *const *args, size_t flag
   if (plain < 0) return NULL;
   if (!plain || table_key(self, &key, args, count, names, &stream)) goto slow;
   if (!self->launches) {
-    int wants = wants_more(self->host, &key, args);
-    if (wants < 0) return NULL;
-    if (wants) goto slow;
+    int place = belongs(self->host, &key, args);
+    if (place < 0) return NULL;
+    if (place == GRADIENTS && self->recorded != Py_None) return PyObject_Vectorcall(self->recorded, args, flags, names);
+    if (place != PROGRAM) goto slow;
   }
   uint64_t hash = key_hash(&key);
   Entry **slot = table_find(self, &key, hash);
@@ -191,12 +194,12 @@ slow:
 }
 
 static int table_init(Table *self, PyObject *args, PyObject *keywords) {
-  static char *names[] = {"host", "slow", "record", "launches", "numbers", "most", NULL};
-  PyObject *host, *slow, *record;
+  static char *names[] = {"host", "slow", "record", "recorded", "launches", "numbers", "most", NULL};
+  PyObject *host, *slow, *record, *recorded;
   unsigned long long numbers;
   Py_ssize_t most;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!OOpKn", names, &HostType, &host, &slow, &record, &self->launches,
-                                   &numbers, &most))
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!OOOpKn", names, &HostType, &host, &slow, &record, &recorded,
+                                   &self->launches, &numbers, &most))
     return -1;
   self->call = table_call;
   self->numbers = numbers;
@@ -204,6 +207,7 @@ static int table_init(Table *self, PyObject *args, PyObject *keywords) {
   Py_XSETREF(self->host, (Host *)Py_NewRef(host));
   Py_XSETREF(self->slow, Py_NewRef(slow));
   Py_XSETREF(self->record, Py_NewRef(record));
+  Py_XSETREF(self->recorded, Py_NewRef(recorded));
   return 0;
 }
 
@@ -211,6 +215,7 @@ static int table_traverse(Table *self, visitproc visit, void *arg) {
   Py_VISIT(self->host);
   Py_VISIT(self->slow);
   Py_VISIT(self->record);
+  Py_VISIT(self->recorded);
   for (size_t i = 0; i < self->size; i++)
     if (self->slots[i]) {
       Py_VISIT(self->slots[i]->program);
@@ -224,6 +229,7 @@ static int table_clear(Table *self) {
   Py_CLEAR(self->host);
   Py_CLEAR(self->slow);
   Py_CLEAR(self->record);
+  Py_CLEAR(self->recorded);
   return 0;
 }
 
