@@ -65,7 +65,7 @@ def lookups(target: str) -> dict[str, Any]:
 
 
 def launches(repeats: int = 2000) -> dict[str, float]:
-    """Microseconds of a repeated launch but for the driver, on a device that does nothing."""
+    """Microseconds of a launch by Python but for the driver, on a device that does nothing."""
     import torch
 
     import tilewright.compiler.launch as launch
@@ -92,7 +92,11 @@ def against_triton(repeats: int = 1000, rounds: int = 21) -> dict[str, float]:
 
     x, y, out = (torch.ones(128, device="cuda") for _ in range(3))
     ours, theirs = _three[(1,)], three[(1,)]
-    calls = {"ours": lambda: ours(x, y, out, 1, 2, 3), "triton": lambda: theirs(x, y, out, 1, 2, 3, num_warps=4)}
+    calls = {
+        "ours": lambda: ours(x, y, out, 1, 2, 3),
+        "python": lambda: ours.start(x, y, out, 1, 2, 3),  # without the extension
+        "triton": lambda: theirs(x, y, out, 1, 2, 3, num_warps=4),
+    }
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 2):
         for name in sorted(calls, reverse=bool(turn % 2)):
@@ -131,12 +135,16 @@ def main() -> None:
     result: dict[str, Any] = {"lookups": rows}
     try:
         result["launch"] = launches()
-        print(f"  launch  {result['launch']['launch_us']:.2f} us before the driver, 3 torch tensors, 3 constexprs")
+        print(f"  launch  {result['launch']['launch_us']:.2f} us by Python before the driver, 3 tensors, 3 constexprs")
     except ImportError:
         pass
     try:
         result["against_triton"] = against_triton()
-        print("  launch  {ours:.2f} us, Triton {triton:.2f} us, ratio {ratio:.2f}".format(**result["against_triton"]))
+        print(
+            "  launch  {ours:.2f} us, by Python {python:.2f} us, Triton {triton:.2f} us, ratio {ratio:.2f}".format(
+                **result["against_triton"]
+            )
+        )
     except ImportError:
         pass
     if options.json:
