@@ -85,6 +85,20 @@ CALLS = {
     ),
     "rms_norm": (twt.rms_norm, lambda: (normal(3, 16), [16], normal(16)), {"eps": 1e-5}),
     "add_rms_norm": (twt.add_rms_norm, lambda: (normal(3, 16), normal(3, 16), (16,), normal(16), 1e-5), {}),
+    "three products": (
+        lambda x, w: twt.linear(twt.linear(twt.linear(x, w), w), w),
+        lambda: (normal(4, 16), normal(16, 16)),
+        {},
+    ),
+    "attention_decode": (
+        twt.attention_decode,
+        lambda: (
+            normal(2, 2, 16),
+            *(normal(2, 1, 600, 16) for _ in range(2)),
+            torch.tensor([600, 5], dtype=torch.int32),
+        ),
+        {},
+    ),
     "layer_norm": (twt.layer_norm, lambda: (normal(2, 3, 16), (16,), normal(16), normal(16)), {}),
 }
 

@@ -6,6 +6,7 @@ makes between its arguments and its results.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
@@ -179,32 +180,48 @@ class Recording:
             sources[index] = place[0], tensors[index].data_ptr() - place[1]
         patches = [(offset, _ADDRESS, *sources[index]) for offset, index in form.tensors]
         maps = [(offset, *sources[index], *rest) for offset, index, *rest in form.maps]
-        self._starts.append(_start(form, patches, maps))
+        self._starts.append((form, patches, maps))
         self._plans.append(plan)
 
     def program(self, results: Any) -> Any:
         """The program that makes such results (a tensor or a tuple of them), or None."""
         single = not isinstance(results, tuple)
-        given = (results,) if single else results
-        shapes = [(tuple(x.shape), tuple(x.stride()), x.dtype) for x in self._allocations]
         wanted: list[int] = []
-        for x in given:
+        shapes: list[Any] = []
+        for x in (results,) if single else results:
             place = self._places.get(id(x), (-1, 0))
             index = place[0] - self._count
             if index < 0 or index in wanted or x.data_ptr() != place[1] or not _whole(x, self._allocations[index]):
                 self.fail("a result that is no new tensor")
                 break
-            shapes[index] = tuple(x.shape), tuple(x.stride()), x.dtype
+            shapes.append((tuple(x.shape), tuple(x.stride()), x.dtype))
             wanted.append(index)
         if self.failure is not None or self._device is None or not wanted:
             return None
+        count, places = len(wanted), {self._count + index: (self._count + i, 0) for i, index in enumerate(wanted)}
+        size = 0
+        for index, x in enumerate(self._allocations):
+            if index not in wanted:  # all that only kernels see lies in one new tensor
+                places[self._count + index] = self._count + count, size
+                size += -(-x.untyped_storage().nbytes() // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+        if size:
+            shapes.append(((size,), (1,), sys.modules["torch"].uint8))
         if len(shapes) + self._count > _MOST_VALUES:
             return None
-        return _program(self._device, self._starts, shapes, wanted, single, self._plans)
+
+        def placed(entries: Iterable[Any], at: int) -> Iterator[Any]:
+            for entry in entries:
+                source, add = places.get(entry[at], (entry[at], 0))
+                yield (*entry[:at], source, entry[at + 1] + add, *entry[at + 2 :])
+
+        starts = [_start(form, placed(patches, 2), placed(maps, 1)) for form, patches, maps in self._starts]
+        return _program(self._device, starts, shapes, range(count), single, self._plans)
 
 
 #: arguments and new tensors of a program
 _MOST_VALUES = 48
+#: of what only kernels see, in bytes: that of torch's own allocations on a GPU
+_SCRATCH_ALIGNMENT = 512
 
 
 def _whole(view: Any, made: Any) -> bool:
