@@ -17,6 +17,9 @@ from tilewright.ir.core import Function
 class Kernel:
     """A kernel definition with its compiled forms. ``kernel[grid](*args, **meta)`` launches it."""
 
+    #: what binding a grid gives
+    launch_class: type[Launch] = Launch
+
     def __init__(self, fn: Callable[..., Any]):
         self.definition = KernelDefinition(fn)
         self.__name__, self.__doc__ = self.definition.name, fn.__doc__
@@ -30,9 +33,6 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"<tilewright kernel {self.__name__}>"
-
-    #: what binding a grid gives
-    launch_class: type[Launch] = Launch
 
     def __getitem__(self, grid: Grid) -> Launch:
         return self.launch_class(self, grid)
