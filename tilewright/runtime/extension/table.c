@@ -4,8 +4,8 @@
    functions, numbers, names), and where it has seen their like twice it has a `Program`: kernels to start, the bytes of
    their arguments, and where in those bytes addresses and numbers of the present call belong. Everything else goes to
    the Python function. All of it holds the interpreter's lock, but for the starts themselves. */
-#include <structmember.h>
 #include "key.h"
+#include <structmember.h>
 
 #define VERSION 5   /* of what it offers; native.py asks for the same */
 
