@@ -116,7 +116,10 @@ def test_grids_and_keywords_are_told_apart(launches, kernel):
             assert torch.equal(y[:kept], x[:kept] * 2) and not y[kept:].any()
     y = torch.zeros(48)
     assert repeated(launches, lambda: kernel[(2,)](x, y, 2.0, 0, B=16))
-    assert not repeated(launches, lambda: kernel[lambda meta: (2,)](x, y, 2.0, 0, B=16))
+    kept = len(kernel.table)
+    for _ in range(4):
+        assert not repeated(launches, lambda: kernel[lambda meta: (2,)](x, y, 2.0, 0, B=16))
+    assert len(kernel.table) == kept
 
 
 def test_compile_time_functions_are_told_apart(launches):
@@ -283,6 +286,17 @@ def test_programs_are_checked():
     for index, value in [*wrong, (5, (0, 16)), (4, bytes(9000)), (7, ((0, 0, 0, 1, (8,), (), (8,), 0),))]:
         with pytest.raises(ValueError):
             make((*start[:index], value, *start[index + 1 :]))
+    for index in (-1, 1):
+        with pytest.raises(ValueError, match="the index of an allocation"):
+            program(
+                context=1,
+                ordinal=0,
+                starts=(),
+                allocations=(((1,), (1,), None),),
+                results=(index,),
+                single=True,
+                keep=None,
+            )
 
 
 def test_a_stale_build_is_not_used():

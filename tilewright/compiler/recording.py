@@ -58,9 +58,7 @@ def launch_table(kernel: Kernel, bind: Callable[[Any, Any], Launch], device: Any
         launch = bind(grid, device)
         launch.start(*args, **kwargs)
         kwargs.pop("stream", None)
-        if isinstance(grid, int | tuple):
-            return None, _launch_program(launch.plan(args, kwargs), grid, args, kwargs)
-        return None, None
+        return None, _launch_program(launch.plan(args, kwargs), grid, args, kwargs)
 
     numbers = 0
     for i, name in enumerate(kernel.positional_names):

@@ -32,7 +32,7 @@ typedef struct {
   PyObject_HEAD
   void *context;
   int ordinal, single;
-  Py_ssize_t start_count;
+  Py_ssize_t start_count, sources;   /* sources: values that it reads, of arguments and new tensors */
   Start *starts;
   PyObject *allocations, *results;   /* (shape, strides, dtype) of each; indices among them */
   PyObject *keep;
@@ -131,10 +131,20 @@ static int program_init(Program *self, PyObject *args, PyObject *keywords) {
     if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != 3)
       return PyErr_SetString(PyExc_ValueError, "an allocation is shape, strides, dtype"), -1;
   }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(results); i++) {
+    Py_ssize_t index = PyLong_AsSsize_t(PyTuple_GET_ITEM(results, i));
+    if (index < 0 || index >= PyTuple_GET_SIZE(allocations)) {
+      if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a result is the index of an allocation");
+      return -1;
+    }
+  }
   if (!(self->starts = PyMem_Calloc(count + 1, sizeof *self->starts))) return PyErr_NoMemory(), -1;
   for (Py_ssize_t i = 0; i < count; i++) {
     self->start_count = i + 1;   /* what is half read is freed too */
-    if (read_start(PyTuple_GET_ITEM(starts, i), &self->starts[i])) return -1;
+    Start *start = &self->starts[i];
+    if (read_start(PyTuple_GET_ITEM(starts, i), start)) return -1;
+    for (uint32_t j = 0; j < start->patch_count; j++) self->sources = Py_MAX(self->sources, start->patches[j].source + 1);
+    for (uint32_t j = 0; j < start->map_count; j++) self->sources = Py_MAX(self->sources, start->maps[j].source + 1);
   }
   return 0;
 }
@@ -270,7 +280,7 @@ static PyObject *program_run(Host *host, Program *program, uint64_t *values, Py_
   void *context = NULL, *stream = NULL;
   PyObject *made[MOST_VALUES] = {NULL}, *results = NULL;
   Py_ssize_t count = PyTuple_GET_SIZE(program->allocations);
-  if (count + given > MOST_VALUES || host->context(&context) || context != program->context) return NULL;
+  if (count + given > MOST_VALUES || program->sources > count + given || host->context(&context) || context != program->context) return NULL;
   if (!find_stream(host, program, on, &stream) && !allocate_all(host, program, values + given, made, count) &&
       !start_all(host, program, values, stream))
     results = gather(program, made);

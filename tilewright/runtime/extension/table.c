@@ -168,7 +168,8 @@ static PyObject *table_call(PyObject *object, PyObject *const *args, size_t flag
   Key key;
   PyObject *stream = NULL;
   Py_ssize_t count = PyVectorcall_NARGS(flags);
-  int plain = self->launches || host_plain(self->host);
+  /* a grid that is a function may give another one each time */
+  int plain = self->launches ? count >= 2 && (PyTuple_Check(args[0]) || PyLong_Check(args[0])) : host_plain(self->host);
   if (plain < 0) return NULL;
   if (!plain || table_key(self, &key, args, count, names, &stream)) goto slow;
   if (!self->launches) {
