@@ -264,10 +264,11 @@ class SymmetricHeap:
         ranks: kernels before and behind must see to it that all may write and that all have
         (`tilewright.kernels.multi_gpu.copy_engine`).
         """
-        sources = source if isinstance(source, list) else getattr(source, "arrays", [source] * len(self.ranks))
         part, started = target.nbytes // self.size, []
-        for i, (rank, array) in enumerate(zip(self.ranks, sources, strict=True)):
-            address = self._pushed(array, target)
+        if target.shape[0] != self.size:
+            raise ArgumentError(f"{target!r} cannot be pushed to: its shape must be (world, ...).")
+        for i, (rank, array) in enumerate(zip(self.ranks, self._by_process(source), strict=True)):
+            address = self._dense(array, target.shape, target.dtype, f"pushed to {target!r}")
             peers = [(rank + 1 + hop) % self.size for hop in range(self.size)]
             copies = [(target.addresses[peer] + rank * part, address + peer * part, part) for peer in peers if part]
             started.append((rank, self._of(stream, i), copies))
@@ -288,6 +289,32 @@ class SymmetricHeap:
             started.append((rank, self._of(stream, i), [(places[p], places[rank], part) for p in peers if part]))
         return self._start(started, ordered=True)
 
+    def fetch(self, source: SymmetricTensor, target: Any, stream: Any = None) -> Copies:
+        """Start copying every rank's ``source`` to ``target[r]``, from the next rank on, the own last, as `spread` does.
+
+        ``target``: an array of this process's rank, or a list of one for each, of shape (world, *source.shape) and
+        the source's dtype, row-major; of any memory. Nobody waits for what is read: a kernel before must.
+        """
+        started = []
+        for i, (rank, array) in enumerate(zip(self.ranks, self._by_process(target), strict=True)):
+            address = self._dense(array, (self.size, *source.shape), source.dtype, f"filled from {source!r}")
+            peers = [(rank + 1 + hop) % self.size for hop in range(self.size)]
+            copies = [(address + p * source.nbytes, source.addresses[p], source.nbytes) for p in peers if source.nbytes]
+            started.append((rank, self._of(stream, i), copies))
+        return self._start(started, ordered=True)
+
+    def fill_own(self, target: SymmetricTensor, source: Any, stream: Any = None) -> None:
+        """Copy each rank's array ``source`` to its own ``target``, queued on ``stream`` like a launch.
+
+        Both have one shape and dtype, and the array is row-major. ``source`` may be a list of one for each rank.
+        """
+        started = []
+        for i, (rank, array) in enumerate(zip(self.ranks, self._by_process(source), strict=True)):
+            address = self._dense(array, target.shape, target.dtype, f"copied to {target!r}")
+            copies = [(target.addresses[rank], address, target.nbytes)] if target.nbytes else []
+            started.append((rank, self._of(stream, i), copies))
+        self._start(started, ordered=True).join()
+
     def _start(self, started: Sequence[tuple[int, Any, list[Copy]]], ordered: bool) -> Copies:
         memory = self.memory
         return Copies(
@@ -297,16 +324,18 @@ class SymmetricHeap:
     def _of(self, stream: Any, index: int) -> Any:
         return stream[index] if isinstance(stream, list) else stream
 
-    def _pushed(self, array: Any, target: SymmetricTensor) -> int:
-        """The address of what is copied. ArgumentError unless it has the form of the target."""
+    def _by_process(self, arrays: Any) -> Sequence[Any]:
+        """The array of each of this process's ranks."""
+        return arrays if isinstance(arrays, list) else getattr(arrays, "arrays", [arrays] * len(self.ranks))
+
+    def _dense(self, array: Any, shape: tuple[int, ...], dtype: str, use: str) -> int:
+        """The address of an array that copy engines take. ArgumentError unless it is row-major, of that form."""
         view = host_view(array, "source") if self.devices[0].startswith(("cpu", "emulate")) else tensor_view(array)
-        dtype, dense = canonical_dtype(view.dtype), row_major(view.shape)
-        if (tuple(view.shape), dtype, self.size) != (target.shape, target.dtype, target.shape[0]):
-            raise ArgumentError(
-                f"A {dtype} array {list(view.shape)} cannot be pushed to {target!r}: both must be (world, ...)."
-            )
+        found, dense = canonical_dtype(view.dtype), row_major(view.shape)
+        if (tuple(view.shape), found) != (tuple(shape), dtype):
+            raise ArgumentError(f"A {found} array {list(view.shape)} cannot be {use}: {dtype} {list(shape)} can.")
         if any(size > 1 and step != wanted for size, step, wanted in zip(view.shape, view.strides, dense, strict=True)):
-            raise ArgumentError("What is pushed must be row-major: pass a contiguous copy.")
+            raise ArgumentError(f"What is {use} must be row-major: pass a contiguous copy.")
         return view.address
 
     # --- the ranks together -------------------------------------------------------------------------------

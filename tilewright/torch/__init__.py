@@ -15,6 +15,7 @@ from typing import Any
 _PLACES = {
     "add_layer_norm": "norms",
     "add_rms_norm": "norms",
+    "all_gather_matmul": "collectives",
     "attention": "sdpa",
     "attention_decode": "serving",
     "attention_varlen": "serving",
@@ -25,6 +26,8 @@ _PLACES = {
     "layer_norm": "norms",
     "linear": "products",
     "matmul": "products",
+    "matmul_all_reduce": "collectives",
+    "matmul_reduce_scatter": "collectives",
     "rms_norm": "norms",
     "rotary": "positions",
     "scaled_linear": "scaled",

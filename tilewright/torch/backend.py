@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import torch
 
 from tilewright.torch.rewrite import OPERATORS, rewrite
 
@@ -49,32 +52,57 @@ def compile_graph(
     module.recompile()
     if ours.explain:
         print(report.text(ours.fallback))
-    return _FALLBACKS[ours.fallback](module, inputs, rest, mode)
+    return _FALLBACKS[ours.fallback](module, inputs, rest, mode, ours)
 
 
-def _inductor(module: Any, inputs: list[Any], settings: dict[str, Any], mode: str | None) -> Callable[..., Any]:
-    from torch._inductor import list_mode_options
+def _in_group() -> bool:
+    """Whether there may be collectives in a graph."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _with_collectives(ours: Options, graph: Any) -> None:
+    """Rewrite products beside collectives in a graph of AOTAutograd."""
+    from tilewright.torch.parallel import rewrite_collectives
+
+    report = rewrite_collectives(graph, ours.cost_gate, ours.operators)
+    if ours.explain and report.decisions:
+        print(report.text(ours.fallback, "products beside collectives"))
+
+
+def _inductor(
+    module: Any, inputs: list[Any], settings: dict[str, Any], mode: str | None, ours: Options
+) -> Callable[..., Any]:
+    from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **settings}
+    if _in_group():
+        from tilewright.torch.inductor import GraphPass
+
+        name = "post_grad_custom_pre_pass"
+        key = None if ours.explain else (ours.cost_gate, ours.operators)
+        patches[name] = GraphPass(partial(_with_collectives, ours), key, patches.get(name, getattr(config, name)))
     compiled: Callable[..., Any] = compile_fx(module, inputs, config_patches=patches)
     return compiled
 
 
-def _eager(module: Any, inputs: list[Any], settings: dict[str, Any], mode: str | None) -> Callable[..., Any]:
+def _eager(
+    module: Any, inputs: list[Any], settings: dict[str, Any], mode: str | None, ours: Options
+) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    through = aot_autograd(fw_compiler=_as_it_is, partition_fn=min_cut_rematerialization_partition)
+    def as_it_is(traced: Any, inputs: list[Any]) -> Callable[..., Any]:
+        if _in_group():
+            _with_collectives(ours, traced.graph)
+            traced.recompile()
+        boxed: Callable[..., Any] = make_boxed_func(traced.forward)
+        return boxed
+
+    through = aot_autograd(fw_compiler=as_it_is, partition_fn=min_cut_rematerialization_partition)
     compiled: Callable[..., Any] = through(module, inputs)
     return compiled
-
-
-def _as_it_is(module: Any, inputs: list[Any]) -> Callable[..., Any]:
-    from torch._functorch.aot_autograd import make_boxed_func
-
-    boxed: Callable[..., Any] = make_boxed_func(module.forward)
-    return boxed
 
 
 _FALLBACKS = {"inductor": _inductor, "eager": _eager}

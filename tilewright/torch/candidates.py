@@ -19,6 +19,11 @@ _RELU = (F.relu, torch.relu, "relu")
 _ACTIVATIONS = (F.silu, F.gelu, *_RELU)
 _ADD = (operator.add, torch.add, "add")
 _MULTIPLY = (operator.mul, torch.mul, "mul")
+#: what a collective along another dimension is made with, and other shapes of the same rows
+_REARRANGED = (
+    *(torch.chunk, "chunk", torch.split, "split", torch.cat, operator.getitem),
+    *("view", "reshape", torch.reshape, "flatten", torch.flatten, "contiguous"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ def linear(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
     """A product, with the bias, the activation, the second product and the residual that belong to it."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     ours = products.linear
+    if given.get("bias") is None and beside_collective(node, given["input"]):
+        # `parallel` takes the product with the collective, which is worth more than what is fused into it
+        yield Candidate(ours, (), node, (node,), given, "linear")
+        return
     yield from _gated(node)
     activated = _activation(node)
     if activated is not None:
@@ -128,6 +137,33 @@ def _gated(node: Any) -> Iterator[Candidate]:
                 kwargs = {**weights, "activation": found[0]}
                 yield Candidate(gated.gated_linear, (), product, consumed, kwargs, f"gated+{found[0]}")
                 return
+
+
+def beside_collective(product: Any, input: Any) -> bool:
+    """Whether a product's input has just been gathered from all ranks, or its result is about to be summed over them.
+
+    Also along another dimension than the first, for which tensors are cut into parts that are put together again.
+    """
+    while is_call(input, *_REARRANGED) and input.args:
+        source = input.args[0]
+        input = source[0] if isinstance(source, list | tuple) and source else source
+    if is_call(input, *_collective("wait_tensor")) and is_call(
+        input.args[0], *_collective("all_gather_into_tensor")
+    ):
+        return True
+    results = [product]
+    while results:
+        users = list(results.pop().users)
+        if any(is_call(user, *_collective("reduce_scatter_tensor"), *_collective("all_reduce")) for user in users):
+            return True
+        results += [user for user in users if is_call(user, *_REARRANGED)]
+    return False
+
+
+def _collective(name: str) -> tuple[Any, ...]:
+    """A functional collective of torch as a graph may call it; nothing where torch has none."""
+    packet = getattr(torch.ops._c10d_functional, name, None)
+    return () if packet is None else (packet, packet.default)
 
 
 def _linear_arguments(node: Any) -> dict[str, Any]:

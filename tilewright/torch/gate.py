@@ -5,7 +5,7 @@ That is Hopper. Elsewhere, and where a call alone was never ahead, the gate leav
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import prod
 from typing import Any
 
@@ -22,6 +22,26 @@ LEAST_QUERIES, LEAST_CAUSAL_QUERIES = 1024, 2048
 MEASURED = (9, 0)
 
 
+#: why an operator does not pay for its arguments, None if it does
+Gate = Callable[..., Refusal]
+#: products with a collective of torch.distributed
+COLLECTIVES = frozenset({"all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce"})
+#: the size of the groups that were measured
+MEASURED_RANKS = 2
+
+
+def gate_of(cost_gate: bool, only: Collection[str] | None) -> Gate:
+    """The gate of these options: with ``only`` it is for these operators, whatever they cost."""
+    if only is not None:
+        return lambda operator, *args, **kwargs: None if operator.__name__ in only else "not asked for"
+    return not_worthwhile if cost_gate else always
+
+
+def always(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
+    """Every call pays."""
+    return None
+
+
 def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     """Why a call of a functional operator costs more than what would run instead; None if it does not.
 
@@ -34,7 +54,14 @@ def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
         return "float32 was not measured to be faster"
     if torch.version.hip or (torch.cuda.is_available() and torch.cuda.get_device_capability(tensor.device) != MEASURED):
         return "this GPU was not measured"
-    return _COSTS[operator](*args, **kwargs)
+    cost = _collective if operator.__name__ in COLLECTIVES else _COSTS[operator]
+    return cost(*args, **kwargs)
+
+
+def _collective(input: Any, other: Any, group: str) -> Refusal:
+    if torch.distributed.distributed_c10d._get_group_size_by_name(group) != MEASURED_RANKS:
+        return "groups of another size were not measured"
+    return "a small product" if _elements(input) * _hint(other.shape[1]) < LEAST_PRODUCT else None
 
 
 def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Refusal:
@@ -114,4 +141,4 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint or 0
 
 
-__all__ = ["not_worthwhile"]
+__all__ = ["COLLECTIVES", "Gate", "always", "gate_of", "not_worthwhile"]

@@ -39,12 +39,12 @@ class Report:
         """Names of the functional operators that now stand in the graph."""
         return [d.name for d in self.decisions if d.reason is None]
 
-    def text(self, fallback: str) -> str:
+    def text(self, fallback: str, what: str = "calls") -> str:
         """A table: one line a decision, one for the rest."""
-        lines = [f"tilewright: {len(self.taken)} of {len(self.decisions)} calls taken, the rest to {fallback}"]
+        lines = [f"tilewright: {len(self.taken)} of {len(self.decisions)} {what} taken, the rest to {fallback}"]
         for decision in self.decisions:
             verdict = "taken" if decision.reason is None else f"left: {decision.reason}"
-            lines.append(f"  {decision.name:<16} {decision.place:<24} {verdict}")
+            lines.append(f"  {decision.name:<21} {decision.place:<24} {verdict}")
         if self.others:
             listed = ", ".join(f"{name} x{count}" for name, count in self.others.most_common())
             lines.append(f"  no kernel for: {listed}")

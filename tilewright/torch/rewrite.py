@@ -22,7 +22,7 @@ from tilewright.torch import candidates, gated, grouped, losses, norms, products
 from tilewright.torch.candidates import Candidate
 from tilewright.torch.casting import autocast_regions, entered
 from tilewright.torch.functional import refusal
-from tilewright.torch.gate import not_worthwhile
+from tilewright.torch.gate import COLLECTIVES, Gate, always, gate_of
 from tilewright.torch.graphs import CALLS, example, name_of, precede, quiet
 from tilewright.torch.report import Decision, Report, place
 from tilewright.torch.support import Refusal
@@ -73,15 +73,13 @@ _OURS = {ours for ours, _ in _OPERATORS.values()}
 _OURS |= {gated.gated_linear, grouped.grouped_mm, norms.add_rms_norm, norms.add_layer_norm}
 
 
-#: names of what may stand in a rewritten graph
-OPERATORS = frozenset(operator.__name__ for operator in _OURS)
-#: why an operator does not pay for its arguments, None if it does
-Gate = Callable[..., Refusal]
+#: names of what may stand in a rewritten graph; those with collectives come into that of AOTAutograd (`parallel`)
+OPERATORS = frozenset(operator.__name__ for operator in _OURS) | COLLECTIVES
 
 
 def rewrite(graph: Any, cost_gate: bool = True, only: Collection[str] | None = None) -> Report:
     """Rewrite a ``torch.fx.Graph`` from Dynamo in place; with ``only``, for these operators, whatever the gate says."""
-    report, gate = Report(), _gate(cost_gate, only)
+    report, gate = Report(), gate_of(cost_gate, only)
     regions = autocast_regions(graph)
     for node in list(graph.nodes):
         if node.op not in CALLS or node._erased:
@@ -89,7 +87,7 @@ def rewrite(graph: Any, cost_gate: bool = True, only: Collection[str] | None = N
         if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
             bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
             with entered(regions[node]):
-                reason = _refuse((node,), node.target, bound.args, bound.kwargs, _open)
+                reason = _refuse((node,), node.target, bound.args, bound.kwargs, always)
             report.decisions.append(Decision(node.target.__name__, place(node), reason))
         elif _generator(node.target) is None:
             report.calls[node] = name_of(node.target)
@@ -101,16 +99,6 @@ def rewrite(graph: Any, cost_gate: bool = True, only: Collection[str] | None = N
             else:
                 report.decisions.append(decision)
     return report
-
-
-def _open(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
-    return None
-
-
-def _gate(cost_gate: bool, only: Collection[str] | None) -> Gate:
-    if only is not None:
-        return lambda operator, *args, **kwargs: None if operator.__name__ in only else "not asked for"
-    return not_worthwhile if cost_gate else _open
 
 
 def _decide(node: Any, gate: Gate, regions: Mapping[Any, Any]) -> Decision | None:
