@@ -290,10 +290,11 @@ class SymmetricHeap:
         return self._start(started, ordered=True)
 
     def fetch(self, source: SymmetricTensor, target: Any, stream: Any = None) -> Copies:
-        """Start copying every rank's ``source`` to ``target[r]``, from the next rank on, the own last, as `spread` does.
+        """Start copying every rank's ``source`` to ``target[r]``, the next rank's first and the own one last.
 
-        ``target``: an array of this process's rank, or a list of one for each, of shape (world, *source.shape) and
-        the source's dtype, row-major; of any memory. Nobody waits for what is read: a kernel before must.
+        As with `spread` it runs beside what ``stream`` is given from now on. ``target``: an array of this process's
+        rank, or a list of one for each, in any memory, row-major, of shape (world, *source.shape) and the source's
+        dtype. Nobody waits until what is read is there: a kernel before must.
         """
         started = []
         for i, (rank, array) in enumerate(zip(self.ranks, self._by_process(target), strict=True)):

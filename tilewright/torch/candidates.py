@@ -147,9 +147,7 @@ def beside_collective(product: Any, input: Any) -> bool:
     while is_call(input, *_REARRANGED) and input.args:
         source = input.args[0]
         input = source[0] if isinstance(source, list | tuple) and source else source
-    if is_call(input, *_collective("wait_tensor")) and is_call(
-        input.args[0], *_collective("all_gather_into_tensor")
-    ):
+    if is_call(input, *_collective("wait_tensor")) and is_call(input.args[0], *_collective("all_gather_into_tensor")):
         return True
     results = [product]
     while results:

@@ -151,7 +151,7 @@ def _reduce_launch(out: Any, x: Any, other: Any, ranks: int, group: str) -> None
     # in one hop the sums could go to any memory, but more rows than there are would have no place
     sums = symmetric(world, "all_reduce", (ranks, share(rows, ranks), columns), out.dtype)
     gemm_ar(world, x, other, sums)
-    out.copy_(sums.local.view(-1, columns)[:rows])
+    out.copy_(torch.as_tensor(sums.local).view(-1, columns)[:rows])
     finished(group)
 
 

@@ -10,7 +10,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from tilewright.torch import gate, parallel
 
 
-class GraphPass(CustomGraphPass):  # type: ignore[misc]
+class GraphPass(CustomGraphPass):
     """``rewrite(graph)``, and then the pass that was there before, if any.
 
     ``key`` says what the rewrite depends on, for Inductor's cache of compiled graphs; None: nothing is taken from it.

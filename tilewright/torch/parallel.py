@@ -60,9 +60,9 @@ class Product:
         if not isinstance(node, torch.fx.Node) or node.op != "call_function":
             return None
         if node.target is _aten.mm.default or node.target is _OURS.matmul.default:
-            return cls(node, *node.args, False)
+            return cls(node, node.args[0], node.args[1], False)
         if node.target is _OURS.linear.default and tuple(node.args[2:]) == (None, None, "none"):
-            return cls(node, *node.args[:2], True)
+            return cls(node, node.args[0], node.args[1], True)
         return None
 
     @property
@@ -250,9 +250,7 @@ def _scattered(node: Any) -> Iterator[Found]:
             rows = make(_aten.reshape.default, rows, [prod(shape[:dim]), ranks, -1, left.shape[-1]])
             rows = make(_aten.permute.default, rows, [1, 0, 2, 3])
             rows = make(_aten.reshape.default, rows, [-1, left.shape[-1]])
-        part = make(
-            _OURS.matmul_reduce_scatter.default, rows, _factor(make, product), int(columns), ranks, group
-        )
+        part = make(_OURS.matmul_reduce_scatter.default, rows, _factor(make, product), int(columns), ranks, group)
         _stand_for(make, part, wait, operation, ranks)
 
     yield Found(collectives.matmul_reduce_scatter, product.left, (product,), group, replace)
@@ -324,8 +322,8 @@ def _joined(cat: Any, ranks: int) -> tuple[Any, int, int] | None:
 def _part(node: Any) -> Any:
     """(tensor, dimension, where it begins) of a part that was cut off."""
     if node.target is _aten.slice.Tensor:
-        source, dim, start, _, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])
-        return (source, dim % _value(source).ndim, start or 0) if step == 1 else None
+        given = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        return (given[0], given[1] % _value(given[0]).ndim, given[2] or 0) if given[4] == 1 else None
     if node.target is not operator.getitem or node.args[0].target not in _SPLITS:
         return None
     split, index = node.args

@@ -77,9 +77,7 @@ def gather_columns_gemms(
     float32 and in the order of ranks: equal bits on all that have equal factors.
     """
     rows, depth = own(x).shape
-    partials = [
-        [temporary(each, (world.size, *each.shape)) for each in _each(c)] for c in products
-    ]
+    partials = [[temporary(each, (world.size, *each.shape)) for each in _each(c)] for c in products]
     for sources, given in _arriving(world, x, whole):
         for b, sums in zip(factors, partials, strict=True):
             given_b = _each(b) * (len(sources) // len(_each(b)))
