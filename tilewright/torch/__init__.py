@@ -21,6 +21,7 @@ _PLACES = {
     "attention_varlen": "serving",
     "cross_entropy": "losses",
     "gated_linear": "gated",
+    "gated_mlp": "gated",
     "grouped_mm": "grouped",
     "jit_cache": "shipping",
     "layer_norm": "norms",

@@ -80,6 +80,10 @@ def _gated(input: Any, gate: Any, up: Any, activation: str = "silu") -> Refusal:
     return "a small product" if size < LEAST_PRODUCT else None
 
 
+def _gated_mlp(input: Any, gate: Any, up: Any, down: Any, activation: str = "silu", residual: Any = None) -> Refusal:
+    return "with its gradient it is as fast in torch"
+
+
 def _grouped(mat_a: Any, mat_b: Any, **rest: Any) -> Refusal:
     return "a grouped product is as fast in torch"
 
@@ -117,6 +121,7 @@ _COSTS: dict[Any, Callable[..., Refusal]] = {
     products.linear: _linear,
     products.matmul: _matmul,
     gated.gated_linear: _gated,
+    gated.gated_mlp: _gated_mlp,
     grouped.grouped_mm: _grouped,
     sdpa.attention: _attention,
     norms.rms_norm: _norm,
