@@ -150,9 +150,10 @@ def down_backward(
 ) -> None:
     """The gradients of the two products of `gate_up`, from that of what they and ``down`` give.
 
-    With ``dh = dy @ down``: ``dleft = dh * right * FN'(left)`` and ``dright = dh * FN(left)``; dy (M, K), down (K, N), the
-    rest (M, N). FN gives (value, derivative), see `tilewright.kernels.activations`. Grid: (cdiv(M, BM), cdiv(N, BN)).
-    ``dh`` is never stored; its tile is finished WIDTH columns at a time, so that what these need fits into registers.
+    With ``dh = dy @ down``: ``dleft = dh * right * FN'(left)`` and ``dright = dh * FN(left)``; dy (M, K), down (K, N),
+    the rest (M, N). FN gives (value, derivative), as in `tilewright.kernels.activations`. Grid: (cdiv(M, BM),
+    cdiv(N, BN)). ``dh`` is never stored; its tile is finished WIDTH columns at a time, for what these need to fit into
+    registers.
     """
     m, n = tw.program_id(0), tw.program_id(1)
     dh = tw.zeros((BM, BN), tw.float32)
