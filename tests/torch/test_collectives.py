@@ -23,6 +23,7 @@ import tilewright as tw  # noqa: E402
 
 EAGER = {"fallback": "eager", "cost_gate": False}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+AG, RS, AR = "all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce"
 
 
 # --- torch's own collectives, differentiable ------------------------------------------------------
@@ -74,13 +75,13 @@ def check_operators(rank, size):
     w = torch.randn(8, 6 * size, requires_grad=True)
     whole = torch.randn(8 * size, 5, requires_grad=True)
     for dim in (0, 1, -2):
-        same(lambda x, w: collectives.all_gather_matmul(x, w, None, dim), lambda x, w: gathered(x, dim % 4) @ w,
-             (x, w), rank)  # fmt: skip
+        same(lambda x, w, dim=dim: collectives.all_gather_matmul(x, w, None, dim),
+             lambda x, w, dim=dim: gathered(x, dim % 4) @ w, (x, w), rank)  # fmt: skip
     same(lambda x, w: collectives.all_gather_matmul(x, w, gather_dim=-1), lambda x, w: gathered(x, 3) @ w,
          (x, whole), rank)  # fmt: skip
     for dim in (1, 3, -1):
-        same(lambda x, w: collectives.matmul_reduce_scatter(x, w, None, dim),
-             lambda x, w: scattered(x @ w, dim % 4), (x, w), rank)  # fmt: skip
+        same(lambda x, w, dim=dim: collectives.matmul_reduce_scatter(x, w, None, dim),
+             lambda x, w, dim=dim: scattered(x @ w, dim % 4), (x, w), rank)  # fmt: skip
     same(collectives.matmul_all_reduce, lambda x, w: reduced(x @ w), (x, w), rank)
     with pytest.raises(ValueError, match="no multiple of the number of ranks"):
         collectives.matmul_reduce_scatter(x[:, : 3 * size - 1], w, None, 1)
@@ -102,6 +103,21 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def check_sums(rank, size):
+    """A gated layer whose rows are divided: gradients of both first products are one sum, and scattered."""
+    seen = recorded(parallel)
+    torch.manual_seed(rank)
+    x, *weights = (torch.randn(*sizes, requires_grad=True) for sizes in ((4, 3, 16), (24, 16), (24, 16), (16, 24)))
+
+    def layer(x, gate, up, down):
+        rows = gathered(x, 1)
+        return scattered(F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down), 1)
+
+    compiled = torch.compile(layer, backend=backend.compile_graph, options=EAGER)
+    same(compiled, layer, (x, *weights), rank)
+    assert [report.taken for report in seen] == [[AG, RS], [AG, RS]]
 
 
 def check_plans(rank, size):
@@ -151,8 +167,9 @@ def recorded(module):
     return seen
 
 
-def test_plans_of_tensor_parallelism_match_eager():
-    torch.multiprocessing.spawn(in_group, (check_plans, 2, free_port()), nprocs=2)
+@pytest.mark.parametrize("check", [check_sums, check_plans])
+def test_layers_match_eager(check):
+    torch.multiprocessing.spawn(in_group, (check, 2, free_port()), nprocs=2)
 
 
 # --- graphs ---------------------------------------------------------------------------------------
@@ -175,9 +192,6 @@ def seen(monkeypatch):
     return recorded(parallel)
 
 
-AG, RS, AR = "all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce"
-
-
 def shared_input(x, w):
     h = gathered(x, 1)
     return F.linear(h, w) * F.silu(F.linear(h, w + 1)) + h.sum()
@@ -192,10 +206,12 @@ GRAPHS = {
     "the last dimension scattered": (lambda x, w: scattered(F.linear(x, w), 2), 16, [RS], [AG]),
     "reduced": (lambda x, w: reduced(x @ w.t()), 16, [AR], []),
     "two products of what was gathered, and more": (shared_input, 16, [AG], []),
+    "two products of what was gathered": (
+        lambda x, w: F.linear(h := gathered(x, 1), w) * F.linear(h, w + 1), 16, [AG], [RS]),
     "a product that others use": (lambda x, w: (y := F.linear(x, w)).sum() + reduced(y), 16, [], []),
     "a bias": (lambda x, w: F.linear(gathered(x, 0), w, w[:, 0]), 16, [], [RS]),
     "a maximum": (lambda x, w: reduced(F.linear(x, w).detach(), "max") * w.sum(), 16, [], []),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRAPHS)

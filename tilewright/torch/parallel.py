@@ -234,8 +234,8 @@ def _scattered(node: Any) -> Iterator[Found]:
     summed, dim = given, 0
     if joined is not None and joined[2] == 0 and _single(given) and _cut_for(joined[0], given):
         summed, dim = joined[0], joined[1]
-    product = _product_of(summed, single=summed is given)
-    if wait is None or product is None or operation not in ("sum", "avg"):
+    terms = _terms(summed, single=summed is given)
+    if wait is None or not terms or operation not in ("sum", "avg"):
         return
     shape = _value(summed).shape
     columns = dim == len(shape) - 1
@@ -244,32 +244,40 @@ def _scattered(node: Any) -> Iterator[Found]:
 
     def replace() -> None:
         make = _Maker(wait)
-        left = _value(product.left)
-        rows = make(_aten.reshape.default, product.left, [-1, left.shape[-1]])
+        rows, factor = _operands(make, terms)
         if not columns and prod(shape[:dim]) != 1:
-            rows = make(_aten.reshape.default, rows, [prod(shape[:dim]), ranks, -1, left.shape[-1]])
+            depth = _value(rows).shape[-1]
+            rows = make(_aten.reshape.default, rows, [prod(shape[:dim]), ranks, -1, depth])
             rows = make(_aten.permute.default, rows, [1, 0, 2, 3])
-            rows = make(_aten.reshape.default, rows, [-1, left.shape[-1]])
-        part = make(_OURS.matmul_reduce_scatter.default, rows, _factor(make, product), int(columns), ranks, group)
+            rows = make(_aten.reshape.default, rows, [-1, depth])
+        part = make(_OURS.matmul_reduce_scatter.default, rows, factor, int(columns), ranks, group)
         _stand_for(make, part, wait, operation, ranks)
 
-    yield Found(collectives.matmul_reduce_scatter, product.left, (product,), group, replace)
+    yield Found(collectives.matmul_reduce_scatter, terms[0].left, terms, group, replace)
 
 
 def _reduced(node: Any) -> Iterator[Found]:
     given, operation, group = node.args
-    wait, product = _only_user(node, _c10d.wait_tensor.default), _product_of(given, single=True)
-    if wait is None or product is None or operation not in ("sum", "avg"):
+    wait, terms = _only_user(node, _c10d.wait_tensor.default), _terms(given, single=True)
+    if wait is None or not terms or operation not in ("sum", "avg"):
         return
     ranks = distributed.distributed_c10d._get_group_size_by_name(group)
 
     def replace() -> None:
         make = _Maker(wait)
-        rows = make(_aten.reshape.default, product.left, [-1, _value(product.left).shape[-1]])
-        total = make(_OURS.matmul_all_reduce.default, rows, _factor(make, product), ranks, group)
+        total = make(_OURS.matmul_all_reduce.default, *_operands(make, terms), ranks, group)
         _stand_for(make, total, wait, operation, ranks)
 
-    yield Found(collectives.matmul_all_reduce, product.left, (product,), group, replace)
+    yield Found(collectives.matmul_all_reduce, terms[0].left, terms, group, replace)
+
+
+def _operands(make: _Maker, terms: tuple[Product, ...]) -> tuple[Any, Any]:
+    """The rows and the factor of the one product that a sum of products is, along a longer K."""
+    rows = [make(_aten.reshape.default, term.left, [-1, _value(term.left).shape[-1]]) for term in terms]
+    factors = [_factor(make, term) for term in terms]
+    if len(terms) == 1:
+        return rows[0], factors[0]
+    return make(_aten.cat.default, rows, 1), make(_aten.cat.default, factors, 0)
 
 
 def _factor(make: _Maker, product: Product) -> Any:
@@ -285,14 +293,18 @@ def _stand_for(make: _Maker, sums: Any, wait: Any, operation: str, ranks: int) -
     _erase_unused(wait)
 
 
-def _product_of(node: Any, *, single: bool) -> Product | None:
-    """The product that a node is, rows perhaps in another shape, and that nobody else uses."""
-    while node.target in _VIEWS and (_single(node) or not single):
-        before = node.args[0]
-        if _value(before).shape[-1] != _value(node).shape[-1]:
-            return None
-        node, single = before, True
-    return Product.of(node) if _single(node) or not single else None
+def _terms(node: Any, *, single: bool) -> tuple[Product, ...]:
+    """The products whose sum a node is, rows perhaps in another shape, and that nobody else uses; () if it is none."""
+    if single and not _single(node):
+        return ()
+    if node.target in _VIEWS and _value(node.args[0]).shape[-1] == _value(node).shape[-1]:
+        return _terms(node.args[0], single=True)
+    if node.target is _aten.add.Tensor and not node.kwargs and all(isinstance(x, torch.fx.Node) for x in node.args):
+        parts = [_terms(x, single=True) for x in node.args]
+        whole = all(parts) and all(_value(x).shape == _value(node).shape for x in node.args)
+        return sum(parts, ()) if whole else ()
+    product = Product.of(node)
+    return () if product is None else (product,)
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -390,7 +402,15 @@ def _only_user(node: Any, target: Any) -> Any:
 
 #: what a rewrite may leave without users
 _REPLACED = frozenset(
-    (*_FREE, *_SPLITS, _aten.cat.default, _aten.slice.Tensor, operator.getitem, _c10d.wait_tensor.default)
+    (
+        *_FREE,
+        *_SPLITS,
+        _aten.cat.default,
+        _aten.add.Tensor,
+        _aten.slice.Tensor,
+        operator.getitem,
+        _c10d.wait_tensor.default,
+    )
 ) | {_c10d.all_gather_into_tensor.default, _c10d.reduce_scatter_tensor.default, _c10d.all_reduce.default}
 _FINDERS = {
     _c10d.all_gather_into_tensor.default: _gathered,
