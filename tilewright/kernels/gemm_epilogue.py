@@ -80,6 +80,7 @@ def gemm_epilogue(
     factor: tw.float32 = 1.0,
     *,
     STEPS: tw.constexpr = (),
+    PARTS: tw.constexpr = 1,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
@@ -87,16 +88,18 @@ def gemm_epilogue(
     """``c = steps(a @ b)`` with a (M, K), b (K, N), c (M, N), any strides. Grid: (cdiv(M, BM), cdiv(N, BN)).
 
     Accumulates and applies ``STEPS`` in float32 and rounds once, to c's dtype. ``vector`` (N,), ``matrix`` (M, N) and
-    ``factor`` are what the steps use; None for those that none of them does.
+    ``factor`` are what the steps use; None for those that none of them does. They see a tile in ``PARTS`` parts of its
+    columns, one after the other, for what they read to fit into registers.
     """
     m, n = tw.program_id(0), tw.program_id(1)
     acc = tw.zeros((BM, BN), tw.float32)
     for k in tw.range(tw.cdiv(a.shape[1], BK)):
         acc = tw.dot(tw.load(a, (m, k), (BM, BK)), tw.load(b, (k, n), (BK, BN)), acc)
-    x = acc
-    for step in STEPS:
-        x = step(x, m, n, vector, matrix, factor)
-    tw.store(c, (m, n), x.to(c.dtype))
+    for part in tw.static_range(PARTS):
+        x, at = acc[:, part * (BN // PARTS) : (part + 1) * (BN // PARTS)], n * PARTS + part
+        for step in STEPS:
+            x = step(x, m, at, vector, matrix, factor)
+        tw.store(c, (m, at), x.to(c.dtype))
 
 
 @tw.kernel
@@ -146,26 +149,24 @@ def down_backward(
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
-    WIDTH: tw.constexpr = 64,
+    PARTS: tw.constexpr = 4,
 ) -> None:
     """The gradients of the two products of `gate_up`, from that of what they and ``down`` give.
 
     With ``dh = dy @ down``: ``dleft = dh * right * FN'(left)`` and ``dright = dh * FN(left)``; dy (M, K), down (K, N),
     the rest (M, N). FN gives (value, derivative), as in `tilewright.kernels.activations`. Grid: (cdiv(M, BM),
-    cdiv(N, BN)). ``dh`` is never stored; its tile is finished WIDTH columns at a time, for what these need to fit into
-    registers.
+    cdiv(N, BN)). ``dh`` is never stored; its tile is finished in PARTS parts, as in `gemm_epilogue`.
     """
     m, n = tw.program_id(0), tw.program_id(1)
     dh = tw.zeros((BM, BN), tw.float32)
     for k in tw.range(tw.cdiv(dy.shape[1], BK)):
         dh = tw.dot(tw.load(dy, (m, k), (BM, BK)), tw.load(down, (k, n), (BK, BN)), dh)
-    for part in tw.static_range(BN // WIDTH):
-        at = n * (BN // WIDTH) + part
-        gradient = dh[:, part * WIDTH : (part + 1) * WIDTH]
-        value, slope = FN(tw.load(left, (m, at), (BM, WIDTH)).to(tw.float32))
-        other = tw.load(right, (m, at), (BM, WIDTH)).to(tw.float32)
+    for part in tw.static_range(PARTS):
+        gradient, at = dh[:, part * (BN // PARTS) : (part + 1) * (BN // PARTS)], n * PARTS + part
+        value, slope = FN(tw.load(left, (m, at), gradient.shape).to(tw.float32))
         tw.store(dright, (m, at), (gradient * value).to(dright.dtype))
-        tw.store(dleft, (m, at), (gradient * other * slope).to(dleft.dtype))
+        slope = gradient * slope * tw.load(right, (m, at), gradient.shape).to(tw.float32)
+        tw.store(dleft, (m, at), slope.to(dleft.dtype))
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -184,7 +185,8 @@ def linear(
     """``c = steps(a @ b)`` with tiles chosen by `tilewright.kernels.gemm.configuration`. Arrays of NumPy or torch."""
     (m, n), meta = c.shape, configuration(*c.shape)
     grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
-    gemm_epilogue[grid](a, b, c, vector, matrix, factor, STEPS=steps, **meta)
+    parts = 1 if matrix is None else 2  # a matrix's tile beside the sums is more than the registers hold
+    gemm_epilogue[grid](a, b, c, vector, matrix, factor, STEPS=steps, PARTS=parts, **meta)
 
 
 def gated(
