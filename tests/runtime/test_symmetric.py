@@ -11,7 +11,12 @@ from ring_kernel import PTX, N, ring_abi
 
 import tilewright as tw
 from tilewright.ir.abi import Control
-from tilewright.kernels.multi_gpu.copy_engine import all_gather_gemm, all_to_all
+from tilewright.kernels.multi_gpu.copy_engine import (
+    all_gather_gemm,
+    all_to_all,
+    gather_columns_gemms,
+    gather_gemms,
+)
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import ArgumentError, DeviceError
 
@@ -87,6 +92,39 @@ def test_a_product_of_rows_that_are_copied(target: str, size: int) -> None:
         np.testing.assert_array_equal(a[rank], np.stack(parts))
     with pytest.raises(ArgumentError, match="cannot be spread"):
         world.spread(world.empty((size + 1, 4), "f32"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("target", ["interpreter", "sm_90a", "gfx942"])
+def test_products_of_what_is_fetched_into_ordinary_arrays(target: str, size: int) -> None:
+    """Rows or columns of all ranks, several products of them, and the same buffers for the next call."""
+    rng = np.random.default_rng(size)
+    world = tw.World.interpreter(size) if target == "interpreter" else tw.World.emulated(target, size)
+    meta, widths = {"BM": 32, "BN": 32, "BK": 16}, (40, 12)
+
+    def arrays(*shape: int, poisoned: bool = False) -> list[np.ndarray]:
+        return [np.full(shape, np.nan, np.float32) if poisoned else rng.standard_normal(shape).astype(np.float32)
+                for _ in range(size)]  # fmt: skip
+
+    for _ in range(2):
+        x, whole = arrays(20, 24), arrays(size, 20, 24, poisoned=True)
+        b, c = [arrays(24, n) for n in widths], [arrays(size, 20, n, poisoned=True) for n in widths]
+        gather_gemms(world, x, whole, b, c, **meta)
+        for rank in range(size):
+            np.testing.assert_array_equal(whole[rank], np.stack(x))
+            for factor, product in zip(b, c, strict=True):
+                exact = np.stack(x).astype(np.float64) @ factor[rank]
+                np.testing.assert_allclose(product[rank], exact, rtol=1e-4, atol=1e-4)
+        b, c = [arrays(size * 24, n) for n in widths], [arrays(20, n, poisoned=True) for n in widths]
+        gather_columns_gemms(world, x, whole, b, c, **meta)
+        for rank in range(size):
+            for factor, product in zip(b, c, strict=True):
+                exact = np.concatenate(x, 1).astype(np.float64) @ factor[rank]
+                np.testing.assert_allclose(product[rank], exact, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ArgumentError, match="cannot be filled from"):
+        world.fetch(world.empty((20, 24), "f32"), arrays(size, 20, 23))
+    with pytest.raises(ArgumentError, match="cannot be copied to"):
+        world.fill_own(world.empty((20, 24), "f32"), arrays(20, 23))
 
 
 # --- tensors ----------------------------------------------------------------------------------------
