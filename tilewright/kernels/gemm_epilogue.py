@@ -203,8 +203,11 @@ def gated(
 def gated_gradients(
     dy: Any, down: Any, left: Any, right: Any, dleft: Any, dright: Any, *, activation: Any = derivatives.silu
 ) -> None:
-    """The gradients of both products, see `down_backward`. Arrays of NumPy or torch, on one device."""
-    (m, n), meta = dleft.shape, configuration(*dleft.shape)
+    """The gradients of both products, see `down_backward`. Arrays of NumPy or torch, on one device.
+
+    An epilogue that reads and writes four times the tile belongs under the products of another tile.
+    """
+    (m, n), meta = dleft.shape, {"BM": 128, "BN": 128, "BK": 64, "schedule": "alternate"}
     if dy.itemsize > 2:
         meta = {"BM": 64, "BN": 64, "BK": 32}
     grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])

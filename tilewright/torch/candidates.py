@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.torch import gated, grouped, losses, products, sdpa
-from tilewright.torch.graphs import CALLS, example, insert, is_call, is_tensor, only_user, without_dropout
+from tilewright.torch.graphs import CALLS, example, insert, is_call, is_tensor, name_of, only_user, without_dropout
 from tilewright.torch.masks import Band, band_of
 
 _RELU = (F.relu, torch.relu, "relu")
@@ -24,6 +24,8 @@ _REARRANGED = (
     *(torch.chunk, "chunk", torch.split, "split", torch.cat, operator.getitem),
     *("view", "reshape", torch.reshape, "flatten", torch.flatten, "contiguous"),
 )
+#: what makes an ordinary tensor of a collective's result, and where gradients flow hides it from view
+_WAITS = ("wait_tensor", "autograd_function_apply")
 
 
 @dataclass(frozen=True)
@@ -158,24 +160,24 @@ def beside_collective(product: Any, input: Any) -> bool:
 
     Also along another dimension than the first, for which tensors are cut into parts that are put together again.
     """
-    while is_call(input, *_REARRANGED) and input.args:
-        source = input.args[0]
-        input = source[0] if isinstance(source, list | tuple) and source else source
-    if is_call(input, *_collective("wait_tensor")) and is_call(input.args[0], *_collective("all_gather_into_tensor")):
-        return True
+    while is_call(input, *_REARRANGED) or _named(input, *_WAITS):
+        sources = input.args[0] if isinstance(input.args[0], list | tuple) else input.args
+        hidden = _named(input, *_WAITS)  # among what else a function of autograd is given
+        input = next((source for source in sources if is_tensor(source)), None) if hidden else sources[0]
+        if _named(input, "all_gather_into_tensor"):
+            return True
     results = [product]
     while results:
         users = list(results.pop().users)
-        if any(is_call(user, *_collective("reduce_scatter_tensor"), *_collective("all_reduce")) for user in users):
+        if any(_named(user, "reduce_scatter_tensor", "all_reduce") for user in users):
             return True
         results += [user for user in users if is_call(user, *_REARRANGED)]
     return False
 
 
-def _collective(name: str) -> tuple[Any, ...]:
-    """A functional collective of torch as a graph may call it; nothing where torch has none."""
-    packet = getattr(torch.ops._c10d_functional, name, None)
-    return () if packet is None else (packet, packet.default)
+def _named(node: Any, *names: str) -> bool:
+    """Whether a node calls a function of one of these names: torch has its functional collectives in two libraries."""
+    return isinstance(node, torch.fx.Node) and node.op == "call_function" and name_of(node.target) in names
 
 
 def _linear_arguments(node: Any) -> dict[str, Any]:

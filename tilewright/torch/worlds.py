@@ -12,6 +12,7 @@ import torch
 import torch.distributed as distributed
 
 import tilewright as tw
+from tilewright.compiler.environment import WAIT_TIMEOUT
 from tilewright.torch.support import Refusal, refuse_place
 
 
@@ -25,6 +26,8 @@ class Shared:
     finished: Any = None
 
 
+#: seconds that a kernel waits at least: as long as torch's collectives do, since a rank may still be compiling
+PATIENCE = 600.0
 _shared: WeakKeyDictionary[Any, Shared] = WeakKeyDictionary()
 
 
@@ -62,7 +65,8 @@ def _make(members: Any, device: Any) -> Shared:
         return Shared(None, "tensors that are not on the current device")
     world, failure = None, None
     try:
-        world = tw.World.distributed(members)
+        given = WAIT_TIMEOUT.get()
+        world = tw.World.distributed(members, timeout=given and max(given, PATIENCE))
     except tw.DeviceError as error:
         failure = str(error)
     distributed.all_gather_object(known, failure, group=members)
