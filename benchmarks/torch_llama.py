@@ -111,10 +111,7 @@ def rivals(model: Stack, options: argparse.Namespace) -> dict[str, Any]:
     if options.take:
         ours["operators"] = tuple(options.take.split(","))
     torch._dynamo.reset()
-    return {
-        "inductor": torch.compile(model),
-        "tilewright": torch.compile(model, backend=compile_graph, options=ours),
-    }
+    return {"inductor": torch.compile(model), "tilewright": torch.compile(model, backend=compile_graph, options=ours)}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -122,7 +119,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     exact = references(model, inputs, dy) if options.check else {}
     compiled = {name: steps(f, inputs, dy) for name, f in rivals(model, options).items()}
     rows = []
-    for work in WORKS[-1:] if options.training else WORKS:
+    for work in WORKS if options.work is None else (options.work,):
         calls = {name: found[work] for name, found in compiled.items()}
         row: dict[str, Any] = {"work": work, "take": options.take or "by the gate", **shape(options)}
         results = {name: call() for name, call in calls.items()}
@@ -229,7 +226,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--take", default="", help="take calls of these operators alone, whatever the gate says")
     parser.add_argument("--no-gate", action="store_true", help="take every call that the kernels can")
-    parser.add_argument("--training", action="store_true", help="forward with backward alone")
+    parser.add_argument("--work", choices=WORKS, help="this one alone")
     parser.add_argument("--explain", action="store_true")
     parser.add_argument("--profile", action="store_true", help="list the kernels of a call by their time")
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the errors against float32")

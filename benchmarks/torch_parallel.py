@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +23,7 @@ from torch.distributed import _functional_collectives as collectives
 
 from tilewright.torch.backend import compile_graph
 
-Tensors = dict[str, torch.Tensor]
+PASSES = "forward", "forward and backward"
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def steps(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> 
         out = function(*inputs)
         return (out, *torch.autograd.grad(out, inputs, out.detach()))
 
-    return {"forward": forward, "forward and backward": both}
+    return dict(zip(PASSES, (forward, both), strict=True))
 
 
 def rivals(function: Callable[..., torch.Tensor], options: argparse.Namespace) -> dict[str, Any]:
@@ -102,13 +102,15 @@ def errors(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> 
     return float(value)
 
 
-def measure(work: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(work: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     inputs = make(work, options)
-    function, rows = WORKS[work][0], []
+    function = WORKS[work][0]
     torch._dynamo.reset()
     compiled = {name: steps(f, inputs) for name, f in rivals(function, options).items()}
     wide = [value.detach().float().requires_grad_() for value in inputs]
     for pass_, exact in steps(function, wide).items():
+        if pass_ not in options.passes:
+            continue
         row: dict[str, Any] = {"work": work, "pass": pass_, "rows": options.rows, "hidden": options.hidden,
                                "feed": options.feed, "ranks": distributed.get_world_size()}  # fmt: skip
         expected, calls = exact(), {}
@@ -126,10 +128,9 @@ def measure(work: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 if name != "tilewright" and "tilewright" in times:
                     pairs = zip(times[name], times["tilewright"], strict=True)
                     row[f"over_{name}"] = median(theirs / ours for theirs, ours in pairs)
-        rows.append(row)
         if distributed.get_rank() == 0:
             print("  ".join(f"{key} {f'{v:.4g}' if isinstance(v, float) else v}" for key, v in row.items()), flush=True)
-    return rows
+        yield row
 
 
 def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
@@ -139,10 +140,12 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
     torch.cuda.set_device(rank)
     distributed.init_process_group("nccl", rank=rank, world_size=options.ranks, device_id=torch.device("cuda", rank))
     enable_symm_mem_for_group(distributed.group.WORLD.group_name)
-    rows = [row for work in options.works for row in measure(work, options)]
-    if rank == 0 and options.json:
-        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    rows = []
+    for row in (row for work in options.works for row in measure(work, options)):
+        rows.append(row)
+        if rank == 0 and options.json:
+            about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+            options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     distributed.barrier()
     os._exit(0)  # NCCL's teardown waits for tensors that torch's symmetric memory keeps
 
@@ -152,6 +155,7 @@ def main() -> None:
     for name, value in (("ranks", 2), ("rows", 16384), ("hidden", 4096), ("feed", 14336), ("repeats", 12)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS))
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--take", default="", help="take calls of these operators alone, whatever the gate says")
     parser.add_argument("--explain", action="store_true")
     parser.add_argument("--json", type=Path)
