@@ -208,6 +208,7 @@ GRAPHS = {
     "two products of what was gathered, and more": (shared_input, 16, [AG], []),
     "two products of what was gathered": (
         lambda x, w: F.linear(h := gathered(x, 1), w) * F.linear(h, w + 1), 16, [AG], [RS]),
+    "a product with itself": (lambda x, w: (h := gathered(x, 1).flatten(0, 1)) @ h.t() + w.sum(), 16, [], []),
     "a product that others use": (lambda x, w: (y := F.linear(x, w)).sum() + reduced(y), 16, [], []),
     "a bias": (lambda x, w: F.linear(gathered(x, 0), w, w[:, 0]), 16, [], [RS]),
     "a maximum": (lambda x, w: reduced(F.linear(x, w).detach(), "max") * w.sum(), 16, [], []),
@@ -241,6 +242,20 @@ def test_the_gate_and_the_report(options, reason, pretended, seen, capsys):
     torch.compile(lambda x, w: F.linear(gathered(x, 0), w), backend=backend.compile_graph, options=given)(x, w)
     assert [decision.reason[: len(reason)] for report in seen for decision in report.decisions] == [reason]
     assert "0 of 1 products beside collectives taken, the rest to eager" in capsys.readouterr().out
+
+
+def test_the_gate_knows_groups_and_sizes(pretended):
+    from torch._subclasses import FakeTensorMode
+
+    from tilewright.torch.gate import not_worthwhile
+
+    name, alone = distributed.group.WORLD.group_name, distributed.new_group([0]).group_name
+    with FakeTensorMode():
+        large, small = (torch.empty(n, n, device="cuda", dtype=torch.bfloat16) for n in (4096, 64))
+        for operator in (collectives.all_gather_matmul, collectives.matmul_all_reduce):
+            assert not_worthwhile(operator, large, large, name) is None
+            assert "small" in not_worthwhile(operator, large, small, name)
+            assert "another size" in not_worthwhile(operator, large, large, alone)
 
 
 def test_symbols_and_groups_of_one_are_left(pretended, seen):

@@ -71,15 +71,15 @@ class World(SymmetricHeap):
         return cls._on_gpus(LocalMemory([gpu_memory(device) for device in devices]))
 
     @classmethod
-    def distributed(cls, group: Any = None, *, timeout: float | None = None) -> World:
+    def distributed(cls, group: Any = None, *, patience: float = 0) -> World:
         """The processes of a torch process group (None: all), each with torch's current GPU; tensors are torch's.
 
-        ``timeout``: seconds after which a kernel gives up waiting (None: `TILEWRIGHT_WAIT_TIMEOUT`). Collective.
-        DeviceError if torch.distributed is not up or a GPU cannot reach another one's memory.
+        ``patience``: seconds that a kernel waits at least before it gives up, where `TILEWRIGHT_WAIT_TIMEOUT` is less.
+        Collective. DeviceError if torch.distributed is not up or a GPU cannot reach another one's memory.
         """
         from tilewright.runtime.symmetric_torch import TorchMemory, current_gpu
 
-        return cls._on_gpus(TorchMemory(gpu_memory(current_gpu()), group), timeout)
+        return cls._on_gpus(TorchMemory(gpu_memory(current_gpu()), group), patience)
 
     @classmethod
     def connect(cls, rank: int, size: int, address: str, device: int | str | None = None) -> World:
@@ -99,8 +99,9 @@ class World(SymmetricHeap):
         return new_address()
 
     @classmethod
-    def _on_gpus(cls, memory: SymmetricMemory, timeout: float | None = None) -> World:
-        return cls(memory, timeout=WAIT_TIMEOUT.get() if timeout is None else timeout)
+    def _on_gpus(cls, memory: SymmetricMemory, patience: float = 0) -> World:
+        given = WAIT_TIMEOUT.get()
+        return cls(memory, timeout=max(given, patience) if given else 0)
 
     def launch(self, kernel: Kernel, grid: Grid, *args: Any, stream: Any = None, **meta: Any) -> None:
         """``kernel[grid](*args, **meta)`` on every rank of this process, all started together.

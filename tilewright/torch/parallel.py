@@ -131,7 +131,7 @@ def _gathered(node: Any) -> Iterator[Found]:
         return
     whole, dim = _put_together(wait, ranks)
     where = min(whole.users, default=None)
-    products = tuple(product for product in _products(whole) if _movable(product.right, where))
+    products = tuple(product for product in _products(whole) if _movable(product.right, where, whole))
     if products:
         gather = _Gather(source, whole, dim, ranks, group)
         yield Found(collectives.all_gather_matmul, source, products, group, partial(gather.replace, products))
@@ -211,9 +211,13 @@ def _ends(node: Any) -> Iterator[Any]:
             yield user
 
 
-def _movable(node: Any, place: Any) -> bool:
-    """Whether a node is computed before another one, or may be, for nothing."""
-    return node < place or (node.target in _FREE and all(_movable(each, place) for each in node.all_input_nodes))
+def _movable(node: Any, place: Any, without: Any) -> bool:
+    """Whether a node is computed before another one, or may be, for nothing and ``without`` a third one."""
+    if node is without:
+        return False
+    return node < place or (
+        node.target in _FREE and all(_movable(each, place, without) for each in node.all_input_nodes)
+    )
 
 
 def _move(node: Any, place: Any) -> None:

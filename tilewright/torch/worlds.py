@@ -12,7 +12,6 @@ import torch
 import torch.distributed as distributed
 
 import tilewright as tw
-from tilewright.compiler.environment import WAIT_TIMEOUT
 from tilewright.torch.support import Refusal, refuse_place
 
 
@@ -65,8 +64,7 @@ def _make(members: Any, device: Any) -> Shared:
         return Shared(None, "tensors that are not on the current device")
     world, failure = None, None
     try:
-        given = WAIT_TIMEOUT.get()
-        world = tw.World.distributed(members, timeout=given and max(given, PATIENCE))
+        world = tw.World.distributed(members, patience=PATIENCE)
     except tw.DeviceError as error:
         failure = str(error)
     distributed.all_gather_object(known, failure, group=members)
