@@ -143,6 +143,7 @@ _mlp = torch_op(
     launch=_launch_mlp,
     backward=_mlp_backward,
     setup_context=_mlp_context,
+    pure=True,
 )
 
 
@@ -157,6 +158,7 @@ _down_backward = torch_op(
     " -> (Tensor, Tensor)",
     outputs=lambda dy, down, left, right, activation: (empty_rows(left), empty_rows(right)),
     launch=_launch_down_backward,
+    pure=True,
 )
 
 
