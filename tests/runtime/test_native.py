@@ -156,15 +156,34 @@ def test_shapes_strides_dtypes_and_alignment_are_told_apart(launches):
 def test_tensor_maps_follow_addresses(launches):
     kernel = Kernel(turned)
     x, ys = torch.randn(16, 16), [torch.empty(16, 16) for _ in range(2)]
-    for i in range(8):
+    for i in range(60):
         kernel[(2, 2)](x, ys[i % 2].fill_(0), FN=negated)
         assert torch.equal(ys[i % 2], -x)
     before = launches.encoded
-    kernel[(2, 2)](x, ys[1], FN=negated)
+    assert before < 30
+    for y in ys * 4:
+        kernel[(2, 2)](x, y, FN=negated)
     assert launches.encoded == before  # nothing has moved
     moved = torch.full((16, 16), float("nan"))
     kernel[(2, 2)](x, moved, FN=negated)
     assert launches.encoded == before + 1 and torch.equal(moved, -x)
+
+
+def test_tensor_maps_of_many_layers(launches):
+    """A program serves tensors in many places, and keeps about as many maps."""
+    kernel = Kernel(turned)
+    pairs = [(torch.randn(16, 16), torch.empty(16, 16)) for _ in range(24)]
+
+    def rounds(count):
+        before = launches.encoded
+        for _ in range(count):
+            for x, y in pairs:
+                kernel[(2, 2)](x, y.fill_(0), FN=negated)
+                assert torch.equal(y, -x)
+        return (launches.encoded - before) / (2 * count * len(pairs))
+
+    rounds(12)
+    assert rounds(4) < 0.7  # of 48 maps that each round needs
 
 
 def test_streams(launches, kernel):

@@ -88,7 +88,7 @@ def test_operators(name, no_python):
             named = {key: fresh(value) for key, value in options.items()}
             with torch.autograd.profiler.profile():  # goes through Python
                 rounds.append((arguments, named, operator(*arguments, **named)))
-        for arguments, named, _ in rounds[:2]:
+        for arguments, named, _ in rounds[:4]:  # what a function calls is seen later than itself
             operator(*arguments, **named)
         no_python.forbid()
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

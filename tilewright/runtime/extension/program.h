@@ -8,6 +8,7 @@
 #define MOST_PARAMETERS 256
 #define MAP_BYTES 128
 #define MAP_ALIGN 64
+#define MOST_MAPS 64          /* kept for one argument */
 
 enum { ADDRESS, INT32, INT64, FLOAT32, FLOAT64, INT_AS_FLOAT32, INT_AS_FLOAT64 };
 typedef struct { uint32_t offset, code, source; int64_t add; } Patch;
@@ -15,9 +16,12 @@ typedef struct {
   uint32_t offset, source, rank;
   int64_t add;
   int type, swizzle;
-  uint64_t dims[5], strides[5], encoded;   /* the address that `bytes` are for */
+  uint64_t dims[5], strides[5];
   uint32_t box[5];
-  uint8_t *bytes;                          /* MAP_BYTES, aligned */
+  /* maps that are kept, each in the slot that its address has: layers of a model share a program, not their memory */
+  uint32_t slots, misses;
+  uint64_t *addresses;
+  uint8_t *bytes;   /* MAP_BYTES for each slot, aligned */
 } Map;
 typedef struct {
   void *function;
@@ -54,6 +58,17 @@ static int read_words(PyObject *tuple, uint64_t *out, int most) {
   return (int)count;
 }
 
+/* Twice as many slots, all empty; -1 if there is no memory, and the map is as before. */
+static int map_grow(Map *map) {
+  uint32_t slots = map->slots ? 2 * map->slots : 2;
+  uint64_t *addresses = PyMem_Calloc(slots, sizeof *addresses);
+  uint8_t *bytes = PyMem_Malloc((size_t)slots * MAP_BYTES + MAP_ALIGN);
+  if (!addresses || !bytes) return PyMem_Free(addresses), PyMem_Free(bytes), -1;
+  PyMem_Free(map->addresses), PyMem_Free(map->bytes);
+  map->addresses = addresses, map->bytes = bytes, map->slots = slots, map->misses = 0;
+  return 0;
+}
+
 static int read_map(PyObject *given, Map *map) {
   PyObject *dims, *strides, *box;
   uint64_t words[5];
@@ -67,8 +82,7 @@ static int read_map(PyObject *given, Map *map) {
   }
   for (int i = 0; i < rank; i++) map->box[i] = (uint32_t)words[i];
   map->rank = rank;
-  map->bytes = PyMem_Malloc(MAP_BYTES + MAP_ALIGN);
-  return map->bytes ? 0 : (PyErr_NoMemory(), -1);
+  return map_grow(map) ? (PyErr_NoMemory(), -1) : 0;
 }
 
 static uint8_t *aligned(uint8_t *at) { return (uint8_t *)(((uintptr_t)at + MAP_ALIGN - 1) & ~(uintptr_t)(MAP_ALIGN - 1)); }
@@ -166,7 +180,7 @@ static int program_clear(Program *self) {
 static void program_dealloc(Program *self) {
   for (Py_ssize_t i = 0; i < self->start_count; i++) {
     Start *start = &self->starts[i];
-    for (uint32_t j = 0; j < start->map_count; j++) PyMem_Free(start->maps[j].bytes);
+    for (uint32_t j = 0; j < start->map_count; j++) PyMem_Free(start->maps[j].bytes), PyMem_Free(start->maps[j].addresses);
     PyMem_Free(start->image), PyMem_Free(start->offsets), PyMem_Free(start->patches), PyMem_Free(start->maps);
   }
   PyMem_Free(self->starts);
@@ -197,6 +211,23 @@ static int find_stream(Host *host, Program *program, PyObject *given, void **str
   return PyErr_Occurred() ? -1 : 0;
 }
 
+/* The map for an address, kept or made; NULL if the driver refuses. */
+static const uint8_t *encoded(Host *host, Map *map, uint64_t address) {
+  static const uint32_t ones[5] = {1, 1, 1, 1, 1};
+  /* as many slots as there are addresses in use, roughly; without memory for more it goes on with those it has */
+  if (map->misses > 4 * map->slots && map->slots < MOST_MAPS) map_grow(map);
+  uint32_t slot = (uint32_t)((address * 0x9E3779B97F4A7C15u) >> 40) & (map->slots - 1);
+  uint8_t *bytes = aligned(map->bytes) + (size_t)slot * MAP_BYTES;
+  if (address && map->addresses[slot] == address) return bytes;
+  map->addresses[slot] = 0;
+  map->misses++;
+  if (host->encode(bytes, map->type, map->rank, (void *)(uintptr_t)address, map->dims, map->strides, map->box, ones, 0,
+                   map->swizzle, 3, 0))
+    return NULL;
+  map->addresses[slot] = address;
+  return bytes;
+}
+
 /* The arguments of one start for these values, written to `image`. -1: not to be had, no error set. */
 static int fill(Host *host, Start *start, const uint64_t *values, uint8_t *image) {
   memcpy(image, start->image, start->size);
@@ -220,16 +251,8 @@ static int fill(Host *host, Start *start, const uint64_t *values, uint8_t *image
     }
   }
   for (Map *map = start->maps; map < start->maps + start->map_count; map++) {
-    uint64_t address = values[map->source] + (uint64_t)map->add;
-    uint8_t *bytes = aligned(map->bytes);
-    if (map->encoded != address || !address) {
-      static const uint32_t ones[5] = {1, 1, 1, 1, 1};
-      map->encoded = 0;
-      if (host->encode(bytes, map->type, map->rank, (void *)(uintptr_t)address, map->dims, map->strides, map->box, ones, 0,
-                       map->swizzle, 3, 0))
-        return -1;
-      map->encoded = address;
-    }
+    const uint8_t *bytes = encoded(host, map, values[map->source] + (uint64_t)map->add);
+    if (!bytes) return -1;
     memcpy(image + map->offset, bytes, MAP_BYTES);
   }
   return 0;
