@@ -79,8 +79,8 @@ def calls() -> dict[str, tuple[Callable[[], Any], Any]]:
         "operator attention": (lambda: ours.attention(q, q, q, None, None, True, 0.125), eager),
         "function attention": (lambda: twt.attention(q, q, q, is_causal=True), eager),
         "torch attention": (lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), eager),
-        "operator linear (K split)": (lambda: ours.linear(a, w, None, None, "none"), eager),
-        "function linear (K split)": (lambda: twt.linear(a, w), eager),
+        "operator linear": (lambda: ours.linear(a, w, None, None, "none"), eager),
+        "function linear": (lambda: twt.linear(a, w), eager),
         "torch linear": (lambda: F.linear(a, w), eager),
     }
 
