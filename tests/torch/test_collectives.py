@@ -255,6 +255,7 @@ def test_the_gate_knows_groups_and_sizes(pretended):
         for operator in (collectives.all_gather_matmul, collectives.matmul_all_reduce):
             assert not_worthwhile(operator, large, large, name) is None
             assert "small" in not_worthwhile(operator, large, small, name)
+            assert "last dimension" in not_worthwhile(operator, large, large, name, True)
             assert "another size" in not_worthwhile(operator, large, large, alone)
 
 
@@ -306,7 +307,7 @@ def test_the_kernels_get_what_they_need(name, alone, monkeypatch):
     world = tw.World.interpreter(1)
     launches, launch = [], world.launch
     monkeypatch.setattr(world, "launch", lambda *args, **meta: (launches.append(args[0]), launch(*args, **meta)))
-    monkeypatch.setattr(collectives, "_world", lambda group, *operands: world)
+    monkeypatch.setattr(collectives, "_world", lambda *operands: world)
     for _ in range(2):  # with the buffers of the call before
         torch.testing.assert_close(operator(*arguments(x, w, alone)), expected, **CLOSE)
     assert launches

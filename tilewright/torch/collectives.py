@@ -24,11 +24,11 @@ from tilewright.torch.worlds import finished, world_of
 _c10d = torch.ops._c10d_functional
 
 
-def _world(group: str, x: Any, *others: Any) -> Any:
-    """The world for these operands, None where torch does the work. The same on all ranks."""
+def _world(group: str, work: Any, x: Any, *others: Any) -> Any:
+    """The world for a kind of work and its operands, None where torch does it. The same on all ranks."""
     if x.dtype == torch.float32 or refuse_tensors(x, *others) is not None:
         return None
-    return world_of(group, x, *others)
+    return world_of(group, work, x, *others)
 
 
 # --- all-gather and products ----------------------------------------------------------------------
@@ -43,7 +43,7 @@ def _gather_outputs(x: Any, others: Any, dim: int, ranks: int, group: str, keep:
 def _gather_launch(made: Any, x: Any, others: Any, dim: int, ranks: int, group: str, keep: bool) -> None:
     whole, products = made
     x, others = x.contiguous(), [other.detach() for other in others]
-    world = _world(group, x, *others)
+    world = _world(group, ("gather", dim), x, *others)
     if world is None:
         gathered = _all_gather(x, dim, ranks, group)
         for other, product in zip(others, products, strict=True):
@@ -109,17 +109,17 @@ def _scatter_outputs(x: Any, other: Any, dim: int, ranks: int, group: str) -> An
 
 
 def _scatter_launch(out: Any, x: Any, other: Any, dim: int, ranks: int, group: str) -> None:
-    world = _world(group, x, other)
+    world = _world(group, ("scatter", dim), x, other)
     if world is None:
         product = torch.mm(x, other)
         parts = product if dim == 0 else torch.cat(product.chunk(ranks, 1))
         out.copy_(_c10d.wait_tensor(_c10d.reduce_scatter_tensor(parts, "sum", ranks, group)))
-    elif dim == 0:
+        return
+    if dim == 0:
         gemm_rs(world, x, other, out)
     else:
         gemm_rs(world, other.t(), x.t(), out.t())
-    if world is not None:
-        finished(group)
+    finished(group)
 
 
 def _scatter_backward(ctx: Any, dy: Any) -> tuple[Any, ...]:
@@ -142,7 +142,7 @@ _reduce_scatter = torch_op(
 
 
 def _reduce_launch(out: Any, x: Any, other: Any, ranks: int, group: str) -> None:
-    world = _world(group, x, other)
+    world = _world(group, "reduce", x, other)
     if world is None:
         product = torch.mm(x, other)
         out.copy_(_c10d.wait_tensor(_c10d.all_reduce(product, "sum", group)))

@@ -58,7 +58,9 @@ def not_worthwhile(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     return cost(*args, **kwargs)
 
 
-def _collective(input: Any, other: Any, group: str) -> Refusal:
+def _collective(input: Any, other: Any, group: str, columns: bool = False) -> Refusal:
+    if columns:
+        return "collectives along the last dimension were not measured"
     if torch.distributed.distributed_c10d._get_group_size_by_name(group) != MEASURED_RANKS:
         return "groups of another size were not measured"
     return "a small product" if _elements(input) * _hint(other.shape[1]) < LEAST_PRODUCT else None

@@ -74,12 +74,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Found:
-    """A collective and its products: our operator's function, the rows that it would get, and what replaces them."""
+    """A collective and its products: our operator's function, what it would get, and what puts it into the graph."""
 
     ours: Any
     rows: Any
     products: tuple[Product, ...]
     group: str
+    #: whether the last dimension is gathered or scattered
+    columns: bool
     replace: Callable[[], None]
 
 
@@ -93,7 +95,8 @@ def _refuse(found: Found, gate: Gate) -> Refusal:
     reason = refuse_tensors(rows, *factors)
     if reason is None and rows.device.type == "cuda" and rows.dtype == torch.float32:
         reason = "dtype float32"
-    return reason or gate(found.ours, rows, max(factors, key=lambda factor: factor.shape[1]), found.group)
+    widest = max(factors, key=lambda factor: factor.shape[1])
+    return reason or gate(found.ours, rows, widest, found.group, found.columns)
 
 
 # --- all-gather -----------------------------------------------------------------------------------
@@ -134,7 +137,8 @@ def _gathered(node: Any) -> Iterator[Found]:
     products = tuple(product for product in _products(whole) if _movable(product.right, where, whole))
     if products:
         gather = _Gather(source, whole, dim, ranks, group)
-        yield Found(collectives.all_gather_matmul, source, products, group, partial(gather.replace, products))
+        replace = partial(gather.replace, products)
+        yield Found(collectives.all_gather_matmul, source, products, group, gather.columns, replace)
 
 
 def _put_together(wait: Any, ranks: int) -> tuple[Any, int]:
@@ -169,18 +173,22 @@ class _Gather:
     ranks: int
     group: str
 
+    @property
+    def columns(self) -> bool:
+        """Whether it is the last dimension, along which the products sum."""
+        return self.dim == _value(self.source).ndim - 1
+
     def replace(self, products: tuple[Product, ...]) -> None:
         """One call of ours before anything uses what was gathered, and with that again where others need it."""
         where = min(self.whole.users)
         for product in products:
             _move(product.right, where)
         make = _Maker(where)
-        last = self.dim == _value(self.source).ndim - 1
         rows = make(_aten.reshape.default, self.source, [-1, _value(self.source).shape[-1]])
         factors = [_factor(make, product) for product in products]
         taken = {product.node for product in products}
         keep = any(user not in taken for user in _ends(self.whole))
-        arguments = int(last), self.ranks, self.group, keep
+        arguments = int(self.columns), self.ranks, self.group, keep
         made = make(_OURS.all_gather_matmul.default, rows, factors, *arguments)
         listed = make(operator.getitem, made, 1)
         for i, product in enumerate(products):
@@ -196,7 +204,7 @@ class _Gather:
     def _in_order(self, make: _Maker, tensor: Any, shape: Any) -> Any:
         """Rows rank by rank as those of a tensor of that shape, whose dimension ``dim`` they are parts of."""
         lead = prod(_value(self.source).shape[: self.dim])
-        if lead != 1 and self.dim != _value(self.source).ndim - 1:
+        if lead != 1 and not self.columns:
             tensor = make(_aten.reshape.default, tensor, [self.ranks, lead, -1, _value(tensor).shape[-1]])
             tensor = make(_aten.permute.default, tensor, [1, 0, 2, 3])
         return make(_aten.reshape.default, tensor, [*shape])
@@ -257,7 +265,7 @@ def _scattered(node: Any) -> Iterator[Found]:
         part = make(_OURS.matmul_reduce_scatter.default, rows, factor, int(columns), ranks, group)
         _stand_for(make, part, wait, operation, ranks)
 
-    yield Found(collectives.matmul_reduce_scatter, terms[0].left, terms, group, replace)
+    yield Found(collectives.matmul_reduce_scatter, terms[0].left, terms, group, columns, replace)
 
 
 def _reduced(node: Any) -> Iterator[Found]:
@@ -272,7 +280,7 @@ def _reduced(node: Any) -> Iterator[Found]:
         total = make(_OURS.matmul_all_reduce.default, *_operands(make, terms), ranks, group)
         _stand_for(make, total, wait, operation, ranks)
 
-    yield Found(collectives.matmul_all_reduce, terms[0].left, terms, group, replace)
+    yield Found(collectives.matmul_all_reduce, terms[0].left, terms, group, False, replace)
 
 
 def _operands(make: _Maker, terms: tuple[Product, ...]) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +17,12 @@ from tilewright.torch.support import Refusal, refuse_place
 
 @dataclass
 class Shared:
-    """What a process group has: a world, or the reason why it has none; and where its last launch went."""
+    """What a process group has: a world, or the reason why it has none; and on which stream its last launch is."""
 
     world: Any
     refusal: Refusal
+    #: what has run, and so has its buffers
+    known: set[Any] = field(default_factory=set)
     stream: Any = None
     finished: Any = None
 
@@ -30,22 +32,24 @@ PATIENCE = 600.0
 _shared: WeakKeyDictionary[Any, Shared] = WeakKeyDictionary()
 
 
-def world_of(group: str, *tensors: Any) -> Any:
+def world_of(group: str, work: Any, *tensors: Any) -> Any:
     """The world of the process group of that name for these tensors, None where torch must do the work.
 
-    Collective when a group is met for the first time. All ranks get a world, or none does: what decides is the same
-    for all of them, or was told to all of them.
+    Collective when a group is met for the first time, as is making buffers for a ``work`` of other sizes: neither is
+    part of a graph that is being captured. All ranks get a world, or none does: what decides is the same for all of
+    them, or was told to all of them.
     """
     first = tensors[0]
     if first.device.type != "cuda" or refuse_place(*tensors) is not None:
         return None
     members = distributed.distributed_c10d._resolve_process_group(group)
-    found = _shared.get(members)
+    found, key = _shared.get(members), (work, *((x.shape, x.dtype) for x in tensors))
+    if torch.cuda.is_current_stream_capturing():
+        return found.world if found is not None and key in found.known else None
     if found is None:
-        if torch.cuda.is_current_stream_capturing():
-            return None  # making a world is no part of a graph
         found = _shared[members] = _make(members, first.device)
-    if found.refusal is None:
+    if found.world is not None:
+        found.known.add(key)
         _follow(found, first.device)
     return found.world
 
@@ -75,12 +79,10 @@ def _make(members: Any, device: Any) -> Shared:
 def _follow(shared: Shared, device: Any) -> None:
     """Launches of a world follow one another, whatever streams they are given.
 
-    Not within a graph, which cannot wait for what is outside of it: its replays belong on the stream of other calls.
+    But for graphs, which cannot wait for what is outside of them: their replays belong on the stream of other calls.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return
     stream = torch.cuda.current_stream(device)
-    if shared.stream is not None and shared.stream != stream:
+    if shared.finished is not None and shared.stream != stream:
         shared.finished.wait(stream)
     shared.stream = stream
 
