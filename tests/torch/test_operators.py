@@ -268,10 +268,11 @@ def test_opcheck(name):
 
 
 def test_opcheck_covers_all():
+    from tilewright.torch.gate import COLLECTIVES
     from tilewright.torch.operator import _libraries
 
     registered = {name.partition("::")[2] for name in _libraries if name.startswith("tilewright::")}
-    assert registered == set(_operators())
+    assert registered - COLLECTIVES == set(_operators()), "those with a process group are in test_collectives.py"
 
 
 def _refused():
