@@ -93,6 +93,15 @@ def test_dropout_draws_the_same_mask_everywhere(device: str) -> None:
     assert ((y == 0) == (exact == 0)).all() and y.tobytes() == again.tobytes()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_rates_of_nothing_and_of_everything(device: str) -> None:
+    x, y = normal(4, 256), poisoned(4, 256)
+    launch(device, dropout, (1,), x, y, 0.0, 3, 0, BM=4, BN=256)
+    np.testing.assert_array_equal(y, x)
+    launch(device, dropout, (1,), x, y, 1.0, 3, 0, BM=4, BN=256)
+    assert (y == 0).all()
+
+
 def test_seeds_and_sequences_differ_and_rates_hold() -> None:
     masks = [dropout_module.kept(200, 500, 0.25, seed, sequence) for seed, sequence in ((1, 0), (2, 0), (1, 1))]
     for n, mask in enumerate(masks):
@@ -111,12 +120,34 @@ def test_embedding_and_gradient(device: str, dtype: str) -> None:
     y, dy = poisoned(6, 150, dtype=dtype), normal(6, 150, dtype=dtype, seed=1)
     launch(device, embedding.embedding, row_major_grid(6, 150, 4, 128), table, tokens, y, BM=4, BN=128)
     np.testing.assert_array_equal(y, embedding.reference(table, tokens))
-    ordered, order = embedding.sorted_order(tokens)
-    dtable = np.zeros_like(table, order="C")
-    launch(device, embedding.embedding_backward, row_major_grid(6, 150, 1, 128), dy, ordered, order, dtable, BN=128)
+    dtable = poisoned(11, 150, dtype=dtype)
+    order, first, counts = ordered(device, tokens, 11)
+    launch(
+        device, embedding.embedding_backward, row_major_grid(11, 150, 1, 128), dy, order, first, counts, dtable, BN=128
+    )
     exact = embedding.reference_backward(dy, tokens, 11)
     check(dtable, exact, dtype)
     assert (dtable[exact.any(1) == 0] == 0).all()
+
+
+def ordered(device: str, tokens: Array, vocabulary: int) -> tuple[Array, Array, Array]:
+    """The order of the tokens as the kernels find it, with tiles of four."""
+    grid, m = (tw.cdiv(len(tokens), 4),), len(tokens)
+    counts, given, first = np.zeros(vocabulary, np.int32), np.zeros(1, np.int32), np.full(vocabulary, -1, np.int32)
+    tickets, unordered, order = (np.full(m, -1, np.int32) for _ in range(3))
+    launch(device, embedding.take_tickets, grid, tokens, counts, tickets, BM=4)
+    launch(device, embedding.share_places, (tw.cdiv(vocabulary, 4),), counts, given, first, BV=4)
+    launch(device, embedding.take_places, grid, tokens, tickets, first, unordered, BM=4)
+    launch(device, embedding.order_places, grid, tokens, counts, first, unordered, order, BM=4)
+    return order, first, counts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_keep_their_order(device: str) -> None:
+    tokens = np.array([5, 0, 5, 5, -1, 9, 0, 5, 10, 5, 3], np.int32)
+    order, first, counts = ordered(device, tokens, 10)
+    for v in range(10):
+        np.testing.assert_array_equal(order[first[v] : first[v] + counts[v]], np.flatnonzero(tokens == v))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -132,9 +163,8 @@ def test_tokens_out_of_range_are_dropped() -> None:
     table, tokens, y = normal(4, 64), np.array([-1, 4, 2], np.int32), poisoned(3, 64)
     embedding.embedding[(1,)](table, tokens, y, BM=4, BN=64)
     assert (y[:2] == 0).all() and (y[2] == table[2]).all()
-    ordered, order = embedding.sorted_order(tokens)
-    dtable = np.zeros((4, 64), np.float32)
-    embedding.embedding_backward[(3,)](y, ordered, order, dtable, BN=64)
+    dtable = poisoned(4, 64)
+    embedding.embedding_gradient(y, tokens, dtable)
     assert (dtable[2] == table[2]).all() and (dtable[[0, 1, 3]] == 0).all()
 
 
@@ -163,6 +193,21 @@ def test_an_activation_alone() -> None:
     check(y, activations.reference(activations.gelu, x))
     activations.activation_backward[(2,)](dy, x, dx, FN=activations.gelu, BM=4, BN=256)
     check(dx, activations.reference_backward(activations.gelu, dy, x, np.ones_like(x))[0])
+
+
+def test_gelu_keeps_its_small_values_and_its_ends() -> None:
+    """Where 1 plus the error function cancels, the tail itself is right to five digits."""
+    x = np.linspace(-6, 6, 4096, dtype=np.float32).reshape(2, -1)
+    y, exact = poisoned(2, 2048), activations.reference(activations.gelu, x)
+    activations.activation[(2,)](x, y, FN=activations.gelu, BM=1, BN=2048)
+    assert (np.abs(y - exact) <= 3e-5 * np.abs(exact) + 1e-30).all()
+    assert np.abs(y - exact).max() < 1e-6
+    x = np.array([[np.inf, -np.inf, np.nan, 0, 40, -40, 3e38, -3e38]], np.float32)
+    y, slope = poisoned(1, 8), poisoned(1, 8)
+    activations.activation[(1,)](x, y, FN=activations.gelu, BM=1, BN=8)
+    np.testing.assert_array_equal(y, [[np.inf, 0, np.nan, 0, 40, 0, x[0, 6], 0]])
+    activations.activation_backward[(1,)](np.ones_like(x), x, slope, FN=activations.gelu, BM=1, BN=8)
+    np.testing.assert_array_equal(slope[0, 2:6], [np.nan, 0.5, 1, 0])
 
 
 # --- quantisation ---------------------------------------------------------------------------------

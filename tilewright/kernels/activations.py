@@ -11,9 +11,15 @@ import numpy as np
 import tilewright as tw
 from tilewright.kernels.rows import row_major
 
-#: 1 / sqrt(2), 1 / sqrt(2 pi), and the two constants of gelu's approximation by tanh
-SQRT_HALF, NORMAL = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
+#: 1 / sqrt(2 pi), log2(e) / 2, and the two constants of gelu's approximation by tanh
+NORMAL, HALF_LOG2_E = 1 / math.sqrt(2 * math.pi), 0.5 / math.log(2)
 SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+#: log2 of the normal distribution's upper tail as a polynomial, highest power first (`upper_tail`)
+TAIL = (
+    -2.592427961189969e-07, 3.989016022387659e-06, 9.17707529879408e-06, -0.0006891991361044347, 0.00790648814290762,
+    -0.05316871777176857, -0.45896145701408386, -1.1511342525482178, -1.0,
+)  # fmt: skip
 
 
 @tw.function
@@ -30,10 +36,25 @@ def silu(x):
 
 
 @tw.function
+def upper_tail(size):
+    """The normal distribution's upper tail from ``size`` on, 0 <= size <= 14: errors below 4e-7, relative 2e-5 up to 6.
+
+    2 to the power of a polynomial that was fitted for both: one exponential where the error function takes that and
+    two polynomials, and no cancellation where the tail is small.
+    """
+    power = TAIL[0] * size + TAIL[1]
+    for n in tw.static_range(2, 9):
+        power = power * size + TAIL[n]
+    return tw.exp2(power)
+
+
+@tw.function
 def gelu(x):
     """(x times the normal distribution function, its derivative)."""
-    below = 0.5 + 0.5 * tw.erf(x * SQRT_HALF)
-    return x * below, below + x * NORMAL * tw.exp(-0.5 * x * x)
+    size = tw.minimum(tw.abs(x), 14.0)  # beyond, the tail is 0 in float32
+    tail = upper_tail(size)
+    below = tw.where(x > 0.0, 1.0 - tail, tail)
+    return tw.maximum(x, 0.0) - size * tail, below + x * NORMAL * tw.exp2(-HALF_LOG2_E * x * x)
 
 
 @tw.function
@@ -59,9 +80,13 @@ def activation(
     x and up may be the halves of one matrix: strided views.
     """
     m, n = row_major(x.shape[1], BN)
-    value, _ = FN(tw.load(x, (m, n), (BM, BN)).to(tw.float32))
-    if up is not None:
-        value = value * tw.load(up, (m, n), (BM, BN)).to(tw.float32)
+    gate = tw.load(x, (m, n), (BM, BN))
+    if up is None:
+        value, _ = FN(gate.to(tw.float32))
+    else:
+        factor = tw.load(up, (m, n), (BM, BN))
+        value, _ = FN(gate.to(tw.float32))
+        value = value * factor.to(tw.float32)
     tw.store(y, (m, n), value.to(y.dtype))
 
 
@@ -79,11 +104,16 @@ def activation_backward(
 ) -> None:
     """The gradients ``dx = dy * up * FN'(x)`` and ``dup = dy * FN(x)`` of `activation`; same grid."""
     m, n = row_major(x.shape[1], BN)
-    gradient = tw.load(dy, (m, n), (BM, BN)).to(tw.float32)
-    value, slope = FN(tw.load(x, (m, n), (BM, BN)).to(tw.float32))
-    if up is not None:
+    above, gate = tw.load(dy, (m, n), (BM, BN)), tw.load(x, (m, n), (BM, BN))
+    if up is None:
+        _, slope = FN(gate.to(tw.float32))
+        gradient = above.to(tw.float32)
+    else:
+        factor = tw.load(up, (m, n), (BM, BN))
+        value, slope = FN(gate.to(tw.float32))
+        gradient = above.to(tw.float32)
         tw.store(dup, (m, n), (gradient * value).to(dup.dtype))
-        gradient = gradient * tw.load(up, (m, n), (BM, BN)).to(tw.float32)
+        gradient = gradient * factor.to(tw.float32)
     tw.store(dx, (m, n), (gradient * slope).to(dx.dtype))
 
 
@@ -94,7 +124,7 @@ def _reference_tanh(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.n
 
 
 def _reference_gelu(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    below = 0.5 + 0.5 * np.vectorize(math.erf)(x * SQRT_HALF)
+    below = 0.5 + 0.5 * np.vectorize(math.erf)(x * math.sqrt(0.5))
     return x * below, below + x * NORMAL * np.exp(-0.5 * x * x)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.random import philox, reference_philox, uniform
+from tilewright.kernels.random import at_least, philox, reference_philox
 from tilewright.kernels.rows import row_major
 
 
@@ -29,13 +29,14 @@ def dropout(
     Grid: `row_major_grid`.
     """
     m, n = row_major(x.shape[1], BN)
+    value = tw.load(x, (m, n), (BM, BN))
     rows = tw.broadcast_to((m * BM + tw.arange(BM))[:, None], (BM, BN // 4))
     fours = tw.broadcast_to((n * (BN // 4) + tw.arange(BN // 4))[None, :], (BM, BN // 4))
     zero = tw.zeros((BM, BN // 4), tw.int32)
     a, b, c, d = philox(fours, rows, zero + sequence, zero, seed.to(tw.int32), (seed >> 32).to(tw.int32))
     bits = tw.cat((a[:, :, None], b[:, :, None], c[:, :, None], d[:, :, None]), axis=2).reshape(BM, BN)
-    value = tw.load(x, (m, n), (BM, BN)).to(tw.float32)
-    tw.store(y, (m, n), tw.where(uniform(bits) >= rate, value / (1.0 - rate), 0.0).to(y.dtype))
+    scale = 1.0 / (1.0 - rate)
+    tw.store(y, (m, n), tw.where(at_least(bits, rate), value.to(tw.float32) * scale, 0.0).to(y.dtype))
 
 
 def kept(rows: int, columns: int, rate: float, seed: int, sequence: int) -> np.ndarray[Any, Any]:

@@ -40,9 +40,9 @@ def philox(c0, c1, c2, c3, key0, key1):
 
 
 @tw.function
-def uniform(bits):
-    """The upper 24 of 32 random bits as a float32 in [0, 1), exactly."""
-    return ((bits >> 8) & 0xFFFFFF).to(tw.float32) * (1.0 / (1 << 24))
+def at_least(bits, rate):
+    """Whether the upper 24 of 32 random bits, as a number in [0, 1), are at least the float32 ``rate``, exactly."""
+    return ((bits >> 8) & 0xFFFFFF) >= tw.ceil(rate * (1 << 24)).to(tw.int32)
 
 
 def reference_philox(

@@ -24,6 +24,8 @@ _RED = {
     "f16": ("noftz.f16", "h"), "bf16": ("noftz.bf16", "h"),
 }  # fmt: skip
 _LN2 = 0.693147182464599609375
+#: log2(e) in two terms
+_LOG2E, _LOG2E_LOW = 1.44269502162933349609375, 1.925963033500011079e-08
 
 
 def _intrinsic(name: str) -> Callable[[Lowering, mlir.Value], mlir.Value]:
@@ -39,6 +41,32 @@ def _exp2(lw: Lowering, x: mlir.Value) -> mlir.Value:
     return lw.fb.intrinsic("llvm.nvvm.ex2.approx.ftz", x.type, [x])
 
 
+def _exp(lw: Lowering, x: mlir.Value) -> mlir.Value:
+    """`math_f32.exp`, whose clamp and rounding to an integer are one instruction each here.
+
+    n + 126 = floor(252 y) of y = x log2(e) / 252 + 1/2, held between 0 and 1; NaN and infinities reach the result
+    through the rest.
+    """
+    fb = lw.fb
+    unit = _asm(lw, "fma.rn.sat.f32 $0, $1, $2, $3;", x, fb.f32(_LOG2E / 252), fb.f32(0.5))
+    biased = _asm(lw, "fma.rm.f32 $0, $1, $2, $3;", unit, fb.f32(252.0), fb.f32(12582913.0))
+    n = fb.fadd(biased, fb.f32(-12583039.0))
+    rest = fb.fma(x, fb.f32(_LOG2E_LOW), fb.fma(x, fb.f32(_LOG2E), fb.fneg(n)))
+    scale = fb.bitcast(fb.shl(fb.bitcast(biased, fb.types.i32), fb.i32(23)), fb.types.f32)
+    return fb.fmul(_exp2(lw, rest), scale)
+
+
+def _sigmoid(lw: Lowering, x: mlir.Value) -> mlir.Value:
+    """1 / (1 + exp(-x)): what is divided by lies between 1 and infinity, so one approximation does."""
+    return _asm(lw, "rcp.approx.ftz.f32 $0, $1;", lw.fb.fadd(lw.fb.f32(1.0), _exp(lw, lw.fb.fneg(x))))
+
+
+def _asm(lw: Lowering, text: str, *operands: mlir.Value) -> mlir.Value:
+    """An instruction of float32 alone, which LLVM may move and merge."""
+    constraints = ",".join(["=f", *"f" * len(operands)])
+    return lw.fb.inline_asm(lw.fb.types.f32, text, constraints, list(operands), side_effects=False)
+
+
 def _log(lw: Lowering, x: mlir.Value) -> mlir.Value:
     return lw.fb.fmul(_MATH["log2"](lw, x), _LN2)
 
@@ -46,7 +74,9 @@ def _log(lw: Lowering, x: mlir.Value) -> mlir.Value:
 #: exp2: at most 2 ulp, subnormal results are 0; log2: 2^-22 absolute between 0.5 and 2, 2^-22.6 relative elsewhere
 _MATH: dict[str, Callable[[Lowering, mlir.Value], mlir.Value]] = {
     **SOFTWARE,
+    "exp": _exp,
     "exp2": _exp2,
+    "sigmoid": _sigmoid,
     "log2": _intrinsic("llvm.nvvm.lg2.approx.f"),
     "log": _log,
     "rsqrt": _intrinsic("llvm.nvvm.rsqrt.approx.f"),
@@ -149,7 +179,7 @@ class NvidiaOps(TargetOps):
 
     def divide(self, lw: Lowering, x: mlir.Value, y: mlir.Value) -> mlir.Value:
         """div.full.f32: at most 2 ulp over the full range."""
-        return lw.fb.inline_asm(x.type, "div.full.f32 $0, $1, $2;", "=f,f,f", [x, y], side_effects=False)
+        return _asm(lw, "div.full.f32 $0, $1, $2;", x, y)
 
     def to_int(self, lw: Lowering, x: mlir.Value) -> mlir.Value:
         """cvt.rzi.s32.f32 saturates, and gives 0 for NaN by itself ("Floating Point Conversions"); LLVM adds code."""
