@@ -246,7 +246,7 @@ def test_blocked_covers_every_element_equally(shape, bits, warps, lanes, data):
     if prod(shape) > 50_000:
         return
     order = data.draw(st.permutations(range(len(shape))))
-    layout = blocked(shape, bits, warps, lanes, order)
+    layout = blocked(shape, bits, warps, lanes, order, warps_apart=data.draw(st.booleans()))
     assert layout.tile_shape == tuple(shape)
     assert (layout.num_lanes, layout.num_warps) == (lanes, warps)
     counts = holders(layout)

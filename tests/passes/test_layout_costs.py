@@ -19,7 +19,9 @@ from tilewright.ir.layout import (
 from tilewright.ir.layout_access import pieces
 from tilewright.ir.tile_ops import Convert, For, Load, Store
 from tilewright.ir.types import DTYPES, TileType, ViewType
+from tilewright.kernels.softmax import softmax
 from tilewright.kernels.transpose import transpose
+from tilewright.passes.layout_costs import MEETING_CYCLES, SHUFFLE_CYCLES, reduction_cost
 
 
 @tw.kernel
@@ -151,3 +153,22 @@ def test_a_sum_that_every_thread_has_does_not_give_every_thread_the_row(target):
     rows = [v.type for v in tiles if v.type.size == 4096]
     assert rows and all(t.layout.num_registers == 4096 // threads for t in rows)
     assert not find(function, Convert)
+
+
+@pytest.mark.parametrize(("rows", "columns", "meet"), [(4, 1024, False), (16, 256, False), (1, 4096, True)])
+def test_each_warp_reduces_rows_of_its_own_where_there_are_enough(rows, columns, meet):
+    views = {"x": amd.matrix("bf16"), "y": amd.matrix("bf16")}
+    function = amd.scheduled(amd.module_of(softmax, **views, BM=rows, BN=columns), "sm_90a")
+    (load,), (store,) = find(function, Load), find(function, Store)
+    for held in (layout_of(load.result), layout_of(store.value)):
+        assert held.contiguity(1) == 8
+        assert any(vector[1] for vector in held.basis("warp")) == meet
+    assert bool(function.attributes["shared_bytes"]) == meet
+    assert not find(function, Convert)
+
+
+def test_reductions_cost_what_threads_exchange():
+    across, apart = (blocked((4, 1024), 16, 4, 32, (1, 0), warps_apart=apart) for apart in (False, True))
+    assert reduction_cost(apart, 1) == SHUFFLE_CYCLES * 5
+    assert reduction_cost(across, 1) == SHUFFLE_CYCLES * 5 * 4 + MEETING_CYCLES + 4 * 4
+    assert reduction_cost(across, 0) == 0

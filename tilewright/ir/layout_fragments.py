@@ -35,11 +35,13 @@ def blocked(
     warp_size: int,
     order: Sequence[int],
     max_vector_bytes: int = 16,
+    warps_apart: bool = False,
 ) -> LinearLayout:
     """Coalesced layout: vectors along order[0] in registers, then lanes, then warps, then more registers.
 
     order: dims, fastest first. Vectors shrink before threads idle; a tile with fewer elements than threads is
     replicated over the threads left. Sizes that are not a power of two repeat their power-of-two part.
+    ``warps_apart``: warps divide the slowest dims instead, as far as these go.
     """
     if sorted(order) != list(range(len(shape))):
         raise ValueError(f"order {list(order)} is not a permutation of {len(shape)} dims")
@@ -56,7 +58,11 @@ def blocked(
         return taken
 
     zero = unit(len(shape), -1, 0)
-    vector, lane, warp = take(vector_bits), take(lane_bits), take(warp_bits)
+    vector, lane = take(vector_bits), take(lane_bits)
+    if warps_apart:
+        slow = [step for step in pending if not step[order[0]]]
+        pending = slow[::-1][:warp_bits] + [step for step in pending if step not in slow[::-1][:warp_bits]]
+    warp = take(warp_bits)
     bases = {
         "register": vector + pending,
         "lane": lane + [zero] * (lane_bits - len(lane)),

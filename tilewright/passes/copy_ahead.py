@@ -1,8 +1,8 @@
 """copy-ahead: placed loads as asynchronous copies of the computing threads, several iterations ahead of their use.
 
-For targets with ``cp.async`` and loads that `placement` gives to that engine. In a loop whose load addresses depend
-on nothing but the loop's index and values from outside, the copies of iteration i + stages - 1 are started when
-those of iteration i are needed::
+For targets with ``cp.async``, and loads that `placement` (operands of dots, with ``schedule="prefetch"``) or
+`row_copies` gives to that engine. In a loop whose load addresses depend on nothing but the loop's index and values from
+outside, the copies of iteration i + stages - 1 are started when those of iteration i are needed::
 
     async.wait [] token(%last) {pending = (stages - 2) * copies}   // this thread's part of stage i is there
     async.barrier                                                  // everybody's is, and stage i - 1 has been read
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from tilewright.ir.async_ops import Barrier
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Function, Operation, Value
-from tilewright.ir.tile_ops import For, Load, Yield
+from tilewright.ir.tile_ops import Dot, For, Load, Yield
 from tilewright.passes.analysis import enclosing_operations
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import PREFETCH, schedule_of
@@ -33,6 +33,7 @@ from tilewright.passes.prefetch import (
     clone_address,
     find_groups,
     needed_bytes,
+    read_slot,
     read_slots,
     transit,
 )
@@ -41,6 +42,8 @@ from tilewright.passes.shared_needs import SharedNeeds
 ENGINE = "cp_async"
 #: stages beyond hide no more latency
 MOST_STAGES = 4
+#: threads of a block that may have all shared memory, where no products share it out
+ROOMY_THREADS = 512
 
 
 @register_pass("copy-ahead")
@@ -65,11 +68,17 @@ class CopyAhead(FunctionPass):
             assert isinstance(loop, For)
             allocate(function, [group])
             _rotate(function, loop, group)
+        if not any(isinstance(op, Dot) for op in function.walk()):
+            for load in [t.load for t in transits]:
+                load.shared = None  # where too few stages fit: into registers
 
     def _choose_stages(self, function: Function, mine: list[Group], theirs: list[Group], context: PassContext) -> None:
         """As many stages as fit, the first loop first; the others' loads keep at least one."""
         wanted = self.num_stages or context.options.num_stages
         needs, limit = SharedNeeds(function), context.target.shared_bytes
+        if not any(isinstance(op, Dot) for op in function.walk()):  # few threads leave room for other blocks
+            threads = int(function.attributes.get("num_warps", 0)) * context.target.warp_size
+            limit = limit * min(threads, ROOMY_THREADS) // ROOMY_THREADS
         for group in mine:
             group.stages = wanted or MOST_STAGES
             while wanted is None and group.stages > 1 and needed_bytes(function, needs, [*mine, *theirs]) > limit:
@@ -102,8 +111,9 @@ def _rotate(function: Function, loop: For, group: Group) -> None:
     with b.at(outer, outer.ops.index(loop) + 1):
         b.wait([], loop.results[-1], pending=0)
         b.insert(Barrier())  # whoever fills the slots next may do so
+    read = read_slots if any(isinstance(op, Dot) for op in function.walk()) else read_slot
     for t in group.transits:
-        read_slots(function, t, block, count)
+        read(function, t, block, count)
 
 
 def _start(b: Builder, group: Group, slices: Sequence[Operation], mapping: dict[Value, Value], count: Value) -> Value:

@@ -19,6 +19,8 @@ from tilewright.ir.types import TileType, ViewType
 from tilewright.passes.copy_layouts import copy_layouts
 
 MAX_VECTOR_BYTES = 16
+#: a shuffle and what combines its result; two barriers around a round trip through shared memory
+SHUFFLE_CYCLES, MEETING_CYCLES = 3, 100
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,13 @@ class Access:
     def bits(self) -> int:
         return max(8, self.tile.dtype.bits)
 
-    def coalesced(self) -> LinearLayout:
-        """The layout made for this access alone."""
+    def coalesced(self, warps_apart: bool = False) -> LinearLayout:
+        """The layout made for this access alone; ``warps_apart``: where each warp has rows of its own, if possible."""
         rank, fastest = self.tile.rank, self.contiguous
         fastest = rank - 1 if fastest is None else fastest
         order = (fastest, *(a for a in reversed(range(rank)) if a != fastest))
-        return blocked(self.tile.shape, self.tile.dtype.bits, self.warps, self.target.warp_size, order)
+        bits, size = self.tile.dtype.bits, self.target.warp_size
+        return blocked(self.tile.shape, bits, self.warps, size, order, warps_apart=warps_apart)
 
     def turning(self) -> list[LinearLayout]:
         """Layouts in which each thread holds a block with vectors along both axes of a matrix."""
@@ -76,6 +79,13 @@ class Access:
 
     def ideal(self) -> float:
         return self.cost(self.coalesced())
+
+
+def reduction_cost(layout: LinearLayout, axis: int) -> float:
+    """Cycles of a warp to combine what threads hold along an axis: shuffles, and a meeting where warps do, too."""
+    lanes, warps = (sum(1 for vector in layout.basis(dim) if vector[axis]) for dim in ("lane", "warp"))
+    results = layout.slice_dim(axis).num_registers
+    return results * lanes * SHUFFLE_CYCLES + (MEETING_CYCLES + results * 2**warps if warps else 0)
 
 
 def vectors_first(layout: LinearLayout, axis: int) -> LinearLayout:

@@ -11,7 +11,7 @@ Then every load and store goes its cheapest way: in the layout of its class, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from tilewright.ir.async_ops import Alloc, AsyncDot, Copy, LocalLoad, MakeRing, Role, Wait
 from tilewright.ir.builder import Builder
@@ -49,14 +49,12 @@ from tilewright.ir.tile_ops import (
 from tilewright.ir.types import BufferType, TileType, ViewType
 from tilewright.passes.analysis import enclosing_operations
 from tilewright.passes.cat_layouts import CatLayouts, cat_layouts, joined, part_layouts, part_of
-from tilewright.passes.layout_costs import Access, best_access
+from tilewright.passes.layout_costs import Access, best_access, reduction_cost
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 from tilewright.passes.staging import may_stage
+from tilewright.passes.warp_count import default_warps, values_of
 
-#: elements of the largest tile that one thread of a kernel without dots should hold, and the most warps to that end;
-#: more where the tile is reduced: it waits in registers for the result, and others with it
-ELEMENTS_PER_THREAD, MOST_WARPS, MOST_REDUCING_WARPS = 32, 8, 16
 #: how many times the body of a loop is thought to run
 LOOP_WEIGHT = 8
 
@@ -71,7 +69,7 @@ class Layouts(FunctionPass):
             function.attributes["num_warps"] = context.options.num_warps or default_warps(function, context.target)
         warps = int(function.attributes["num_warps"])
         function.attributes.setdefault("threads", warps * context.target.warp_size)
-        if any(isinstance(v.type, TileType) for v in _values(function.body)):
+        if any(isinstance(v.type, TileType) for v in values_of(function.body)):
             _Assignment(function, context.target, warps).run()
 
 
@@ -85,25 +83,6 @@ def _separate_indices(function: Function) -> None:
             assert op.parent is not None
             op.parent.insert(op.parent.ops.index(op) + 1, copy)
             user.replace_operands({op.result: copy.results[0]})
-
-
-def default_warps(function: Function, target: Target) -> int:
-    """A power of two such that threads hold about `ELEMENTS_PER_THREAD` elements of the largest tile."""
-    largest = max((v.type.size for v in _values(function.body) if isinstance(v.type, TileType)), default=1)
-    reduced = max((_tile(op.source).size for op in function.walk() if isinstance(op, Reduce)), default=0)
-    warps = 1
-    for size, most in ((largest, MOST_WARPS), (reduced, MOST_REDUCING_WARPS)):
-        while warps < most and size > warps * target.warp_size * ELEMENTS_PER_THREAD:
-            warps *= 2
-    return max(warps, 4) if largest >= 4 * target.warp_size else warps
-
-
-def _values(region: Region) -> Iterator[Value]:
-    yield from region.block.args
-    for op in region.block.ops:
-        yield from op.results
-        for nested in op.regions:
-            yield from _values(nested)
 
 
 def _tile(value: Value) -> TileType:
@@ -138,7 +117,7 @@ class _Assignment:
     def run(self) -> None:
         for op in self.ops:
             self._tie(op)
-        for value in _values(self.function.body):
+        for value in values_of(self.function.body):
             if isinstance(value.type, TileType) and value.type.layout is not None:
                 self._assign(value, value.type.layout)  # fixed by an earlier pass
         for op in self.ops:
@@ -157,7 +136,7 @@ class _Assignment:
             for op in self.ops:
                 anchor(op)
                 self._spread()
-        for value in _values(self.function.body):
+        for value in values_of(self.function.body):
             if isinstance(value.type, TileType):
                 value.type = value.type.with_layout(self.of(value))
         for op in list(self.function.walk()):
@@ -345,7 +324,7 @@ class _Assignment:
         decided = set(self.layout)
         members, best = self._trial(access, access.coalesced(), decided, [])
         if best[0] > sum(self._weight(m) * m.ideal() for m in members):
-            options = [(m, layout) for m in members for layout in (m.coalesced(), *m.turning())]
+            options = [(m, layout) for m in members for layout in (m.coalesced(), *m.turning(), m.coalesced(True))]
             for member, layout in options:
                 _, found = self._trial(member, layout, decided, members)
                 best = min(best, found, key=lambda trial: trial[0])
@@ -367,8 +346,12 @@ class _Assignment:
         members = members or [a for a in self.accesses if self.find(a.value) not in decided and self.known(a.value)]
         cost = sum(self._weight(m) * best_access(m, self.of(m.value), self._borrowable(m))[0] for m in members)
         cost += sum(self._seam(op) for op in self.ops if type(op) in RULES)
+        cost += sum(self._reduction(op) for op in self.ops if isinstance(op, Reduce))
         chosen, self.layout = self.layout, before
         return members, (cost, chosen)
+
+    def _reduction(self, op: Reduce) -> float:
+        return self._repeats(op) * reduction_cost(self.of(op.source), op.axis) if self.known(op.source) else 0.0
 
     def _seam(self, op: Operation) -> float:
         """Cycles of the conversion beside an operation whose source and result have layouts of their own."""
@@ -400,8 +383,11 @@ class _Assignment:
         return self.target.shared_bytes - sum(b.bytes for b in buffers if isinstance(b, BufferType))
 
     def _weight(self, access: Access) -> int:
-        """How often an access runs, by the loops around it."""
-        depth, block = 0, access.op.parent
+        return self._repeats(access.op)
+
+    def _repeats(self, op: Operation) -> int:
+        """How often an operation runs, by the loops around it."""
+        depth, block = 0, op.parent
         while block in self.loops:
             depth += isinstance(self.loops[block], For | While)
             block = self.loops[block].parent

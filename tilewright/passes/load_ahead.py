@@ -22,9 +22,9 @@ from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.tile_ops import Dot, For, Load, Yield
 from tilewright.ir.types import TileType
 from tilewright.passes.analysis import written_tensors
-from tilewright.passes.layouts import default_warps
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
-from tilewright.passes.prefetch import address_slice, carry, clone_address
+from tilewright.passes.prefetch import address_slice, carry, clone_address, follows_index
+from tilewright.passes.warp_count import default_warps
 
 #: 32-bit words that the tiles of one loop may take in each thread while they wait: more cost blocks on the SM, which
 #: hide the latency too
@@ -54,17 +54,12 @@ def _movable(loop: For, written: set[Value], threads: int) -> list[Load]:
     for op in loop.body.block.ops:
         if not isinstance(op, Load) or op.shared is not None or op.after or view_root(op.view) in written:
             continue
-        address, tile = address_slice(op), op.result.type
+        tile = op.result.type
         assert isinstance(tile, TileType)
-        if address is not None and _follows(op, address, loop.index):
+        if follows_index(op, loop):
             found.append(op)
             words += tile.size * tile.dtype.bits / 32 / threads
     return found if words <= MOST_WORDS else []
-
-
-def _follows(load: Load, address: list[Operation], index: Value) -> bool:
-    """Whether the address changes with the loop's index."""
-    return any(index in op.operands for op in (load, *address))
 
 
 def _rotate(loop: For, loads: list[Load]) -> None:

@@ -10,15 +10,15 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: copies by an engine or by their own warps, handed over through hardware barriers. A function that `schedule` sends
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
-    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,pipeline,roles,alternate,copy-ahead,"
-    f"prefetch,load-ahead,{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,"
+    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,row-copies,pipeline,roles,alternate,"
+    f"load-ahead,copy-ahead,prefetch,{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,"
     "late-signals,staging,barriers,hand-back,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use
 PREFETCH = (
-    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,copy-ahead,prefetch,load-ahead,{SIMPLIFY},"
-    "layouts"
+    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,row-copies,load-ahead,copy-ahead,prefetch,"
+    f"{SIMPLIFY},layouts"
 )
 
 

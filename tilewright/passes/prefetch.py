@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from tilewright.ir.async_ops import Alloc, Barrier, LocalStore
 from tilewright.ir.builder import Builder
 from tilewright.ir.comm_ops import view_root
-from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
+from tilewright.ir.core import Block, Effect, Function, Operation, Value, replace_uses, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For, Load, Subview, Transpose, While, Yield
 from tilewright.ir.types import BufferType, SlotType, TileType, ViewType
@@ -177,6 +177,12 @@ def address_slice(load: Load) -> list[Operation] | None:
         needed.add(op)
         pending += op.operands
     return [op for op in block.ops if op in needed]
+
+
+def follows_index(load: Load, loop: For) -> bool:
+    """Whether the address changes with the loop's index, and with nothing else that the loop computes."""
+    address = address_slice(load)
+    return address is not None and any(loop.index in op.operands for op in (load, *address))
 
 
 def allocate(function: Function, groups: list[Group]) -> None:
@@ -341,6 +347,20 @@ def read_slots(function: Function, transit: Transit, block: Block, count: Value 
         for op in path[-1:]:
             if op.parent is not None and op in op.parent.ops:
                 op.parent.ops.remove(op)
+
+
+def read_slot(function: Function, transit: Transit, block: Block, count: Value) -> None:
+    """Let whoever uses the tile have it from the slot, read once in front of the first use."""
+    assert transit.buffer is not None
+    value = transit.load.result
+    readers = [op for op in (ancestor_in(user, block) for user in uses_of(function.body).get(value, [])) if op]
+    if not readers:
+        return
+    b = Builder(block, transit.load.loc)
+    with b.at(block, min(map(block.ops.index, readers))):
+        loaded = b.local_load(b.slot(transit.buffer, count))
+    loaded.hint = value.hint
+    replace_uses(function.body, {value: loaded})
 
 
 def _local_load(transit: Transit, dot: Dot, path: tuple[Transpose, ...], block: Block, count: Value | None) -> Value:

@@ -49,9 +49,11 @@ class SharedNeeds:
         """What reductions and layout conversions of computed operands may want later."""
         warps = int(function.attributes.get("num_warps", 0))
         for op in function.walk():
-            if isinstance(op, Reduce | Scan):  # each warp its partial results
+            if isinstance(op, Reduce | Scan):  # each warp its partial results, as far as there are elements for it
                 size = op.result.type.size if isinstance(op.result.type, TileType) else 1
-                yield self._scratch(op, warps * size * element_type(op.result.type).bytes, [op])
+                tile = op.source.type
+                parts = min(warps, tile.shape[op.axis]) if isinstance(tile, TileType) else 1
+                yield self._scratch(op, parts * size * element_type(op.result.type).bytes, [op])
             if isinstance(op, Dot):
                 computed = [(v, v.type) for v in (op.a, op.b) if isinstance(v.type, TileType) and not _is_placed(v)]
                 if computed:

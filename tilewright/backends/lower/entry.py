@@ -19,9 +19,11 @@ from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import ScalarType, Type, ViewType, i1
 
 SHARED_SYMBOL = "smem"
-#: kernels without matrix products leave half of an SM's registers to a second block: up to this many threads, where
-#: each holds that many words of tiles at a reduction (more would spill; with fewer ptxas leaves room by itself)
-PAIRED_THREADS, PAIRED_WORDS = 256, range(48, 105)
+#: kernels without matrix products leave room for blocks that wait at other barriers: threads of an SM, and the words of
+#: tiles that each may hold at a reduction to be one of them (more would spill; with fewer ptxas leaves room by itself)
+SHARED_OUT = {1024: range(24, 33), 512: range(48, 105)}
+#: most threads of a block that leaves room
+PAIRED_THREADS = 256
 #: with more threads two blocks on an SM leave a thread fewer than 64 registers
 MOST_PAIRED_THREADS = 512
 
@@ -213,17 +215,21 @@ def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
     if any(isinstance(op, Role) and op.registers for op in function.walk()):
         # setmaxnreg needs a launch bound, from which ptxas takes the registers at entry
         attributes["nvvm.minctasm"] = "1 : i32"
-    elif threads <= PAIRED_THREADS and _fits_twice(function):
-        attributes["nvvm.minctasm"] = "2 : i32"  # one block's loads run while the other waits at its barriers
+    elif threads <= PAIRED_THREADS and (wanted := _shared_out(function)) is not None:
+        # one block's loads run while another waits at its barriers
+        attributes["nvvm.minctasm"] = f"{wanted // threads} : i32"
     elif threads > MOST_PAIRED_THREADS or any(isinstance(op, Dot) for op in function.walk()):
         attributes["nvvm.minctasm"] = "1 : i32"  # or ptxas spills, accumulators say, to make room for a second block
     return attributes
 
 
-def _fits_twice(function: Function) -> bool:
-    """Whether a block should leave room for another: no matrix products, and tiles that spare registers."""
-    has_products = any(isinstance(op, Dot | AsyncDot | Role) for op in function.walk())
-    return not has_products and waiting_words(function) in PAIRED_WORDS
+def _shared_out(function: Function) -> int | None:
+    """How many threads an SM should have: more than one block's where there are no matrix products and tiles spare
+    registers; None: as ptxas finds best."""
+    if any(isinstance(op, Dot | AsyncDot | Role) for op in function.walk()):
+        return None
+    words = waiting_words(function)
+    return next((threads for threads, fitting in SHARED_OUT.items() if words in fitting), None)
 
 
 def _amd_attributes(target: Target, threads: int, extra: Mapping[str, str]) -> dict[str, str]:

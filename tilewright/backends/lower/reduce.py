@@ -1,6 +1,7 @@
 """Lowering of `tile.reduce`: a tree inside the thread, shuffles between lanes, shared memory between warps.
 
-The order of additions depends on the layout alone, so the same input gives the same bits.
+The exchange lies between two barriers; the first is left out where the threads have met since anybody may have used
+that memory. The order of additions depends on the layout alone, so the same input gives the same bits.
 Partial results in scratch memory: element e of the result (row-major), warp index w along the axis, at
 ``(e * warps + w) * bytes``.
 """
@@ -29,9 +30,11 @@ from tilewright.backends.lower.scalars import define_registers
 from tilewright.backends.lower.shared import shared_address, shared_pointer
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import tile_ops
+from tilewright.ir.async_ops import Alloc, Barrier, buffer_of
+from tilewright.ir.core import Operation
 from tilewright.ir.layout import LinearLayout
-from tilewright.ir.scratch import AxisBits, axis_bits
-from tilewright.ir.types import DType, TileType, element_type, f32
+from tilewright.ir.scratch import AxisBits, axis_bits, scratch_bytes
+from tilewright.ir.types import BufferType, DType, SlotType, TileType, element_type, f32
 
 _COMBINE = {"sum": "add", "prod": "mul", "max": "max", "min": "min"}
 _ANY = (-(2**63), 2**63 - 1)
@@ -118,11 +121,37 @@ def _across_warps(
     if op.scratch is None:
         raise lw.error("warps exchange partial results, but no scratch is set: the shared-memory plan must run first")
     exchange = _Exchange(reduction, sliced, bits, op.scratch)
-    lw.ops.barrier(lw, "role")  # whoever used the scratch before has read it
+    if not _nobody_reads_scratch(lw, op):
+        lw.ops.barrier(lw, "role")  # whoever used the scratch before has read it
     with lw.fb.if_then(exchange.is_writer()):
         exchange.write(partial)
     lw.ops.barrier(lw, "role")
     return exchange.read(len(partial))
+
+
+def _nobody_reads_scratch(lw: Lowering, op: tile_ops.Reduce) -> bool:
+    """Whether the threads have met, or the function began, since the scratch memory may have been in use."""
+    assert op.parent is not None and op.scratch is not None
+    area = range(op.scratch, op.scratch + scratch_bytes(op))
+    for earlier in reversed(op.parent.ops[: op.parent.ops.index(op)]):
+        if isinstance(earlier, Barrier):
+            return earlier.scope in ("role", "block")
+        if any(_may_use(inner, area) for inner in earlier.walk()):
+            return False
+    return op.parent is lw.function.body.block
+
+
+def _may_use(op: Operation, area: range) -> bool:
+    """Whether an operation may read or write that part of shared memory."""
+    if op.attributes.get("scratch") is not None:
+        return True
+    for buffer in [buffer_of(value) for value in op.operands if isinstance(value.type, SlotType)]:
+        alloc = buffer.op
+        if not isinstance(alloc, Alloc) or alloc.offset is None or not isinstance(buffer.type, BufferType):
+            return True
+        if alloc.offset < area.stop and area.start < alloc.offset + buffer.type.bytes:
+            return True
+    return False
 
 
 class _Exchange:
