@@ -90,6 +90,22 @@ def test_layernorm_backward(device: str, dtype: str) -> None:
     check(partial[:, 1].sum(0), dbias)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_many_rows_a_program(device: str, dtype: str) -> None:
+    """Rows that begin at multiples of 16 bytes: on Hopper their copies go round a ring of four."""
+    rows, columns = 13, 512
+    dy, x, weight = normal(rows, columns, dtype=dtype), normal(rows, columns, dtype=dtype, seed=1), normal(columns)
+    exact_x = x.astype(np.float64)
+    mean, inverse = exact_x.mean(1).astype(np.float32), (1 / np.sqrt(exact_x.var(1) + EPS)).astype(np.float32)
+    dx, partial = poisoned(rows, columns, dtype=dtype), poisoned(2, 2, columns)
+    launch(device, norm_backward, (2,), dy, x, weight, inverse, dx, partial, None, mean, BIAS=True, BM=1, BN=512)
+    exact, dweight, dbias = layer_module.reference_backward(dy, x, weight, EPS)
+    check(dx, exact, dtype)
+    check(partial[:, 0].sum(0), dweight)
+    check(partial[:, 1].sum(0), dbias)
+
+
 # --- rows longer than a program's tiles ---------------------------------------------------------------
 
 #: three blocks of 64 columns and a part of one
@@ -131,6 +147,24 @@ def test_gradients_of_long_rows(device: str, centred: bool) -> None:
     check(dx, exact + other.astype(np.float64))
     check(partial[:, 0].sum(0), dweight)
     check(partial[:, 1].sum(0), dbias)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_long_rows_of_many_blocks(device: str, dtype: str) -> None:
+    """Rows that begin at multiples of 16 bytes: on Hopper the blocks of layer norm go round a ring of four."""
+    columns, tiles = 4000, {"BN": 512, "num_warps": 4}
+    x, dy = normal(2, columns, dtype=dtype), normal(2, columns, dtype=dtype, seed=1)
+    weight, y, mean, inverse = normal(columns, seed=2), poisoned(2, columns, dtype=dtype), poisoned(2), poisoned(2)
+    launch(device, rmsnorm_long, (2,), x, weight, y, EPS, **tiles)
+    check(y, rms_module.reference(x, weight, EPS), dtype)
+    y, sums = poisoned(2, columns, dtype=dtype), poisoned(2, 2)
+    launch(device, layernorm_long, (2,), x, weight, y, EPS, mean=mean, inverse=inverse, **tiles)
+    check(y, layer_module.reference(x, weight, EPS), dtype)
+    launch(device, norm_backward_sums, (2,), dy, x, weight, inverse, sums, mean, **tiles)
+    normal_rows = (x.astype(np.float64) - mean[:, None]) * inverse[:, None]
+    gradient = dy.astype(np.float64) * weight
+    np.testing.assert_allclose(sums, [(gradient * normal_rows).mean(1), gradient.mean(1)], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("columns", [WIDEST, WIDEST + 77])
@@ -185,20 +219,22 @@ def test_not_a_number_stays_in_its_row() -> None:
 
 
 def test_tiles_of_gradients() -> None:
-    for rows, columns in ((16384, 1024), (16384, 4096), (8192, 8192), (3, 17), (8192, 16384)):
+    for rows, columns in ((16384, 1024), (16384, 4096), (8192, 8192), (3, 17), (8192, 16384), (1, 300)):
         meta, programs = gradient_tiles(rows, columns)
-        assert meta["BN"] >= columns and programs * meta["BM"] < rows + meta["BM"]
-        assert 4 <= meta["num_warps"] <= 32
+        assert meta["BN"] >= columns
+        assert (programs - 1) * meta["BM"] < rows
+        assert meta["num_warps"] == 1 or meta["num_warps"] * 32 * 8 <= meta["BN"]  # no two warps add up one column
+        assert programs * meta["num_warps"] <= 132 * max(16, meta["num_warps"])
 
 
 def test_gradients_fit_the_registers() -> None:
-    """What waits at the reductions decides: six values for each of 8 elements, and the next row's loads."""
+    """What waits at the reductions decides: five values for each of 16 elements."""
     matrix, partial = amd.matrix("bf16"), ViewType((None, None, None), DTYPES["f32"], (None, None, 1), 16)
     vectors = {name: ViewType((None,), DTYPES["f32"], (1,), 16) for name in ("weight", "mean", "inverse")}
     args = {"dy": matrix, "x": matrix, "dx": matrix, "partial": partial, **vectors}
     meta, _ = gradient_tiles(16384, 4096)
     warps = meta.pop("num_warps")
     function = amd.scheduled(amd.module_of(norm_backward, **args, **meta, BIAS=True), "sm_90a", num_warps=warps)
-    assert 40 <= waiting_words(function) <= 72
+    assert 64 <= waiting_words(function) <= 104
     result = compile_function(function, get_target("sm_90a"))
-    assert result.resources.registers <= 128 and result.resources.spill_stores == 0  # of each of 512 threads
+    assert result.resources.registers <= 128 and result.resources.spill_stores == 0  # of each of 256 threads, twice

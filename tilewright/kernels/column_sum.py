@@ -10,6 +10,8 @@ import tilewright as tw
 
 #: columns of a tile, vectors of 16 bytes that a thread has in flight, threads of a program (docs/performance.md)
 COLUMNS, VECTORS, THREADS = 64, 16, 128
+#: rows that are too few to share out, and the same of what adds them up
+FEW_ROWS, FEW_COLUMNS, FEW_VECTORS, FEW_THREADS = 1024, 32, 8, 256
 #: programs that a GPU should have to run: two for each of an H100's SMs
 PROGRAMS = 264
 
@@ -48,6 +50,19 @@ def column_sum(
         tw.store(arrived, n, 0)
 
 
+@tw.kernel
+def column_sum_at_once(
+    x: tw.Tensor, sums: tw.Tensor, *, BM: tw.constexpr = 256, BN: tw.constexpr = 32, GROUP: tw.constexpr = 32
+) -> None:
+    """`column_sum` of few rows: no program shares its columns with others. Grid: (cdiv(N, BN),)."""
+    n = tw.program_id(0)
+    total = tw.zeros((GROUP, BN), tw.float32)
+    for m in tw.range(tw.cdiv(x.shape[0], BM)):
+        rows = tw.load(x, (m, n), (BM, BN)).to(tw.float32)
+        total = total + tw.sum(rows.reshape(BM // GROUP, GROUP, BN), axis=0)
+    tw.store(sums, (0, n), tw.sum(total, axis=0)[None, :].to(sums.dtype))
+
+
 def plan(rows: int, columns: int, element_bytes: int) -> tuple[dict[str, int], tuple[int, int]]:
     """The tile sizes and the grid of `column_sum` for a matrix of ``element_bytes`` an element."""
     group = THREADS * 16 // (COLUMNS * element_bytes)
@@ -65,9 +80,16 @@ def workspace_shapes(rows: int, columns: int, element_bytes: int) -> tuple[tuple
 def column_sums(x: Any, out: Any, partial: Any, arrived: Any) -> None:
     """``out[0] = x.sum(0)``: x (M, N), out (1, N), a workspace of `workspace_shapes`, which may be used again.
 
+    Up to `FEW_ROWS` rows, partial sums of other kernels say, leave the workspace alone.
+
     Arrays of NumPy or torch, on one device. Launches on one workspace must follow each other.
     """
     rows, columns = x.shape
+    if rows <= FEW_ROWS:
+        group = FEW_THREADS * 16 // (FEW_COLUMNS * x.itemsize)
+        tiles = {"BM": group * FEW_VECTORS, "BN": FEW_COLUMNS, "GROUP": group}
+        column_sum_at_once[(tw.cdiv(columns, FEW_COLUMNS),)](x, out, **tiles, num_warps=FEW_THREADS // 32)
+        return
     meta, grid = plan(rows, columns, x.itemsize)
     column_sum[grid](x, partial, arrived, out, **meta)
 

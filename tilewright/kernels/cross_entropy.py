@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LEAST, row_major
-
-#: for powers of two, which GPUs have an instruction for
-LOG2_E = math.log2(math.e)
+from tilewright.kernels.rows import LEAST, LOG2_E, row_major
 
 
 @tw.kernel

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, layer_tiles, store_weighted, sum_of
+from tilewright.kernels.rows import LONG_COLUMNS, LONG_TILES, WIDEST, layer_tiles, store_weighted, sum_of
+
+#: elements whose mean stands for that of the row while its sums are taken: so few that each warp has them all
+NEAR = 8
 
 
 @tw.kernel
@@ -29,22 +32,25 @@ def layernorm(
 
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), mean and inverse (M,) float32.
     Writes t to ``total``, the mean and 1 / sqrt(...), which `norm_backward` needs, to ``mean`` and ``inverse``;
-    all from residual on may be absent. The variance is that of the centred row, in float32.
+    all from residual on may be absent. Sums of the row and of its squares are taken of its distance from the mean of
+    the first NEAR elements, in float32: threads meet once, and rows far from zero keep their variance.
     """
     m = tw.program_id(0)
     row = sum_of(x, residual, m, 0, BM, BN)
     if total is not None:
         tw.store(total, (m, 0), row.to(total.dtype))
-    middle = tw.sum(row, axis=1) / x.shape[1]
-    row = row - middle[:, None]
+    near = tw.sum(sum_of(x, residual, m, 0, BM, NEAR), axis=1) / tw.minimum(x.shape[1], NEAR)
+    row = row - near[:, None]
     if x.shape[1] < BN:
         row = tw.where((tw.arange(BN) < x.shape[1])[None, :], row, 0.0)
-    scale = tw.rsqrt(tw.sum(row * row, axis=1) / x.shape[1] + eps)
+    sums = tw.sum(tw.cat((row[:, :, None], (row * row)[:, :, None]), axis=2), axis=1) / x.shape[1]
+    middle = sums[:, 0]
+    scale = tw.rsqrt(tw.maximum(sums[:, 1] - middle * middle, 0.0) + eps)
     if mean is not None:
-        tw.store(mean, m, middle)
+        tw.store(mean, m, near + middle)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    store_weighted(y, m, 0, row * scale[:, None], weight, bias, BN)
+    store_weighted(y, m, 0, (row - middle[:, None]) * scale[:, None], weight, bias, BN)
 
 
 @tw.kernel
@@ -93,7 +99,7 @@ def layernorm_long(
 def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
     """`layernorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name."""
     if x.shape[1] > WIDEST:
-        layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional)
+        layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional, **LONG_TILES)
         return
     meta = layer_tiles(*x.shape)
     layernorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)

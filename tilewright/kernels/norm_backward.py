@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, gradient_tiles
+from tilewright.kernels.rows import LONG_WARPS, WIDEST, gradient_tiles, long_gradient_tiles
 from tilewright.kernels.workspace import Workspace
 
 _workspace = Workspace()
@@ -18,6 +18,15 @@ def centred(x, mean, m, j, BM, BN):
     if mean is not None:
         row = row - tw.load(mean, m, BM)[:, None]
     return row
+
+
+@tw.function
+def row_means(products, gradient, mean, columns):
+    """The means over rows of both tiles, of the second only where rows are centred; threads meet once for both."""
+    if mean is None:
+        return tw.sum(products, axis=1) / columns, None
+    sums = tw.sum(tw.cat((products[:, :, None], gradient[:, :, None]), axis=2), axis=1) / columns
+    return sums[:, 0], sums[:, 1]
 
 
 @tw.kernel
@@ -47,28 +56,30 @@ def norm_backward(
     p, j = tw.program_id(0), tw.program_id(1)
     columns = x.shape[1]
     scale = tw.load(weight, j, BN).to(tw.float32)
-    dweight = tw.zeros((BM, BN), tw.float32)
-    dbias = tw.zeros((BM, BN), tw.float32)
+    dweight, dbias = tw.zeros((BN,), tw.float32), tw.zeros((BN,), tw.float32)
     for m in tw.range(p, tw.cdiv(x.shape[0], BM), tw.num_programs(0)):
         factor = tw.load(inverse, m, BM)[:, None]
         normal = centred(x, mean, m, j, BM, BN) * factor
         gradient = tw.load(dy, (m, j), (BM, BN)).to(tw.float32)  # 0 outside: what x reads there is of no account
-        dweight = dweight + gradient * normal
+        dweight = dweight + tw.sum(gradient * normal, axis=0)
         if BIAS:
-            dbias = dbias + gradient
+            dbias = dbias + tw.sum(gradient, axis=0)
         gradient = gradient * scale
-        along = tw.sum(gradient * normal, axis=1) / columns if sums is None else tw.load(sums[0], m, BM)
+        if sums is None:
+            along, middle = row_means(gradient * normal, gradient, mean, columns)
+        else:
+            along = tw.load(sums[0], m, BM)
+            middle = None if mean is None else tw.load(sums[1], m, BM)
         out = gradient - normal * along[:, None]
         if mean is not None:
-            middle = tw.sum(gradient, axis=1) / columns if sums is None else tw.load(sums[1], m, BM)
             out = out - middle[:, None]
         out = out * factor
         if dtotal is not None:
             out = out + tw.load(dtotal, (m, j), (BM, BN)).to(tw.float32)
         tw.store(dx, (m, j), out.to(dx.dtype))
-    tw.store(partial, (p, 0, j), tw.sum(dweight, axis=0)[None, None, :])
+    tw.store(partial, (p, 0, j), dweight[None, None, :])
     if BIAS:
-        tw.store(partial, (p, 1, j), tw.sum(dbias, axis=0)[None, None, :])
+        tw.store(partial, (p, 1, j), dbias[None, None, :])
 
 
 @tw.kernel
@@ -101,7 +112,7 @@ def norm_backward_sums(
 
 def gradient_programs(rows: int, columns: int) -> int:
     """How many partial sums `norm_gradients` makes: P of `norm_backward`."""
-    return gradient_tiles(rows, columns if columns <= WIDEST else LONG_COLUMNS)[1]
+    return (gradient_tiles(rows, columns) if columns <= WIDEST else long_gradient_tiles(rows))[1]
 
 
 def norm_gradients(
@@ -115,8 +126,8 @@ def norm_gradients(
         norm_backward[(programs,)](dy, x, weight, inverse, dx, partial, dtotal, mean, BIAS=bias, **meta)
         return
     sums = _workspace.take(x, (2, rows))
-    norm_backward_sums[(rows,)](dy, x, weight, inverse, sums, mean)
-    meta, programs = gradient_tiles(rows, LONG_COLUMNS)
+    norm_backward_sums[(rows,)](dy, x, weight, inverse, sums, mean, num_warps=LONG_WARPS)
+    meta, programs = long_gradient_tiles(rows)
     grid = programs, tw.cdiv(columns, meta["BN"])
     norm_backward[grid](dy, x, weight, inverse, dx, partial, dtotal, mean, sums, BIAS=bias, **meta)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, row_tiles, store_weighted, sum_of
+from tilewright.kernels.rows import LONG_COLUMNS, LONG_TILES, WIDEST, norm_tiles, store_weighted, sum_of
 
 
 @tw.kernel
@@ -72,9 +72,9 @@ def rmsnorm_long(
 def rms_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
     """`rmsnorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name."""
     if x.shape[1] > WIDEST:
-        rmsnorm_long[(x.shape[0],)](x, weight, y, eps, **optional)
+        rmsnorm_long[(x.shape[0],)](x, weight, y, eps, **optional, **LONG_TILES)
         return
-    meta = row_tiles(*x.shape)
+    meta = norm_tiles(*x.shape)
     rmsnorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)
 
 

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import math
+
 import tilewright as tw
 
 #: elements that one program should move at least, and the widest row
 ELEMENTS, WIDEST = 4096, 16384
-#: columns that kernels for longer rows work on at a time
-LONG_COLUMNS = 4096
-#: elements that a thread of `layernorm` holds at most, and how many long rows a program has: two reductions follow each
-#: other, and another row hides their exchanges between threads
-LAYER_ELEMENTS, LAYER_ROWS = 64, 2
-#: elements that a thread of `norm_backward` holds, several values for each, and that a program has at least
-GRADIENT_ELEMENTS, GRADIENT_LEAST = 8, 2048
+#: columns that kernels for longer rows work on at a time, and their warps; tiles of those that hold few values for each
+LONG_COLUMNS, LONG_WARPS = 4096, 8
+LONG_TILES = {"BN": 2 * LONG_COLUMNS, "num_warps": LONG_WARPS}
+#: the widest rows of which a warp of `softmax` takes whole ones, and a program of the norms eight
+SHORT = 1024
+#: elements that a thread of `layernorm` holds of one row, and how many long rows a program has
+LAYER_ELEMENTS, LAYER_ROWS = 32, 2
+#: columns that a thread of `norm_backward` adds up: few of rows that share a program with another, else more
+GRADIENT_COLUMNS, WIDE_GRADIENT_COLUMNS, GRADIENT_ROWS = 8, 16, 2
 #: below every finite number that matters in a softmax, yet finite: differences from it are never NaN
 LEAST = -1e30
-#: programs that share the rows of a gradient: two for each SM of an H100
-GRADIENT_PROGRAMS = 264
+#: for powers of two, which GPUs have an instruction for
+LOG2_E = math.log2(math.e)
+#: threads of the programs that share the rows of a gradient, on each SM of an H100
+GRADIENT_THREADS, SMS = 512, 132
+#: programs that share the rows of a gradient in each block of columns
+LONG_GRADIENT_PROGRAMS = 33
 
 
-def row_tiles(rows: int, columns: int, elements: int | None = None, least: int = ELEMENTS) -> dict[str, int]:
+def row_tiles(rows: int, columns: int, least: int = ELEMENTS) -> dict[str, int]:
     """``BM`` and ``BN`` for kernels that hold whole rows of (rows, columns), several where they are short.
 
-    With ``elements`` also ``num_warps``, so that a thread holds about that many; else the compiler chooses. Short rows
-    make up ``least`` elements, where there are enough for all SMs.
+    Short rows make up ``least`` elements, where there are enough for all SMs.
     """
     if columns > WIDEST:
         hint = "use the kernels for long rows, or the functions that choose"
@@ -34,27 +41,40 @@ def row_tiles(rows: int, columns: int, elements: int | None = None, least: int =
     height = 1
     while height * width < least and tw.cdiv(rows, height) > 2048:
         height *= 2
-    meta = {"BM": height, "BN": width}
-    return meta if elements is None else {**meta, "num_warps": _warps(meta, elements)}
+    return {"BM": height, "BN": width}
 
 
-def _warps(meta: dict[str, int], elements: int) -> int:
-    return max(4, min(32, meta["BM"] * meta["BN"] // (32 * elements)))
+def norm_tiles(rows: int, columns: int) -> dict[str, int]:
+    """Tile sizes of `rmsnorm`: more short rows, which share what is read of the weight."""
+    return row_tiles(rows, columns, 2 * ELEMENTS if columns <= SHORT else ELEMENTS)
 
 
 def layer_tiles(rows: int, columns: int) -> dict[str, int]:
-    """Tile sizes and warps of `layernorm`."""
-    meta = row_tiles(rows, columns)
+    """Tile sizes and warps of `layernorm`: two long rows in a program, with twice the elements in a thread."""
+    meta, elements = norm_tiles(rows, columns), LAYER_ELEMENTS
     if meta["BN"] >= ELEMENTS and rows > 2048:
-        meta["BM"] = LAYER_ROWS
-    return {**meta, "num_warps": _warps(meta, LAYER_ELEMENTS)}
+        meta["BM"], elements = LAYER_ROWS, 2 * LAYER_ELEMENTS
+    return {**meta, "num_warps": max(4, min(16, meta["BM"] * meta["BN"] // (32 * elements)))}
+
+
+def softmax_tiles(rows: int, columns: int) -> dict[str, int]:
+    """Tile sizes of `softmax`: a warp alone where it can hold whole rows."""
+    return {**row_tiles(rows, columns, SHORT), "num_warps": 1} if columns <= SHORT else row_tiles(rows, columns)
 
 
 def gradient_tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
-    """Tile sizes and number of programs of `norm_backward`."""
-    meta = row_tiles(rows, columns, GRADIENT_ELEMENTS, GRADIENT_LEAST)
-    programs = GRADIENT_PROGRAMS if meta["num_warps"] <= 8 else GRADIENT_PROGRAMS // 2
-    return meta, min(programs, tw.cdiv(rows, meta["BM"]))
+    """Tile sizes and number of programs of `norm_backward`; no two warps have the same columns."""
+    width = row_tiles(rows, columns)["BN"]
+    each = GRADIENT_COLUMNS if width <= SHORT else WIDE_GRADIENT_COLUMNS
+    warps = max(1, min(32, width // (32 * each)))
+    height = GRADIENT_ROWS if width <= SHORT and rows > GRADIENT_ROWS else 1
+    programs = SMS * max(1, GRADIENT_THREADS // (32 * warps))
+    return {"BM": height, "BN": width, "num_warps": warps}, min(programs, tw.cdiv(rows, height))
+
+
+def long_gradient_tiles(rows: int) -> tuple[dict[str, int], int]:
+    """The same for blocks of `LONG_COLUMNS` columns, each with programs of its own."""
+    return {"BM": 1, "BN": LONG_COLUMNS, "num_warps": 2 * LONG_WARPS}, min(LONG_GRADIENT_PROGRAMS, rows)
 
 
 @tw.function
@@ -65,7 +85,10 @@ def row_major(columns, BN):
 
 
 def block_tiles(columns: int, elements: int = 4096) -> dict[str, int]:
-    """``BM`` and ``BN`` of kernels that call `row_major`: about ``elements`` that lie together in memory."""
+    """``BM`` and ``BN`` of kernels that call `row_major`: about ``elements`` that lie together in memory.
+
+    2048 suit `activation`, 1024 its backward pass, 4096 what computes more (`dropout`).
+    """
     width = 1
     while width < min(columns, elements):
         width *= 2

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LEAST, LONG_COLUMNS, WIDEST, row_tiles
+from tilewright.kernels.rows import LEAST, LOG2_E, LONG_COLUMNS, LONG_TILES, LONG_WARPS, WIDEST, softmax_tiles
 
 
 @tw.kernel
@@ -18,8 +18,8 @@ def softmax(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 1, BN: tw.constexp
     """
     m = tw.program_id(0)
     row = tw.load(x, (m, 0), (BM, BN), pad=float("-inf")).to(tw.float32)
-    e = tw.exp(row - tw.max(row, axis=1)[:, None])
-    tw.store(y, (m, 0), (e / tw.sum(e, axis=1)[:, None]).to(y.dtype))
+    e = tw.exp2((row - tw.max(row, axis=1)[:, None]) * LOG2_E)
+    tw.store(y, (m, 0), (e * (1.0 / tw.sum(e, axis=1))[:, None]).to(y.dtype))
 
 
 @tw.kernel
@@ -49,13 +49,13 @@ def softmax_long(x: tw.Tensor, y: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS)
     for j in tw.range(blocks):
         row = tw.load(x, (m, j), (1, BN), pad=float("-inf")).to(tw.float32)
         higher = tw.maximum(top, row)
-        total = total * tw.exp(top - higher) + tw.exp(row - higher)
+        total = total * tw.exp2((top - higher) * LOG2_E) + tw.exp2((row - higher) * LOG2_E)
         top = higher
     highest = tw.max(top, axis=1)[:, None]
-    whole = tw.sum(total * tw.exp(top - highest), axis=1)[:, None]
+    share = 1.0 / tw.sum(total * tw.exp2((top - highest) * LOG2_E), axis=1)[:, None]
     for j in tw.range(blocks):
         row = tw.load(x, (m, j), (1, BN)).to(tw.float32)
-        tw.store(y, (m, j), (tw.exp(row - highest) / whole).to(y.dtype))
+        tw.store(y, (m, j), (tw.exp2((row - highest) * LOG2_E) * share).to(y.dtype))
 
 
 @tw.kernel
@@ -75,18 +75,18 @@ def softmax_backward_long(dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BN: tw.
 def softmax_rows(x: Any, y: Any) -> None:
     """`softmax` of rows of any length. Arrays of NumPy or torch."""
     if x.shape[1] > WIDEST:
-        softmax_long[(x.shape[0],)](x, y)
+        softmax_long[(x.shape[0],)](x, y, num_warps=LONG_WARPS)
         return
-    meta = row_tiles(*x.shape)
+    meta = softmax_tiles(*x.shape)
     softmax[(tw.cdiv(x.shape[0], meta["BM"]),)](x, y, **meta)
 
 
 def softmax_rows_backward(dy: Any, y: Any, dx: Any) -> None:
     """`softmax_backward` of rows of any length. Arrays of NumPy or torch."""
     if y.shape[1] > WIDEST:
-        softmax_backward_long[(y.shape[0],)](dy, y, dx)
+        softmax_backward_long[(y.shape[0],)](dy, y, dx, **LONG_TILES)
         return
-    meta = row_tiles(*y.shape)
+    meta = softmax_tiles(*y.shape)
     softmax_backward[(tw.cdiv(y.shape[0], meta["BM"]),)](dy, y, dx, **meta)
 
 
