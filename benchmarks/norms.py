@@ -17,11 +17,13 @@ import torch
 from torch.nn import functional
 
 import tilewright as tw
-from tilewright.kernels import activations, cross_entropy, dropout, embedding, layernorm, quantize, rmsnorm, rotary
+from tilewright.kernels import activations, cross_entropy, dropout, embedding, quantize, rotary
 from tilewright.kernels.column_sum import column_sums, workspace_shapes
-from tilewright.kernels.norm_backward import norm_backward
-from tilewright.kernels.rows import block_tiles, gradient_tiles, layer_tiles, row_major_grid, row_tiles
-from tilewright.kernels.softmax import softmax, softmax_backward
+from tilewright.kernels.layernorm import layer_rows
+from tilewright.kernels.norm_backward import gradient_programs, norm_gradients
+from tilewright.kernels.rmsnorm import rms_rows
+from tilewright.kernels.rows import block_tiles, row_major_grid, row_tiles
+from tilewright.kernels.softmax import softmax_rows, softmax_rows_backward
 from tilewright.runtime.bench import compare
 
 EPS = 1e-5
@@ -90,35 +92,26 @@ def layer_backward_math(dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tenso
 
 def rms_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, w, y, r = normal(m, n, dtype=dtype), normal(n, dtype=dtype), poisoned(m, n, dtype=dtype), poisoned(m)
-    meta = row_tiles(m, n)
-    grid = (tw.cdiv(m, meta["BM"]),)
-    return Case(lambda: rmsnorm.rmsnorm[grid](x, w, y, EPS, inverse=r, **meta), [y, r], rms_math, [x, w], 2 * x.nbytes)
+    return Case(lambda: rms_rows(x, w, y, EPS, inverse=r), [y, r], rms_math, [x, w], 2 * x.nbytes)
 
 
 def rms_residual_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, residual, w = normal(m, n, dtype=dtype), normal(m, n, dtype=dtype), normal(n, dtype=dtype)
-    y, t, r, meta = poisoned(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), poisoned(m), row_tiles(m, n)
-    grid = (tw.cdiv(m, meta["BM"]),)
-
-    def ours() -> None:
-        rmsnorm.rmsnorm[grid](x, w, y, EPS, residual=residual, total=t, inverse=r, **meta)
-
+    y, t, r = poisoned(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), poisoned(m)
+    ours = lambda: rms_rows(x, w, y, EPS, residual=residual, total=t, inverse=r)  # noqa: E731
     return Case(ours, [y, t, r], rms_residual_math, [x, residual, w], 4 * x.nbytes)
 
 
 def layer_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, w, b, y = normal(m, n, dtype=dtype), normal(n, dtype=dtype), normal(n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    mean, r, meta = poisoned(m), poisoned(m), layer_tiles(m, n)
-    grid = (tw.cdiv(m, meta["BM"]),)
-
-    def ours() -> None:
-        layernorm.layernorm[grid](x, w, y, EPS, bias=b, mean=mean, inverse=r, **meta)
-
+    mean, r = poisoned(m), poisoned(m)
+    ours = lambda: layer_rows(x, w, y, EPS, bias=b, mean=mean, inverse=r)  # noqa: E731
     return Case(ours, [y, mean, r], layer_math, [x, w, b], 2 * x.nbytes)
 
 
-def gradient_sums(parts: int, programs: int, n: int) -> tuple[Tensor, Tensor, Callable[[], None]]:
+def gradient_sums(m: int, n: int, parts: int) -> tuple[Tensor, Tensor, Callable[[], None]]:
     """The partial sums of a norm's backward pass, their total, and what adds them up."""
+    programs = gradient_programs(m, n)
     partial, total = poisoned(programs, parts, n), poisoned(1, parts * n)
     flat = partial.view(programs, parts * n)
     shape, arrived = workspace_shapes(*flat.shape, flat.itemsize)
@@ -127,34 +120,24 @@ def gradient_sums(parts: int, programs: int, n: int) -> tuple[Tensor, Tensor, Ca
 
 
 def rms_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
-    dy, x, w, dx = (
-        normal(m, n, dtype=dtype),
-        normal(m, n, dtype=dtype),
-        normal(n, dtype=dtype),
-        poisoned(m, n, dtype=dtype),
-    )
-    r, (meta, programs) = rms_math(x, w)[1], gradient_tiles(m, n)
-    partial, total, add_up = gradient_sums(1, programs, n)
+    dy, x, w = normal(m, n, dtype=dtype), normal(m, n, dtype=dtype), normal(n, dtype=dtype)
+    dx, r = poisoned(m, n, dtype=dtype), rms_math(x, w)[1]
+    partial, total, add_up = gradient_sums(m, n, 1)
 
     def ours() -> None:
-        norm_backward[(programs,)](dy, x, w, r, dx, partial, **meta)
+        norm_gradients(dy, x, w, r, dx, partial)
         add_up()
 
     return Case(ours, [dx, total[0]], rms_backward_math, [dy, x, w, r], 3 * x.nbytes)
 
 
 def layer_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
-    dy, x, w, dx = (
-        normal(m, n, dtype=dtype),
-        normal(m, n, dtype=dtype),
-        normal(n, dtype=dtype),
-        poisoned(m, n, dtype=dtype),
-    )
-    (_, mean, r), (meta, programs) = layer_math(x, w, w), gradient_tiles(m, n)
-    partial, total, add_up = gradient_sums(2, programs, n)
+    dy, x, w = normal(m, n, dtype=dtype), normal(m, n, dtype=dtype), normal(n, dtype=dtype)
+    dx, (_, mean, r) = poisoned(m, n, dtype=dtype), layer_math(x, w, w)
+    partial, total, add_up = gradient_sums(m, n, 2)
 
     def ours() -> None:
-        norm_backward[(programs,)](dy, x, w, r, dx, partial, mean=mean, BIAS=True, **meta)
+        norm_gradients(dy, x, w, r, dx, partial, mean=mean)
         add_up()
 
     return Case(ours, [dx, total[0, :n], total[0, n:]], layer_backward_math, [dy, x, w, mean, r], 3 * x.nbytes)
@@ -164,9 +147,8 @@ def layer_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 
 def softmax_case(m: int, n: int, dtype: torch.dtype) -> Case:
-    x, y, meta = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), row_tiles(m, n)
-    grid = (tw.cdiv(m, meta["BM"]),)
-    return Case(lambda: softmax[grid](x, y, **meta), [y], lambda x: torch.softmax(x, 1), [x], 2 * x.nbytes)
+    x, y = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
+    return Case(lambda: softmax_rows(x, y), [y], lambda x: torch.softmax(x, 1), [x], 2 * x.nbytes)
 
 
 def softmax_backward_math(dy: Tensor, y: Tensor) -> Tensor:
@@ -175,9 +157,7 @@ def softmax_backward_math(dy: Tensor, y: Tensor) -> Tensor:
 
 def softmax_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
     dy, y, dx = normal(m, n, dtype=dtype), torch.softmax(normal(m, n, dtype=dtype), 1), poisoned(m, n, dtype=dtype)
-    meta = row_tiles(m, n)
-    grid = (tw.cdiv(m, meta["BM"]),)
-    return Case(lambda: softmax_backward[grid](dy, y, dx, **meta), [dx], softmax_backward_math, [dy, y], 3 * y.nbytes)
+    return Case(lambda: softmax_rows_backward(dy, y, dx), [dx], softmax_backward_math, [dy, y], 3 * y.nbytes)
 
 
 IGNORED = -100
@@ -254,9 +234,10 @@ def rotary_case(m: int, n: int, dtype: torch.dtype, interleaved: bool = False, i
 
 def dropout_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, y = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    grid = row_major_grid(m, n, 4, 1024)
+    meta = block_tiles(n)
+    grid = row_major_grid(m, n, **meta)
     return Case(
-        lambda: dropout.dropout[grid](x, y, 0.1, 1234567, 0),
+        lambda: dropout.dropout[grid](x, y, 0.1, 1234567, 0, **meta),
         [y],
         lambda x: functional.dropout(x, 0.1),
         [x],
@@ -273,18 +254,14 @@ def embedding_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 
 def embedding_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
-    """With the sort of the tokens, which both need."""
+    """With what puts the tokens in order, on both sides."""
     dy, tokens = normal(m, n, dtype=dtype), torch.randint(50304, (m,)).cuda()
-    out = torch.zeros(50304, n, device="cuda", dtype=dtype)
-
-    def ours() -> None:
-        ordered, order = tokens.sort(stable=True)
-        out.zero_()
-        embedding.embedding_backward[row_major_grid(m, n, 1, 1024)](dy, ordered, order, out)
+    out = poisoned(50304, n, dtype=dtype)
 
     def plain(dy: Tensor, tokens: Tensor) -> Tensor:
         return torch.ops.aten.embedding_dense_backward(dy, tokens, 50304, -1, False)
 
+    ours = lambda: embedding.embedding_gradient(dy, tokens, out)  # noqa: E731
     return Case(ours, [out], plain, [dy, tokens], 2 * dy.nbytes + out.nbytes)
 
 
@@ -305,7 +282,7 @@ def gelu_math(x: Tensor) -> Tensor:
 
 
 def gelu_case(m: int, n: int, dtype: torch.dtype) -> Case:
-    x, y, meta = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), block_tiles(n)
+    x, y, meta = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), block_tiles(n, 2048)
     grid = row_major_grid(m, n, **meta)
     ours = lambda: activations.activation[grid](x, y, FN=activations.gelu, **meta)  # noqa: E731
     return Case(ours, [y], gelu_math, [x], 2 * x.nbytes)
@@ -313,7 +290,7 @@ def gelu_case(m: int, n: int, dtype: torch.dtype) -> Case:
 
 def swiglu_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, up, y = normal(m, n, dtype=dtype), normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    meta = block_tiles(n)
+    meta = block_tiles(n, 2048)
     grid = row_major_grid(m, n, **meta)
     return Case(lambda: activations.activation[grid](x, y, up, **meta), [y], swiglu_math, [x, up], 3 * x.nbytes)
 
@@ -321,7 +298,7 @@ def swiglu_case(m: int, n: int, dtype: torch.dtype) -> Case:
 def swiglu_backward_case(m: int, n: int, dtype: torch.dtype) -> Case:
     dy, x, up = (normal(m, n, dtype=dtype) for _ in range(3))
     dx, dup = poisoned(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    meta = block_tiles(n, 2048)
+    meta = block_tiles(n, 1024)
     grid = row_major_grid(m, n, **meta)
     ours = lambda: activations.activation_backward[grid](dy, x, dx, up, dup, **meta)  # noqa: E731
     return Case(ours, [dx, dup], swiglu_backward_math, [dy, x, up], 5 * x.nbytes)
@@ -365,6 +342,9 @@ CASES: dict[str, Callable[[int, int, torch.dtype], Case]] = {
     "quantize rows": quantize_case, "quantize 1x128": quantize_blocks_case,
 }  # fmt: skip
 SHAPES = [(16384, 1024), (16384, 4096), (8192, 8192)]
+#: rows that no program holds, of the kernels that work on whole rows
+LONG = [(4096, 32768), (1024, 131072)]
+WHOLE_ROWS = ("rmsnorm", "layernorm", "softmax")
 VOCABULARY = [(4096, 131072)]
 
 
@@ -402,7 +382,10 @@ def measure(name: str, shape: tuple[int, int], dtype: str, repeats: int, rival: 
 def chosen(options: argparse.Namespace) -> Iterator[tuple[str, tuple[int, int], str]]:
     for dtype in options.dtypes:
         for name in options.kernels:
-            for shape in VOCABULARY if name.startswith("cross-entropy") else options.shapes:
+            shapes = VOCABULARY if name.startswith("cross-entropy") else options.shapes
+            if options.long and name.startswith(WHOLE_ROWS):
+                shapes = [*shapes, *LONG]
+            for shape in shapes:
                 yield name, shape, dtype
 
 
@@ -413,6 +396,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["bf16"])
     parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
+    parser.add_argument("--long", action="store_true", help="rows of more than 16384 elements as well")
     parser.add_argument("--alone", action="store_true", help="without torch.compile")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -427,8 +411,8 @@ def main() -> None:
             f"of copy {r['of_copy']:.2f}  {over}error {r['error']:.1e}",
             flush=True,
         )
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        if options.json:  # after each: a run may be cut short
+            options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ import torch
 
 import tilewright as tw
 from tilewright.kernels.column_sum import column_sums, workspace_shapes
-from tilewright.kernels.rmsnorm import rmsnorm
-from tilewright.kernels.rows import row_tiles
-from tilewright.kernels.softmax import softmax
+from tilewright.kernels.rmsnorm import rms_rows
+from tilewright.kernels.softmax import softmax_rows
 from tilewright.kernels.transpose import tiles, transpose
 from tilewright.runtime.bench import compare
 
@@ -43,9 +42,9 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def softmax_case(x: torch.Tensor) -> Case:
-    y, library, meta = poisoned(*x.shape, dtype=x.dtype), torch.empty_like(x), row_tiles(*x.shape)
+    y, library = poisoned(*x.shape, dtype=x.dtype), torch.empty_like(x)
     return Case(
-        lambda: softmax[(tw.cdiv(x.shape[0], meta["BM"]),)](x, y, **meta),
+        lambda: softmax_rows(x, y),
         lambda: torch.softmax(x, dim=1, out=library),
         y,
         torch.softmax(x.double(), dim=1),
@@ -54,10 +53,10 @@ def softmax_case(x: torch.Tensor) -> Case:
 
 
 def rmsnorm_case(x: torch.Tensor) -> Case:
-    y, weight, meta = poisoned(*x.shape, dtype=x.dtype), torch.randn_like(x[0]), row_tiles(*x.shape)
+    y, weight = poisoned(*x.shape, dtype=x.dtype), torch.randn_like(x[0])
     exact = x.double() / (x.double().square().mean(1, keepdim=True) + EPS).sqrt() * weight.double()
     return Case(
-        lambda: rmsnorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, EPS, **meta),
+        lambda: rms_rows(x, weight, y, EPS),
         lambda: torch.nn.functional.rms_norm(x, (x.shape[1],), weight, EPS),
         y,
         exact,
