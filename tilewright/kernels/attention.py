@@ -13,6 +13,14 @@ LOG2E, LN2 = log2(e), log(2)
 
 
 @tw.function
+def biased(scores: Any, pairs: Any) -> Any:
+    """Scores times log2(e) with a tile of the bias; where that is of truth values, -inf where they are False."""
+    if pairs.dtype == tw.bool:
+        return tw.where(pairs, scores, float("-inf"))
+    return scores + pairs.to(tw.float32) * LOG2E
+
+
+@tw.function
 def weigh(
     queries: Any,
     keys: Any,
@@ -52,7 +60,7 @@ def weigh(
         if bias is not None:
             if CAP is None:
                 s = s * scale
-            s = s + tw.load(bias, (row // BM, j), (BM, BN)).to(tw.float32) * LOG2E
+            s = biased(s, tw.load(bias, (row // BM, j), (BM, BN)))
         if CAP is not None or bias is not None:
             factor = 1.0
         columns = j * BN + tw.arange(0, BN)
@@ -128,9 +136,9 @@ def attention(
 
     ``scale`` includes log2(e): weights are powers of two. The last query is aligned with the last key: CAUSAL hides
     the keys after a query's own place, ``left`` those more than ``left`` before it. Optional: ``lse`` (B, H, M)
-    float32 gets the logarithm of the sum of the exponentials, ``bias`` (B, H, M, N) is added to the scaled scores (any
-    stride may be 0), ``lengths`` (B,) int32 says how many keys of a batch exist, CAP bounds
-    scores: cap * tanh(s / cap).
+    float32 gets the logarithm of the sum of the exponentials, ``bias`` (B, H, M, N) is added to the scaled scores, or
+    hides those where it is False (any stride may be 0), ``lengths`` (B,) int32 says how many keys of a batch exist, CAP
+    bounds scores: cap * tanh(s / cap).
     A query that sees no key gets 0, its ``lse`` -inf. DV is D unless given.
     """
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
@@ -275,7 +283,7 @@ def visible_scores(
     if cap is not None:
         scores = cap * np.tanh(scores / cap)
     if bias is not None:
-        scores = scores + bias.astype(np.float64)
+        scores = np.where(bias, scores, -np.inf) if bias.dtype == bool else scores + bias.astype(np.float64)
     m, n = scores.shape[-2:]
     rows, columns = np.arange(m)[:, None] + n - m, np.arange(n)
     seen = np.ones((m, n), bool)

@@ -6,6 +6,10 @@ programs contribute to dq is added up by atomic updates.
 
 Sums of integers have one value in any order. So the contributions are rounded to multiples of a step, one for each
 query, that is 2^-29 of a bound of what can come together: |dq| <= 2 |do| max|v| max|k|, since the weights add up to 1.
+
+Packed sequences, behind one another along the rows of q, k, v and what belongs to them, are one entry of a batch here:
+q (1, H, T, D), k (1, G, S, D). ``q_starts`` and ``k_starts`` (B + 1,) int32 say where they begin, and the last axis of
+a grid counts them. Rows of workspaces begin at a multiple of TILE for each sequence, see `place`.
 """
 
 from __future__ import annotations
@@ -15,24 +19,42 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.attention import LOG2E, visible_scores
+from tilewright.kernels.attention import LOG2E, biased, visible_scores
+from tilewright.kernels.attention_bias_gradient import TILE, bias_gradient
 from tilewright.kernels.workspace import temporary
 
-#: queries, and keys, that the kernels around the walk take at a time
-TILE = 64
 #: what a walk needs of each query: the logarithm to base 2, delta, steps in 1, 1 in steps
 ROWS = 4
 
 
+@tw.function
+def place(q: Any, q_starts: Any, b: Any) -> Any:
+    """Where queries of a batch's entry, or of a packed sequence, lie: entry of q, first row, rows, TILE of workspaces.
+
+    Sequences that begin in the same TILE of q have different ones there, and none reaches into the next one's.
+    """
+    entry, first, count, tile = b, 0, q.shape[2], 0
+    if q_starts is not None:
+        first = tw.load(q_starts, b)
+        entry, count, tile = 0, tw.load(q_starts, b + 1) - first, first // TILE + b
+    return entry, first, count, tile
+
+
 @tw.kernel
-def attention_largest(k: tw.Tensor, v: tw.Tensor, largest: tw.Tensor, *, D: tw.constexpr, DV: tw.constexpr) -> None:
+def attention_largest(
+    k: tw.Tensor, v: tw.Tensor, largest: tw.Tensor, lengths: tw.Tensor = None, *, D: tw.constexpr, DV: tw.constexpr
+) -> None:
     """Of each tile of keys the largest element of k and the largest square of a row of v.
 
-    k (B, G, N, D), v (B, G, N, DV), largest (2, B, G, cdiv(N, TILE)) float32. Grid: (cdiv(N, TILE), G, B).
+    k (B, G, N, D), v (B, G, N, DV), largest (2, B, G, cdiv(N, TILE)) float32, lengths as of `attention`.
+    Grid: (cdiv(N, TILE), G, B).
     """
     n, g, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     keys = tw.load(k[b, g], (n, 0), (TILE, D)).to(tw.float32)
     values = tw.load(v[b, g], (n, 0), (TILE, DV)).to(tw.float32)
+    if lengths is not None:
+        exist = (n * TILE + tw.arange(0, TILE) < tw.load(lengths, b))[:, None]
+        keys, values = tw.where(exist, keys, 0.0), tw.where(exist, values, 0.0)
     tw.store(largest[0, b, g], n, tw.max(tw.max(tw.abs(keys), axis=1)[None, :], axis=1))
     tw.store(largest[1, b, g], n, tw.max(tw.sum(values * values, axis=1)[None, :], axis=1))
 
@@ -56,6 +78,7 @@ def attention_rows(
     rows: tw.Tensor,
     sums: tw.Tensor,
     bound: tw.Tensor = None,
+    q_starts: tw.Tensor = None,
     *,
     D: tw.constexpr,
     DV: tw.constexpr,
@@ -64,21 +87,30 @@ def attention_rows(
 
     o, do (B, H, M, DV), lse (B, H, M), rows (ROWS, B, H, M rounded up to TILE) float32, sums (B, H, M, D); with
     ``bound`` of `attention_bound` sums are int32, else float32. Grid: (cdiv(M, TILE), H, B).
+    Packed: as many TILEs of rows and sums as of `tiles`, and M of the grid is the longest sequence.
     """
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-    gradients = tw.load(do[b, h], (m, 0), (TILE, DV)).to(tw.float32)
-    delta = tw.sum(tw.load(o[b, h], (m, 0), (TILE, DV)).to(tw.float32) * gradients, axis=1)
-    logarithm = tw.load(lse[b, h], m, (TILE,), pad=float("inf"))
-    # a query that sees no key, as one beyond the last, has weights of 0
-    tw.store(rows[0, b, h], m, tw.where(logarithm == float("-inf"), float("inf"), logarithm * LOG2E))
-    tw.store(rows[1, b, h], m, delta)
-    tw.store(sums[b, h], (m, 0), tw.zeros((TILE, D), sums.dtype))
-    if bound is not None:
-        most = tw.sqrt(tw.sum(gradients * gradients, axis=1)) * tw.load(bound[b], h // (lse.shape[1] // bound.shape[1]))
-        # integers have no NaN: what is not finite in the other sums of a query makes its step NaN
-        spoiled = (delta + tw.where(logarithm == float("-inf"), 0.0, logarithm)) * 0.0
-        tw.store(rows[2, b, h], m, 2.0**29 / most)
-        tw.store(rows[3, b, h], m, most * 2.0**-29 + spoiled)
+    entry, first, count, tile = place(o, q_starts, b)
+    if m * TILE < count:
+        gradients = tw.load(do[entry, h].offset(first, 0), (m, 0), (TILE, DV)).to(tw.float32)
+        delta = tw.sum(tw.load(o[entry, h].offset(first, 0), (m, 0), (TILE, DV)).to(tw.float32) * gradients, axis=1)
+        logarithm = tw.load(lse[entry, h].offset(first), m, (TILE,), pad=float("inf"))
+        if q_starts is not None:
+            exist = m * TILE + tw.arange(0, TILE) < count
+            gradients, delta = tw.where(exist[:, None], gradients, 0.0), tw.where(exist, delta, 0.0)
+            logarithm = tw.where(exist, logarithm, float("inf"))
+        # a query that sees no key, as one beyond the last, has weights of 0
+        hidden = tw.where(logarithm == float("-inf"), float("inf"), logarithm * LOG2E)
+        tw.store(rows[0, entry, h], tile + m, hidden)
+        tw.store(rows[1, entry, h], tile + m, delta)
+        tw.store(sums[entry, h], (tile + m, 0), tw.zeros((TILE, D), sums.dtype))
+        if bound is not None:
+            most = tw.load(bound[entry], h // (lse.shape[1] // bound.shape[1]))
+            most = tw.sqrt(tw.sum(gradients * gradients, axis=1)) * most
+            # integers have no NaN: what is not finite in the other sums of a query makes its step NaN
+            spoiled = (delta + tw.where(logarithm == float("-inf"), 0.0, logarithm)) * 0.0
+            tw.store(rows[2, entry, h], tile + m, 2.0**29 / most)
+            tw.store(rows[3, entry, h], tile + m, most * 2.0**-29 + spoiled)
 
 
 @tw.kernel
@@ -93,27 +125,43 @@ def attention_gradients(
     dv: tw.Tensor,
     scale: tw.float32,
     left: tw.int32 = None,
+    bias: tw.Tensor = None,
+    lengths: tw.Tensor = None,
+    q_starts: tw.Tensor = None,
+    k_starts: tw.Tensor = None,
     *,
     D: tw.constexpr = 128,
     DV: tw.constexpr = 128,
     BM: tw.constexpr = 64,
     BN: tw.constexpr = 128,
     CAUSAL: tw.constexpr = False,
+    CAP: tw.constexpr = None,
+    RAGGED: tw.constexpr = True,
     EXACT: tw.constexpr = True,
 ) -> None:
     """Gradients of a tile of keys and values, and what it adds to ``sums``, the gradients of q without the scale.
 
     Shapes as in `attention` and `attention_rows`, but dk and dv (B, P, N, ...) with P a multiple of G: each for
-    H / P heads. EXACT: sums are int32, in steps. ``scale`` without log2(e). Grid: (cdiv(N, BN), P, B).
+    H / P heads. EXACT: sums are int32, in steps. ``scale`` without log2(e). Without RAGGED the last tile of keys is
+    full. Grid: (cdiv(N, BN), P, B); packed, N is the longest sequence.
     """
     n, part, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     g = part // (dk.shape[1] // k.shape[1])
     shared = q.shape[1] // dk.shape[1]
-    shift = k.shape[2] - q.shape[2]
-    keys = tw.load(k[b, g], (n, 0), (BN, D))
-    values = tw.load(v[b, g], (n, 0), (BN, DV))
+    entry, first, count, tile = place(q, q_starts, b)
+    start, length = 0, k.shape[2]
+    if k_starts is not None:
+        start = tw.load(k_starts, b)
+        length = tw.load(k_starts, b + 1) - start
+    shift = length - count
+    if lengths is not None:
+        length = tw.minimum(length, tw.load(lengths, b))
+    keys = tw.load(k[entry, g].offset(start, 0), (n, 0), (BN, D))
+    values = tw.load(v[entry, g].offset(start, 0), (n, 0), (BN, DV))
     columns = n * BN + tw.arange(0, BN)
-    begin, end = 0, tw.cdiv(q.shape[2], BM)
+    begin, end = 0, tw.cdiv(count, BM)
+    if lengths is not None or k_starts is not None:
+        end = tw.where(n * BN < length, end, 0)
     if CAUSAL:
         begin = tw.maximum(n * BN - shift, 0) // BM
     if left is not None:
@@ -122,52 +170,88 @@ def attention_gradients(
     dvalues = tw.zeros((BN, DV), tw.float32)
     for h in tw.range(part * shared, (part + 1) * shared):
         for m in tw.range(begin, end):
-            logarithm = tw.load(rows[0, b, h], m, (BM,))
-            delta = tw.load(rows[1, b, h], m, (BM,))
-            steps = tw.load(rows[2, b, h], m, (BM,))
-            queries = tw.load(q[b, h], (m, 0), (BM, D))
-            gradients = tw.load(do[b, h], (m, 0), (BM, DV))
+            row = tile * (TILE // BM) + m
+            logarithm = tw.load(rows[0, entry, h], row, (BM,))
+            delta = tw.load(rows[1, entry, h], row, (BM,))
+            steps = tw.load(rows[2, entry, h], row, (BM,))
+            queries = tw.load(q[entry, h].offset(first, 0), (m, 0), (BM, D))
+            gradients = tw.load(do[entry, h].offset(first, 0), (m, 0), (BM, DV))
             s = tw.dot(keys, queries.T)
             dp = tw.dot(values, gradients.T)
-            p = tw.exp2(s * (scale * LOG2E) - logarithm[None, :])
+            s = s * (scale * LOG2E)
+            if CAP is not None:
+                bent = tw.tanh(s * (1.0 / (CAP * LOG2E)))
+                s = (CAP * LOG2E) * bent
+            if bias is not None:
+                s = biased(s, tw.load(bias[entry, h].T, (n, m), (BN, BM)))
+            p = tw.exp2(s - logarithm[None, :])
             places = m * BM + shift + tw.arange(0, BM)
+            if RAGGED or lengths is not None or k_starts is not None:
+                p = tw.where((columns < length)[:, None], p, 0.0)
             if CAUSAL:
                 p = tw.where(columns[:, None] <= places[None, :], p, 0.0)
             if left is not None:
                 p = tw.where(columns[:, None] >= (places - left)[None, :], p, 0.0)
+            slope = p
+            if CAP is not None:
+                slope = p * (1.0 - bent * bent)
             dvalues = tw.dot(p.to(do.dtype), gradients, dvalues)
-            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            ds = (slope * (dp - delta[None, :])).to(q.dtype)
             dqueries = tw.dot(keys.T, ds)
             dkeys = tw.dot(ds, queries, dkeys)
             if EXACT:
                 dqueries = (dqueries * steps[None, :]).to(tw.int32)
-            tw.atomic_add(sums[b, h], (m, 0), dqueries.T)
-    tw.store(dk[b, part], (n, 0), (dkeys * scale).to(dk.dtype))
-    tw.store(dv[b, part], (n, 0), dvalues.to(dv.dtype))
+            tw.atomic_add(sums[entry, h], (row, 0), dqueries.T)
+    if k_starts is None:
+        tw.store(dk[b, part], (n, 0), (dkeys * scale).to(dk.dtype))
+        tw.store(dv[b, part], (n, 0), dvalues.to(dv.dtype))
+    else:
+        own = tw.where(columns < length, start + columns, -1)
+        tw.scatter(dk[entry, part], own, (dkeys * scale).to(dk.dtype), 0)
+        tw.scatter(dv[entry, part], own, dvalues.to(dv.dtype), 0)
 
 
 @tw.kernel
-def attention_dq(sums: tw.Tensor, rows: tw.Tensor, dq: tw.Tensor, scale: tw.float32, *, D: tw.constexpr) -> None:
+def attention_dq(
+    sums: tw.Tensor,
+    rows: tw.Tensor,
+    dq: tw.Tensor,
+    scale: tw.float32,
+    q_starts: tw.Tensor = None,
+    *,
+    D: tw.constexpr,
+) -> None:
     """``dq = sums * scale``, times the step where sums are integers. dq (B, H, M, D). Grid: (cdiv(M, TILE), H, B)."""
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-    total = tw.load(sums[b, h], (m, 0), (TILE, D)).to(tw.float32) * scale
-    if sums.dtype == tw.int32:
-        total = total * tw.load(rows[3, b, h], m, (TILE,))[:, None]
-    tw.store(dq[b, h], (m, 0), total.to(dq.dtype))
+    entry, first, count, tile = place(dq, q_starts, b)
+    if m * TILE < count:
+        total = tw.load(sums[entry, h], (tile + m, 0), (TILE, D)).to(tw.float32) * scale
+        if sums.dtype == tw.int32:
+            total = total * tw.load(rows[3, entry, h], tile + m, (TILE,))[:, None]
+        if q_starts is None:
+            tw.store(dq[entry, h], (m, 0), total.to(dq.dtype))
+        else:
+            places = m * TILE + tw.arange(0, TILE)
+            tw.scatter(dq[entry, h], tw.where(places < count, first + places, -1), total.to(dq.dtype), 0)
 
 
 @tw.kernel
-def attention_sum_heads(parts: tw.Tensor, total: tw.Tensor, *, D: tw.constexpr) -> None:
+def attention_sum_heads(parts: tw.Tensor, total: tw.Tensor, k_starts: tw.Tensor = None, *, D: tw.constexpr) -> None:
     """``total[b, g]`` = the sum of the parts of group g. parts (B, P, N, D), total (B, G, N, D).
 
-    Grid: (cdiv(N, TILE), G, B).
+    Rows that belong to none of the packed sequences are left. Grid: (cdiv(N, TILE), G, B).
     """
     n, g, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     count = parts.shape[1] // total.shape[1]
     added = tw.zeros((TILE, D), tw.float32)
     for part in tw.range(g * count, (g + 1) * count):
         added += tw.load(parts[b, part], (n, 0), (TILE, D)).to(tw.float32)
-    tw.store(total[b, g], (n, 0), added.to(total.dtype))
+    if k_starts is None:
+        tw.store(total[b, g], (n, 0), added.to(total.dtype))
+    else:
+        rows = n * TILE + tw.arange(0, TILE)
+        rows = tw.where(rows < tw.load(k_starts, k_starts.shape[0] - 1), rows, -1)
+        tw.scatter(total[b, g], rows, added.to(total.dtype), 0)
 
 
 def configuration(depth: int, width: int, aligned: bool = True) -> dict[str, int]:
@@ -203,53 +287,145 @@ def sdpa_backward(
     causal: bool = False,
     *,
     scale: float | None = None,
+    bias: Any = None,
+    lengths: Any = None,
     left: int | None = None,
+    cap: float | None = None,
+    dbias: Any = None,
     deterministic: bool = True,
 ) -> None:
     """Gradients of `tilewright.kernels.attention.sdpa`, which gave ``o`` and ``lse``. Arrays of NumPy or torch.
 
+    ``dbias``, if given, gets the gradient of the bias: see `tilewright.kernels.attention_bias_gradient`. Keys from a
+    batch's length on get 0, and need finite values.
     Bitwise equal from run to run, unless ``deterministic`` is False: then dq is added up in float32, in any order.
     With CAUSAL grouped heads get gradients of keys and values for each query head first, in the dtype of q: programs
     of a head run side by side and share what they read, which programs that walk several heads lose.
     """
-    batch, heads, length, depth = q.shape
-    width, groups, keys = v.shape[3], k.shape[1], k.shape[2]
-    factor = depth**-0.5 if scale is None else scale
-    tiles, meta = tw.cdiv(length, TILE), configuration(depth, width, all(map(_aligned, (q, k, v, do))))
-    sizes = {"D": meta["D"], "DV": meta["DV"]}
-    rows = temporary(q, (ROWS, batch, heads, tiles * TILE))
-    sums = temporary(q, q.shape, "int32" if deterministic else "float32")
-    bound = None
-    if deterministic:
-        largest = temporary(q, (2, batch, groups, tw.cdiv(keys, TILE)))
-        bound = temporary(q, (batch, groups))
-        attention_largest[tw.cdiv(keys, TILE), groups, batch](k, v, largest, **sizes)
-        attention_bound[groups, batch](largest, bound)
-    attention_rows[tiles, heads, batch](o, do, lse, rows, sums, bound, **sizes)
-    parts = [dk, dv]
-    if causal and groups != heads:
-        parts = [temporary(q, (batch, heads, keys, x.shape[3]), q.dtype) for x in (k, v)]
-    attention_gradients[tw.cdiv(keys, meta["BN"]), parts[0].shape[1], batch](
-        q, k, v, do, rows, sums, *parts, factor, left, CAUSAL=causal, EXACT=deterministic, **meta
+    batch, _, length, _ = q.shape
+    _backward(
+        (q, k, v, o, do, lse),
+        (dq, dk, dv, dbias),
+        (batch, tw.cdiv(length, TILE), length, k.shape[2]),
+        scale,
+        deterministic,
+        {"left": left, "bias": bias, "lengths": lengths},
+        {"CAUSAL": causal, "CAP": cap},
     )
-    attention_dq[tiles, heads, batch](sums, rows, dq, factor, D=meta["D"])
-    for part, total, wide in zip(parts, (dk, dv), (meta["D"], meta["DV"]), strict=True):
+
+
+def varlen_backward(
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    do: Any,
+    lse: Any,
+    dq: Any,
+    dk: Any,
+    dv: Any,
+    q_starts: Any,
+    k_starts: Any,
+    longest_q: int,
+    longest_k: int,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    left: int | None = None,
+    cap: float | None = None,
+    deterministic: bool = True,
+) -> None:
+    """`sdpa_backward` of `attention_varlen`: q, o, do, dq (T, H, D), k, v, dk, dv (S, G, D), lse (H, T).
+
+    ``longest_q`` and ``longest_k`` are at least the longest sequences. Rows that belong to no sequence are not written.
+    """
+    batch = q_starts.shape[0] - 1
+    _backward(
+        (*map(_as_entry, (q, k, v, o, do)), lse[None]),
+        (*map(_as_entry, (dq, dk, dv)), None),
+        (batch, tiles(q.shape[0], batch), longest_q, longest_k),
+        scale,
+        deterministic,
+        {"left": left, "q_starts": q_starts, "k_starts": k_starts},
+        {"CAUSAL": causal, "CAP": cap},
+    )
+
+
+def tiles(rows: int, batch: int) -> int:
+    """How many TILEs of workspaces are enough for ``batch`` packed sequences of ``rows`` in all."""
+    return rows // TILE + batch
+
+
+def _as_entry(packed: Any) -> Any:
+    """(T, H, D) as (1, H, T, D), a view."""
+    return (packed.transpose(1, 0, 2) if isinstance(packed, np.ndarray) else packed.transpose(0, 1))[None]
+
+
+def _backward(
+    arrays: tuple[Any, ...],
+    results: tuple[Any, ...],
+    sizes: tuple[int, int, int, int],
+    scale: float | None,
+    deterministic: bool,
+    options: dict[str, Any],
+    meta: dict[str, Any],
+) -> None:
+    """All launches. ``sizes``: sequences, TILEs of workspaces for each entry of q, longest queries and keys."""
+    (q, k, v, o, do, lse), (dq, dk, dv, dbias) = arrays, results
+    entries, heads, _, depth = q.shape
+    groups, keys, width = k.shape[1], k.shape[2], v.shape[3]
+    batch, blocks, longest_q, longest_k = sizes
+    factor = depth**-0.5 if scale is None else scale
+    meta = {**meta, **configuration(depth, width, all(map(_aligned, (q, k, v, do))))}
+    wide, grid = {"D": meta["D"], "DV": meta["DV"]}, (tw.cdiv(longest_q, TILE), heads, batch)
+    rows = temporary(q, (ROWS, entries, heads, blocks * TILE))
+    sums = temporary(q, (entries, heads, blocks * TILE, depth), "int32" if deterministic else "float32")
+    bound, starts = None, options.get("q_starts")
+    if deterministic:
+        largest = temporary(q, (2, entries, groups, tw.cdiv(keys, TILE)))
+        bound = temporary(q, (entries, groups))
+        attention_largest[tw.cdiv(keys, TILE), groups, entries](k, v, largest, options.get("lengths"), **wide)
+        attention_bound[groups, entries](largest, bound)
+    attention_rows[grid](o, do, lse, rows, sums, bound, starts, **wide)
+    parts = [dk, dv]
+    if meta["CAUSAL"] and groups != heads:
+        parts = [temporary(q, (entries, heads, keys, x.shape[3]), q.dtype) for x in (k, v)]
+    attention_gradients[tw.cdiv(longest_k, meta["BN"]), parts[0].shape[1], batch](
+        *(q, k, v, do, rows, sums, *parts, factor),
+        **options,
+        RAGGED=keys % meta["BN"] != 0,
+        EXACT=deterministic,
+        **meta,
+    )
+    attention_dq[grid](sums, rows, dq, factor, starts, D=meta["D"])
+    if dbias is not None:
+        bias_gradient(q, k, v, do, rows, dbias, factor, options, meta)
+    for part, total, size in zip(parts, (dk, dv), (meta["D"], meta["DV"]), strict=True):
         if part is not total:
-            attention_sum_heads[tw.cdiv(keys, TILE), groups, batch](part, total, D=wide)
+            attention_sum_heads[tw.cdiv(keys, TILE), groups, entries](part, total, options.get("k_starts"), D=size)
 
 
-def reference(
+def reference(*arguments: Any, **options: Any) -> tuple[np.ndarray[Any, Any], ...]:
+    """dq, dk, dv in float64, arguments as of `every_gradient`."""
+    return every_gradient(*arguments, **options)[:3]
+
+
+def every_gradient(
     q: np.ndarray[Any, Any],
     k: np.ndarray[Any, Any],
     v: np.ndarray[Any, Any],
     do: np.ndarray[Any, Any],
     causal: bool = False,
     *,
+    scale: float | None = None,
+    bias: np.ndarray[Any, Any] | None = None,
+    lengths: np.ndarray[Any, Any] | None = None,
     left: int | None = None,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """dq, dk, dv in float64."""
-    shared, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
-    scores = visible_scores(q, k, causal, None, None, None, left, None)
+    cap: float | None = None,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """In float64 dq, dk, dv and the gradient of a bias (B, H, M, N)."""
+    shared, factor = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
+    scores = visible_scores(q, k, causal, factor, bias, lengths, left, cap)
     weights = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), -1e300))
     total = weights.sum(-1, keepdims=True)
     weights /= np.where(total == 0, 1, total)
@@ -257,9 +433,12 @@ def reference(
     keys, values = (np.repeat(x.astype(np.float64), shared, axis=1) for x in (k, v))
     out = weights @ values
     dp = gradients @ values.transpose(0, 1, 3, 2)
-    ds = weights * (dp - (gradients * out).sum(-1, keepdims=True)) * scale
+    dbias = weights * (dp - (gradients * out).sum(-1, keepdims=True))
+    ds = dbias * factor
+    if cap is not None:
+        ds = ds * (1 - np.tanh(queries @ keys.transpose(0, 1, 3, 2) * factor / cap) ** 2)
     dq = ds @ keys
     by_group = (k.shape[0], k.shape[1], shared)
     dk = (ds.transpose(0, 1, 3, 2) @ queries).reshape(*by_group, *k.shape[2:]).sum(2)
     dv = (weights.transpose(0, 1, 3, 2) @ gradients).reshape(*by_group, *v.shape[2:]).sum(2)
-    return dq, dk, dv
+    return dq, dk, dv, dbias
