@@ -201,11 +201,13 @@ class _Assignment:
             self._assign(op.acc, self.unit.result(op, self.warps))
 
     def _operand_anchor(self, op: Operation) -> None:
-        """Tiles read from shared memory for a matrix operand arrive in the operand's layout."""
+        """Tiles read from shared memory for a matrix operand, cast or not, arrive in the operand's layout."""
         if isinstance(op, Dot | AsyncDot):
             for which in ("a", "b"):
-                value = op.a if which == "a" else op.b
-                if isinstance(value.op, LocalLoad):
+                value = source = op.a if which == "a" else op.b
+                while isinstance(source.op, Cast | Transpose):
+                    source = source.op.source
+                if isinstance(source.op, LocalLoad):
                     self._assign(value, self._operand_layout(op, which))
 
     def _cat_anchor(self, op: Operation) -> None:

@@ -105,7 +105,9 @@ def find_groups(function: Function) -> list[Group]:
     """Placed loads by block and by the operations that first and last read them."""
     uses, loops = uses_of(function.body), enclosing_operations(function)
     groups: dict[tuple[int, int, int], Group] = {}
-    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None and not is_rider(op)]:
+    for load in placed_loads(function):
+        if is_rider(load, uses):
+            continue
         block = load.parent
         assert block is not None
         readers = [ancestor_in(op, block) for op in _readers(load.result, uses)]
@@ -123,18 +125,23 @@ def find_groups(function: Function) -> list[Group]:
     return _merge_neighbours(list(groups.values()))
 
 
-def is_rider(load: Load) -> bool:
-    """A vector that placement lets travel with dot operands."""
-    return isinstance(load.result.type, TileType) and load.result.type.rank == 1
+def placed_loads(function: Function) -> list[Load]:
+    """Loads that travel through shared memory."""
+    return [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]
+
+
+def is_rider(load: Load, uses: dict[Value, list[Operation]]) -> bool:
+    """A vector, or a tile to be cast, that placement lets travel with dot operands; threads read it."""
+    return not all(isinstance(op, Dot) for op in _readers(load.result, uses))
 
 
 def _join_riders(function: Function, groups: list[Group]) -> list[Load]:
-    """Let each vector join a group of its block whose tiles are loaded before they and it are used.
+    """Let each rider join a group of its block whose tiles are loaded before they and it are used.
 
-    The group is awaited for its first use and given back behind the last. Other vectors stay loads into registers.
+    The group is awaited for its first use and given back behind the last. Other riders stay loads into registers.
     """
     uses, joined = uses_of(function.body), []
-    for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None and is_rider(op)]:
+    for load in [op for op in placed_loads(function) if is_rider(op, uses)]:
         block = load.parent
         assert block is not None
         order = {id(op): n for n, op in enumerate(block.ops)}
@@ -313,7 +320,7 @@ def _use_slots(function: Function, slots: dict[Value, Value]) -> None:
 
 
 def _read_riders(function: Function, context: PassContext, riders: list[Load], slots: dict[Value, Value]) -> None:
-    """Read each vector behind the last dot before its first use, so that it arrives while that one is waited for; at
+    """Read each rider behind the last dot before its first use, so that it arrives while that one is waited for; at
     the use itself where registers are scarce."""
     uses, scarce = uses_of(function.body), registers_are_scarce(function.body, function, context.target)
     for load in riders:

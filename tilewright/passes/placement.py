@@ -8,7 +8,8 @@ could not compute it), or when the program also writes its tensor (order must be
 for other ranks has its order from that).
 
 Vectors that are loaded beside such tiles, in the same loop, may go with them (`riders`): a role that computes neither
-waits for them nor holds them in registers from early on.
+waits for them nor holds them in registers from early on. So do tiles that are cast before a product takes them
+(`cast_operands`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from collections.abc import Iterator
 from math import gcd
 
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
-from tilewright.ir.layout import SharedLayout
+from tilewright.ir.layout import SharedLayout, shared_candidates
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot, Element, For, Load, Transpose
+from tilewright.ir.tile_ops import Cast, Dot, Element, For, Load, Transpose
 from tilewright.ir.types import TileType, ViewType
 from tilewright.passes.analysis import (
     backward_slice,
@@ -67,8 +68,11 @@ class Placement(FunctionPass):
                 load.shared = layout if perm is None else layout.transpose(_inverse(perm))
                 choose = copy_engine if by_roles else thread_engine
                 load.engine = choose(load, context.target)
-        for load in riders(function, context.target) if by_roles and unit.reads_slots else ():
-            load.shared, load.engine = _vector_layout(load), "tma"
+        if by_roles and unit.reads_slots:
+            for load in riders(function, context.target):
+                load.shared, load.engine = _vector_layout(load), "tma"
+            for load in cast_operands(function, context.target):
+                load.shared, load.engine = _swizzled(load, context.target), "tma"
 
 
 def riders(function: Function, target: Target) -> list[Load]:
@@ -93,6 +97,41 @@ def riders(function: Function, target: Target) -> list[Load]:
         and view_root(op.view) not in written
         and early_address(op, loops, written)
     ]
+
+
+def cast_operands(function: Function, target: Target) -> list[Load]:
+    """Loads in loops, which the engine can copy, of tiles that are only cast before a dot takes them on its left.
+
+    They travel in the memory's dtype, with the right operand; threads read and cast them, and the unit takes them from
+    registers.
+    """
+    loops, written, uses = enclosing_operations(function), written_tensors(function), uses_of(function.body)
+    found = []
+    for dot in [op for op in function.walk() if isinstance(op, Dot) and trace_load(op.b)[0] is not None]:
+        value, cast, right = dot.a, False, trace_load(dot.b)[0]
+        while isinstance(value.op, Cast | Transpose) and len(uses[value]) == 1:
+            cast, value = cast or isinstance(value.op, Cast), value.op.source
+        load = value.op
+        if not (cast and isinstance(load, Load) and load.shared is None and len(uses[value]) == 1):
+            continue
+        assert right is not None and load.parent is not None
+        beside = right.parent is load.parent is dot.parent and right.engine == "tma" and right.shared is not None
+        if not beside or not isinstance(loops.get(load.parent), For) or view_root(load.view) in written:
+            continue
+        if early_address(load, loops, written) and copy_engine(load, target) == "tma" and _swizzled(load, target):
+            found.append(load)
+    return found
+
+
+def _swizzled(load: Load, target: Target) -> SharedLayout | None:
+    """A layout that the copy engine writes and in which threads read rows of fragments without meeting a bank twice."""
+    tile, view = load.result.type, load.view.type
+    assert isinstance(tile, TileType) and isinstance(view, ViewType)
+    fastest = view.contiguous_axis
+    if tile.rank != 2 or fastest is None:
+        return None
+    layouts = shared_candidates(tile.shape, tile.dtype.bits, (fastest, 1 - fastest), target.banks)
+    return max((layout for layout in layouts if layout.swizzle), key=lambda layout: layout.swizzle, default=None)
 
 
 def _is_copyable_vector(load: Load, target: Target) -> bool:
