@@ -65,7 +65,7 @@ def test_products_of_the_library(device: str) -> None:
     a, b = normal(2, 40, 72), normal(2, 72, 70, seed=1)
     exact = a.astype(np.float64) @ b.astype(np.float64)
     c = poisoned(2, 40, 70)
-    run.launch(gemm_batched.gemm_batched, (2, 2, 2), a, b, c, **tiles)
+    run.launch(gemm_batched.gemm_batched, (2, 2, 2), a[None], b[None], c[None], **tiles)
     assert relative(c, exact) < 4e-3
     offsets, c = np.array([0, 10, 40], np.int32), poisoned(40, 70)
     most = gemm_grouped.most_tiles(40, 2, 32)

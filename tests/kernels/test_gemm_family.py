@@ -263,8 +263,10 @@ def test_the_grid_has_a_program_for_every_tile(bm: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_batched(device: str) -> None:
-    a, b, out = random(3, 200, 72), random(136, 72, 3).transpose(2, 1, 0), poisoned(3, 200, 136)
-    tw.device(device).launch(gemm_batched, (2, 2, 3), a, b, out, BN=128)
+    """Two axes of batches that are no single one, with a transposed operand and one that half of the products share."""
+    a = random(2, 200, 3, 72).transpose(0, 2, 1, 3)
+    b, out = np.broadcast_to(random(136, 72, 3).transpose(2, 1, 0), (2, 3, 72, 136)), poisoned(2, 3, 200, 136)
+    tw.device(device).launch(gemm_batched, (2, 2, 6), a, b, out, BN=128)
     assert relative(out, batched_module.reference(a, b)) < ROUNDED
 
 

@@ -67,7 +67,7 @@ MODELS = {
         _model("LlamaForCausalLM", "LlamaConfig", **_DECODER),
         padded,
         {"rms_norm": 3, "linear": 4, "attention": 1, "linear+residual": 2, "gated+silu": 1},
-        {**_WHOLE, "attention": 0},  # gradients with a mask that is more than causal
+        _WHOLE,
     ),
     "qwen3": (
         _model("Qwen3ForCausalLM", "Qwen3Config", **_DECODER, head_dim=16),
@@ -78,7 +78,8 @@ MODELS = {
     "gemma2": (
         _model("Gemma2ForCausalLM", "Gemma2Config", **{**_DECODER, "num_hidden_layers": 2}, head_dim=16),
         tokens,
-        {"rms_norm": 9, "linear": 11, "softmax": 2, "gated+gelu_tanh": 2},
+        {"rms_norm": 9, "linear": 11, "gated+gelu_tanh": 2, "attention+softcap+causal mask": 1,
+         "attention+softcap+window": 1},
         {"linear": 9, "gated+gelu_tanh": 0, "gated_mlp+gelu_tanh": 2},
     ),
     "mixtral": (
@@ -108,7 +109,7 @@ MODELS = {
         _model("T5EncoderModel", "T5Config", **_T5),
         tokens,
         {"rms_norm": 3, "linear": 3, "attention": 1, "linear+residual": 2, "linear+relu": 1},
-        {"attention": 0},  # gradients of the learned bias
+        {},
     ),
     "vit": (
         _model("ViTForImageClassification", "ViTConfig", **_ENCODER, **_QUIET, image_size=16, patch_size=8),
@@ -119,8 +120,9 @@ MODELS = {
     "whisper encoder": (
         _whisper_encoder,
         sounds,
-        {"layer_norm": 3, "linear": 3, "attention": 1, "linear+residual": 2, "linear+gelu": 1},
-        {"linear": 4, "linear+gelu": 0},
+        # the residual comes from a convolution in another order, which sums with it have in torch
+        {"layer_norm": 3, "linear": 5, "attention": 1, "linear+gelu": 1},
+        {"linear": 6, "linear+gelu": 0},
     ),
 }  # fmt: skip
 

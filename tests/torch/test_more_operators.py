@@ -96,25 +96,40 @@ def test_scaled_linear(kinds, per_row, fast):
 
 
 @DTYPES
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "window": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"is_causal": True, "window": 3}, {"softcap": 1.5}], ids=str
+)
 def test_attention_varlen(options, dtype):
     starts = torch.tensor([0, 5, 5, 19], dtype=torch.int32), torch.tensor([0, 7, 9, 23], dtype=torch.int32)
-    q, k, v = normal(19, 4, 16, dtype=dtype), normal(23, 2, 16, dtype=dtype), normal(23, 2, 16, dtype=dtype)
-    assert refusal(twt.attention_varlen, q, k, v, *starts, 14, **options) is None
-    y = twt.attention_varlen(q, k, v, *starts, 14, **options)
-    exact = []
-    for (first, end), (start, stop) in zip(*(pairwise(bounds.tolist()) for bounds in starts), strict=True):
-        rows, columns = torch.arange(end - first)[:, None], torch.arange(stop - start)
-        behind = rows + (stop - start) - (end - first) - columns
-        seen = (behind >= 0) & (behind <= options.get("window", 99)) if options else torch.ones_like(behind) > 0
-        one = (x.float().transpose(0, 1)[None] for x in (q[first:end], k[start:stop], v[start:stop]))
-        exact.append(F.scaled_dot_product_attention(*one, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1))
-    assert_close(y, torch.cat(exact), dtype)
-    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    assert "gradients" in refusal(twt.attention_varlen, *inputs, *starts, 14, **options)
-    eager = twt.attention_varlen(*inputs, *starts, 14, **options)
-    assert_close(eager, torch.cat(exact), dtype)
-    assert all(x.abs().max() > 0 for x in torch.autograd.grad(eager.float().sum(), inputs))
+    # two rows more than sequences have
+    q, k, v = normal(21, 4, 16, dtype=dtype), normal(25, 2, 16, dtype=dtype), normal(25, 2, 16, dtype=dtype)
+    dy, cap = normal(21, 4, 16, dtype=dtype), options.get("softcap")
+
+    def exact(q, k, v):
+        parts = []
+        for (first, end), (start, stop) in zip(*(pairwise(bounds.tolist()) for bounds in starts), strict=True):
+            rows, columns = torch.arange(end - first)[:, None], torch.arange(stop - start)
+            behind = rows + (stop - start) - (end - first) - columns
+            seen = (behind >= 0) & (behind <= options.get("window", 99)) if "is_causal" in options else behind < 99
+            one, keys, values = (x.float().transpose(0, 1) for x in (q[first:end], k[start:stop], v[start:stop]))
+            keys, values = (x.repeat_interleave(2, 0) for x in (keys, values))
+            scores = one @ keys.mT / 4
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
+            parts.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+        return torch.cat([*parts, torch.zeros(2, 4, 16)])
+
+    left, right = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    expected = exact(*right)
+    wanted = torch.autograd.grad(expected, right, dy.float())
+    for most in (None, 14):
+        assert refusal(twt.attention_varlen, *left, *starts, 14, max_k=most, **options) is None
+        y = twt.attention_varlen(*left, *starts, 14, max_k=most, **options)
+        assert_close(y, expected, dtype)
+        for gradient, right_one in zip(torch.autograd.grad(y, left, dy), wanted, strict=True):
+            assert_close(gradient / 4, right_one.float() / 4, dtype)
+            assert right_one[:-2].abs().max() > 0 and not gradient[-2:].any()
+    eager = import_module("tilewright.torch.serving")._eager_varlen(q, k, v, *starts, 14, **options)
+    assert_close(eager, expected, dtype)
 
 
 @DTYPES
@@ -133,5 +148,16 @@ def test_attention_decode(paged, dtype):
     one = q.float()[:, :, None], k.float(), v.float()
     exact = F.scaled_dot_product_attention(*one, attn_mask=seen, enable_gqa=True)[:, :, 0]
     assert_close(twt.attention_decode(q, *given, lengths, pages), exact, dtype)
-    leaf = q.clone().requires_grad_()
-    assert_close(twt.attention_decode(leaf, *given, lengths, pages), exact, dtype)
+    leaf, wide, dy = q.clone().requires_grad_(), [x.clone().requires_grad_() for x in given], normal(*q.shape)
+    y = twt.attention_decode(leaf, *wide, lengths, pages)
+    assert_close(y, exact, dtype)
+    gradients = torch.autograd.grad(y, [leaf, *wide], dy.to(dtype))
+    leaves = [x.requires_grad_() for x in (q.float(), k.float(), v.float())]
+    exact = F.scaled_dot_product_attention(leaves[0][:, :, None], *leaves[1:], attn_mask=seen, enable_gqa=True)
+    wanted = torch.autograd.grad(exact[:, :, 0], leaves, dy.to(dtype).float())
+    for gradient, expected in zip(gradients, wanted, strict=True):
+        whole = gradient
+        if paged and gradient.ndim == 4:  # (pages, G, 16, D) to (B, G, N, D)
+            whole = gradient[pages.long()].transpose(1, 2).flatten(2, 3)
+        assert_close(whole / 4, expected / 4, dtype)
+        assert expected.abs().max() > 0

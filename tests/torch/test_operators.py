@@ -10,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 twt = import_module("tilewright.torch")
 F = torch.nn.functional
-refusal = import_module("tilewright.torch.functional").refusal
+functional = import_module("tilewright.torch.functional")
+refusal = functional.refusal
 for name in dir(twt):  # loads and so registers all
     getattr(twt, name)
 
@@ -122,6 +123,31 @@ def test_matmul(dtype):
     assert_same(twt.matmul, torch.matmul, inputs, TOLERANCE[dtype])
 
 
+BATCHES = {
+    "one axis": lambda: (normal(3, 5, 24), normal(3, 24, 7)),
+    "heads": lambda: (normal(2, 5, 3, 24).transpose(1, 2), normal(2, 7, 3, 24).permute(0, 2, 3, 1)),
+    "broadcast": lambda: (normal(3, 1, 5, 24), normal(2, 24, 7)),
+    "one matrix on the left": lambda: (normal(5, 24), normal(3, 24, 7)),
+    "three axes": lambda: (normal(2, 1, 3, 5, 24), normal(2, 3, 24, 7)),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("batch", sorted(BATCHES))
+def test_matmul_of_batches(batch, dtype):
+    inputs = [x.to(dtype) for x in BATCHES[batch]()]
+    assert refusal(twt.matmul, *inputs) is None
+    assert_same(twt.matmul, torch.matmul, inputs, 2 * TOLERANCE[dtype])
+
+
+def test_batches_and_heads_are_read_where_they_lie(monkeypatch):
+    products, seen = import_module("tilewright.torch.products"), []
+    monkeypatch.setattr(products, "batched", lambda a, b, c: seen.append((a.data_ptr(), b.data_ptr())))
+    q, k = normal(2, 5, 3, 24), normal(2, 7, 3, 24)
+    twt.matmul(q.transpose(1, 2), k.permute(0, 2, 3, 1))
+    assert seen == [(q.data_ptr(), k.data_ptr())]
+
+
 @DTYPES
 @pytest.mark.parametrize(
     ("heads", "groups", "rows", "keys", "options"),
@@ -213,6 +239,14 @@ def _operators():
     """Every operator that the package registers, with arguments."""
     return {
         "matmul": (normal(3, 5, grad=True), normal(5, 4, grad=True)),
+        "batched_matmul": (normal(2, 3, 5, grad=True), normal(2, 5, 4, grad=True)),
+        "cast_matmul": (
+            normal(3, 8, grad=True),
+            normal(8, 5, dtype=torch.bfloat16, grad=True),
+            None,
+            normal(5, dtype=torch.bfloat16, grad=True),
+            False,
+        ),
         "linear": (
             *(normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, grad=True)),
             *(normal(2, 3, 4, grad=True), "gelu"),
@@ -231,13 +265,20 @@ def _operators():
         "activation_backward": (normal(2, 3), normal(2, 3), "silu"),
         "attention": (
             *(normal(1, 2, 4, 16, grad=True), *(normal(1, 1, 4, 16, grad=True) for _ in range(2))),
-            *(None, None, True, 0.3),
+            *(normal(1, 1, 4, 4, grad=True), starts(3), None, True, 0.3, 2.0),
         ),
         "attention_backward": (
             *(normal(1, 2, 4, 16), normal(1, 2, 4, 16), normal(1, 1, 4, 16), normal(1, 1, 4, 16)),
-            *(normal(1, 2, 4, 16), normal(1, 2, 4), 2, True, 0.3),
+            *(normal(1, 2, 4, 16), normal(1, 2, 4), normal(1, 1, 1, 4), starts(3), 2, True, 0.3, 2.0, True),
         ),
-        "attention_varlen": (*(normal(5, 1, 16) for _ in range(3)), starts(0, 3, 5), starts(0, 3, 5), 3, True, 2, 0.3),
+        "attention_varlen": (
+            *(normal(5, 1, 16, grad=True) for _ in range(3)),
+            *(starts(0, 3, 5), starts(0, 3, 5), 3, 4, True, 2, 0.3, 2.0),
+        ),
+        "attention_varlen_backward": (
+            *(normal(5, 2, 16), normal(5, 2, 16), normal(5, 1, 16), normal(5, 1, 16), normal(5, 2, 16), normal(2, 5)),
+            *(starts(0, 3, 5), starts(0, 3, 5), 3, 4, True, None, 0.3, None),
+        ),
         "attention_decode": (normal(2, 2, 16), normal(2, 1, 9, 16), normal(2, 1, 9, 16), starts(9, 4), None, 0.3),
         "grouped_mm": (normal(6, 4, grad=True), normal(2, 4, 3, grad=True), starts(0, 2, 6)),
         "grouped_mm_weights": (normal(6, 4), normal(6, 3), starts(0, 2, 6)),
@@ -284,7 +325,7 @@ def _refused():
         ("dtype float64", twt.softmax, F.softmax, [normal(2, 3).double(), -1], {}),
         ("the dtypes differ", twt.rms_norm, F.rms_norm, [normal(2, 3), (3,), normal(3).bfloat16()], {}),
         ("not along the last dimension", twt.softmax, F.softmax, [normal(2, 3), 0], {}),
-        ("where gradients", attention, exact, [normal(1, 1, 5, 16, grad=True)] * 3, {"attn_mask": mask}),
+        ("a mask of another dtype", attention, exact, [normal(1, 1, 5, 16).half()] * 3, {"attn_mask": mask.float()}),
         ("more queries", attention, exact, more, {"is_causal": True}),
         ("heads of 8", attention, exact, [normal(1, 1, 5, 8)] * 3, {}),
         ("an empty tensor", twt.linear, F.linear, [normal(2, 0), normal(3, 0), normal(3)], {}),
@@ -301,6 +342,15 @@ def test_what_the_kernels_do_not_take_runs_in_torch(case):
     reason, operator, exact, args, options = case
     assert reason in refusal(operator, *args, **options)
     assert torch.equal(operator(*args, **options), exact(*args, **options))
+
+
+def test_attention_in_float32_on_a_gpu_is_left_to_torch():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        tensors = {d: [torch.empty(1, 2, 5, 64, dtype=d, device="cuda")] * 3 for d in (torch.float32, torch.bfloat16)}
+        reasons = [refusal(twt.attention, *given) for given in tensors.values()]
+    assert reasons == ["float32 on a GPU", None]
 
 
 def test_a_gpu_without_tile_sizes_is_left_to_torch(monkeypatch):
@@ -320,17 +370,90 @@ def test_a_gpu_without_tile_sizes_is_left_to_torch(monkeypatch):
 MASKS = {
     "padding": lambda: torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)[:, None, None],
     "summand": lambda: normal(1, 2, 5, 3),
+    "summand, each": lambda: normal(2, 2, 5, 3),
     "a row": lambda: torch.tensor([[True, False, True]]),
+    "a row of summands": lambda: normal(3),
+    "one column": lambda: normal(2, 1, 5, 1),
+    "a row that sees nothing": lambda: torch.ones(5, 3, dtype=torch.bool).index_fill(0, torch.tensor(2), False),
 }
 
 
+@DTYPES
 @pytest.mark.parametrize("mask", sorted(MASKS))
-def test_attention_with_a_mask(mask):
-    q, k, v = normal(2, 2, 5, 16), normal(2, 2, 3, 16), normal(2, 2, 3, 16)
-    options = {"attn_mask": MASKS[mask]()}
-    assert refusal(twt.attention, q, k, v, **options) is None
-    expected = F.scaled_dot_product_attention(q, k, v, **options)
-    torch.testing.assert_close(twt.attention(q, k, v, **options), expected, rtol=1e-5, atol=1e-5)
+def test_attention_with_a_mask(mask, dtype):
+    inputs = [normal(2, 4, 5, 16, dtype=dtype), *(normal(2, 2, 3, 16, dtype=dtype) for _ in range(2))]
+    made = MASKS[mask]()
+    if made.ndim == 4 and made.shape[1] == 2:
+        made = made.repeat(1, 2, 1, 1)
+    exact = lambda *xs, m=made: F.scaled_dot_product_attention(*xs, attn_mask=m, enable_gqa=True)  # noqa: E731
+    ours = lambda *xs, m=made: twt.attention(*xs, attn_mask=m, enable_gqa=True)  # noqa: E731
+    if made.dtype == torch.bool:
+        assert refusal(twt.attention, *inputs, attn_mask=made, enable_gqa=True) is None
+        assert_same(ours, exact, inputs, TOLERANCE[dtype])
+        return
+    made = made.to(dtype)
+    assert refusal(twt.attention, *inputs, attn_mask=made.requires_grad_(), enable_gqa=True) is None
+    left, right = ([x.detach().clone().requires_grad_() for x in (*inputs, made)] for _ in range(2))
+    y = twt.attention(*left[:3], attn_mask=left[3], enable_gqa=True)
+    wanted = F.scaled_dot_product_attention(*(x.float() for x in right[:3]), right[3].float(), enable_gqa=True)
+    torch.testing.assert_close(y, wanted.to(dtype), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, left, dy), torch.autograd.grad(wanted, right, dy.float())
+    for gradient, expected in zip(*gradients, strict=True):
+        assert gradient.shape == expected.shape and gradient.dtype == dtype
+        torch.testing.assert_close(gradient, expected, rtol=4 * TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 2.0},
+        {"softcap": 2.0, "is_causal": True, "window": 3},
+        {"softcap": 1.0, "attn_mask": True, "lengths": True},
+        {"lengths": True, "is_causal": True},
+    ],
+    ids=str,
+)
+def test_attention_with_a_soft_cap_and_lengths(options, dtype):
+    """What torch's function does not have, against formulas."""
+    given = dict(options)
+    if "lengths" in given:
+        given["lengths"] = starts(7, 0)
+    if "attn_mask" in given:
+        given["attn_mask"] = normal(1, 4, 9, 9) > -1
+    inputs = [normal(2, 4, 9, 16, dtype=dtype), *(normal(2, 2, 9, 16, dtype=dtype) for _ in range(2))]
+
+    def exact(q, k, v):
+        k, v = (x.float().repeat_interleave(2, 1) for x in (k, v))
+        scores = q.float() @ k.mT / 4
+        if "softcap" in given:
+            scores = given["softcap"] * torch.tanh(scores / given["softcap"])
+        rows, columns = torch.arange(9)[:, None], torch.arange(9)
+        seen = torch.ones(2, 4, 9, 9, dtype=torch.bool)
+        if "is_causal" in given:
+            seen = seen & (columns <= rows) & (columns >= rows - given.get("window", 99))
+        if "lengths" in given:
+            seen = seen & (columns < given["lengths"][:, None, None, None])
+        seen = seen & given.get("attn_mask", True)
+        weights = scores.exp() * seen
+        return ((weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)) @ v).to(dtype)
+
+    assert refusal(twt.attention, *inputs, enable_gqa=True, **given) is None
+    assert_same(lambda *xs: twt.attention(*xs, enable_gqa=True, **given), exact, inputs, TOLERANCE[dtype])
+    eager = functional.eager(twt.attention)
+    left = eager(*(x.float() for x in inputs), enable_gqa=True, **given).nan_to_num()
+    torch.testing.assert_close(left.to(dtype), exact(*inputs), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("depth", "width"), [(96, 96), (192, 128), (256, 256)])
+def test_attention_with_other_heads(depth, width):
+    inputs = [normal(1, 2, 5, depth), normal(1, 2, 5, depth), normal(1, 2, 5, width)]
+    options = {"is_causal": True}
+    exact = F.scaled_dot_product_attention
+    inputs = [x.bfloat16() for x in inputs]
+    assert refusal(twt.attention, *inputs, **options) is None
+    assert_same(lambda *xs: twt.attention(*xs, **options), lambda *xs: exact(*xs, **options), inputs, 2e-2)
 
 
 def test_attention_in_a_window_and_with_fewer_queries():

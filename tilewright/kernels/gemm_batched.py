@@ -1,4 +1,4 @@
-"""Many products of one size: ``c[i] = a[i] @ b[i]``."""
+"""Many products of one size: ``c[i] = a[i] @ b[i]``, for one or two axes of batches."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ def gemm_batched(
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
 ) -> None:
-    """a (Z, M, K), b (Z, K, N), c (Z, M, N), any strides. Grid: (cdiv(M, BM), cdiv(N, BN), Z).
+    """a (Y, Z, M, K), b (Y, Z, K, N), c (Y, Z, M, N), any strides. Grid: (cdiv(M, BM), cdiv(N, BN), Y * Z).
 
-    Accumulates in float32. An operand that all products share is passed as a view with stride 0.
+    Accumulates in float32. An operand that products share is passed as a view with stride 0. Two axes, since those of
+    batches and heads are often no single one without a copy.
     """
-    m, n, z = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    m, n, product = tw.program_id(0), tw.program_id(1), tw.program_id(2)
+    y, z = product // c.shape[1], product % c.shape[1]
     acc = tw.zeros((BM, BN), tw.float32)
-    for k in tw.range(tw.cdiv(a.shape[2], BK)):
-        acc = tw.dot(tw.load(a[z], (m, k), (BM, BK)), tw.load(b[z], (k, n), (BK, BN)), acc)
-    tw.store(c[z], (m, n), acc.to(c.dtype))
+    for k in tw.range(tw.cdiv(a.shape[3], BK)):
+        acc = tw.dot(tw.load(a[y, z], (m, k), (BM, BK)), tw.load(b[y, z], (k, n), (BK, BN)), acc)
+    tw.store(c[y, z], (m, n), acc.to(c.dtype))
 
 
 def batched_configuration(batch: int, m: int, n: int, units: int = 132) -> dict[str, int]:
@@ -44,10 +46,12 @@ def batched_configuration(batch: int, m: int, n: int, units: int = 132) -> dict[
 
 
 def batched(a: Any, b: Any, c: Any) -> None:
-    """``c[i] = a[i] @ b[i]``. Arrays of NumPy or torch, on one device."""
-    z, m, n = c.shape
-    meta = batched_configuration(z, m, n)
-    gemm_batched[tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]), z](a, b, c, **meta)
+    """``c[i] = a[i] @ b[i]`` for one axis of batches, or two. Arrays of NumPy or torch, on one device."""
+    if len(c.shape) == 3:
+        a, b, c = a[None], b[None], c[None]
+    y, z, m, n = c.shape
+    meta = batched_configuration(y * z, m, n)
+    gemm_batched[tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]), y * z](a, b, c, **meta)
 
 
 def reference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -19,6 +19,7 @@ _PLACES = {
     "attention": "sdpa",
     "attention_decode": "serving",
     "attention_varlen": "serving",
+    "cast_linear": "cast_products",
     "cross_entropy": "losses",
     "gated_linear": "gated",
     "gated_mlp": "gated",

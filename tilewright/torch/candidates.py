@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.torch import gated, grouped, losses, products, sdpa
+from tilewright.torch import cast_products, gated, grouped, losses, products, sdpa
 from tilewright.torch.graphs import CALLS, example, insert, is_call, is_tensor, name_of, only_user, without_dropout
 from tilewright.torch.masks import Band, band_of
+from tilewright.torch.spelled_attention import order_is_unseen, spelled_attention
 
 _RELU = (F.relu, torch.relu, "relu")
 _ACTIVATIONS = (F.silu, F.gelu, *_RELU)
@@ -44,6 +45,8 @@ class Candidate:
     name: str = ""
     #: the node whose result ``ours`` gives second, where it has two; ``last``'s is the first
     second: Any = None
+    #: whether nothing sees in which order the result lies in memory
+    any_order: bool = False
 
 
 def linear(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
@@ -63,6 +66,8 @@ def linear(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator
             yield from _with_residual(ours, given, options, (node, user), f"linear+{name}")
             yield Candidate(ours, (), user, (node, user), {**given, **options}, f"linear+{name}")
     yield from _with_residual(ours, given, {}, (node,), "linear")
+    for cast, consumed in _without_casts(node, given):
+        yield Candidate(cast_products.cast_linear, (), node, consumed, cast, "cast_linear")
     yield Candidate(ours, (), node, (node,), given, "linear")
 
 
@@ -180,6 +185,50 @@ def _named(node: Any, *names: str) -> bool:
     return isinstance(node, torch.fx.Node) and node.op == "call_function" and name_of(node.target) in names
 
 
+def _without_casts(node: Any, given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """Arguments of a product with what its weight, or its input, was cast from for it alone, and the nodes that go."""
+    for name in ("weight", "input"):
+        found = _before_narrowing(given[name])
+        if found is None or only_user(given[name]) is not node:
+            continue
+        source, scale, nodes = found
+        if scale is None:
+            yield {**given, name: source}, (*nodes, node)
+        elif name == "weight":
+            yield {**given, name: source, "scale": scale}, (*nodes, node)
+
+
+def _before_narrowing(value: Any) -> tuple[Any, Any, tuple[Any, ...]] | None:
+    """Source, scale or None, and nodes of ``source.to(half)``, or of this times a scale, in either dtype."""
+    if not is_tensor(value) or example(value).dtype not in cast_products.HALVES:
+        return None
+    if _is_cast(value) and example(value.args[0]).dtype in cast_products.SOURCES:
+        inner = value.args[0]
+        scaled = _scaled_cast(inner) if only_user(inner) is value and example(inner).dtype == torch.float32 else None
+        if scaled is not None:
+            return scaled[0], scaled[1], (*scaled[2], value)
+        return inner, None, (value,)
+    return _scaled_cast(value)
+
+
+def _scaled_cast(value: Any) -> tuple[Any, Any, tuple[Any, ...]] | None:
+    """The same of a product of a cast with a scale."""
+    if not is_call(value, *_MULTIPLY) or len(value.args) != 2 or not all(map(is_tensor, value.args)):
+        return None
+    for cast, scale in (value.args, value.args[::-1]):
+        narrow = cast.args[0] if _is_cast(cast) and only_user(cast) is value else None
+        if narrow is None or example(narrow).dtype not in cast_products.SOURCES:
+            continue
+        if example(cast).shape == example(value).shape and example(cast).dtype == example(value).dtype:
+            return narrow, scale, (cast, value)
+    return None
+
+
+def _is_cast(node: Any) -> bool:
+    same = is_call(node, "to", "type", "type_as", "float", "bfloat16", "half") and is_tensor(node.args[0])
+    return same and example(node.args[0]).device == example(node).device
+
+
 def _linear_arguments(node: Any) -> dict[str, Any]:
     return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
 
@@ -218,21 +267,45 @@ def with_addition(adding: Any, given: dict[str, Any], nodes: tuple[Any, ...]) ->
         yield Candidate(adding, (), nodes[-1], (total, *nodes), sums, adding.__name__, second=total)
 
 
+def product(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
+    """A product of tensors: attention that begins with it, or the product alone."""
+    found = spelled_attention(node)
+    if found is not None:
+        given, nodes, last = found
+        yield from _attentions(last, given, nodes, "attention+softcap" if "softcap" in given else "attention")
+    x, weight = args if len(args) == 2 else (None, None)
+    if is_tensor(x) and is_tensor(weight) and example(weight).ndim == 2 and not beside_collective(node, x):
+        for cast, consumed in _without_casts(node, {"input": x, "weight": weight}):
+            turned = insert(node, "t", (cast["weight"],), {}, example(cast["weight"]).t())
+            yield Candidate(cast_products.cast_linear, (), node, consumed, {**cast, "weight": turned}, "cast_linear")
+            if not turned.users:
+                turned.graph.erase_node(turned)
+    yield Candidate(products.matmul, args, node, (node,), kwargs, "matmul")
+
+
 def attention(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Candidate]:
-    """Attention, without masks that say "causal" and without keys and values that were only repeated for heads."""
+    """Torch's function."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, args, strict=False)) | kwargs
+    yield from _attentions(node, dict(zip(names, args, strict=False)) | kwargs, (node,), "attention")
+
+
+def _attentions(last: Any, given: dict[str, Any], nodes: tuple[Any, ...], name: str) -> Iterator[Candidate]:
+    """Attention, without masks that say "causal" and without keys and values that were only repeated for heads."""
+
+    def candidate(consumed: tuple[Any, ...], given: dict[str, Any], name: str) -> Candidate:
+        return Candidate(sdpa.attention, (), last, consumed, given, name, any_order=order_is_unseen(last))
+
     single, repeating = _without_repetition(given)
-    plain, consumed = {**given, **single}, (*repeating, node)
-    mask, ours = given.get("attn_mask"), sdpa.attention
+    plain, consumed = {**given, **single}, (*repeating, *nodes)
+    mask = given.get("attn_mask")
     if isinstance(mask, torch.fx.Node):
         found = _positions(band_of(mask), *(example(given[name]) for name in ("query", "key", "attn_mask")))
         if found is not None and not given.get("is_causal"):
-            name = "attention+window" if "window" in found else "attention+causal mask"
-            yield Candidate(ours, (), node, consumed, {**plain, "attn_mask": None, **found}, name)
-    yield Candidate(ours, (), node, consumed, plain, "attention")
+            masked = f"{name}+window" if "window" in found else f"{name}+causal mask"
+            yield candidate(consumed, {**plain, "attn_mask": None, **found}, masked)
+    yield candidate(consumed, plain, name)
     if plain != given:
-        yield Candidate(ours, (), node, (node,), given, "attention")
+        yield candidate(nodes, given, name)
 
 
 def _positions(band: Band | None, query: Any, key: Any, mask: Any) -> dict[str, Any] | None:
@@ -295,5 +368,6 @@ def _needs_gradient(node: Any) -> bool:
 
 
 __all__ = [
-    "Candidate", "added_product", "attention", "grouped_product", "linear", "loss", "normalised", "with_addition",
+    "Candidate", "added_product", "attention", "grouped_product", "linear", "loss", "normalised", "product",
+    "with_addition",
 ]  # fmt: skip

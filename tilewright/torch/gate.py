@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilewright.torch import gated, grouped, losses, norms, products, rows, sdpa
+from tilewright.torch import cast_products, gated, grouped, losses, norms, products, rows, sdpa
 from tilewright.torch.support import Refusal
 
 #: multiply-adds of a product, and elements of rows, below which launching ours takes longer than it saves
@@ -75,6 +75,10 @@ def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = 
     return "a small product" if size < LEAST_PRODUCT else None
 
 
+def _cast(*args: Any, **kwargs: Any) -> Refusal:
+    return "casts before products were not measured to cost more"
+
+
 def _gated(input: Any, gate: Any, up: Any, activation: str = "silu") -> Refusal:
     if _trains(input, gate, up):
         return "with its gradient it is as fast in torch"
@@ -122,6 +126,7 @@ def _wide_rows(x: Any, *args: Any, **kwargs: Any) -> Refusal:
 _COSTS: dict[Any, Callable[..., Refusal]] = {
     products.linear: _linear,
     products.matmul: _matmul,
+    cast_products.cast_linear: _cast,
     gated.gated_linear: _gated,
     gated.gated_mlp: _gated_mlp,
     grouped.grouped_mm: _grouped,

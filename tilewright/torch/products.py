@@ -1,4 +1,4 @@
-"""Matrix products: `matmul`, and `linear` with a bias and an activation in the same kernel."""
+"""Matrix products: `matmul`, also of batches, and `linear` with a bias and an activation in the same kernel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from tilewright.kernels import activations, gemm
 from tilewright.kernels import gemm_epilogue as epilogue
+from tilewright.kernels.gemm_batched import batched
 from tilewright.kernels.rows import row_major_grid
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
@@ -46,6 +47,27 @@ _matmul = torch_op(
     outputs=lambda a, b: a.new_empty((a.shape[0], b.shape[1])),
     launch=_launch_matmul,
     backward=_matmul_backward,
+    pure=True,
+)
+
+
+def _launch_batched(out: Any, a: Any, b: Any) -> None:
+    if out.numel():
+        batched(a, b, out)
+
+
+def _batched_backward(ctx: Any, dy: Any) -> tuple[Any, Any]:
+    a, b = ctx.saved_tensors
+    da = _batched(dy, b.mT) if ctx.needs_input_grad[0] else None
+    db = _batched(a.mT, dy) if ctx.needs_input_grad[1] else None
+    return da, db
+
+
+_batched = torch_op(
+    "tilewright::batched_matmul(Tensor a, Tensor b) -> Tensor",
+    outputs=lambda a, b: a.new_empty((*a.shape[:-1], b.shape[-1])),
+    launch=_launch_batched,
+    backward=_batched_backward,
     pure=True,
 )
 
@@ -134,20 +156,35 @@ def _refuse_matmul(input: Any, other: Any) -> Refusal:
     reason = refuse_tensors(input, other)
     if reason:
         return reason
-    if input.ndim < 2 or other.ndim != 2:
+    if input.ndim < 2 or other.ndim < 2:
         return f"a product of {input.ndim} and {other.ndim} dimensions"
-    return None if input.shape[-1] == other.shape[0] else "the sizes do not fit"
+    if input.shape[-1] != other.shape[-2]:
+        return "the sizes do not fit"
+    pairs = zip(input.shape[-3::-1], other.shape[-3::-1], strict=False)
+    return None if all(x == y or 1 in (x, y) for x, y in pairs) else "the sizes do not fit"
 
 
 @functional(_refuse_matmul, torch.matmul, lowered=True)
 def matmul(input: Any, other: Any) -> Any:
-    """``input @ other`` with input (..., M, K) and other (K, N): `torch.matmul` where the second factor is a matrix.
+    """``input @ other`` as of `torch.matmul`, without vectors: (..., M, K) with (K, N), or (..., K, N) broadcast.
 
-    Sums in float32 and rounds once. float32 operands are multiplied exactly, not in tf32.
+    Sums in float32 and rounds once. float32 operands are multiplied exactly, not in tf32. Operands with up to two axes
+    of batches are read where they lie, in any order; more axes become one.
     """
+    if other.ndim > 2:
+        return _of_batches(input, other)
     if input.ndim == 2:
         return _matmul(input, other)
     return _matmul(as_rows(input), other).view((*input.shape[:-1], other.shape[1]))
+
+
+def _of_batches(input: Any, other: Any) -> Any:
+    batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
+    a, b = (x.expand(*batch, *x.shape[-2:]) for x in (input, other))
+    if len(batch) > 2:
+        a, b = (x.flatten(1, -3) for x in (a, b))
+    y = _batched(a, b)
+    return y if len(batch) <= 2 else y.view(*batch, *y.shape[-2:])
 
 
 def _refuse_linear(

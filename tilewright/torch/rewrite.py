@@ -18,7 +18,7 @@ from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tilewright.torch import candidates, gated, grouped, losses, norms, products, rows, sdpa, spelled
+from tilewright.torch import candidates, cast_products, gated, grouped, losses, norms, products, rows, sdpa, spelled
 from tilewright.torch.candidates import Candidate
 from tilewright.torch.casting import autocast_regions, entered
 from tilewright.torch.functional import refusal
@@ -35,6 +35,10 @@ def _softmax_call(input: Any, dim: Any, dtype: Any = None) -> Call:
     return (input, dim), {"dtype": dtype}
 
 
+def _bmm_call(input: Any, mat2: Any) -> Call:
+    return (input, mat2), {}
+
+
 #: function of torch, or name of a method -> functional operator, and what makes its arguments if they differ
 _OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
     F.linear: (products.linear, None),
@@ -43,6 +47,7 @@ _OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
     operator.matmul: (products.matmul, None),
     "matmul": (products.matmul, None),
     "mm": (products.matmul, None),
+    **dict.fromkeys((torch.bmm, "bmm"), (products.matmul, _bmm_call)),
     F.scaled_dot_product_attention: (sdpa.attention, None),
     F.rms_norm: (norms.rms_norm, None),
     torch.rms_norm: (norms.rms_norm, None),
@@ -55,6 +60,7 @@ _OPERATORS: dict[Any, tuple[Any, Callable[..., Call] | None]] = {
 #: functional operator -> the calls that could stand for one of torch's with its neighbours
 _LARGER: dict[Any, Callable[..., Iterator[Candidate]]] = {
     products.linear: candidates.linear,
+    products.matmul: candidates.product,
     sdpa.attention: candidates.attention,
     losses.cross_entropy: candidates.loss,
     norms.rms_norm: candidates.normalised(norms.rms_norm, norms.add_rms_norm),
@@ -70,7 +76,8 @@ _FOUND_BY: dict[Any, Callable[[Any], Iterator[Candidate]]] = {
 #: the same for operators of libraries that may not be there, by their names
 _FOUND_BY_NAME = {"transformers.grouped_mm_fallback": candidates.grouped_product}
 _OURS = {ours for ours, _ in _OPERATORS.values()}
-_OURS |= {gated.gated_linear, gated.gated_mlp, grouped.grouped_mm, norms.add_rms_norm, norms.add_layer_norm}
+_OURS |= {cast_products.cast_linear, gated.gated_linear, gated.gated_mlp, grouped.grouped_mm}
+_OURS |= {norms.add_rms_norm, norms.add_layer_norm}
 
 
 #: names of what may stand in a rewritten graph; those with collectives come into that of AOTAutograd (`parallel`)
@@ -114,7 +121,7 @@ def _decide(node: Any, gate: Gate, regions: Mapping[Any, Any]) -> Decision | Non
                 continue
             bound = inspect.signature(candidate.ours).bind(*candidate.args, **candidate.kwargs)
             stands_for = (candidate.last,) if candidate.second is None else (candidate.last, candidate.second)
-            reason = _refuse(stands_for, candidate.ours, bound.args, bound.kwargs, gate)
+            reason = _refuse(stands_for, candidate.ours, bound.args, bound.kwargs, gate, candidate.any_order)
             if reason is None:
                 _replace(candidate, where, bound.args, bound.kwargs)
                 return Decision(candidate.name, place(node), None)
@@ -155,7 +162,12 @@ def _position(candidate: Candidate) -> Any:
 
 
 def _refuse(
-    stands_for: tuple[Any, ...], ours: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], gate: Gate
+    stands_for: tuple[Any, ...],
+    ours: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    gate: Gate,
+    any_order: bool = False,
 ) -> Refusal:
     """Why the call of ours must or should not stand for these nodes, whose values are its results in order."""
     nodes: list[Any] = []
@@ -174,7 +186,7 @@ def _refuse(
     pairs = zip(
         results, expected[0] if len(expected) == 1 and isinstance(expected[0], tuple) else expected, strict=True
     )
-    return next(filter(None, (_differs(result, wanted) for result, wanted in pairs)), None)
+    return next(filter(None, (_differs(result, wanted, any_order) for result, wanted in pairs)), None)
 
 
 def _fake(ours: Any, values: Any, named: Any) -> tuple[Any, ...]:
@@ -186,13 +198,13 @@ def _fake(ours: Any, values: Any, named: Any) -> tuple[Any, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def _differs(result: Any, expected: Any) -> Refusal:
+def _differs(result: Any, expected: Any, any_order: bool) -> Refusal:
     if result.dtype != expected.dtype or result.device != expected.device:
         return "the dtype of the result differs"
     if tuple(result.shape) != tuple(expected.shape):
         return "the shape of the result differs"
-    same, _ = check_significant_strides(result, expected)
-    return None if same else "the order of the result in memory differs"
+    same, _ = check_significant_strides(result, expected, only_cuda=False)
+    return None if same or any_order else "the order of the result in memory differs"
 
 
 def _replace(candidate: Candidate, where: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
