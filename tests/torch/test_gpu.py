@@ -40,9 +40,16 @@ def _calls():
         "linear, residual": (twt.linear, [normal(256, 512), weights[0]], (), {"residual": normal(256, 384)}),
         "gated_linear": (twt.gated_linear, [normal(256, 512), *weights], (), {}),
         "attention": (twt.attention, heads, (), {"is_causal": True}),
-        "attention, masked": (twt.attention, [], heads, {"attn_mask": mask}),
+        "attention, masked": (twt.attention, heads, (), {"attn_mask": mask}),
+        "attention, summand": (twt.attention, [*heads, normal(1, 4, 256, 256)], (), {}),
+        "attention, lengths": (twt.attention, heads, (), {"lengths": starts(256, 100), "softcap": 3.0}),
         "attention, window": (twt.attention, heads, (), {"is_causal": True, "window": 100}),
-        "attention_varlen": (twt.attention_varlen, [], (*packed, starts(0, 90, 300), starts(0, 90, 300), 210), {}),
+        "attention_varlen": (
+            *(twt.attention_varlen, packed, (starts(0, 90, 300), starts(0, 90, 300), 210)),
+            {"is_causal": True, "softcap": 3.0},
+        ),
+        "matmul, batches": (twt.matmul, [heads[0], heads[1].mT], (), {}),
+        "cast_linear": (twt.cast_linear, [normal(256, 512), weights[0].float()], (), {}),
         "attention_decode": (
             *(twt.attention_decode, [], (normal(3, 8, 64), normal(3, 2, 2000, 64), normal(3, 2, 2000, 64))),
             {"lengths": starts(2000, 1, 777)},
