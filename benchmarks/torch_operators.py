@@ -76,7 +76,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], Any]]:
         "function softmax, gradients recorded": (lambda: twt.softmax(leaf, -1), eager),
         "torch softmax": (lambda: torch.softmax(x, -1), eager),
         "torch softmax, gradients recorded": (lambda: torch.softmax(leaf, -1), eager),
-        "operator attention": (lambda: ours.attention(q, q, q, None, None, True, 0.125), eager),
+        "operator attention": (lambda: ours.attention(q, q, q, None, None, None, True, 0.125, None), eager),
         "function attention": (lambda: twt.attention(q, q, q, is_causal=True), eager),
         "torch attention": (lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), eager),
         "operator linear": (lambda: ours.linear(a, w, None, None, "none"), eager),
