@@ -275,6 +275,13 @@ def test_the_gate_on_a_gpu():
         assert "gradient" in gate(twt.gated_linear, (4096, 4096), (4096, 4096), (4096, 4096), grad=True)
         assert "gradient" in gate(twt.gated_mlp, *[(4096, 4096)] * 4, grad=True)
         assert "windows" in gate(twt.attention, *[(1, 8, 4096, 64)] * 3, is_causal=True, window=100)
+        capped = {"softcap": 50.0, "is_causal": True}
+        assert gate(twt.attention, *[(1, 8, 4096, 128)] * 3, grad=True, **capped) is None
+        assert gate(twt.attention, *[(1, 8, 4096, 128)] * 3, **capped, window=1024) is None
+        assert "4096" in gate(twt.attention, *[(1, 8, 2048, 128)] * 3, **capped)
+        assert "short heads" in gate(twt.attention, *[(1, 8, 4096, 256)] * 3, **capped)
+        assert "short heads" in gate(twt.attention, *[(1, 8, 4096, 128)] * 3, softcap=50.0)
+        assert "casts" in gate(twt.cast_linear, (4096, 4096), (4096, 4096))
         assert gate(twt.softmax, (4096, 4096), grad=True) is None
 
 

@@ -18,6 +18,8 @@ from tilewright.torch.support import Refusal
 LEAST_PRODUCT, LEAST_ROWS = 2048**3, 2**24
 #: queries from which attention is ahead of cuDNN: without and with the causal mask
 LEAST_QUERIES, LEAST_CAUSAL_QUERIES = 1024, 2048
+#: queries from which attention with a soft cap was measured ahead of its formulas, and the longest heads
+LEAST_CAPPED_QUERIES, MOST_CAPPED_DEPTH = 4096, 128
 #: the compute capability of the measured GPU
 MEASURED = (9, 0)
 
@@ -107,11 +109,21 @@ def _attention(
     is_causal: bool = False,
     **rest: Any,
 ) -> Refusal:
+    if rest.get("softcap") is not None:
+        return _capped(query, attn_mask, is_causal)
     if _trains(query, key, value):
         return "with its gradient it is as fast in torch"
     if attn_mask is not None or rest.get("window") is not None:
         return "masks and windows were not measured"
     least = LEAST_CAUSAL_QUERIES if is_causal else LEAST_QUERIES
+    return f"fewer than {least} queries" if _hint(query.shape[2]) < least else None
+
+
+def _capped(query: Any, attn_mask: Any, is_causal: bool) -> Refusal:
+    """A window hides more of what the causal mask leaves, for which formulas still compute everything."""
+    if attn_mask is not None or not is_causal or _hint(query.shape[3]) > MOST_CAPPED_DEPTH:
+        return "soft caps were measured with causal masks and short heads"
+    least = LEAST_CAPPED_QUERIES
     return f"fewer than {least} queries" if _hint(query.shape[2]) < least else None
 
 
