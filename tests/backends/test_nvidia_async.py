@@ -487,12 +487,14 @@ def test_barriers_of_every_scope_and_fences():
 def test_bulk_stores_of_warpgroups_move_their_own_rows():
     store = f"""%s_1 = async.slot %a, %n_1 : {SLOT}
       async.bulk_store %s_1, %A, [%n_1, %n_1] {{scope = "SCOPE"}}
-      async.bulk_wait {{pending = 1, read = false, scope = "SCOPE"}}"""
+      async.bulk_wait {{pending = 1, read = false}}"""
     whole = lower_function(roles(PRODUCE, store.replace("SCOPE", "role")), TARGET)
     assert whole.abi.tensor_maps == (TensorMapParam("A", (64, 64), (1, 0), 128),)  # shared with the load
     own = lower_function(roles(PRODUCE, store.replace("SCOPE", "warpgroup")), TARGET)
     assert own.abi.tensor_maps[1] == TensorMapParam("A", (32, 64), (1, 0), 128)
     assert "cp.async.bulk.wait_group 1;" in own.module.text()
+    with pytest.raises(IRError, match="no 2 parts along dim 1"):  # a line holds all columns
+        lower_function(roles(PRODUCE, store.replace('"SCOPE"', '"warpgroup", axis = 1')), TARGET)
 
 
 def test_operands_of_a_second_group_are_computed_before_the_first():

@@ -164,6 +164,28 @@ func @staged(%a: view<?x?xbf16, strides=[?, 1], align=16>) {{num_warps = 4, thre
 }}
 """
 
+WIDE = "slot<64x128xf32, shared<128B, order=[1,0], shape=[64,128], bits=32>>"
+COLUMNS = (
+    "tile<64x128xf32, linear<register=[[1,0],[0,8],[8,0],[16,0],[32,0]], "
+    "lane=[[2,0],[4,0],[0,1],[0,2],[0,4]], warp=[[0,16],[0,32],[0,64]], shape=[64,128]>>"
+)
+
+GROUPS = f"""
+func @groups(%a: view<?x?xf32, strides=[?, 1], align=16>) {{num_warps = 8, threads = 256, shared_bytes = 32768}} {{
+  %one = async.alloc {{offset = 0}} : buffer<1 x {WIDE}>
+  async.role @consumer {{warps = 8}} {{
+    %0 = tile.constant {{value = 0}} : i32
+    %x = tile.load %a, [%0, %0] : {COLUMNS}
+    %slot = async.slot %one, %0 : {WIDE}
+    async.local_store %x, %slot
+    async.fence
+    async.barrier {{scope = "warpgroup"}}
+    async.bulk_store %slot, %a, [%0, %0] {{scope = "warpgroup", axis = 1}}
+    async.bulk_wait {{pending = 0, scope = "warpgroup"}}
+  }}
+}}
+"""
+
 DOTS = f"""
 func @dots(%a: view<?x?xbf16, strides=[?, 1], align=16>) {{num_warps = 4, threads = 256, shared_bytes = 32768}} {{
   %ring = async.ring {{offset = 16384}} : ring<2>
@@ -190,7 +212,7 @@ func @dots(%a: view<?x?xbf16, strides=[?, 1], align=16>) {{num_warps = 4, thread
 """
 
 
-@pytest.mark.parametrize("text", [RING, STAGED, DOTS], ids=["ring", "staged", "dots"])
+@pytest.mark.parametrize("text", [RING, STAGED, GROUPS, DOTS], ids=["ring", "staged", "groups", "dots"])
 def test_sound_programs_pass(text: str) -> None:
     assert checked(parse_module(text)).inputs
 
@@ -219,6 +241,7 @@ FAULTS = {
     "stores outlive the block": (STAGED, "pending = 0", "pending = 1", "give its shared memory back"),
     "buffers overlap": (STAGED, "offset = 8192", "offset = 4096", "shares bytes"),
     "read before written": (STAGED, "async.local_store %x, %slot\n", "", "nothing was written"),
+    "warpgroups that store what others wrote": (GROUPS, ", axis = 1", "", "race"),
     "a result read in flight": (DOTS, "tile.add %w, %w", "tile.add %s, %w", "whose dot is in flight"),
     "a wait that lets the dot go on": (DOTS, "token(%h)", "token(%h) {pending = 1}", "among the 1 that may stay"),
     "dots in flight at the end": (

@@ -250,8 +250,9 @@ class PassTurn(Operation):
 class BulkStore(Operation):
     """Start copying a slot to the tile at ``index`` of a global view; parts outside are dropped.
 
-    With ``scope`` warpgroup each warpgroup copies the rows that its own threads wrote. With ``update`` the engine adds
-    the slot to what is there, each element atomically at device scope, in no defined order. ``after``: as for comm.put.
+    With ``scope`` warpgroup each warpgroup copies what its own threads wrote: equal parts along ``axis``. With
+    ``update`` the engine adds the slot to what is there, each element atomically at device scope, in no defined order.
+    ``after``: as for comm.put.
     """
 
     slot: Value = operand()
@@ -259,6 +260,7 @@ class BulkStore(Operation):
     index: list[Value] = operands()
     after: list[Value] = named_operands()
     scope: str = attribute(default="role")
+    axis: int = attribute(default=0)
     update: str | None = attribute(default=None)
 
     def verify(self) -> None:

@@ -358,8 +358,9 @@ class Builder:
         scope: str = "role",
         update: str | None = None,
         after: Sequence[Value] = (),
+        axis: int = 0,
     ) -> None:
-        self.insert(async_ops.BulkStore(slot, view, index, after, scope=scope, update=update))
+        self.insert(async_ops.BulkStore(slot, view, index, after, scope=scope, axis=axis, update=update))
 
 
 def _tile(value: Value) -> TileType:

@@ -244,6 +244,20 @@ class LinearLayout:
     def num_lanes(self) -> int:
         return self.in_size("lane")
 
+    def group_axis(self) -> int | None:
+        """The dim along which each group of four warps holds an equal run of the tile; None where there is none."""
+        bits, shape = (
+            self.basis("warp")[2:],
+            [size * count for size, count in zip(self.shape, self.repeat, strict=True)],
+        )
+        for axis, size in enumerate(shape):
+            run = [
+                tuple(size >> len(bits) << n if d == axis else 0 for d in range(len(shape))) for n in range(len(bits))
+            ]
+            if self.repeat[axis] == 1 and [tuple(bit) for bit in bits] == run:
+                return axis
+        return None
+
     @property
     def num_warps(self) -> int:
         return self.in_size("warp")

@@ -2,7 +2,7 @@
 
 A tile in accumulator layout would store a few bytes per thread and row. Instead the warps write
 column chunks into a swizzled slot and the engine copies the slot out, clipping ragged edges, while
-the warps go on. Where each warpgroup owns whole rows of the tile, it stages and stores them on its own.
+the warps go on. Where each warpgroup owns whole rows or columns of the tile, it stages and stores them on its own.
 An atomic update or a signal that releases what the program wrote comes after these copies have arrived.
 Puts into other ranks' tensors take the same way.
 Layouts whose stores fill sectors of global memory anyway (float64 accumulators) stay direct.
@@ -141,6 +141,8 @@ class _Plan:
     #: 1 where an odd number of chunks would meet its own slot one store too early
     slots: int
     scope: str
+    #: with scope warpgroup, the dim along which warpgroups hold parts of the tile
+    axis: int
 
 
 def _stage(function: Function, store: Store | Put | Atomic, layout: SharedLayout, buffers: dict[_Plan, Value]) -> None:
@@ -148,7 +150,8 @@ def _stage(function: Function, store: Store | Put | Atomic, layout: SharedLayout
     assert isinstance(tile, TileType) and block is not None
     chunks = tile.shape[1] // layout.shape[1]
     slot = SlotType(layout.shape, tile.dtype, layout)
-    plan = _Plan(slot, 1 if chunks % SLOTS else SLOTS, "warpgroup" if owns_rows(tile) else "role")
+    axis = own_axis(tile, layout)
+    plan = _Plan(slot, 1 if chunks % SLOTS else SLOTS, "role" if axis is None else "warpgroup", axis or 0)
     if plan not in buffers:
         top = Builder(function.body.block, store.loc)
         with top.at(function.body.block, 0):
@@ -179,18 +182,21 @@ def _emit(b: Builder, store: Store | Put | Atomic, buffer: Value, plan: _Plan, c
         b.insert(Barrier(scope=plan.scope))
         place = [row, b.add(first, b.index(chunk))]
         update = store.fn if isinstance(store, Atomic) else None
-        b.bulk_store(slot, store.view, place, plan.scope, update, store.after if isinstance(store, Put) else ())
+        after = store.after if isinstance(store, Put) else ()
+        b.bulk_store(slot, store.view, place, plan.scope, update, after, plan.axis)
 
 
-def owns_rows(tile: TileType) -> bool:
-    """Each warpgroup holds an equal run of whole rows: warp bits above the warpgroup move along dim 0 only."""
+def own_axis(tile: TileType, slot: SharedLayout) -> int | None:
+    """The dim along which each warpgroup holds an equal run of a tile, of which slots hold all or a chunk of columns.
+
+    A slot of all columns must have parts that the copy engine can read.
+    """
     assert tile.layout is not None
-    if tile.layout.is_repeated and tile.layout.repeat[0] > 1:
-        return False
     groups = tile.layout.num_warps // WARPGROUP
-    bits = tile.layout.basis("warp")[2:]
-    expected = [(tile.shape[0] // groups << i, 0) for i in range(len(bits))]
-    return groups >= 1 and list(bits) == expected
+    axis = tile.layout.group_axis() if groups else None
+    if axis == 1 and (slot.shape != tile.shape or slot.part_bytes(1, groups) is None):
+        return None
+    return axis
 
 
 def _finish(role: Role) -> None:

@@ -115,7 +115,7 @@ def boxes_of(op: Copy | BulkStore, warps: int) -> Boxes:
 def shares(op: Copy | BulkStore, warps: int) -> tuple[int, int]:
     """Along which dim, and into how many parts, warpgroups or the blocks of a cluster cut what an operation moves."""
     if isinstance(op, BulkStore):
-        return 0, max(1, warps // WARPGROUP_WARPS) if op.scope == "warpgroup" else 1
+        return op.axis, max(1, warps // WARPGROUP_WARPS) if op.scope == "warpgroup" else 1
     return (0, 1) if op.multicast is None else (op.multicast, blocks_of(op))
 
 

@@ -68,7 +68,7 @@ class Machine:
         for agent in agents:
             run = runs[agent.cta][agent.role.number]
             self.threads.append(Thread(agent, run.events, run.cut, np.zeros(size, int), np.zeros(size, int)))
-        self.everything = (1 << model.groups) - 1
+        self.everything = (1 << model.groups**2) - 1
         self.memory = [Memory(model.regions, self.everything) for _ in blocks]
         self.full = {(cta, r.number): self._barriers(r, cta, "full", r.producers) for cta in blocks for r in rings}
         self.empty = {(cta, r.number): self._barriers(r, cta, "empty", r.consumers) for cta in blocks for r in rings}
@@ -197,7 +197,7 @@ class Machine:
             self._check_phase(thread, event, barrier, phase)
             unit = self.units["ring", cta, ring.number, stage]
             part = ("part", own) if copy.multicast else None
-            self._touch(thread, event, event.access[0], (False, part), write=True, unit=unit, when=phase, cta=cta)
+            self._touch(thread, event, event.access[0], (None, part), write=True, unit=unit, when=phase, cta=cta)
             barrier.bytes -= copy.brings
             if cta != own:  # it has been issued when they are there
                 barrier.clock = merged(barrier.clock, thread.clock)
@@ -301,7 +301,7 @@ class Machine:
         thread: Thread,
         event: Event,
         number: int,
-        spread: tuple[bool, object],
+        spread: tuple[int | None, object],
         write: bool = False,
         unit: int | None = None,
         when: int = 0,
@@ -310,11 +310,22 @@ class Machine:
     ) -> None:
         agent = thread.agent
         own, how = spread
-        rows = 1 << agent.group if own and agent.role.groups == self.model.groups else self.everything
+        parts = self._parts(agent, own)
         now = thread.clock[agent.number]
         at, when = (agent.number, now) if unit is None else (unit, when)
-        access = Access(at, when, rows, write, how, generic, agent, now, event, thread.clock.copy())
+        access = Access(at, when, parts, write, how, generic, agent, now, event, thread.clock.copy())
         self.memory[agent.cta if cta is None else cta].touch(number, access, thread.proxy)
+
+    def _parts(self, agent: Agent, axis: int | None) -> int:
+        """A bit for each part of a region that a warpgroup touches: its own along ``axis``, all of them if None.
+
+        Regions are cut along two dims, into as many parts as there are warpgroups; a bit stands for a part of both.
+        """
+        groups = self.model.groups
+        if axis is None or agent.role.groups != groups:
+            return self.everything
+        places = (agent.group * groups + n if axis == 0 else n * groups + agent.group for n in range(groups))
+        return sum(1 << place for place in places)
 
     def _load(self, thread: Thread, event: Event) -> bool:
         number, own, spread = event.access
@@ -351,7 +362,7 @@ class Machine:
 
     def _bulk_store(self, thread: Thread, event: Event) -> bool:
         number, own, _ = event.access
-        if thread.agent.leads_role or (own and thread.agent.first):
+        if thread.agent.leads_role or (own is not None and thread.agent.first):
             thread.stores.append(event)
             unit = self.units["stores", thread.agent.number]
             self._touch(thread, event, number, (own, None), unit=unit, when=len(thread.stores))

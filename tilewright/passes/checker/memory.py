@@ -25,7 +25,8 @@ class Access:
 
     unit: int
     when: int
-    rows: int
+    #: a bit for each part of the region (`Machine._parts`)
+    parts: int
     write: bool
     #: how elements are spread over threads: two threads with the same spread touch different elements
     spread: Any
@@ -56,23 +57,23 @@ class Memory:
         for other in region.overlaps:
             self._compare(other, region, new, proxy)
         if not new.write:
-            missing = new.rows & ~self.written[number]
+            missing = new.parts & ~self.written[number]
             if missing:
                 self._unwritten(region, new)
         else:
-            self.written[number] |= new.rows
+            self.written[number] |= new.parts
             for other in region.overlaps:
                 self.written[other.number] = 0
                 self.taken[other.number] = new.event
         accesses = self.accesses[number]
-        if new.write and new.rows == self.everything and not new.generic and new.spread is None:
+        if new.write and new.parts == self.everything and not new.generic and new.spread is None:
             accesses.clear()  # ordered behind all of them: what is ordered behind it is behind them too
-        accesses[new.unit, new.write, new.rows, new.spread] = new
+        accesses[new.unit, new.write, new.parts, new.spread] = new
 
     def _compare(self, region: Region, own: Region, new: Access, proxy: Clock) -> None:
-        write, generic, rows, clock = new.write, new.generic, new.rows, new.clock
+        write, generic, parts, clock = new.write, new.generic, new.parts, new.clock
         for old in self.accesses[region.number].values():
-            if not (write or old.write) or (region is own and not rows & old.rows):
+            if not (write or old.write) or (region is own and not parts & old.parts):
                 continue
             if write and old.write and new.event.op is old.event.op and new.spread != old.spread and not generic:
                 continue  # parts of one tile, from different blocks of a cluster

@@ -327,12 +327,9 @@ def engine_alone(op: Publish) -> bool:
     return bool(op.tokens) and all(by_engine(token) for token in op.tokens)
 
 
-def splits_rows(tile: Any, groups: int) -> bool:
-    """Each of ``groups`` warpgroups holds an equal run of whole rows of a tile."""
+def split_axis(tile: Any, groups: int) -> int | None:
+    """The dim along which each of ``groups`` warpgroups holds an equal run of a tile, if there is one."""
     if groups < 2 or not isinstance(tile, TileType) or tile.layout is None:
-        return False
-    if tile.layout.is_repeated and tile.layout.repeat[0] > 1:
-        return False
-    bits = tile.layout.basis("warp")[2:]
-    expected = [(tile.shape[0] // groups << bit, *(0 for _ in tile.shape[1:])) for bit in range(len(bits))]
-    return 1 << len(bits) == groups and [tuple(b) for b in bits] == expected
+        return None
+    axis = tile.layout.group_axis()
+    return axis if 1 << len(tile.layout.basis("warp")[2:]) == groups else None

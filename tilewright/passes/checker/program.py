@@ -16,7 +16,7 @@ from tilewright.ir.core import Block, Effect, Operation, Region, Value
 from tilewright.ir.tile_ops import Dot, For, If, While, Yield
 from tilewright.ir.types import ScalarType, SlotType, TileType
 from tilewright.passes.checker.faults import Fault
-from tilewright.passes.checker.model import Model, RoleModel, by_engine, engine_alone, kind_of, splits_rows
+from tilewright.passes.checker.model import Model, RoleModel, by_engine, engine_alone, kind_of, split_axis
 from tilewright.passes.checker.scalars import evaluator, parameter_key
 from tilewright.passes.checker.scenarios import Inputs
 from tilewright.passes.checker.trace import BulkCopy, Event, Full, Infeasible, Run
@@ -406,7 +406,7 @@ def events(compiler: Compiler, op: Operation) -> list[Step]:
 
 
 def _whole(slot: Value) -> Callable[[Run], Any]:
-    return lambda run: (run.env[slot], False, None)
+    return lambda run: (run.env[slot], None, None)
 
 
 def _same(value: Value) -> Callable[[Run], Any]:
@@ -462,9 +462,9 @@ def _copy(compiler: Compiler, op: a.Copy) -> list[Step]:
     publish = compiler.model.publishes.get(op.result)
     slot, spread = op.slot, ("copy", id(op))
     if publish is None:
-        return [emit("start_copy", op, lambda run: (run.env[slot], False, spread), kind_of(op.result))]
+        return [emit("start_copy", op, lambda run: (run.env[slot], None, spread), kind_of(op.result))]
     if not by_engine(op.result):
-        return [emit("store", op, lambda run: (run.env[slot], False, spread))]
+        return [emit("store", op, lambda run: (run.env[slot], None, spread))]
     engines = [token for token in publish.tokens if by_engine(token)]
     announced = sum(_bytes(token) for token in engines) if engines[0] is op.result else 0
     parts = compiler.model.ctas if op.multicast is not None else 1
@@ -474,7 +474,7 @@ def _copy(compiler: Compiler, op: a.Copy) -> list[Step]:
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
             raise Full
-        run.events.append(Event("bulk_copy", op, ring, run.env[count], (run.env[slot], False, None), other))
+        run.events.append(Event("bulk_copy", op, ring, run.env[count], (run.env[slot], None, None), other))
 
     return [step]
 
@@ -487,7 +487,11 @@ def _bytes(token: Value) -> int:
 def _dot(compiler: Compiler, op: a.AsyncDot) -> list[Step]:
     result, token = op.results
     rows = isinstance(op.acc.type, TileType) and op.acc.type.shape[0] > 64
-    slots = [(v, rows and v is op.a and isinstance(v.op, a.Slot)) for v in (op.a, op.b) if isinstance(v.type, SlotType)]
+    slots = [
+        (v, 0 if rows and v is op.a and isinstance(v.op, a.Slot) else None)
+        for v in (op.a, op.b)
+        if isinstance(v.type, SlotType)
+    ]
 
     def step(run: Run) -> None:
         if len(run.events) >= run.most_events:
@@ -522,7 +526,7 @@ def _wait(compiler: Compiler, op: a.Wait) -> list[Step]:
 def _local(kind: str) -> Callable[[Compiler, Any], list[Step]]:
     def make(compiler: Compiler, op: Any) -> list[Step]:
         slot, tile = op.slot, op.result.type if kind == "load" else op.value.type
-        own = splits_rows(tile, compiler.role.groups) and isinstance(slot.op, a.Slot)
+        own = split_axis(tile, compiler.role.groups) if isinstance(slot.op, a.Slot) else None
         spread = ("tile", tile.layout) if isinstance(slot.op, a.Slot) else ("turned", id(op))
         if kind == "load" and (tile.layout is None or tile.layout.free_bits("lane") or tile.layout.free_bits("warp")):
             spread = ("copies", tile.layout)
@@ -532,7 +536,7 @@ def _local(kind: str) -> Callable[[Compiler, Any], list[Step]]:
 
 
 def _bulk_store(compiler: Compiler, op: a.BulkStore) -> list[Step]:
-    slot, own = op.slot, op.scope == "warpgroup" and compiler.role.groups > 1
+    slot, own = op.slot, op.axis if op.scope == "warpgroup" and compiler.role.groups > 1 else None
     return [emit("bulk_store", op, lambda run: (run.env[slot], own, None), own)]
 
 
@@ -541,9 +545,9 @@ def _exchange(compiler: Compiler, op: Operation) -> list[Step]:
     region = compiler.model.scratch[op].number
     return [
         emit("barrier", op, other="role"),
-        emit("store", op, lambda run: (region, False, ("exchange", id(op)))),
+        emit("store", op, lambda run: (region, None, ("exchange", id(op)))),
         emit("barrier", op, other="role"),
-        emit("load", op, lambda run: (region, False, None)),
+        emit("load", op, lambda run: (region, None, None)),
     ]
 
 

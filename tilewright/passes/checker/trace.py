@@ -21,7 +21,7 @@ class Event:
     op: Operation
     ring: Any = None
     count: int = 0
-    #: (region, rows that each warpgroup keeps to itself, how elements are spread over threads)
+    #: (region, dim along which each warpgroup keeps to its part or None, how elements are spread over threads)
     access: Any = None
     other: Any = None
     #: of a tensor that ranks share; see `places`
