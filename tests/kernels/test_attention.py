@@ -19,6 +19,7 @@ from tilewright.kernels.attention_backward import (
     attention_largest,
     attention_rows,
     attention_sum_heads,
+    nearest_integer,
     sdpa_backward,
 )
 from tilewright.kernels.attention_backward import configuration as backward_configuration
@@ -247,6 +248,20 @@ def test_integer_sums_do_not_depend_on_their_order() -> None:
     exact, loose = ([backward(device, arrays, False, exact=e) for device in orders] for e in (True, False))
     assert [x.tobytes() for x in exact[0]] == [x.tobytes() for x in exact[1]]
     assert loose[0][3].tobytes() != loose[1][3].tobytes(), "these runs do not differ in order"
+
+
+@tw.kernel
+def round_all(x: tw.Tensor, y: tw.Tensor) -> None:
+    tw.store(y, 0, nearest_integer(tw.load(x, 0, (1024,))))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_integers_are_the_nearest(device: str) -> None:
+    x = (normal(1024) * 2.0 ** np.linspace(-3, 28, 1024)).astype(np.float32)
+    x[:8] = [0, 0.25, -0.25, 1, -1, 2.0**23 + 1, 2.0**30, -(2.0**30)]
+    y = np.zeros(1024, np.int32)
+    launch(device, round_all, (1,), x, y)
+    np.testing.assert_array_equal(y, np.rint(x.astype(np.float64)))
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-4, 1e4])

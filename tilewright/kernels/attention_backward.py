@@ -23,6 +23,9 @@ from tilewright.kernels.attention import LOG2E, biased, visible_scores
 from tilewright.kernels.attention_bias_gradient import TILE, bias_gradient
 from tilewright.kernels.workspace import temporary
 
+#: added to a float below 2^30: its upper part in units of 512, and what is left of it in units of 1, are the last bits
+#: of the sums. (bits of UPPER << 9) + bits of LOWER is a multiple of 2^32.
+UPPER, LOWER = 7327449088.0, 12582912.0
 #: what a walk needs of each query: the logarithm to base 2, delta, steps in 1, 1 in steps
 ROWS = 4
 
@@ -113,6 +116,14 @@ def attention_rows(
             tw.store(rows[3, entry, h], tile + m, most * 2.0**-29 + spoiled)
 
 
+@tw.function
+def nearest_integer(x: Any) -> Any:
+    """Floats below 2^30 as int32, rounded: by additions, since conversions share a slow unit with exp2."""
+    upper = x + UPPER
+    lower = x + (UPPER + LOWER - upper)
+    return (tw.bitcast(upper, tw.int32) << 9) + tw.bitcast(lower, tw.int32)
+
+
 @tw.kernel
 def attention_gradients(
     q: tw.Tensor,
@@ -200,7 +211,7 @@ def attention_gradients(
             dqueries = tw.dot(keys.T, ds)
             dkeys = tw.dot(ds, queries, dkeys)
             if EXACT:
-                dqueries = (dqueries * steps[None, :]).to(tw.int32)
+                dqueries = nearest_integer(dqueries * steps[None, :])
             tw.atomic_add(sums[entry, h], (row, 0), dqueries.T)
     if k_starts is None:
         tw.store(dk[b, part], (n, 0), (dkeys * scale).to(dk.dtype))
