@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from tilewright.ir.async_ops import Alloc, AsyncDot, Await, Barrier, LocalStore, Publish, Release, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Operation, Value, replace_uses, uses_of
-from tilewright.ir.tile_ops import Dot, For, Yield
-from tilewright.ir.types import RingType, SlotType, TileType
+from tilewright.ir.target import Target
+from tilewright.ir.tile_ops import Constant, Dot, For, Yield
+from tilewright.ir.types import BufferType, RingType, SlotType, TileType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
+
+#: part of the shared memory that operands may take before further slots for those made in registers
+MOST_SHARED = 0.75
 
 
 @register_pass("mma")
@@ -41,7 +45,8 @@ class Mma(FunctionPass):
             if (slot, number) not in buffers:
                 top = Builder(function.body.block, dot.loc)
                 with top.at(function.body.block, 0):
-                    buffers[slot, number] = top.alloc(slot, hint=dot.b.hint)
+                    slots = 2 if _loop_of(dot) is not None and _leaves_room(function, slot, context.target) else 1
+                    buffers[slot, number] = top.alloc(slot, hint=dot.b.hint, stages=slots)
             _share_operand(dot, buffers[slot, number])
         for block in list({id(d.parent): d.parent for d in dots}.values()):
             assert block is not None
@@ -62,13 +67,37 @@ def _operand_slot(dot: Dot, unit: MatrixUnit, warps: int) -> SlotType:
     return SlotType(tile.shape, tile.dtype, layout)
 
 
+def _loop_of(dot: Dot) -> For | None:
+    """The loop whose iterations are numbered by its index and issue the dot once each."""
+    region = dot.parent.parent if dot.parent is not None else None
+    loop = region.parent if region is not None else None
+    return loop if isinstance(loop, For) and isinstance(loop.step.op, Constant) and loop.step.op.value == 1 else None
+
+
+def _leaves_room(function: Function, slot: SlotType, target: Target) -> bool:
+    """Whether another slot leaves enough of the shared memory to rings and to staged stores."""
+    buffers = [op.result.type for op in function.walk() if isinstance(op, Alloc)]
+    taken = sum(buffer.bytes for buffer in buffers if isinstance(buffer, BufferType))
+    return taken + 2 * slot.bytes <= MOST_SHARED * target.shared_bytes
+
+
 def _share_operand(dot: Dot, buffer: Value) -> None:
-    """Write operand b to shared memory. Dots of different blocks, which follow each other, take one buffer in turn."""
-    assert dot.parent is not None
+    """Write operand b to shared memory. Dots of different blocks, which follow each other, take one buffer in turn.
+
+    Of two slots the iterations of a loop take one each in turn: all warps have read a slot when they meet behind the
+    writes to the other.
+    """
+    assert dot.parent is not None and isinstance(buffer.type, BufferType)
+    loop = _loop_of(dot) if buffer.type.stages > 1 else None
     b = Builder(dot.parent, dot.loc)
+    if loop is not None:
+        assert loop.parent is not None
+        with b.at(loop.parent, loop.parent.ops.index(loop)):
+            b.insert(Barrier(scope="role"))  # the loop before, if any, may have ended with the same slot
     with b.at(dot.parent, dot.parent.ops.index(dot)):
-        slot = b.slot(buffer, b.index(0))
-        b.insert(Barrier(scope="role"))  # earlier readers of the buffer have finished
+        slot = b.slot(buffer, b.index(0) if loop is None else loop.index)
+        if loop is None:
+            b.insert(Barrier(scope="role"))  # earlier readers of the buffer have finished
         b.insert(LocalStore(dot.b, slot))
         b.insert(Barrier(scope="role"))
     dot.b = slot
