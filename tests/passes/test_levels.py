@@ -16,6 +16,7 @@ import pytest
 import tilewright as tw
 from tilewright.compiler.kernel import Kernel
 from tilewright.frontend.build import build_module
+from tilewright.ir.async_ops import Role
 from tilewright.ir.core import IRError, Module
 from tilewright.ir.interpreter import run
 from tilewright.ir.parser import parse_module
@@ -292,6 +293,27 @@ def test_consumers_alternate_where_one_warpgroup_holds_a_tile() -> None:
         scheduled("gemm", num_ctas=2, schedule="alternate")
     with pytest.raises(IRError, match=r"a tile of \(128, 256\) does not fit the registers of one warpgroup"):
         list(levels(build(CASES["gemm"], 16), "sm_90a", PassOptions(schedule="alternate")))
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(64, 2), (128, None)])
+def test_two_blocks_share_a_multiprocessor_where_one_warpgroup_computes(rows: int, blocks: int | None) -> None:
+    """Vector work between a loop's products leaves the matrix unit idle; a second warpgroup or block fills it."""
+    entry = replace(CASES["attention"], meta={"D": 64, "BM": rows, "BN": 64})
+    module = build(entry, 16)
+    list(levels(module, "sm_90a", PassOptions()))
+    function = module.functions[0]
+    assert function.attributes.get("blocks_per_unit") == blocks
+    assert int(function.attributes["shared_bytes"]) <= (115712 if blocks else 232448)
+    registers = [op.registers for op in function.walk() if isinstance(op, Role)]
+    assert registers == ([24, 232] if blocks else [40, 232])
+
+
+def test_a_block_that_needs_more_than_half_of_the_memory_stays_alone() -> None:
+    entry = replace(CASES["attention"], meta={"D": 64, "BM": 64, "BN": 256})
+    module = build(entry, 16)
+    list(levels(module, "sm_90a", PassOptions()))
+    function = module.functions[0]
+    assert "blocks_per_unit" not in function.attributes and int(function.attributes["shared_bytes"]) > 115712
 
 
 def test_numbers_of_rows_and_columns_need_no_exchange() -> None:

@@ -15,7 +15,7 @@ from tilewright.ir.builder import Builder
 from tilewright.ir.comm_ops import Credit, Enter, Leave, WaitFlags
 from tilewright.ir.core import Block, Effect, Function, Operation, Region, Value, uses_of
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Dot
+from tilewright.ir.tile_ops import Dot, For
 from tilewright.ir.types import TileType, TokenType
 from tilewright.passes.dce import eliminate_dead_code
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -49,7 +49,10 @@ class Roles(FunctionPass):
         consumers = int(function.attributes["num_warps"])
         engine = "tma" if engines == {"tma"} else "threads"
         scarce = registers_are_scarce(program, function, context.target)
-        registers = distribute_registers(context.target, consumers, engine, scarce)
+        blocks = 2 if wants_company(program, consumers) else 1
+        if blocks > 1:
+            function.attributes["blocks_per_unit"] = blocks
+        registers = distribute_registers(context.target, consumers, engine, scarce or blocks > 1, blocks)
         body.set_ops([*begins, *shared])
         b = Builder(body, function.loc)
         produce, _ = _slice(program, lambda op: is_producer(op) or is_wait(op))
@@ -116,12 +119,38 @@ def registers_are_scarce(program: Region, function: Function, target: Target) ->
     return max(words.values(), default=0) > MANY_RESULTS * threads
 
 
-def distribute_registers(target: Target, consumers: int, engine: str, scarce: bool = False) -> tuple[int, int]:
-    """Registers per thread of producer and consumers: the kernel starts with equal shares of the file."""
+def wants_company(program: Region, consumers: int) -> bool:
+    """Whether two blocks should share a multiprocessor, if the shared memory suffices (`shared-plan`).
+
+    Where one warpgroup computes, and works on results of products between products of a loop, the matrix unit idles
+    meanwhile; another block's products fill that in, and no barrier ties the two together.
+    """
+    loops = [op for op in program.walk() if isinstance(op, For)]
+    return consumers == WARPGROUP and any(_is_chain(loop.body.block) for loop in loops)
+
+
+def _is_chain(block: Block) -> bool:
+    """Whether vector work on a product makes an operand of another product of the block."""
+    made: set[Value] = set()
+    for op in block.ops:
+        if isinstance(op, Dot) and (op.a in made or op.b in made):
+            return True
+        if isinstance(op, Dot) or any(v in made for o in op.walk() for v in o.operands):
+            made.update(op.results)
+    return False
+
+
+def distribute_registers(
+    target: Target, consumers: int, engine: str, scarce: bool = False, blocks: int = 1
+) -> tuple[int, int]:
+    """Registers per thread of producer and consumers: the kernel starts with equal shares of the file.
+
+    ``blocks``: how many share a multiprocessor.
+    """
     scarce |= consumers > 2 * WARPGROUP
     producer = (FEWEST_REGISTERS if scarce else PRODUCER_REGISTERS)[engine]
     size = target.warp_size
-    equal = min(target.registers_per_unit // ((WARPGROUP + consumers) * size) // REGISTER_STEP * REGISTER_STEP, 248)
+    equal = min(target.registers_per_unit // (blocks * (WARPGROUP + consumers) * size) // REGISTER_STEP * REGISTER_STEP, 248)
     if producer >= equal:
         return 0, 0
     spare = (equal - producer) * WARPGROUP

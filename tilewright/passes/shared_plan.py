@@ -18,11 +18,14 @@ from collections.abc import Sequence
 from tilewright.ir.async_ops import Alloc, BulkStore, MakeRing, Role
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import SCRATCH_ALIGNMENT, scratch_bytes
+from tilewright.ir.target import Target
 from tilewright.ir.types import BufferType, RingType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.shared_lifetimes import Area, Item, Lifetimes, lowest_places, round_up, scratch_users, separate
 
 BARRIER_BYTES = 8
+#: of each block, for the system (CUDA C++ Programming Guide, "Shared Memory", compute capability 9.0)
+RESERVED_BYTES = 1024
 
 
 @register_pass("shared-plan")
@@ -33,7 +36,7 @@ class SharedPlan(FunctionPass):
 
     def run_on_function(self, function: Function, context: PassContext) -> None:
         plan = _Plan(function)
-        limit = context.target.shared_bytes
+        limit = _limit(function, plan, context.target)
         growing = [r for r in plan.rings if r.elastic]
         while growing:
             ring = growing.pop(0)
@@ -54,6 +57,16 @@ class SharedPlan(FunctionPass):
         function.attributes["shared_bytes"] = total
         if plan.in_one_order:
             separate(function, areas)
+
+
+def _limit(function: Function, plan: _Plan, target: Target) -> int:
+    """What a block may use: a part of a multiprocessor's memory, where as many blocks as asked for can do with it."""
+    blocks = int(function.attributes.get("blocks_per_unit", 1))
+    limit = (target.shared_bytes + RESERVED_BYTES) // blocks - RESERVED_BYTES
+    if plan.place()[1] <= limit:
+        return limit
+    function.attributes.pop("blocks_per_unit", None)
+    return target.shared_bytes
 
 
 class _Plan:

@@ -214,7 +214,7 @@ def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
         attributes["nvvm.cluster_dim"] = f"array<i32: {ctas}, 1, 1>"
     if any(isinstance(op, Role) and op.registers for op in function.walk()):
         # setmaxnreg needs a launch bound, from which ptxas takes the registers at entry
-        attributes["nvvm.minctasm"] = "1 : i32"
+        attributes["nvvm.minctasm"] = f"{function.attributes.get('blocks_per_unit', 1)} : i32"
     elif threads <= PAIRED_THREADS and (wanted := _shared_out(function)) is not None:
         # one block's loads run while another waits at its barriers
         attributes["nvvm.minctasm"] = f"{wanted // threads} : i32"

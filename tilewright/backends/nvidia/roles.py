@@ -58,7 +58,8 @@ def lower_role(lw: Lowering, op: Role) -> None:
 def _lower_body(lw: Lowering, role: Role) -> None:
     first_warp, fb = state(lw).first_warp(role), lw.fb
     if role.registers:
-        share = launch_registers(int(lw.function.attributes["threads"]))
+        blocks = int(lw.function.attributes.get("blocks_per_unit", 1))
+        share = launch_registers(blocks * int(lw.function.attributes["threads"]))
         if role.registers != share:
             ptx.set_max_registers(fb, role.registers, increase=role.registers > share)
     barrier = state(lw).barrier(role)
@@ -75,7 +76,7 @@ def _lower_body(lw: Lowering, role: Role) -> None:
 
 
 def launch_registers(threads: int) -> int:
-    """Registers that every thread of the block starts with, one block on a multiprocessor."""
+    """Registers that each of a multiprocessor's threads starts with."""
     return min(MOST_REGISTERS, REGISTER_FILE // threads) // REGISTER_STEP * REGISTER_STEP
 
 

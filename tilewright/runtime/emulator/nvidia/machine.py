@@ -116,7 +116,8 @@ class PtxEmulator:
             )
         warps_per_block = -(-threads // LANES)
         if registers is None:
-            registers = min(256, REGISTER_FILE // (warps_per_block * LANES) // 8 * 8)
+            together = kernel.directives.get("minnctapersm", (1,))[0]
+            registers = min(256, REGISTER_FILE // (together * warps_per_block * LANES) // 8 * 8)
         if batch_warps is None:
             batch_warps = 256 if setting.races is None else 64
         per_batch = max(1, batch_warps // warps_per_block)
