@@ -150,6 +150,8 @@ BACKWARD: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 4, 2, 100, 70, 64, 64), {"causal": True, "exact": False}),
     ((1, 1, 1, 70, 100, 96, 32), {"causal": True}),
     ((1, 1, 1, 70, 100, 192, 128), {}),
+    ((1, 2, 1, 100, 200, 64, 64), {"causal": True, "BN": 128, "num_warps": 8}),
+    ((1, 1, 1, 100, 300, 128, 128), {"causal": True, "persistent": False}),
 ]
 
 
@@ -191,6 +193,16 @@ def check_backward(
     results = backward(device, arrays, causal, left, **options)
     for actual, wanted in zip(results[:3], gradients(q, k, v, do, causal, left=left), strict=True):
         check(actual, wanted, "bf16")
+
+
+def test_backward_tiles_by_size() -> None:
+    """Two blocks share a multiprocessor where rows are short, unless causal programs are few iterations long."""
+    paired = [
+        backward_configuration(64, 64, causal=c, keys=n).get("num_warps") for c, n in ((False, 100), (True, 8192))
+    ]
+    assert paired == [4, 4] and "num_warps" not in backward_configuration(64, 64, causal=True, keys=4096)
+    assert "num_warps" not in backward_configuration(64, 64, aligned=False)
+    assert [backward_configuration(128, 128, causal=c).get("persistent") for c in (False, True)] == [None, False]
 
 
 @pytest.mark.parametrize(("shape", "options"), BACKWARD)

@@ -16,12 +16,13 @@ import pytest
 import tilewright as tw
 from tilewright.compiler.kernel import Kernel
 from tilewright.frontend.build import build_module
-from tilewright.ir.async_ops import Role
+from tilewright.ir.async_ops import AsyncDot, Barrier, LocalStore, Role, buffer_of
 from tilewright.ir.core import IRError, Module
 from tilewright.ir.interpreter import run
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import print_module
 from tilewright.ir.target import TARGETS, get_target
+from tilewright.ir.tile_ops import For
 from tilewright.ir.types import DTYPES, ViewType
 from tilewright.ir.verifier import verify
 from tilewright.kernels.attention import attention
@@ -95,6 +96,18 @@ def chained(x: tw.Tensor, y: tw.Tensor, z: tw.Tensor, v: tw.Tensor, out: tw.Tens
     tw.store(out, (m, 0), (one + other).to(out.dtype))
 
 
+@tw.kernel
+def exchanged(
+    x: tw.Tensor, y: tw.Tensor, v: tw.Tensor, out: tw.Tensor, *, BM: tw.constexpr = 128, BN: tw.constexpr = 64
+):
+    """Products whose operand the warps exchange, and whose results leave in every iteration."""
+    m = tw.program_id(0)
+    left, right = tw.load(x, (m, 0), (BM, 64)), tw.load(v, (m, 0), (64, BM))
+    for j in tw.range(tw.cdiv(y.shape[0], BN)):
+        s = tw.dot(left, tw.load(y, (j, 0), (BN, 64)).T)
+        tw.store(out, (m, j), tw.dot(right, tw.maximum(s, 0.0).to(y.dtype)).to(out.dtype))
+
+
 @dataclass
 class Case:
     kernel: Kernel
@@ -144,6 +157,12 @@ CASES = {
             chained, {"x": (200, 64), "y": (n, 64), "z": (200, 64), "v": (n,)}, ("out", (200, 64)), (2, 1, 1)
         )
         for n in (0, 50, 300)
+    },
+    **{
+        f"exchanged-{n}": case(
+            exchanged, {"x": (200, 64), "y": (n, 64), "v": (128, 128)}, ("out", (128, n)), (2, 1, 1)
+        )
+        for n in (50, 130, 300)
     },
     "softmax": case(softmax, {"x": (5, 1000)}, ("y", (5, 1000)), (5, 1, 1), BN=1024),
     "streamed": case(streamed, {"x": (75, 100)}, ("y", (3, 100)), (3, 1, 1)),
@@ -295,10 +314,22 @@ def test_consumers_alternate_where_one_warpgroup_holds_a_tile() -> None:
         list(levels(build(CASES["gemm"], 16), "sm_90a", PassOptions(schedule="alternate")))
 
 
+def test_two_slots_for_what_warps_exchange_take_one_barrier_an_iteration() -> None:
+    module = build(CASES["exchanged-300"], 16)
+    list(levels(module, "sm_90a", PassOptions()))
+    ops = list(module.functions[0].walk())
+    loop = next(op for op in ops if isinstance(op, For) and any(isinstance(o, AsyncDot) for o in op.body.block.ops))
+    read = {buffer_of(op.b) for op in loop.body.block.ops if isinstance(op, AsyncDot)}
+    writes = [op for op in loop.body.block.ops if isinstance(op, LocalStore) and buffer_of(op.slot) in read]
+    assert [buffer_of(op.slot).type.stages for op in writes] == [2]
+    before = loop.body.block.ops[: loop.body.block.ops.index(writes[0])]
+    assert not any(isinstance(op, Barrier) for op in before), "its readers met behind the writes to the other"
+
+
 @pytest.mark.parametrize(("rows", "blocks"), [(64, 2), (128, None)])
 def test_two_blocks_share_a_multiprocessor_where_one_warpgroup_computes(rows: int, blocks: int | None) -> None:
-    """Vector work between a loop's products leaves the matrix unit idle; a second warpgroup or block fills it."""
-    entry = replace(CASES["attention"], meta={"D": 64, "BM": rows, "BN": 64})
+    """Exchanges between a loop's products leave the matrix unit idle; a second block fills it."""
+    entry = replace(CASES["exchanged-300"], meta={"BM": rows})
     module = build(entry, 16)
     list(levels(module, "sm_90a", PassOptions()))
     function = module.functions[0]
@@ -309,7 +340,7 @@ def test_two_blocks_share_a_multiprocessor_where_one_warpgroup_computes(rows: in
 
 
 def test_a_block_that_needs_more_than_half_of_the_memory_stays_alone() -> None:
-    entry = replace(CASES["attention"], meta={"D": 64, "BM": 64, "BN": 256})
+    entry = replace(CASES["exchanged-300"], meta={"BM": 64, "BN": 256})
     module = build(entry, 16)
     list(levels(module, "sm_90a", PassOptions()))
     function = module.functions[0]

@@ -21,7 +21,7 @@ from tilewright.kernels.attention import attention
 from tilewright.kernels.attention_backward import attention_gradients
 from tilewright.kernels.gemm import gemm
 from tilewright.kernels.softmax import softmax
-from tilewright.passes.manager import PassContext, parse_pipeline
+from tilewright.passes.manager import PassContext, PassOptions, parse_pipeline
 from tilewright.passes.tile_order import by_chiplet, decode, decode_longest_first, sloping_axis
 
 _FUNCTIONS = {
@@ -114,6 +114,18 @@ def test_long_programs_run_first(slope: int):
         lengths = [n if slope > 0 else 4 - n for n, _, _ in window]
         assert lengths == sorted(lengths, reverse=True)
         assert len({place[1:] for place in window}) == width
+
+
+@pytest.mark.parametrize("persistent", [None, False])
+def test_long_programs_run_first_whoever_hands_them_out(persistent: bool | None):
+    view = ViewType((None,) * 4, DTYPES["bf16"], (None, None, None, 1), 16)
+    types: dict[str, Any] = {"q": view, "k": view, "v": view, "o": view, "scale": DTYPES["f32"]}
+    module = build_module(attention.definition, {**types, "CAUSAL": True, "D": 64, "DV": 64})
+    context = PassContext(get_target("sm_90a"), PassOptions(persistent=persistent))
+    parse_pipeline("tile-order")[0].run(module, context)
+    function = module.functions[0]
+    assert function.attributes.get("persistent", False) is (persistent is None)
+    assert any(isinstance(op, BlockId) for op in function.walk()), "programs keep the order of the grid"
 
 
 def test_which_programs_are_long():

@@ -21,7 +21,8 @@ def kernel(fn: Callable[..., Any]) -> Kernel:
     """Make a tile program of a Python function; launch it with ``fn[grid](*args, **meta)``.
 
     It runs where its arrays live: NumPy arrays and CPU tensors in the interpreter, CUDA tensors on
-    their GPU. Options by name: ``num_warps``, ``num_stages``, ``num_ctas``, ``schedule``, ``stream``.
+    their GPU. Options by name: ``num_warps``, ``num_stages``, ``num_ctas``, ``schedule``, ``persistent``,
+    ``stream``.
     """
     return Kernel(fn)
 

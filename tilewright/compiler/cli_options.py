@@ -38,6 +38,9 @@ CTAS = click.option(
     "--num-ctas", type=click.Choice([str(n) for n in CLUSTERS]), default=None, help="blocks of a cluster"
 )
 SCHEDULE = click.option("--schedule", type=click.Choice(SCHEDULES), default=None, help="how copies are arranged")
+PERSISTENT = click.option(
+    "--persistent", type=click.BOOL, default=None, help="whether blocks walk over programs (true or false)"
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="machine-readable output")
 
 
@@ -46,12 +49,17 @@ def compile_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def wrapped(
-        num_warps: int | None, num_stages: int | None, num_ctas: str | None, schedule: str | None, **kwargs: Any
+        num_warps: int | None,
+        num_stages: int | None,
+        num_ctas: str | None,
+        schedule: str | None,
+        persistent: bool | None,
+        **kwargs: Any,
     ) -> None:
         ctas = None if num_ctas is None else int(num_ctas)
-        command(**kwargs, options=CompileOptions(num_warps, num_stages, ctas, schedule))
+        command(**kwargs, options=CompileOptions(num_warps, num_stages, ctas, schedule, persistent))
 
-    with_options: Callable[..., None] = WARPS(STAGES(CTAS(SCHEDULE(wrapped))))
+    with_options: Callable[..., None] = WARPS(STAGES(CTAS(SCHEDULE(PERSISTENT(wrapped)))))
     return with_options
 
 

@@ -22,6 +22,7 @@ class Config:
     num_stages: int | None = None
     num_ctas: int | None = None
     schedule: str | None = None
+    persistent: bool | None = None
 
     def options(self) -> dict[str, Any]:
         """The compile options that are given."""

@@ -27,24 +27,28 @@ class CompileOptions:
     ahead for itself).
     ``num_ctas``: blocks of a cluster, whose copies of common tiles are shared; for tensors that the copy engine cannot
     read, blocks stay alone.
+    ``persistent``: whether each block walks over programs, one after the other, or the hardware hands them out.
     """
 
     num_warps: int | None = None
     num_stages: int | None = None
     num_ctas: int | None = None
     schedule: str | None = None
+    persistent: bool | None = None
 
     def pass_options(self) -> PassOptions:
         """The same choices, for the pass manager."""
         from tilewright.passes.manager import PassOptions  # a cache hit needs the options, but no passes
 
-        return PassOptions(self.num_warps, self.num_stages, self.num_ctas, self.schedule)
+        return PassOptions(self.num_warps, self.num_stages, self.num_ctas, self.schedule, self.persistent)
 
     def __post_init__(self) -> None:
         for name in ("num_warps", "num_stages", "num_ctas"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ArgumentError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.persistent, bool | None):
+            raise ArgumentError(f"persistent must be True or False, got {self.persistent!r}")
         if self.num_ctas not in (None, *CLUSTERS):
             raise ArgumentError(f"num_ctas={self.num_ctas}: a cluster has 1, 2 or 4 blocks")
         if self.schedule not in (None, *SCHEDULES):

@@ -36,6 +36,7 @@ class PassOptions:
     num_stages: int | None = None
     num_ctas: int | None = None
     schedule: str | None = None
+    persistent: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -122,18 +122,18 @@ def registers_are_scarce(program: Region, function: Function, target: Target) ->
 def wants_company(program: Region, consumers: int) -> bool:
     """Whether two blocks should share a multiprocessor, if the shared memory suffices (`shared-plan`).
 
-    Where one warpgroup computes, and works on results of products between products of a loop, the matrix unit idles
-    meanwhile; another block's products fill that in, and no barrier ties the two together.
+    Where one warpgroup computes, and its warps exchange what they made of some products of a loop as an operand of
+    others, the matrix unit idles meanwhile; another block's products fill that in, and no barrier ties the two.
     """
     loops = [op for op in program.walk() if isinstance(op, For)]
-    return consumers == WARPGROUP and any(_is_chain(loop.body.block) for loop in loops)
+    return consumers == WARPGROUP and any(_exchanges(loop.body.block) for loop in loops)
 
 
-def _is_chain(block: Block) -> bool:
-    """Whether vector work on a product makes an operand of another product of the block."""
+def _exchanges(block: Block) -> bool:
+    """Whether vector work on a product makes the right operand, which lies in shared memory, of another one."""
     made: set[Value] = set()
     for op in block.ops:
-        if isinstance(op, Dot) and (op.a in made or op.b in made):
+        if isinstance(op, Dot) and op.b in made:
             return True
         if isinstance(op, Dot) or any(v in made for o in op.walk() for v in o.operands):
             made.update(op.results)
@@ -150,7 +150,9 @@ def distribute_registers(
     scarce |= consumers > 2 * WARPGROUP
     producer = (FEWEST_REGISTERS if scarce else PRODUCER_REGISTERS)[engine]
     size = target.warp_size
-    equal = min(target.registers_per_unit // (blocks * (WARPGROUP + consumers) * size) // REGISTER_STEP * REGISTER_STEP, 248)
+    equal = min(
+        target.registers_per_unit // (blocks * (WARPGROUP + consumers) * size) // REGISTER_STEP * REGISTER_STEP, 248
+    )
     if producer >= equal:
         return 0, 0
     spare = (equal - producer) * WARPGROUP

@@ -5,7 +5,9 @@ walks the grid, so that copies for the next tile overlap the end of this one. Wh
 follow different grid axes, the tiles that run at the same time form a square-ish window (groups of
 ``group`` rows), so that both operands are found in L2 again. Where programs further along an axis run
 longer or shorter loops (a triangular product), the long ones go first within a window of ``group`` places along
-the other axes, so that the blocks end together and what programs of a place share stays in L2.
+the other axes, so that the blocks end together and what programs of a place share stays in L2. Blocks that walk
+over programs take equally many; where these are few and of different lengths, the hardware balances them better
+(``persistent=False``).
 
 Some GPUs consist of chiplets, each with an L2 of its own, and deal blocks to them in turn (AMD Instinct: eight XCDs).
 There neighbouring tiles would all fetch the same operands into every L2. So blocks are renumbered such that one chiplet
@@ -63,17 +65,18 @@ class TileOrder(FunctionPass):
             message = "programs that communicate with other ranks do not run in clusters"
             raise IRError(message, function.loc, "leave out num_ctas")
         cluster = _join_clusters(function, context.target, ctas)
-        persistent = self.persistent
+        named = context.options.persistent if self.persistent is None else self.persistent
+        persistent = named
         if persistent is None:
             has_dots = any(isinstance(op, Dot) for op in function.walk())
             persistent = has_dots and schedule_of(function, context.target) == ROLES
         persistent |= cluster is not None
         axes = reuse_axes(function)
-        longest = sloping_axis(function) if persistent and axes is None else None
+        longest = sloping_axis(function) if (persistent or named is not None) and axes is None else None
         chiplets = 1 if persistent or not shares_neighbours(function) else context.target.chiplets
         if communicates:  # ranks wait for programs of others that come before theirs along axis 2: it stays the slowest
             axes, longest, chiplets = axes if axes == (0, 1) else None, None, 1
-        if not ids or not (persistent or axes or chiplets > 1):
+        if not ids or not (persistent or axes or longest or chiplets > 1):
             return
         order = _Order(axes, longest, self.group or context.target.tile_group)
         body = function.body.block
