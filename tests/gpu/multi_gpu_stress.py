@@ -23,7 +23,8 @@ import pytest
 import torch
 
 import tilewright as tw
-from tilewright.kernels.multi_gpu.copy_engine import all_to_all
+from tilewright.kernels.multi_gpu.all_reduce import all_reduce
+from tilewright.kernels.multi_gpu.copy_engine import all_to_all, gemm_reduce_scatter
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
@@ -139,6 +140,22 @@ class AllReduce(Work):
         return sum(self.value(rank, of, number) for of in range(self.world.size))
 
 
+class Packets(AllReduce):
+    """The library's all-reduce by packets, whose launches take turns at two halves."""
+
+    ALGORITHM = "packets"
+
+    def launch(self) -> None:
+        xs, ys = ([x.view(-1) for x in arrays.values()] for arrays in (self.xs, self.outputs))
+        all_reduce(self.world, xs, ys, algorithm=self.ALGORITHM)
+
+
+class Halves(Packets):
+    """The same by puts and flags."""
+
+    ALGORITHM = "push"
+
+
 class Product(Work):
     """A compiled product whose tiles go to their owners by the copy engine, while the next are computed.
 
@@ -180,6 +197,13 @@ class Product(Work):
         return self.picked(self.results[rank], number)
 
 
+class ProductByCopies(Product):
+    """The same where the copy engines send whole rows."""
+
+    def launch(self) -> None:
+        gemm_reduce_scatter(self.world, *(list(arrays.values()) for arrays in (self.a, self.b, self.outputs)))
+
+
 class Pushed(Work):
     """An all-to-all by the copy engines."""
 
@@ -208,7 +232,7 @@ class Pushed(Work):
         return torch.stack([self.value(rank, of, number)[rank] for of in range(self.world.size)])
 
 
-WORKS = (ByHand, AllReduce, Product, Pushed)
+WORKS = (ByHand, AllReduce, Packets, Halves, Product, ProductByCopies, Pushed)
 
 
 # --- scenarios: a function of the world and the number of iterations --------------------------------------

@@ -251,7 +251,7 @@ SUBJECTS = [
     *((name, "gfx942") for name in ("small all-reduce", "GEMM + reduce-scatter", "all-reduce, pull")),
 ]
 
-AT_THE_END = "nothing in the block uses what is waited for, and its end has a barrier of its own"
+AT_THE_END = "nothing in the block uses what is waited for, and a launch ends with its last thread"
 OTHER_BARRIER = "each block passes the barrier behind a credit or wait, and no thread does anything behind that"
 NEXT_BARRIER = "the barrier behind the next wait comes before any put"
 STAGED = "the barrier in front of the staging slot comes before any put"
@@ -262,20 +262,21 @@ ONE_THREAD = "one thread waits, stores, waits for its stores, and signals"
 DONE = "tokens keep operations in order while passes move them; in the schedule the waits and the barrier count"
 EXIT = "ranks read each other's memory here: none ends before all have come to their ends"
 SUMS = "each rank waits for the sums of all others, which come behind their reads"
+LAST = "a block's last signal comes behind all of its puts, and nobody looks at sums before all signals have come"
 NOT_READ = "nothing is read behind it"
-TOLD = "what the threads have put was told by signals, each behind a fence"
 #: why a mutant is as good as the schedule: (case, target, what its place and change begin with, the rule)
 REDUNDANT: list[tuple[str, str, str, str]] = [
     ("small all-gather + GEMM", "sm_90a", "consumer: barrier 1", STAGED),
     *(("barrier", "sm_90a", place, EITHER) for place in ("barrier 1", "loop barrier 1")),
     ("all-reduce, two-shot", "sm_90a", "loop loop barrier 1", EXIT),
-    ("all-reduce, two-shot", "sm_90a", "leave 1 before all", SUMS),
+    ("all-reduce, two-shot", "sm_90a", "leave 1 delete", SUMS),
     ("all-reduce, two-shot", "sm_90a", "loop barrier 1", AT_THE_END),
     ("all-gather", "sm_90a", "loop barrier 1", AT_THE_END),
     ("all-to-all", "sm_90a", "loop barrier 1", AT_THE_END),
-    *((name, "sm_90a", "barrier 2 delete", OTHER_BARRIER)
-      for name in ("all-reduce, two-shot", "all-gather", "all-to-all")),
-    ("GEMM + all-reduce", "sm_90a", "consumer: loop if barrier 2", AT_THE_END),
+    ("all-reduce, two-shot", "sm_90a", "barrier 2 delete", OTHER_BARRIER),
+    ("GEMM + all-reduce", "sm_90a", "consumer: loop if if barrier 11", AT_THE_END),
+    *(("GEMM + all-reduce", "sm_90a", f"consumer: loop if if loop {place} 1", LAST)
+      for place in ("bulk_wait", "barrier")),
     ("GEMM + all-reduce, one-shot", "sm_90a", "consumer: barrier 1", ONE_THREAD),
     ("GEMM + all-reduce, one-shot", "sm_90a", "consumer: loop loop barrier 5", ONE_THREAD),
     *((name, "sm_90a", f"consumer: loop if loop {'loop ' * (name == PUSHING[0])}{place} 1", NEVER)
@@ -285,7 +286,6 @@ REDUNDANT: list[tuple[str, str, str, str]] = [
       for place in ("wait", "barrier")),
     ("Ulysses attention", "sm_90a", "consumer: loop if if loop barrier 1", AT_THE_END),
     *((name, "gfx942", "fence 1", NOT_READ) for name in ("small all-reduce", "GEMM + reduce-scatter")),
-    *((name, "gfx942", "fence 2", TOLD) for name in ("small all-reduce", "GEMM + reduce-scatter")),
 ]  # fmt: skip
 
 

@@ -164,8 +164,8 @@ def test_a_launch_begins_and_ends() -> None:
     for case in CASES:
         ops = scheduled(case).body.block.ops
         first = next(op for op in ops if not isinstance(op, Alloc))
-        assert isinstance(first, c.Enter) and isinstance(ops[-1], c.Leave) and not ops[-1].after_all
-        assert isinstance(ops[-2], Barrier) and ops[-2].scope == "block"
+        assert isinstance(first, c.Enter) and first.place is not None
+        assert not any(isinstance(op, c.Leave) for op in ops), "nobody reads from others"
 
 
 def test_threads_fence_for_themselves_on_amd() -> None:

@@ -12,11 +12,15 @@ from ring_kernel import PTX, N, ring_abi
 import tilewright as tw
 from tilewright.ir.abi import Control
 from tilewright.kernels.multi_gpu.copy_engine import (
+    _halves,
     all_gather_gemm,
     all_to_all,
     gather_columns_gemms,
     gather_gemms,
+    pays,
 )
+from tilewright.kernels.multi_gpu.gemm_all_reduce import gemm_ar
+from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import ArgumentError, DeviceError
 
@@ -125,6 +129,42 @@ def test_products_of_what_is_fetched_into_ordinary_arrays(target: str, size: int
         world.fetch(world.empty((20, 24), "f32"), arrays(size, 20, 23))
     with pytest.raises(ArgumentError, match="cannot be copied to"):
         world.fill_own(world.empty((20, 24), "f32"), arrays(20, 23))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("target", ["interpreter", "sm_90a", "gfx942"])
+def test_sums_of_products_by_copies(target: str, size: int) -> None:
+    """Chunks of rows, and halves of the last one; the second call meets what the first has left."""
+    rng, each = np.random.default_rng(size), 100 if target == "interpreter" else 40
+    world = tw.World.interpreter(size) if target == "interpreter" else tw.World.emulated(target, size)
+    tiles = {"BM": 16, "BN": 32, "BK": 16}
+    for _ in range(2 if target == "interpreter" else 1):
+        a = [rng.standard_normal((size * each, 24)).astype(np.float32) for _ in range(size)]
+        b = [rng.standard_normal((24, 40)).astype(np.float32) for _ in range(size)]
+        exact = sum(x.astype(np.float64) @ y.astype(np.float64) for x, y in zip(a, b, strict=True))
+        c = [np.full((each, 40), np.nan, np.float32) for _ in range(size)]
+        gemm_rs(world, a, b, c, copies=True, **tiles)
+        whole = world.empty((size, each, 40), "f32")
+        gemm_ar(world, a, b, whole, copies=True, **tiles)
+        for rank in range(size):
+            np.testing.assert_allclose(c[rank], exact[rank * each : (rank + 1) * each], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(whole[rank].reshape(-1, 40), exact, rtol=1e-4, atol=1e-4)
+            np.testing.assert_array_equal(whole[rank], whole[0], "equal bits")
+    if size > 1:
+        with pytest.raises(ValueError, match="gemm_rs and gemm_ar take any"):
+            gemm_rs(world, [x[1:] for x in a], b, c, copies=True, **tiles)
+
+
+def test_where_copies_pay() -> None:
+    """Where a chunk has several tiles for each SM, of rows that divide evenly among several ranks."""
+    assert [pays(n, n, 2) for n in (4096, 8192, 16384)] == [False, True, True]
+    assert not pays(8193, 8192, 2) and not pays(8192, 8192, 1)
+
+
+def test_rows_that_become_fewer() -> None:
+    assert list(_halves(0, 1024, 128, 128)) == [(0, 512), (512, 768), (768, 896), (896, 1024)]
+    assert list(_halves(64, 100, 128, 16)) == [(64, 100)]
+    assert list(_halves(0, 50, 16, 16)) == [(0, 32), (32, 48), (48, 50)]
 
 
 # --- tensors ----------------------------------------------------------------------------------------

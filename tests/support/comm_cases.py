@@ -77,7 +77,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "all-reduce, pull": (all_reduce.all_reduce_pull, {"x": all_ranks("bf16", 1), "y": own("bf16", 1)}),
     "all-reduce, push": (
         all_reduce.all_reduce_push,
-        {"x": own("bf16", 1), "y": own("bf16", 1), "slots": all_ranks("bf16", 2), "sent": flags(2)},
+        {"x": own("bf16", 1), "y": own("bf16", 1), "slots": all_ranks("bf16", 3), "sent": flags(3)},
+    ),
+    "all-reduce, packets": (
+        all_reduce.all_reduce_packets, {"x": own("bf16", 1), "y": own("bf16", 1), "packets": all_ranks("i64", 4)}
     ),
     "all-reduce, two-shot": (
         all_reduce.all_reduce_two_shot, {"x": all_ranks("bf16", 1), "y": all_ranks("bf16", 1), "done": flags(2)}

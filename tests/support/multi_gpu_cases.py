@@ -128,7 +128,8 @@ def ag_gemm(world: Any, seed: int, tiles: Tiles) -> None:
 def reduce_all(world: Any, seed: int, tiles: Tiles, algorithm: str = "push") -> None:
     inputs = Inputs(world, seed)
     x, y = inputs.filled(inputs.normal(1000)), inputs.symmetric(1000)
-    all_reduce.all_reduce(world, x, y, algorithm=algorithm, BN=128, **({"PARTS": 2} if algorithm == "push" else {}))
+    parts = {"PARTS": 2, "AHEAD": 1 + seed % 2} if algorithm == "push" else {}
+    all_reduce.all_reduce(world, x, y, algorithm=algorithm, BN=128, **parts)
     check_all(of_ranks(y, inputs.ranks), [all_reduce.reference(of_ranks(x, inputs.ranks))] * world.size)
     for rank in inputs.ranks:
         np.testing.assert_array_equal(y[rank], y[0], "equal bits")
@@ -136,6 +137,10 @@ def reduce_all(world: Any, seed: int, tiles: Tiles, algorithm: str = "push") -> 
 
 def reduce_all_pull(world: Any, seed: int, tiles: Tiles) -> None:
     reduce_all(world, seed, tiles, "pull")
+
+
+def reduce_all_packets(world: Any, seed: int, tiles: Tiles) -> None:
+    reduce_all(world, seed, tiles, "packets")
 
 
 def reduce_all_two_shot(world: Any, seed: int, tiles: Tiles) -> None:
@@ -259,6 +264,7 @@ CASES: dict[str, Callable[[Any, int, Tiles], None]] = {
     case.__name__: case
     for case in (
         gemm_rs, gemm_rs_any_order, gemm_ar, gemm_ar_one_shot, ag_gemm, reduce_all, reduce_all_pull,
-        reduce_all_two_shot, gather, scatter_sum, exchange, ulysses_sdpa, ring, ring_causal, mixture,
+        reduce_all_packets, reduce_all_two_shot, gather, scatter_sum, exchange, ulysses_sdpa, ring, ring_causal,
+        mixture,
     )
 }  # fmt: skip

@@ -23,6 +23,7 @@ from tilewright.ir.async_ops import (
 from tilewright.ir.builder import Builder
 from tilewright.ir.comm_ops import PUT, Credit, Enter, Leave, Put, ReducePut, Signal, WaitFlags
 from tilewright.ir.core import Block, Function, Module, Operation, Value, replace_uses
+from tilewright.ir.packet_ops import Send
 from tilewright.ir.tile_ops import For, If, While
 from tilewright.ir.types import BufferType, RingType, i1
 
@@ -101,7 +102,7 @@ def _walk(block: Block, where: str) -> Iterator[tuple[Operation, str]]:
 
 
 #: what orders ranks
-COMMUNICATION = Signal | WaitFlags | Credit | Enter | Leave | Put | ReducePut
+COMMUNICATION = Signal | WaitFlags | Credit | Enter | Leave | Put | ReducePut | Send
 
 Change = tuple[str, Callable[[Function, Operation], None]]
 
@@ -109,8 +110,8 @@ Change = tuple[str, Callable[[Function, Operation], None]]
 def _changes(op: Operation, weaker: dict[str, str]) -> Iterator[Change]:
     if isinstance(op, COMMUNICATION):
         yield "delete", _never if isinstance(op, WaitFlags) else _delete
-    if isinstance(op, Leave) and op.after_all:
-        yield "before all have come to it", _set("after_all", False)
+    if isinstance(op, Credit) and not op.in_turn:
+        yield "of the launch before", _set("in_turn", True)
     if isinstance(op, Signal) and any(token.type == PUT for token in op.after):
         yield "without the puts it tells of", _alone_signal
     if isinstance(op, Acquire | Publish | Await | Release | Wait | BulkWait | Fence | Barrier | TakeTurn | PassTurn):

@@ -310,12 +310,13 @@ def interpret_ranks(
     keywords: Sequence[Mapping[str, Any]],
     blocks: int | None = None,
     seed: int | None = None,
+    turn: int = 0,
 ) -> None:
     """Run a kernel that communicates in the interpreter, on all ranks of a world.
 
     ``arguments``, ``keywords``: for each rank what a launch takes; symmetric parameters get the rank's own array.
     Compile-time values and the types of arguments are those of rank 0 and must be the same on all ranks.
-    ``blocks`` and ``seed`` as of `tilewright.ir.interpreter.run_ranks`.
+    ``blocks``, ``seed`` and ``turn`` as of `tilewright.ir.interpreter.run_ranks`.
     """
     from tilewright.ir.interpreter import run_ranks
 
@@ -332,7 +333,7 @@ def interpret_ranks(
             raise ArgumentError(message, kernel.definition.loc, "all ranks launch the same program")
     function = kernel.function(kinds[0])
     with _located(kernel, function):
-        run_ranks(function, given, resolve_grid(grid, bound.constexprs), blocks, seed)
+        run_ranks(function, given, resolve_grid(grid, bound.constexprs), blocks, seed, turn)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count, repeat
+from itertools import count, cycle, repeat
 from typing import TYPE_CHECKING, Any, cast
 
 from tilewright.compiler.environment import WAIT_TIMEOUT
@@ -33,6 +33,7 @@ class World(SymmetricHeap):
 
     #: of the launches to come, in the interpreter
     seeds: Iterator[int | None]
+    turns: Iterator[int]
 
     @classmethod
     def interpreter(cls, ranks: int, *, seed: int | None = None) -> World:
@@ -45,6 +46,7 @@ class World(SymmetricHeap):
 
         world = cls(HostMemory(ranks), timeout=0)
         world.seeds = repeat(None) if seed is None else count(seed)
+        world.turns = cycle((1, 0))
         return world
 
     @classmethod
@@ -119,7 +121,7 @@ class World(SymmetricHeap):
         named = {name: self._by_rank(value) for name, value in meta.items()}
         keywords = [{name: values[i] for name, values in named.items()} for i in range(len(devices))]
         if devices[0] == "cpu":
-            interpret_ranks(kernel, grid, arguments, keywords, seed=next(self.seeds))
+            interpret_ranks(kernel, grid, arguments, keywords, seed=next(self.seeds), turn=next(self.turns))
             return
         streams = self._by_rank(stream)
         with self.memory.together():

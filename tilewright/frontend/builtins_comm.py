@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from tilewright.frontend import language as tw
 from tilewright.frontend.builtins import IMPLEMENTATIONS, Implementation, implements, require_tokens, stored_tile
 from tilewright.frontend.emitter import Emitter, require_tile
 from tilewright.frontend.errors import CompileError
-from tilewright.frontend.methods import require_shape
+from tilewright.frontend.methods import require_dtype, require_shape
 from tilewright.frontend.subscripts import scalar_index
 from tilewright.frontend.values import describe, dtype_name, dtype_of, is_view, tile_shape, view_type
 from tilewright.ir.collectives import GATHERING, TILE_COLLECTIVES, VIEW_COLLECTIVES, TileCollective, ViewCollective
 from tilewright.ir.comm_ops import FLAG, view_root
 from tilewright.ir.core import Value
 from tilewright.ir.indexed_ops import ATOMIC_DTYPES, supports_atomic
-from tilewright.ir.types import DTYPES, DType, TileType, i1, i32
+from tilewright.ir.packet_ops import PAYLOAD
+from tilewright.ir.types import DTYPES, DType, TileType, i1, i32, i64
 
 
 @implements(tw.rank)
@@ -26,6 +28,11 @@ def rank(emit: Emitter) -> Value:
 @implements(tw.world_size)
 def world_size(emit: Emitter) -> Value:
     return emit.builder.world_size()
+
+
+@implements(tw.turn)
+def turn(emit: Emitter) -> Value:
+    return emit.builder.turn()
 
 
 # --- puts ---------------------------------------------------------------------------------------
@@ -52,6 +59,37 @@ def _symmetric(view: Any, name: str) -> Value:
     hint = "annotate the kernel's parameter tw.Symmetric; tw.store writes to other tensors"
     message = f"tw.{name} writes to a symmetric tensor, got {describe(view)}"
     raise CompileError(message, hint=hint, argument="view")
+
+
+# --- packets ------------------------------------------------------------------------------------
+
+
+@implements(tw.send)
+def send(emit: Emitter, packets: Any, value: Any) -> None:
+    tile = require_tile(value, "the value of tw.send", "value")
+    emit.builder.send(_packets(packets, "send", tile_shape(tile), dtype_of(tile)), tile)
+
+
+@implements(tw.receive)
+def receive(emit: Emitter, packets: Any, shape: Any, dtype: Any) -> Value:
+    sizes, kind = require_shape(emit, shape), require_dtype(dtype, "dtype")
+    return emit.builder.receive(_packets(packets, "receive", sizes, kind), TileType(sizes, kind))
+
+
+def _packets(view: Any, name: str, shape: tuple[int, ...], dtype: DType) -> Value:
+    """The view of packets for a tile."""
+    view = _symmetric(view, name)
+    type_, argument = view_type(view), "shape" if name == "receive" else "value"
+    if type_.dtype != i64 or type_.rank != 1 or type_.strides != (1,):
+        hint = "index every dimension but the last of an int64 tensor: packets[rank, tile]"
+        raise CompileError(f"tw.{name} takes a row of packets, got {describe(view)}", hint=hint, argument="packets")
+    if dtype.bytes > PAYLOAD:
+        message = f"tw.{name}: an element of {dtype_name(dtype)} does not fit a packet of {PAYLOAD} bytes"
+        raise CompileError(message, hint="convert it, or use tw.put", argument=argument)
+    if prod(shape) * dtype.bytes % PAYLOAD:
+        message = f"tw.{name} of {prod(shape)} elements of {dtype_name(dtype)}: packets hold {PAYLOAD} bytes"
+        raise CompileError(message, hint="use a larger tile", argument=argument)
+    return view
 
 
 # --- flags --------------------------------------------------------------------------------------

@@ -409,6 +409,31 @@ def world_size():
 
 
 @_builtin
+def turn():
+    """0 and 1 in turn, launch after launch of a world (int32), the same on all ranks.
+
+    Of a `Symmetric` tensor (2, ...) of which a kernel uses ``t[turn()]`` alone, flags included, ranks write to each
+    other's half without waiting until all have begun the launch: in the launch before, the other half had its turn.
+    Such tensors belong to kernels that use them in turn, and nobody else reads or writes them.
+    """
+
+
+@_builtin
+def send(packets, value):
+    """Start writing a tile to another rank in packets, which tell of their own arrival: for small messages.
+
+    ``packets``: a view (n,) of a `Symmetric` int64 tensor that was zero at first, mostly another rank's, for this tile
+    alone: one int64 for four bytes. Nothing but `send` and `receive` uses the tensor, in tiles of one size. Twice the
+    bytes of `put`, but no flag, and no wait for the tile to arrive before the flag is set.
+    """
+
+
+@_builtin
+def receive(packets, shape, dtype):
+    """The tile (``shape``, ``dtype``) that a rank sends in this launch to the own rank's ``packets``; waits for it."""
+
+
+@_builtin
 def put(view, index, value, after=None):
     """Start writing a tile to a `Symmetric` tensor, as `store` does, mostly another rank's: ``t.peer(r)``.
 

@@ -41,8 +41,9 @@ class Control:
     that it has told to have begun and ended. Flags of kernels hold the number of the launch that set them.
     """
 
-    EPOCH = 0  #: finished launches of the world
-    BLOCKS = 1  #: blocks of the present launch that have ended
+    EPOCH = 0  #: launches of the world that all blocks have begun
+    BEGUN = 1  #: blocks of the present launch that have begun it; with `EPOCH` one int64, which they add to
+    ENDED = 2  #: blocks of the present launch that have ended, where the ranks end it together
     FAULT = 4  #: two words: the address of the fault record, host memory that the device writes
     TIMEOUT = 6  #: milliseconds after which a wait gives up; 0: never
     ENTERED = 64
@@ -80,6 +81,8 @@ class TensorParam:
     alignment: int = 1
     #: one such tensor on each rank
     symmetric: bool = False
+    #: (2, ...), of which launches use the halves in turn
+    turns: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import gcd
 from typing import Any, TypeVar
 
-from tilewright.ir import async_ops, check_ops, comm_ops, indexed_ops, tile_ops
+from tilewright.ir import async_ops, check_ops, comm_ops, indexed_ops, packet_ops, tile_ops
 from tilewright.ir.core import UNKNOWN, Block, IRError, Location, Operation, Region, Value
 from tilewright.ir.layout import LinearLayout
 from tilewright.ir.types import (
@@ -235,6 +235,15 @@ class Builder:
 
     def world_size(self) -> Value:
         return self.insert(comm_ops.WorldSize(types=[ScalarType(i32)])).result
+
+    def send(self, view: Value, value: Value) -> Operation:
+        return self.insert(packet_ops.Send(view, value, []))
+
+    def receive(self, view: Value, type_: TileType) -> Value:
+        return self.insert(packet_ops.Receive(view, types=[type_])).result
+
+    def turn(self) -> Value:
+        return self.insert(comm_ops.Turn(types=[ScalarType(i32)])).result
 
     def peer(self, view: Value, rank: Value) -> Value:
         """The view of another rank's tensor; ``view`` is symmetric."""

@@ -13,6 +13,9 @@ A flag is an element of a symmetric i32 tensor. It is signalled at most once in 
 and stays set for that launch: flags are not reset, and a wait for many signals is a wait for many flags.
 
 What else a launch needs, the pass `communicate` adds: `Enter`, `Credit` and `Leave`.
+
+Launches may take turns at the two halves of a tensor (`Turn`): what one writes to other ranks then lies where the
+launch before does not look, and needs no word from a rank that it has begun this one.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from tilewright.ir.core import (
     operation,
     optional,
 )
-from tilewright.ir.tile_ops import OffsetView, PermuteView, Subview
+from tilewright.ir.tile_ops import Dim, OffsetView, PermuteView, Subview
 from tilewright.ir.types import ScalarType, TileType, TokenType, ViewType, i1, i32
 
 PUT, FLAG = TokenType("put"), TokenType("flag")
@@ -49,6 +52,14 @@ class Rank(Operation):
 @operation("comm.world_size")
 class WorldSize(Operation):
     """The number of ranks (i32)."""
+
+    def verify(self) -> None:
+        self.require(self.result.type == ScalarType(i32), "gives i32")
+
+
+@operation("comm.turn")
+class Turn(Operation):
+    """0 and 1 in turn, launch after launch of the world (i32): the same on all ranks."""
 
     def verify(self) -> None:
         self.require(self.result.type == ScalarType(i32), "gives i32")
@@ -149,14 +160,25 @@ class WaitFlags(Operation):
 
 @operation("comm.enter", effect=Effect.SYNC)
 class Enter(Operation):
-    """Tell every rank that this one has begun the launch: its tensors may be accessed. The first block does."""
+    """The begin of a block. It learns the launch's number, and the last one to begin makes the next launch's known.
+
+    The first block tells every rank that this one has begun the launch: its tensors may be accessed. ``place``: where
+    in shared memory the number is handed to all threads (bytes, set by the shared-memory plan).
+    """
+
+    place: int | None = attribute(default=None)
 
 
 @operation("comm.credit", effect=Effect.SYNC)
 class Credit(Operation):
-    """Wait until rank ``peer`` (absent: every rank) has begun this launch; gives a token for accesses to its memory."""
+    """Wait until rank ``peer`` (absent: every rank) has begun this launch; gives a token for accesses to its memory.
+
+    ``in_turn``: that it has begun the launch before is enough. For accesses to the halves of tensors that launches take
+    turns at: the launch that used the same half is over then.
+    """
 
     peer: Value | None = optional()
+    in_turn: bool = attribute(default=False)
 
     def verify(self) -> None:
         self.require(self.peer is None or self.peer.type == ScalarType(i32), "the peer's rank is i32")
@@ -165,12 +187,7 @@ class Credit(Operation):
 
 @operation("comm.leave", effect=Effect.SYNC)
 class Leave(Operation):
-    """The end of a block; the last one ends the launch of this rank.
-
-    With ``after_all`` it waits until every rank has come that far, since other ranks read this one's tensors.
-    """
-
-    after_all: bool = attribute(default=False)
+    """The end of a block where ranks read each other's tensors: the last one waits until every rank has come so far."""
 
 
 # --- questions ----------------------------------------------------------------------------------
@@ -188,6 +205,16 @@ def peer_of(view: Value) -> Value | None:
     while isinstance(view.op, Subview | PermuteView | OffsetView):
         view = view.op.view
     return view.op.rank if isinstance(view.op, Peer) else None
+
+
+def takes_turns(root: Value, uses: dict[Value, list[Operation]]) -> bool:
+    """Whether a symmetric tensor is used in halves alone, the one whose turn it is (``uses`` as of `uses_of`)."""
+    accesses = [op for op in uses.get(root, []) if not isinstance(op, Dim)]
+    return bool(accesses) and all(
+        (isinstance(op, Subview) and bool(op.index) and isinstance(op.index[0].op, Turn))
+        or (isinstance(op, Peer) and takes_turns(op.result, uses))
+        for op in accesses
+    )
 
 
 def _verify_put(op: Operation, view: Value, index: list[Value], value: Value) -> None:

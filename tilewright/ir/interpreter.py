@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.ir import interpreter_async, interpreter_comm, interpreter_indexed
+from tilewright.ir import interpreter_async, interpreter_comm, interpreter_indexed, interpreter_packets
 from tilewright.ir import interpreter_numerics as numerics
 from tilewright.ir import tile_ops as t
 from tilewright.ir.core import Function, IRError, Value
@@ -82,20 +82,21 @@ def run_ranks(
     grid: Sequence[int] = (1, 1, 1),
     blocks: int | None = None,
     seed: int | None = None,
+    turn: int = 0,
 ) -> None:
     """Execute a kernel that communicates on all ranks of a world side by side, in place.
 
     ``arguments``: for each rank what `run` takes; arrays of symmetric parameters have one form on all of them. Each
     rank runs ``blocks`` blocks at a time, block b the programs b, b + blocks, ... of the grid in this order, as a
-    persistent kernel does. ``seed``: blocks go on in any order, and puts land at any time. Raises `IRError`, also where
-    all wait for flags that nobody is left to signal.
+    persistent kernel does. ``seed``: blocks go on in any order, and puts land at any time. ``turn``: 0 or 1, what
+    `tw.turn` gives. Raises `IRError`, also where all wait for flags that nobody is left to signal.
     """
     if function.attributes.get("num_ctas", 1) != 1:
         raise IRError("kernels that communicate do not run in clusters", function.loc)
     bound = [_bind(function, given) for given in arguments]
     interpreter_comm.link_ranks(function.params, bound)
     random = None if seed is None else Random(seed)
-    world = interpreter_comm.World(len(bound), random)
+    world = interpreter_comm.World(len(bound), random, turn)
     full = _full_grid(grid)
     total = math.prod(full)
     count = min(total, DEFAULT_BLOCKS) if blocks is None else blocks
@@ -414,4 +415,4 @@ def _dtype(value: Value) -> np.dtype[Any]:
     return NUMPY[element_type(value.type)]
 
 
-__all__ = ["DEFAULT_BLOCKS", "interpreter_indexed", "run", "run_ranks"]
+__all__ = ["DEFAULT_BLOCKS", "interpreter_indexed", "interpreter_packets", "run", "run_ranks"]

@@ -57,11 +57,15 @@ class World:
 
     size: int
     random: Random | None = None
+    #: 0 or 1, launch after launch
+    turn: int = 0
     #: address of each flag that is set -> where it was signalled
     flags: dict[int, Location] = field(default_factory=dict)
     puts: list[PutInFlight] = field(default_factory=list)
+    #: by the address of a tile's packets: what was sent in them
+    packets: dict[int, bytes] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
-    #: blocks of each rank that have not ended yet, where the program counts them (comm.leave)
+    #: blocks of each rank that have not ended yet, where the ranks end together (comm.leave)
     left: dict[int, int] = field(default_factory=dict)
 
     def finish(self) -> None:
@@ -90,13 +94,13 @@ def link_ranks(params: Sequence[Value], arguments: Sequence[dict[Value, Any]]) -
 
 def _rank_number(frame: Frame, rank: Value) -> int:
     """The rank that an operand names; Trap where the world has no such one."""
-    number, size = int(frame.read(rank)), _world(frame).size
+    number, size = int(frame.read(rank)), world_of(frame).size
     if not 0 <= number < size:
         raise Trap(f"rank {number} of a world of {size}")
     return number
 
 
-def _world(frame: Frame) -> World:
+def world_of(frame: Frame) -> World:
     world = frame.program.world
     assert isinstance(world, World)
     return world
@@ -112,7 +116,12 @@ def _rank(frame: Frame, op: c.Rank) -> Any:
 
 @rule(c.WorldSize)
 def _world_size(frame: Frame, op: c.WorldSize) -> Any:
-    return np.int32(_world(frame).size)
+    return np.int32(world_of(frame).size)
+
+
+@rule(c.Turn)
+def _turn(frame: Frame, op: c.Turn) -> Any:
+    return np.int32(world_of(frame).turn)
 
 
 @rule(c.Peer)
@@ -133,7 +142,7 @@ def _reduce_put(frame: Frame, op: c.ReducePut) -> PutInFlight:
 
 def _start_put(frame: Frame, op: c.Put | c.ReducePut, combine: Any) -> PutInFlight:
     put = PutInFlight(frame.read(op.view), frame.ints(op.index), frame.read(op.value), combine)
-    world = _world(frame)
+    world = world_of(frame)
     world.puts.append(put)
     if world.random is not None and world.random.random() < 0.5:
         put.land()
@@ -161,11 +170,11 @@ def _join(frame: Frame, op: c.Join) -> Joined:
 
 @rule(c.Signal)
 def _signal(frame: Frame, op: c.Signal) -> None:
-    world, peer = _world(frame), _rank_number(frame, op.peer)
+    world, peer = world_of(frame), _rank_number(frame, op.peer)
     for token in frame.reads(op.after):
         if isinstance(token, PutInFlight | Joined):
             token.land()
-    address = _address(frame.read(op.flag).ranks[peer])
+    address = flag_address(frame.read(op.flag).ranks[peer])
     if address in world.flags:
         first = world.flags[address]
         raise Trap(f"{_flag_name(frame, op.flag, 0)} of rank {peer} is signalled twice in a launch, first at {first}")
@@ -176,19 +185,19 @@ def _signal(frame: Frame, op: c.Signal) -> None:
 def _wait(frame: Frame, op: c.WaitFlags) -> Steps:
     if op.when is not None and not frame.read(op.when):
         return op
-    world, flags = _world(frame), frame.read(op.flags).array
+    world, flags = world_of(frame), frame.read(op.flags).array
     for number, address in enumerate(_addresses(flags)):
         text = f"{_flag_name(frame, op.flags, number)} of rank {frame.program.world_rank} to be signalled"
-        yield from _until(lambda address=address: address in world.flags, op, text)  # type: ignore[misc]
+        yield from await_condition(lambda address=address: address in world.flags, op, text)  # type: ignore[misc]
     return op
 
 
-def _until(ready: Callable[[], bool], op: Operation, text: str) -> Iterator[Blocked]:
+def await_condition(ready: Callable[[], bool], op: Operation, text: str) -> Iterator[Blocked]:
     if not ready():
         yield Blocked(ready, op, text)
 
 
-def _address(flag: np.ndarray) -> int:
+def flag_address(flag: np.ndarray) -> int:
     return int(flag.ctypes.data)
 
 
@@ -226,24 +235,26 @@ def _collective(frame: Frame, op: TileCollective | ViewCollective) -> Steps:
 @rule(c.Enter)
 def _enter(frame: Frame, op: c.Enter) -> None:
     if frame.program.block_id == 0:
-        _world(frame).entered.add(frame.program.world_rank)
+        world_of(frame).entered.add(frame.program.world_rank)
 
 
 @rule(c.Credit)
 def _credit(frame: Frame, op: c.Credit) -> Steps:
-    world = _world(frame)
+    world = world_of(frame)
+    if op.in_turn:
+        return op
     peers = range(world.size) if op.peer is None else [_rank_number(frame, op.peer)]
     for peer in peers:
-        yield from _until(lambda peer=peer: peer in world.entered, op, f"rank {peer} to begin the launch")  # type: ignore[misc]
+        yield from await_condition(lambda peer=peer: peer in world.entered, op, f"rank {peer} to begin the launch")  # type: ignore[misc]
     return op
 
 
 @rule(c.Leave)
 def _leave(frame: Frame, op: c.Leave) -> Steps:
-    world, own = _world(frame), frame.program.world_rank
+    world, own = world_of(frame), frame.program.world_rank
     world.left[own] = world.left.get(own, frame.program.num_blocks) - 1
-    if not op.after_all or world.left[own]:
+    if world.left[own]:
         return
     for peer in range(world.size):
         text = f"rank {peer} to end the launch"
-        yield from _until(lambda peer=peer: world.left.get(peer) == 0, op, text)  # type: ignore[misc]
+        yield from await_condition(lambda peer=peer: world.left.get(peer) == 0, op, text)  # type: ignore[misc]

@@ -36,11 +36,12 @@ def blocked(
     order: Sequence[int],
     max_vector_bytes: int = 16,
     warps_apart: bool = False,
+    min_vector_bytes: int = 1,
 ) -> LinearLayout:
     """Coalesced layout: vectors along order[0] in registers, then lanes, then warps, then more registers.
 
-    order: dims, fastest first. Vectors shrink before threads idle; a tile with fewer elements than threads is
-    replicated over the threads left. Sizes that are not a power of two repeat their power-of-two part.
+    order: dims, fastest first. Vectors shrink, to the least, before threads idle; a tile with fewer elements than
+    threads is replicated over the threads left. Sizes that are not a power of two repeat their power-of-two part.
     ``warps_apart``: warps divide the slowest dims instead, as far as these go.
     """
     if sorted(order) != list(range(len(shape))):
@@ -50,7 +51,8 @@ def blocked(
     pending = [unit(len(shape), axis, 1 << bit) for axis in order for bit in range(log2_exact(core[axis]))]
     spare_bits = max(0, len(pending) - lane_bits - warp_bits)
     widest = max(1, max_vector_bytes * 8 // element_bits)
-    vector_bits = min(widest.bit_length() - 1, log2_exact(core[order[0]]) if order else 0, spare_bits)
+    least = max(1, min_vector_bytes * 8 // element_bits).bit_length() - 1
+    vector_bits = min(widest.bit_length() - 1, log2_exact(core[order[0]]) if order else 0, max(spare_bits, least))
 
     def take(count: int) -> list[Vector]:
         taken = pending[:count]

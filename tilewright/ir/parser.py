@@ -21,6 +21,7 @@ from tilewright.ir import (  # noqa: F401  (importing them fills the registry)
     collectives,
     comm_ops,
     indexed_ops,
+    packet_ops,
     tile_ops,
 )
 from tilewright.ir.async_ops import Role

@@ -9,6 +9,7 @@ from tilewright.ir.collectives import TileCollective, ViewCollective
 from tilewright.ir.comm_ops import Join, Put, ReducePut, Signal, peer_of, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
+from tilewright.ir.packet_ops import verify_packets
 from tilewright.ir.tile_ops import Element, For, If, Load, Store, While, Yield
 from tilewright.ir.types import ViewType
 
@@ -18,6 +19,7 @@ PUTS = Put | ReducePut | TileCollective | ViewCollective
 
 def verify_communication(function: Function) -> None:
     """Ranks write to others by puts alone, every put reaches a signal, and what they put into is read behind a wait."""
+    verify_packets(function)
     puts = []
     for op in function.walk():
         if isinstance(op, PUTS):

@@ -23,7 +23,7 @@ from tilewright.passes.checker.protocol_program import (
     protocol_programs,
     touches_ranks,
 )
-from tilewright.passes.checker.rehearsal import Launch, Runs, Search, goes_on, trace
+from tilewright.passes.checker.rehearsal import Launch, Runs, Search, all_met, goes_on, trace
 from tilewright.passes.checker.scenarios import find_leaves
 from tilewright.passes.checker.trace import Event, Infeasible
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -89,10 +89,16 @@ class _Checker:
     result: Result
 
     def check(self, launch: Launch, few: int) -> None:
-        """A launch that fits, with a block for each program, and with up to ``few`` of them. Raises IRError."""
+        """A launch that fits, with a block for each program, and with up to ``few`` of them. Raises IRError.
+
+        Few blocks may be too few for a launch, but not by signals that a block leaves out.
+        """
         programs = len(launch.runs) // launch.world
         self._play(launch, programs)
-        if self._shares_blocks(launch) and goes_on(self._trace(launch, 1)):
+        if not self._shares_blocks(launch):
+            return
+        together = self._trace(launch, 1)
+        if goes_on(together) or not all_met(together):
             for blocks in range(1, min(programs, few + 1)):
                 self._play(launch, blocks)
 

@@ -12,23 +12,37 @@ tells all others that it has entered the launch, and nobody touches its memory, 
       comm.signal %flag, %r, after(%put, %entered) }
 
 There is one credit, for all ranks, in front of the loop or conditional with the first such access: ranks begin a launch
-at about the same time, and waiting for each other anew at every tile costs more than it hides.
+at about the same time, and waiting for each other anew at every tile costs more than it hides. Where all such accesses
+are to tensors of which launches use the halves in turn, ranks need not have come further than the launch before.
 
-At its end each block counts itself out; with the last one the rank leaves the launch. Where ranks read each other's
-memory, none ends the launch before all have come that far: what runs next may overwrite what others still read.
+Where ranks read each other's memory, none ends the launch before all have come to its end, which blocks count
+themselves out for: what runs next may overwrite what others still read.
 """
 
 from __future__ import annotations
 
 from tilewright.ir.builder import Builder
-from tilewright.ir.comm_ops import FLAG, Credit, Enter, Leave, Put, ReducePut, Signal, peer_of
-from tilewright.ir.core import Block, Function, Operation
+from tilewright.ir.comm_ops import (
+    FLAG,
+    Credit,
+    Enter,
+    Leave,
+    Put,
+    ReducePut,
+    Signal,
+    peer_of,
+    takes_turns,
+    view_root,
+)
+from tilewright.ir.core import Function, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Gather
+from tilewright.ir.packet_ops import Send
 from tilewright.ir.tile_ops import Element, Load
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: operations that read through a view
 READS = Load | Element | Gather
+PUTS = Put | ReducePut | Send
 
 
 @register_pass("communicate")
@@ -40,26 +54,34 @@ class Communicate(FunctionPass):
             return
         reads_peers = any(isinstance(op, READS) and peer_of(op.view) is not None for op in function.walk())
         body = function.body.block
-        _add_credit(body)
+        _add_credit(function)
         b = Builder(body, function.loc)
         with b.at(body, 0):
             b.insert(Enter())
-        b.insert(Leave(after_all=reads_peers))
+        if reads_peers:
+            b.insert(Leave())
 
 
-def _add_credit(body: Block) -> None:
+def _add_credit(function: Function) -> None:
     """A credit in front of the first operation that reaches other ranks; all such accesses come after it."""
-    accesses = [op for top in body.ops for op in top.walk() if _reaches_ranks(op)]
+    body, uses = function.body.block, uses_of(function.body)
+    accesses = [op for op in function.walk() if _reaches_ranks(op)]
     if not accesses:
         return
+    in_turn = all(takes_turns(view_root(_view(op)), uses) for op in accesses)
     first = next(top for top in body.ops if any(op in accesses for op in top.walk()))
     b = Builder(body, accesses[0].loc)
     with b.at(body, body.ops.index(first)):
-        entered = b.insert(Credit(types=[FLAG], hints=["entered"])).result
+        entered = b.insert(Credit(types=[FLAG], hints=["entered"], in_turn=in_turn)).result
     for op in accesses:
-        assert isinstance(op, READS | Put | ReducePut | Signal)
+        assert isinstance(op, READS | PUTS | Signal)
         op.after = [*op.after, entered]
 
 
+def _view(op: Operation) -> Value:
+    assert isinstance(op, READS | PUTS | Signal)
+    return op.flag if isinstance(op, Signal) else op.view
+
+
 def _reaches_ranks(op: Operation) -> bool:
-    return isinstance(op, Signal) or (isinstance(op, READS | Put | ReducePut) and peer_of(op.view) is not None)
+    return isinstance(op, Signal) or (isinstance(op, READS | PUTS) and peer_of(op.view) is not None)

@@ -20,6 +20,7 @@ from tilewright.ir.comm_ops import Put, ReducePut
 from tilewright.ir.core import Function, IRError, Operation, Region, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.layout import LinearLayout, blocked, conversion_cost
+from tilewright.ir.packet_ops import Receive, Send, packed
 from tilewright.ir.scratch import scan_bits
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import (
@@ -234,6 +235,9 @@ class _Assignment:
     def _memory_anchor(self, op: Operation) -> None:
         if isinstance(op, Store | Put | ReducePut):
             self._assign(op.value, self._coalesced(op.value, op.view))
+        elif isinstance(op, Send | Receive):
+            tile = op.value if isinstance(op, Send) else op.result
+            self._assign(tile, packed(_tile(tile), self.warps, self.target.warp_size))
         elif isinstance(op, Gather):
             self._assign(op.result, self._scattered(op.result, op.view, op.axes))
         elif isinstance(op, Scatter | Atomic):
@@ -424,6 +428,11 @@ class _Assignment:
             layout = self._scannable(op)
             op.source = self._converted(op, op.source, layout)
             self._result_from(op, layout)
+        elif isinstance(op, Send):
+            layout = packed(_tile(op.value), self.warps, self.target.warp_size)
+            op.value = self._converted(op, op.value, layout)
+        elif isinstance(op, Receive):
+            self._result_from(op, packed(_tile(op.result), self.warps, self.target.warp_size))
         elif isinstance(op, Dot | AsyncDot):
             for f, which in zip(op.operand_fields[:2], "ab", strict=True):
                 value = op.groups[f.position][0]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tilewright.ir.async_ops import Alloc, BulkStore, MakeRing, Role
+from tilewright.ir.comm_ops import Enter
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.scratch import SCRATCH_ALIGNMENT, scratch_bytes
 from tilewright.ir.target import Target
@@ -23,7 +24,7 @@ from tilewright.ir.types import BufferType, RingType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.shared_lifetimes import Area, Item, Lifetimes, lowest_places, round_up, scratch_users, separate
 
-BARRIER_BYTES = 8
+BARRIER_BYTES = NUMBER_BYTES = 8
 #: of each block, for the system (CUDA C++ Programming Guide, "Shared Memory", compute capability 9.0)
 RESERVED_BYTES = 1024
 
@@ -76,6 +77,7 @@ class _Plan:
         ops = list(function.walk())
         self.allocs = [op for op in ops if isinstance(op, Alloc)]
         self.rings = [op for op in ops if isinstance(op, MakeRing)]
+        self.enters = [op for op in ops if isinstance(op, Enter)]
         self.users = list(scratch_users(function))
         self.scratch = {op: scratch_bytes(op) for op in self.users}
         self.in_one_order = not any(isinstance(op, Role | MakeRing | BulkStore) for op in ops)
@@ -94,13 +96,16 @@ class _Plan:
         return buffers + sorted(scratch, key=lambda item: -item.size)
 
     def place(self) -> tuple[dict[Operation, Area], int]:
-        """Buffers and scratch as low as they go, then the rings' barriers."""
+        """Buffers and scratch as low as they go, then the rings' barriers and the number of a launch."""
         areas = lowest_places(self.items())
         end = round_up(max((a.first + a.size for a in areas.values()), default=0), BARRIER_BYTES)
         for ring in self.rings:
             size = 2 * _stages(ring) * BARRIER_BYTES
             areas[ring] = Area(ring, end, size)
             end += size
+        for enter in self.enters:  # nobody else is at work yet, but the copy engine knows of no barrier
+            areas[enter] = Area(enter, 0 if self.in_one_order else end, NUMBER_BYTES)
+            end = max(end, areas[enter].first + NUMBER_BYTES)
         return areas, end
 
     def commit(self, areas: dict[Operation, Area]) -> None:
@@ -108,6 +113,8 @@ class _Plan:
             alloc.offset = areas[alloc].first
         for ring in self.rings:
             ring.offset = areas[ring].first
+        for enter in self.enters:
+            enter.place = areas[enter].first
         for user in self.users:
             user.attributes["scratch"] = areas[user].first
 

@@ -202,11 +202,29 @@ def check_tensor(param: TensorParam, view: TensorView, ordinal: int | None = Non
             f"Argument '{param.name}' must be a tensor that every rank has: make it with the world's empty, zeros, "
             "flags or tensor."
         )
+    if param.symmetric:
+        _check_turns(param, view)
     for axis, (actual, static) in enumerate(zip(view.shape, param.shape, strict=True)):
         _check_extent(param, axis, actual, static)
     if 0 not in view.shape:
         _check_strides(param, view)
         _check_alignment(param, view)
+
+
+def _check_turns(param: TensorParam, view: TensorView) -> None:
+    """Kernels use a symmetric tensor's halves in turn or all of it, not both: others write to the one half already."""
+    if view.symmetric is None:
+        return
+    if param.turns and view.shape[0] != 2:
+        raise ArgumentError(
+            f"Argument '{param.name}' has {view.shape[0]} parts along its first dimension; the kernel uses two in turn."
+        )
+    if view.symmetric.endpoint.turns.setdefault(view.symmetric, param.turns) != param.turns:
+        uses = ("all of it", "its halves in turn")
+        raise ArgumentError(
+            f"Argument '{param.name}': the kernel uses {uses[param.turns]}, and one before it {uses[not param.turns]}, "
+            "while other ranks write to it: give each a tensor of its own."
+        )
 
 
 def refuse_negative_strides(param: TensorParam, view: TensorView) -> None:

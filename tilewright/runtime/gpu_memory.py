@@ -23,6 +23,8 @@ from tilewright.runtime.symmetric_memory import SharedWords
 
 #: bytes of device memory that tables and tensor maps are cut from, and what their addresses are multiples of
 _ARENA_BYTES, _ARENA_ALIGNMENT = 64 * 1024, 128
+#: events for the ends of copies
+_KEPT_ENDS = 64
 
 
 class GpuMemory(ABC):
@@ -35,7 +37,10 @@ class GpuMemory(ABC):
     def __init__(self, faults: list[Callable[[], str | None]]) -> None:
         self._faults, self._reasons = faults, list[Callable[[], str | None]]()
         self._lock = threading.Lock()
-        self._beside: list[tuple[Any, Any]] = []
+        self._beside: list[Any] = []
+        #: events for the ends of copies, taken in turn: one that is recorded anew stands for a later copy
+        self._ends: list[Any] = []
+        self._next_end = 0
         self._forks: dict[int, Any] = {}
         self._arena, self._arena_end = 0, 0
         self._arenas: list[int] = []
@@ -133,19 +138,25 @@ class GpuMemory(ABC):
         graph, if the stream waits for all events.
         """
         while len(self._beside) < len(copies):
-            self._beside.append((self.new_stream(), self.new_event()))
+            self._beside.append(self.new_stream())
         if stream not in self._forks:
             self._forks[stream] = self.new_event()
         self.record(self._forks[stream], stream)
         done = []
         for i, (target, source, nbytes) in enumerate(copies):
-            side, end = self._beside[0 if ordered else i][0], self._beside[i][1]
+            side, end = self._beside[0 if ordered else i], self._end()
             if i == 0 or not ordered:
                 self.wait_event(side, self._forks[stream])
             self.start_copy(target, source, nbytes, side)
             self.record(end, side)
             done.append(end)
         return done
+
+    def _end(self) -> Any:
+        if len(self._ends) < _KEPT_ENDS:
+            self._ends.append(self.new_event())
+        self._next_end += 1
+        return self._ends[(self._next_end - 1) % len(self._ends)]
 
     def place(self, data: bytes) -> int:
         """Bytes in the GPU's memory at a multiple of 128, until `close`."""

@@ -33,6 +33,8 @@ class Endpoint:
     #: addresses of the tensor maps of all ranks' tensors, by place and shape of the copies
     maps: dict[Any, int] = field(default_factory=dict)
     kernels: dict[int, KernelABI] = field(default_factory=dict)
+    #: whether kernels use a tensor's halves in turn
+    turns: dict[SymmetricPlace, bool] = field(default_factory=dict)
 
     @property
     def control(self) -> int:

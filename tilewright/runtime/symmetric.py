@@ -264,29 +264,42 @@ class SymmetricHeap:
         ranks: kernels before and behind must see to it that all may write and that all have
         (`tilewright.kernels.multi_gpu.copy_engine`).
         """
+        self._push(source, target, stream, range(1, self.size + 1)).join()
+
+    def start_push(self, source: Any, target: SymmetricTensor, stream: Any = None) -> Copies:
+        """Start what `push` does with the parts for other ranks, beside what ``stream`` is given from now on.
+
+        `Copies.join` lets the stream wait.
+        """
+        return self._push(source, target, stream, range(1, self.size))
+
+    def _push(self, source: Any, target: SymmetricTensor, stream: Any, hops: Sequence[int]) -> Copies:
         part, started = target.nbytes // self.size, []
         if target.shape[0] != self.size:
             raise ArgumentError(f"{target!r} cannot be pushed to: its shape must be (world, ...).")
         for i, (rank, array) in enumerate(zip(self.ranks, self._by_process(source), strict=True)):
             address = self._dense(array, target.shape, target.dtype, f"pushed to {target!r}")
-            peers = [(rank + 1 + hop) % self.size for hop in range(self.size)]
+            peers = [(rank + hop) % self.size for hop in hops]
             copies = [(target.addresses[peer] + rank * part, address + peer * part, part) for peer in peers if part]
             started.append((rank, self._of(stream, i), copies))
-        self._start(started, ordered=False).join()
+        return self._start(started, ordered=False)
 
-    def spread(self, tensor: SymmetricTensor, stream: Any = None) -> Copies:
+    def spread(self, tensor: SymmetricTensor, stream: Any = None, rows: tuple[int, int] | None = None) -> Copies:
         """Start copying each rank's own part, ``tensor[rank]`` of (world, ...), to the same place of all others.
 
         To the next rank first, then to the one behind it, beside what ``stream`` is given from now on: `Copies.join`
-        lets it wait. As with `push` nobody waits for other ranks.
+        lets it wait. As with `push` nobody waits for other ranks. ``rows``: of the part only those from the first to
+        before the last.
         """
-        part, started = tensor.nbytes // self.size, []
         if tensor.shape[0] != self.size:
             raise ArgumentError(f"{tensor!r} cannot be spread: its shape must be (world, ...).")
+        part, started = tensor.nbytes // self.size, []
+        first, end = (0, part) if rows is None else (row * part // tensor.shape[1] for row in rows)
         for i, rank in enumerate(self.ranks):
-            places = [address + rank * part for address in tensor.addresses]
+            places = [address + rank * part + first for address in tensor.addresses]
             peers = [(rank + hop) % self.size for hop in range(1, self.size)]
-            started.append((rank, self._of(stream, i), [(places[p], places[rank], part) for p in peers if part]))
+            copies = [(places[p], places[rank], end - first) for p in peers if end > first]
+            started.append((rank, self._of(stream, i), copies))
         return self._start(started, ordered=True)
 
     def fetch(self, source: SymmetricTensor, target: Any, stream: Any = None) -> Copies:

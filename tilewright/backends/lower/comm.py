@@ -11,7 +11,7 @@ A wait that takes longer than the control block's limit writes a fault record an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -20,6 +20,8 @@ from tilewright.backends.lower.coordinates import sole_holder
 from tilewright.backends.lower.entry import WorldRef
 from tilewright.backends.lower.index import IntLike
 from tilewright.backends.lower.memory import TileAccess, run_if, store_tile, tile_access
+from tilewright.backends.lower.shared import shared_address, shared_pointer
+from tilewright.backends.mlir_builder import Type
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import comm_ops
 from tilewright.ir.abi import Control, Fault, kernel_number
@@ -87,7 +89,7 @@ def lower_reduce_put(lw: Lowering, op: comm_ops.ReducePut) -> None:
 def lower_signal(lw: Lowering, op: comm_ops.Signal) -> None:
     flag, fb = lw.view(op.flag), lw.fb
     assert flag.table is not None
-    base, launch = _address(lw, flag.table, lw.scalar(op.peer)), _world(lw).launch
+    base, launch = _address(lw, flag.table, lw.scalar(op.peer)), launch_number(lw)
     pointer = fb.gep(base, lw.index.value(lw.index.mul(flag.offset, WORD), 64))
     run_if(lw, _first_thread(lw), lambda: lw.ops.store_release(lw, launch, pointer))
 
@@ -98,10 +100,10 @@ def lower_wait(lw: Lowering, op: comm_ops.WaitFlags) -> None:
     count = math.narrow(reduce(math.mul, view.shape, 1))
     param = lw.function.params.index(comm_ops.view_root(op.flags))
 
-    def flag(number: mlir.Value) -> _Awaited:
+    def flag(number: mlir.Value) -> Awaited:
         offset = _element(lw, view, number)
         pointer = fb.gep(view.base, math.value(math.mul(offset, WORD), 64))
-        return _Awaited(pointer, math.value(math.narrow(offset)), fb.i32(-1), _line(op.loc), param)
+        return Awaited(pointer, math.value(math.narrow(offset)), fb.i32(-1), line_of(op.loc), param)
 
     run_if(lw, None if op.when is None else lw.scalar(op.when), lambda: _poll_each(lw, count, flag))
     lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
@@ -136,23 +138,51 @@ def lower_fence(lw: Lowering, op: Fence) -> None:
 
 @lowers(comm_ops.Enter)
 def lower_enter(lw: Lowering, op: comm_ops.Enter) -> None:
-    """The first block tells every rank."""
-    fb, world = lw.fb, _world(lw)
+    """The number and the count of blocks are one word, so that a block gets the number by counting itself in.
+
+    Nothing else tells the next launch its number, and no order is needed for that: launches follow one another.
+    """
+    fb, world = lw.fb, _learn_number(lw, op)
     first = reduce(fb.or_, [lw.ops.block_id(lw, axis) for axis in range(3)])
 
     def tell(peer: mlir.Value) -> None:
-        _tell(lw, peer, Control.ENTERED)
+        # no release: what was done before this launch is over, for other GPUs too
+        fb.store(launch_number(lw), _own_word(lw, peer, Control.ENTERED), WORD, ordering="monotonic")
 
     with fb.if_then(fb.icmp("eq", first, 0)):
         _each(lw, lw.scope.thread, world.size, lw.scope.num_threads(lw.target.warp_size), tell)
 
 
+def _learn_number(lw: Lowering, op: comm_ops.Enter) -> WorldRef:
+    fb, i32, i64, world = lw.fb, lw.fb.types.i32, lw.fb.types.i64, _world(lw)
+    if op.place is None:
+        raise lw.error("a launch's number has no place: the shared-memory plan must run first")
+    place, word = shared_pointer(lw, shared_address(lw, op.place)), _control(lw, Control.EPOCH)
+    blocks = reduce(fb.mul, [lw.ops.num_blocks(lw, axis) for axis in range(3)])
+    with fb.if_then(fb.icmp("eq", lw.scope.thread, 0)):
+        before = fb.atomicrmw("add", word, fb.i64(1 << 32), "monotonic", lw.ops.device_scope, 2 * WORD)
+        begun, number = fb.trunc(fb.lshr(before, 32), i32), fb.add(fb.trunc(before, i32), 1)
+        fb.store(number, place, WORD)
+        with fb.if_then(fb.icmp("eq", begun, fb.sub(blocks, 1))):
+            fb.store(fb.zext(number, i64), word, 2 * WORD, ordering="monotonic")
+    lw.ops.barrier(lw, "block")
+    lw.entry.world = replace(world, launch=fb.load(place, i32, WORD))
+    lw.ops.barrier(lw, "block")  # others may use the place from here on
+    return lw.entry.world
+
+
+@lowers(comm_ops.Turn)
+def lower_turn(lw: Lowering, op: comm_ops.Turn) -> None:
+    lw.define(op.result, lw.fb.and_(launch_number(lw), 1))
+
+
 @lowers(comm_ops.Credit)
 def lower_credit(lw: Lowering, op: comm_ops.Credit) -> None:
     fb, world = lw.fb, _world(lw)
+    number = fb.sub(launch_number(lw), 1) if op.in_turn else None
 
-    def entry(peer: mlir.Value) -> _Awaited:
-        return _Awaited(_control(lw, Control.ENTERED, peer), fb.i32(Fault.ENTRY), peer, _line(op.loc))
+    def entry(peer: mlir.Value) -> Awaited:
+        return Awaited(_control(lw, Control.ENTERED, peer), fb.i32(Fault.ENTRY), peer, line_of(op.loc), number=number)
 
     if op.peer is None:
         _poll_each(lw, world.size, entry)
@@ -164,31 +194,29 @@ def lower_credit(lw: Lowering, op: comm_ops.Credit) -> None:
 
 @lowers(comm_ops.Leave)
 def lower_leave(lw: Lowering, op: comm_ops.Leave) -> None:
-    """The last block ends the launch: its thread knows what all blocks have done, through their count."""
+    """A thread of the last block ends the launch for the rank: it knows what all blocks have done, by their count."""
     fb, world, scope = lw.fb, _world(lw), lw.ops.device_scope
     blocks = reduce(fb.mul, [lw.ops.num_blocks(lw, axis) for axis in range(3)])
 
     def end() -> None:
         fb.fence("release", scope)  # LLVM leaves an order of the update itself out of PTX
-        before = fb.atomicrmw("add", _control(lw, Control.BLOCKS), fb.i32(1), "monotonic", scope, WORD)
+        before = fb.atomicrmw("add", _control(lw, Control.ENDED), fb.i32(1), "monotonic", scope, WORD)
         fb.fence("acquire", scope)
         with fb.if_then(fb.icmp("eq", before, fb.sub(blocks, 1))):
-            if op.after_all:
-                _each(lw, fb.i32(0), world.size, 1, lambda peer: _tell(lw, peer, Control.LEFT))
-                _each(lw, fb.i32(0), world.size, 1, await_end)
-                fb.fence("acquire")
-            fb.store(fb.i32(0), _control(lw, Control.BLOCKS), WORD, ordering="monotonic")
-            lw.ops.store_release(lw, world.launch, _control(lw, Control.EPOCH))
+            _each(lw, fb.i32(0), world.size, 1, lambda peer: _tell(lw, peer, Control.LEFT))
+            fb.store(fb.i32(0), _control(lw, Control.ENDED), WORD, ordering="monotonic")
+            _each(lw, fb.i32(0), world.size, 1, await_end)
+            fb.fence("acquire")
 
     def await_end(peer: mlir.Value) -> None:
         word = _control(lw, Control.LEFT, peer)
-        _poll(lw, _Awaited(word, fb.i32(Fault.EXIT), peer, _line(lw.function.loc)), alone=True)
+        _poll(lw, Awaited(word, fb.i32(Fault.EXIT), peer, line_of(lw.function.loc)), alone=True)
 
     with fb.if_then(fb.icmp("eq", lw.scope.thread, 0)):
         end()
 
 
-def _line(loc: Location) -> int:
+def line_of(loc: Location) -> int:
     """The line in the kernel's file: of the outermost call where helpers were inlined."""
     while loc.caller is not None:
         loc = loc.caller
@@ -199,17 +227,21 @@ def _line(loc: Location) -> int:
 
 
 @dataclass(frozen=True)
-class _Awaited:
-    """A word that a launch's number will be in, and what a fault record says of it: see `tilewright.ir.abi.Fault`."""
+class Awaited:
+    """A word that a launch's number will be in, and what a fault record says of it: see `tilewright.ir.abi.Fault`.
+
+    ``number``: of the launch, where that is not the present one.
+    """
 
     pointer: mlir.Value
     flag: mlir.Value
     peer: mlir.Value
     line: int
     param: int = -1
+    number: mlir.Value | None = None
 
 
-def _poll_each(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], _Awaited]) -> None:
+def _poll_each(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], Awaited]) -> None:
     """Wait for words 0 to ``count`` - 1: by the lanes of the scope's first warp, or by its one thread.
 
     All lanes poll until what all of them wait for is there, those without a word of their own the last one. So the
@@ -234,7 +266,7 @@ def _poll_each(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], _Await
         fb.fence("acquire")
 
 
-def _poll_alone(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], _Awaited]) -> None:
+def _poll_alone(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], Awaited]) -> None:
     """One thread polls all words: it looks at `GLANCE` of them at a time, and waits where one is missing."""
     fb = lw.fb
 
@@ -251,16 +283,28 @@ def _each(lw: Lowering, first: mlir.Value, count: IntLike, step: int, body: Call
         body(loop.index)
 
 
-def _reached(lw: Lowering, awaited: _Awaited) -> mlir.Value:
+def _reached(lw: Lowering, awaited: Awaited) -> mlir.Value:
     """i1: the number of this launch, or of a later one, is there. Orders nothing: a fence comes behind."""
     word = lw.fb.load(awaited.pointer, lw.fb.types.i32, WORD, ordering="monotonic")
-    return lw.fb.icmp("sge", lw.fb.sub(word, _world(lw).launch), 0)
+    number = launch_number(lw) if awaited.number is None else awaited.number
+    return lw.fb.icmp("sge", lw.fb.sub(word, number), 0)
 
 
-def _poll(lw: Lowering, awaited: _Awaited, alone: bool | None = None) -> None:
-    """Look at a word until it is `_reached`.
+def _poll(lw: Lowering, awaited: Awaited, alone: bool | None = None) -> None:
+    """Look at a word until it is `_reached`."""
+    poll(lw, lambda: (_reached(lw, awaited), []), awaited, alone)
 
-    All lanes of a warp look, each at its word, and go on together; ``alone``: one thread does (by default where one
+
+def poll(
+    lw: Lowering,
+    look: Callable[[], tuple[mlir.Value, list[mlir.Value]]],
+    awaited: Awaited,
+    alone: bool | None = None,
+    types: Sequence[Type] = (),
+) -> list[mlir.Value]:
+    """Look until what is awaited is there. ``look`` says so (i1), and gives values of ``types``; the last come back.
+
+    All lanes of a warp look, each for itself, and go on together; ``alone``: one thread does (by default where one
     thread runs the scope).
     """
     fb, i64 = lw.fb, lw.fb.types.i64
@@ -269,34 +313,37 @@ def _poll(lw: Lowering, awaited: _Awaited, alone: bool | None = None) -> None:
     def together(condition: mlir.Value) -> mlir.Value:
         return condition if alone else lw.ops.all_lanes(lw, condition)
 
-    slow, look, again, waited, late, done = fb.block(), fb.block(i64), *(fb.block() for _ in range(4))
-    fb.cond_br(together(_reached(lw, awaited)), done, slow)
+    slow, again, waited, late = (fb.block() for _ in range(4))
+    looking, done = fb.block(i64), fb.block(*types)
+    own, found = look()
+    fb.cond_br(together(own), done, slow, found)
     fb.position_at_end(slow)
     milliseconds = fb.load(_control(lw, Control.TIMEOUT), fb.types.i32, WORD, ordering="monotonic")
     limited = together(fb.icmp("ne", milliseconds, 0))
     limit = fb.mul(fb.zext(milliseconds, i64), 1_000_000)
     # the clock is not looked at where there is no limit: an emulator then sees that nothing changes
     (start,) = fb.if_else(limited, [i64], lambda: [lw.ops.nanoseconds(lw)], lambda: [fb.i64(0)])
-    fb.br(look, [start])
-    fb.position_at_end(look)
-    (start,) = look.arguments
+    fb.br(looking, [start])
+    fb.position_at_end(looking)
+    (start,) = looking.arguments
     lw.ops.pause(lw)
-    own = _reached(lw, awaited)
-    fb.cond_br(together(own), done, again)
+    own, found = look()
+    fb.cond_br(together(own), done, again, found)
     fb.position_at_end(again)
-    fb.cond_br(limited, waited, look, else_arguments=[start])
+    fb.cond_br(limited, waited, looking, else_arguments=[start])
     fb.position_at_end(waited)
     passed = fb.sub(lw.ops.nanoseconds(lw), start)
-    fb.cond_br(together(fb.icmp("ugt", passed, limit)), late, look, else_arguments=[start])
+    fb.cond_br(together(fb.icmp("ugt", passed, limit)), late, looking, else_arguments=[start])
     fb.position_at_end(late)
     with fb.if_then(fb.not_(own)):
         _leave_record(lw, awaited)
     fb.intrinsic("llvm.trap", None)
-    fb.br(done)
+    fb.br(done, found)
     fb.position_at_end(done)
+    return list(done.arguments)
 
 
-def _leave_record(lw: Lowering, awaited: _Awaited) -> None:
+def _leave_record(lw: Lowering, awaited: Awaited) -> None:
     """Tell the host who waited for what."""
     fb, world = lw.fb, _world(lw)
     record = fb.load(_control(lw, Control.FAULT), fb.types.ptr(1), ADDRESS)
@@ -322,6 +369,13 @@ def _world(lw: Lowering) -> WorldRef:
     return lw.entry.world
 
 
+def launch_number(lw: Lowering) -> mlir.Value:
+    launch = _world(lw).launch
+    if launch is None:
+        raise lw.error("no comm.enter in front: the pass communicate must run first")
+    return launch
+
+
 def _address(lw: Lowering, table: mlir.Value, rank: mlir.Value) -> mlir.Value:
     """The pointer that a table has for a rank."""
     place = lw.index.value(lw.index.mul(lw.index.wide(rank), ADDRESS), 64)
@@ -338,9 +392,13 @@ def _control(lw: Lowering, word: int, peer: mlir.Value | None = None, base: mlir
 
 def _tell(lw: Lowering, peer: mlir.Value, row: int) -> None:
     """Write this launch's number to the own place in a row of a rank's control block."""
+    lw.ops.store_release(lw, launch_number(lw), _own_word(lw, peer, row))
+
+
+def _own_word(lw: Lowering, peer: mlir.Value, row: int) -> mlir.Value:
+    """The pointer to the own place in a row of a rank's control block."""
     world = _world(lw)
-    pointer = _control(lw, row, world.rank, _address(lw, world.controls, peer))
-    lw.ops.store_release(lw, world.launch, pointer)
+    return _control(lw, row, world.rank, _address(lw, world.controls, peer))
 
 
 def _first_thread(lw: Lowering) -> mlir.Value | None:

@@ -11,9 +11,10 @@ from tilewright.backends.lower.occupancy import waiting_words
 from tilewright.backends.lower.target_ops import TargetOps
 from tilewright.backends.mlir_builder import FunctionBuilder, Module
 from tilewright.backends.mlir_builder import ir as mlir
-from tilewright.ir.abi import Control, KernelABI, ScalarParam, TensorMapParam, TensorParam
+from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
 from tilewright.ir.async_ops import AsyncDot, Role
-from tilewright.ir.core import Function, IRError, Operation, Value
+from tilewright.ir.comm_ops import takes_turns
+from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
 from tilewright.ir.types import ScalarType, Type, ViewType, i1
@@ -37,8 +38,8 @@ class WorldRef:
     #: the own control block, and where the address of each rank's lies (see `tilewright.ir.abi.Control`)
     control: mlir.Value
     controls: mlir.Value
-    #: the number of this launch
-    launch: mlir.Value
+    #: the number of this launch, behind `tilewright.ir.comm_ops.Enter`
+    launch: mlir.Value | None = None
 
 
 @dataclass
@@ -88,10 +89,10 @@ def declare_kernel(
     llvm_attributes: Mapping[str, str] | None = None,
 ) -> KernelEntry:
     """Begin the kernel's LLVM function and lower its parameters. ``llvm_attributes``: for LLVM's own target (AMD)."""
-    threads = block_threads(function, target)
+    threads, uses = block_threads(function, target), uses_of(function.body)
     abi = KernelABI(
         name=name or function.name,
-        params=tuple(_abi_param(p) for p in function.params),
+        params=tuple(_abi_param(p, uses) for p in function.params),
         threads=threads,
         shared_bytes=int(function.attributes.get("shared_bytes", 0)),
         tensor_maps=tuple(tensor_maps),
@@ -108,7 +109,7 @@ def declare_kernel(
     arguments = iter(fb.arguments)
     params = {p: _lower_param(fb, p, arguments) for p in function.params}
     grid = [next(arguments) for _ in range(3)]
-    world = _lower_world(fb, arguments) if abi.communicates else None
+    world = WorldRef(*(next(arguments) for _ in range(4))) if abi.communicates else None
     return KernelEntry(module, fb, abi, params, grid, list(arguments), world)
 
 
@@ -132,10 +133,13 @@ def _cluster(function: Function) -> tuple[int, int, int]:
 # --- parameters -----------------------------------------------------------------------------------
 
 
-def _abi_param(param: Value) -> TensorParam | ScalarParam:
+def _abi_param(param: Value, uses: dict[Value, list[Operation]]) -> TensorParam | ScalarParam:
     type_ = param.type
     if isinstance(type_, ViewType):
-        return TensorParam(param.hint, str(type_.dtype), type_.shape, type_.strides, type_.align, type_.symmetric)
+        turns = type_.symmetric and takes_turns(param, uses)
+        return TensorParam(
+            param.hint, str(type_.dtype), type_.shape, type_.strides, type_.align, type_.symmetric, turns
+        )
     if isinstance(type_, ScalarType):
         return ScalarParam(param.hint, str(type_.dtype))
     raise IRError(f"a kernel cannot have a parameter of type {type_}")
@@ -189,13 +193,6 @@ def _lower_param(fb: FunctionBuilder, param: Value, arguments: Any) -> Any:
         root_dims=tuple(range(type_.rank)),
         table=next(arguments) if type_.symmetric else None,
     )
-
-
-def _lower_world(fb: FunctionBuilder, arguments: Any) -> WorldRef:
-    """The number of the launch is read once: it changes when every block has ended, no sooner."""
-    rank, size, control, controls = (next(arguments) for _ in range(4))
-    epoch = fb.load(fb.gep(control, 4 * Control.EPOCH), fb.types.i32, 4, ordering="monotonic")
-    return WorldRef(rank, size, control, controls, fb.add(epoch, 1))
 
 
 # --- kernel attributes ------------------------------------------------------------------------------

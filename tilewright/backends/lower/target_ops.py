@@ -97,6 +97,15 @@ class TargetOps(ABC):
         """Write an i32 that tells any GPU of what this thread knows."""
         lw.fb.store(value, pointer, 4, ordering="release")
 
+    def store_words(self, lw: Lowering, pointer: mlir.Value, words: Sequence[mlir.Value]) -> None:
+        """Write i64s that follow each other, each at once for all GPUs, in no order."""
+        for place, word in enumerate(words):
+            lw.fb.store(word, lw.fb.gep(pointer, 8 * place), 8, ordering="monotonic")
+
+    def load_words(self, lw: Lowering, pointer: mlir.Value, count: int) -> list[mlir.Value]:
+        """Read i64s that follow each other, as `store_words` writes them."""
+        return [lw.fb.load(lw.fb.gep(pointer, 8 * i), lw.fb.types.i64, 8, ordering="monotonic") for i in range(count)]
+
     @abstractmethod
     def all_lanes(self, lw: Lowering, condition: mlir.Value) -> mlir.Value:
         """i1, the same in the whole warp: the condition holds in all its lanes, which arrive together."""

@@ -152,6 +152,19 @@ class NvidiaOps(TargetOps):
         fb = lw.fb
         return fb.intrinsic("llvm.nvvm.vote.all.sync", fb.types.i1, [fb.i32(_FULL_MASK), condition])
 
+    def store_words(self, lw: Lowering, pointer: mlir.Value, words: Sequence[mlir.Value]) -> None:
+        """A vector access is one for each of its elements, and those are atomic ("Vector Data-types", memory model)."""
+        if len(words) != 2:
+            return super().store_words(lw, pointer, words)
+        ptx.emit(lw.fb, "st.relaxed.sys.global.v2.b64 [$0], {$1, $2};", "lll", [pointer, *words])
+        return None
+
+    def load_words(self, lw: Lowering, pointer: mlir.Value, count: int) -> list[mlir.Value]:
+        if count != 2:
+            return super().load_words(lw, pointer, count)
+        text, i64 = "ld.relaxed.sys.global.v2.b64 {$0, $1}, [$2];", lw.fb.types.i64
+        return list(lw.fb.inline_asm([i64, i64], text, "=l,=l,l,~{memory}", [pointer]))
+
     def pause(self, lw: Lowering) -> None:
         ptx.emit(lw.fb, f"nanosleep.u32 {_PAUSE};")
 

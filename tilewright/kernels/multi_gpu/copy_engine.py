@@ -1,4 +1,4 @@
-"""All-to-all, and all-gather with a product, by the GPUs' copy engines, which leave the SMs to the product.
+"""All-to-all, and products with communication, by the GPUs' copy engines, which leave the SMs to the product.
 
 Ranks meet before the copies, so that nobody writes to what another one still reads, and behind them, so that nobody
 reads what has not arrived.
@@ -10,9 +10,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tilewright as tw
-from tilewright.kernels.gemm import ADD_COLUMNS, ADD_ROWS, add_partials, configuration, gemm
+from tilewright.kernels.gemm import ADD_COLUMNS, ADD_ROWS, add_partials, configuration, gemm, product
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
 from tilewright.kernels.workspace import temporary
+
+#: programs that run at the same time: the SMs of an H100 or H200
+UNITS = 132
+#: in how many chunks the rows for others are multiplied and sent
+CHUNKS = 2
+#: tiles for each SM in a chunk from which on `pays`
+LEAST_ROUNDS = 3
 
 
 @tw.kernel
@@ -118,4 +125,118 @@ def _each(arrays: Any) -> list[Any]:
     return arrays if isinstance(arrays, list) else [arrays]
 
 
-__all__ = ["all_gather_gemm", "all_to_all", "gather_columns_gemms", "gather_gemms", "meet"]
+@tw.kernel
+def gemm_plus_parts(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    parts: tw.Tensor,
+    c: tw.Tensor,
+    me: tw.int32,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 256,
+    BK: tw.constexpr = 64,
+) -> None:
+    """``c = a @ b + sum of parts[p] for p != me``: parts (world, M, N). Grid: (cdiv(M, BM), cdiv(N, BN)).
+
+    Sums in float32, the parts in the order of ranks behind ``me``.
+    """
+    m, n = tw.program_id(0), tw.program_id(1)
+    total = product(a, b, m, n, BM, BN, BK)
+    for hop in tw.range(1, parts.shape[0]):
+        source = (me + hop) % parts.shape[0]
+        total = total + tw.load(parts[source], (m, n), (BM, BN)).to(tw.float32)
+    tw.store(c, (m, n), total.to(c.dtype))
+
+
+def gemm_reduce_scatter(world: Any, a: Any, b: Any, c: Any, stream: Any = None, **meta: int) -> None:
+    """``c`` of each rank: its rows of the sum of the ranks' ``a @ b``. As `gemm_rs`, with rows that divide evenly.
+
+    a (M, K) and b (K, N) with the rank's part of K, c (M / world, N); of NumPy or torch. The rows of others are
+    multiplied first, in chunks that the copy engines send while the next one is multiplied.
+    """
+    for _ in _product_of_own_rows(world, a, b, _by_rank(world, c), stream, meta):
+        pass
+
+
+def gemm_all_reduce(world: Any, a: Any, b: Any, c: Any, stream: Any = None, **meta: int) -> None:
+    """``c``, symmetric (world, M / world, N): the sum of the ranks' ``a @ b`` on each rank, as `gemm_ar` gives it.
+
+    As `gemm_reduce_scatter`; sums are sent to all while the next rows are multiplied, in chunks that become smaller, so
+    that little is left to send behind the last one.
+    """
+    results = [c[rank][rank] for rank in world.ranks]
+    sent = [
+        world.spread(c, stream, rows) for rows in _product_of_own_rows(world, a, b, results, stream, meta, halving=True)
+    ]
+    for copies in sent:
+        copies.join()
+    world.launch(meet, (1,), flags(world, "meet", (world.size,)), stream=stream)
+
+
+def pays(rows: int, columns: int, size: int) -> bool:
+    """Whether sums of products had better be sent by the copy engines: a chunk's tiles take several rounds on the SMs.
+
+    Each chunk is a launch, and ranks meet before it (docs/performance.md).
+    """
+    meta = configuration(tw.cdiv(rows, size), columns)
+    tiles = tw.cdiv(rows // size // CHUNKS, meta["BM"]) * tw.cdiv(columns, meta["BN"])
+    return size > 1 and rows % size == 0 and tiles >= LEAST_ROUNDS * UNITS
+
+
+def _product_of_own_rows(
+    world: Any, a: Any, b: Any, c: Sequence[Any], stream: Any, given: dict[str, int], halving: bool = False
+) -> Iterator[tuple[int, int]]:
+    """Launch products and copies that make ``c`` each rank's rows of the sum; gives the rows that each launch makes."""
+    size, (rows, _), columns = world.size, own(a).shape, own(b).shape[1]
+    if rows % size:
+        raise ValueError(f"{rows} rows do not divide among {size} ranks: gemm_rs and gemm_ar take any")
+    each, a_of, b_of = rows // size, _by_rank(world, a), _by_rank(world, b)
+    meta = {**configuration(each, columns), **given}
+    across, dtype = tw.cdiv(columns, meta["BN"]), own(list(c)).dtype
+    step = tw.cdiv(tw.cdiv(each, CHUNKS), meta["BM"]) * meta["BM"]
+    chunks = [(first, min(first + step, each)) for first in range(0, each, step)]
+    here, under_way = flags(world, "meet", (size,)), []
+    world.launch(meet, (1,), here, stream=stream)
+    for number, (first, end) in enumerate(chunks):
+        shape = size, end - first, columns
+        source, target = (symmetric(world, f"gemm_rs {way} {number}", shape, dtype) for way in ("out", "in"))
+        grid = tw.cdiv(end - first, meta["BM"]), across
+        for hop in range(1, size):
+            owners = [(rank + hop) % size for rank in world.ranks]
+            theirs = [x[owner * each + first : owner * each + end] for x, owner in zip(a_of, owners, strict=True)]
+            products = [source[rank][owner] for rank, owner in zip(world.ranks, owners, strict=True)]
+            world.launch(gemm, grid, theirs, b_of, products, stream=stream, **meta)
+        under_way.append((target, world.start_push(source, target, stream)))
+    for (first, end), (parts, copies) in zip(chunks, under_way, strict=True):
+        copies.join()
+        world.launch(meet, (1,), here, stream=stream)
+        least = UNITS // across * meta["BM"] if halving and end == each else end - first
+        for start, stop in _halves(first, end, max(least, meta["BM"]), meta["BM"]):
+            mine = [x[rank * each + start : rank * each + stop] for x, rank in zip(a_of, world.ranks, strict=True)]
+            arrived = [parts[rank][:, start - first : stop - first] for rank in world.ranks]
+            results = [result[start:stop] for result in c]
+            grid = tw.cdiv(stop - start, meta["BM"]), across
+            world.launch(gemm_plus_parts, grid, mine, b_of, arrived, results, list(world.ranks), stream=stream, **meta)
+            yield start, stop
+
+
+def _halves(first: int, end: int, least: int, step: int) -> Iterator[tuple[int, int]]:
+    """Runs of rows, each half of what is left, down to ``least``; in multiples of ``step``."""
+    while end - first > least:
+        middle = first + tw.cdiv(tw.cdiv(end - first, 2), step) * step
+        if middle >= end:
+            break
+        yield first, middle
+        first = middle
+    yield first, end
+
+
+def _by_rank(world: Any, arrays: Any) -> list[Any]:
+    return arrays if isinstance(arrays, list) else [arrays] * len(world.ranks)
+
+
+__all__ = [
+    "all_gather_gemm", "all_to_all", "gather_columns_gemms", "gather_gemms", "gemm_all_reduce", "gemm_reduce_scatter",
+    "meet", "pays",
+]  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 
 import tilewright as tw
 from tilewright.kernels.gemm import configuration, product
+from tilewright.kernels.multi_gpu import copy_engine
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import send_or_add
 from tilewright.kernels.multi_gpu.workspace import flags, own, share, symmetric
 
@@ -31,8 +32,8 @@ def gemm_all_reduce(
     """``c``: the sum over ranks of ``a @ b``, rows summed by their owner. Grid: (cdiv(R, BM), cdiv(N, BN), world + 1).
 
     As `gemm_reduce_scatter`, but c (world, R, N) is symmetric, and the owner of a tile puts the sum into everybody's;
-    ``done``, flags like ``sent``, say so. The programs of the last step wait for that. Row i of the product is
-    ``c[i // R, i % R]``: of c as one matrix the rows from M on are not the product's.
+    ``done``, flags like ``sent``, say so. The first programs of rows of tiles wait for that in the last step. Row i of
+    the product is ``c[i // R, i % R]``: of c as one matrix the rows from M on are not the product's.
     """
     m, n, step = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     me, world = tw.rank(), tw.world_size()
@@ -42,11 +43,11 @@ def gemm_all_reduce(
         total = send_or_add(acc, parts, sent, m, n, owner).to(c.dtype)
         if owner == me:
             for distance in tw.range(world):
-                peer = (me + distance) % world
-                token = tw.put(c.peer(peer)[me], (m, n), total)
-                tw.signal(done[m, n, me], peer, after=token)
-    else:
-        tw.wait(done[m, n])
+                tokens = tw.put(c.peer((me + distance) % world)[me], (m, n), total)
+            for distance in tw.range(world):
+                tw.signal(done[m, n, me], (me + distance) % world, after=tokens)
+    elif n == 0:
+        tw.wait(done[m])
 
 
 @tw.kernel
@@ -80,15 +81,22 @@ def gemm_all_reduce_one_shot(
     tw.store(c, (m, n), total.to(c.dtype))
 
 
-def gemm_ar(world: Any, a: Any, b: Any, c: Any, *, one_shot: bool | None = None, **meta: int) -> None:
+def gemm_ar(
+    world: Any, a: Any, b: Any, c: Any, *, one_shot: bool | None = None, copies: bool | None = None, **meta: int
+) -> None:
     """``c``: the sum of the ranks' ``a @ b`` on each rank. a (M, K), b (K, N) with the rank's part of K.
 
     ``c`` is a symmetric tensor (world, cdiv(M, world), N), that is a matrix of at least M rows. ``one_shot``: every
     rank sums up everything, which takes M to be a multiple of the number of ranks; None: where c is small.
+    ``copies``: the copy engines send parts and sums (`copy_engine.gemm_all_reduce`); None: where that pays and nothing
+    else is asked for.
     """
     (rows, columns), size, each = (own(a).shape[0], own(b).shape[1]), world.size, c.shape[1]
     if c.shape != (size, share(rows, size), columns):
         raise ValueError(f"c is {c.shape}, not {(size, share(rows, size), columns)}: a part of the rows for each rank")
+    if copies or (copies is None and one_shot is None and not meta and copy_engine.pays(rows, columns, size)):
+        copy_engine.gemm_all_reduce(world, a, b, c, **meta)
+        return
     meta = {**configuration(rows, columns), **meta}
     if one_shot is None:
         one_shot = rows * columns <= ONE_SHOT and rows == size * each

@@ -8,6 +8,7 @@ import numpy as np
 
 import tilewright as tw
 from tilewright.kernels.gemm import configuration, product
+from tilewright.kernels.multi_gpu import copy_engine
 from tilewright.kernels.multi_gpu.workspace import flags, own, share, symmetric
 
 
@@ -93,13 +94,20 @@ def clear(x: tw.Tensor, *, BM: tw.constexpr = 16, BN: tw.constexpr = 256) -> Non
     tw.store(x, (tw.program_id(0), tw.program_id(1)), tw.zeros((BM, BN), x.dtype))
 
 
-def gemm_rs(world: Any, a: Any, b: Any, c: Any, *, any_order: bool = False, **meta: int) -> None:
+def gemm_rs(
+    world: Any, a: Any, b: Any, c: Any, *, any_order: bool = False, copies: bool | None = None, **meta: int
+) -> None:
     """``c`` of each rank: its rows of the sum of the ranks' ``a @ b``; see `gemm_reduce_scatter`.
 
     Tile sizes are chosen as for a product of (M, N) unless given. The parts of peers travel in the dtype of ``c``.
     ``any_order``: they are added to one float32 matrix as they come, instead of each having a place of its own.
+    ``copies``: the copy engines send them in chunks (`copy_engine.gemm_reduce_scatter`); None: where that pays and
+    nothing else is asked for.
     """
     (rows, columns), size = (own(a).shape[0], own(b).shape[1]), world.size
+    if copies or (copies is None and not any_order and not meta and copy_engine.pays(rows, columns, size)):
+        copy_engine.gemm_reduce_scatter(world, a, b, c, **meta)
+        return
     meta = {**configuration(rows, columns), **meta}
     each = share(rows, size)
     tiles = tw.cdiv(each, meta["BM"]), tw.cdiv(columns, meta["BN"])

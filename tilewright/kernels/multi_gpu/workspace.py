@@ -25,6 +25,14 @@ def flags(world: Any, purpose: str, shape: tuple[int, ...]) -> Any:
     return world.workspaces[key]
 
 
+def packets(world: Any, purpose: str, shape: tuple[int, ...]) -> Any:
+    """Packets for `tw.send`, as `symmetric` gives tensors."""
+    key = purpose, shape, "packets"
+    if key not in world.workspaces:
+        world.workspaces[key] = world.zeros(shape, "int64")
+    return world.workspaces[key]
+
+
 def own(arrays: Any) -> Any:
     """One rank's array, for its shape and dtype: of a list with one for each rank the first."""
     return arrays[0] if isinstance(arrays, list | tuple) else arrays
@@ -35,4 +43,4 @@ def share(size: int, world: int) -> int:
     return -(-size // world)
 
 
-__all__ = ["flags", "own", "share", "symmetric"]
+__all__ = ["flags", "own", "packets", "share", "symmetric"]

@@ -84,6 +84,11 @@ def whole_place(view: Value, size: Callable[[Run, int], int], exact: bool) -> Fi
     return _find(view, lambda run: [(0, size(run, axis)) for axis in range(_rank(view))], exact)
 
 
+def first_place(view: Value) -> FindPlace:
+    """The first element of a view, which stands for all of it."""
+    return _find(view, lambda run: [(0, 1)] * _rank(view), True)
+
+
 def _rank(view: Value) -> int:
     assert isinstance(view.type, ViewType)
     return view.type.rank
@@ -129,4 +134,4 @@ _STEPS: dict[type, Callable[[Run, Any, list[tuple[int, int]]], list[tuple[int, i
     Peer: lambda run, op, box: box,
 }
 
-__all__ = ["Box", "FindPlace", "Place", "gathered_place", "overlap", "tile_place", "whole_place"]
+__all__ = ["Box", "FindPlace", "Place", "first_place", "gathered_place", "overlap", "tile_place", "whole_place"]

@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.ir.core import Value
+from tilewright.ir.comm_ops import takes_turns
+from tilewright.ir.core import Value, uses_of
+from tilewright.ir.packet_ops import Receive, Send
 from tilewright.passes.checker.barriers import Clock
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.machine import Machine, Thread
 from tilewright.passes.checker.model import Agent, Model, find_agents
 from tilewright.passes.checker.places import Place
+from tilewright.passes.checker.protocol_program import is_shared_by_ranks
 from tilewright.passes.checker.rank_memory import READ, UPDATE, WRITE, FarAccess, FarFault, RankMemory, fence_hint
 from tilewright.passes.checker.trace import Event, Run
 
@@ -58,14 +61,16 @@ class ProtocolMachine(Machine):
         self.flags: dict[Flag, Signalled] = {}
         self.entered: dict[int, Clock] = {}
         self.left: list[list[Clock]] = [[] for _ in range(world)]
-        self.after_all = False
+        uses = uses_of(model.function.body)
+        #: tensors that launches use in halves
+        self.halved = {p for p in model.function.params if is_shared_by_ranks(p) and takes_turns(p, uses)}
         for thread in self.threads:  # a rank's threads begin behind the begin of its launch
-            begin = self.units["begin", self._rank(thread)]
-            thread.clock[begin] = thread.proxy[begin] = 1
+            self._know_begun(thread, self._rank(thread), "begin", "begin before")
+            thread.proxy = thread.clock.copy()
 
     def _add_units(self, agent: Agent, kinds: set[tuple[str, str]], count: int) -> None:
         super()._add_units(agent, kinds, count)
-        wanted: list[object] = [("begin", agent.cta // self.blocks)]
+        wanted: list[object] = [(begin, agent.cta // self.blocks) for begin in ("begin", "begin before")]
         if self.each_thread:
             wanted.append(("released", agent.number))
         if ("bulk_store", "") in kinds and agent.first:
@@ -115,11 +120,12 @@ class ProtocolMachine(Machine):
     ) -> None:
         if not 0 <= rank < self.world:
             raise Fault(f"'{event.op.name}' names rank {rank} of {self.world}", event.op, kind="no such rank")
-        begin, events = self.units["begin", rank], [(thread.agent.name, event)]
+        root, events = event.place.root, [(thread.agent.name, event)]
+        begin = self.units["begin before" if root in self.halved else "begin", rank]
         if not thread.clock[begin]:
             raise Fault(
                 f"missing credit: '{event.op.name}' ({thread.agent.name}) may touch {what} before rank {rank} has "
-                "begun the launch, while it still uses that for something else",
+                f"begun the launch{' before' * (root in self.halved)}, while it still uses that for something else",
                 event.op,
                 hint="comm.credit of that rank before it",
                 events=[*self._past([(thread.agent, thread.clock)]), *events],
@@ -208,11 +214,12 @@ class ProtocolMachine(Machine):
     # --- flags --------------------------------------------------------------------------------------
 
     def _signal(self, thread: Thread, event: Event) -> bool:
-        """One thread of the role sets the flag."""
-        if not thread.agent.leads_role:
+        """One thread of the role sets the flag; packets are written by all."""
+        place, leads = event.place, thread.agent.leads_role
+        if leads or isinstance(event.op, Send):
+            self._check_begun(thread, event, place.rank, f"flag {place}")
+        if not leads:
             return True
-        place = event.place
-        self._check_begun(thread, event, place.rank, f"flag {place}")
         flag = (place.root, place.rank, place.elements()[0])
         first = self.flags.get(flag)
         if first is not None:
@@ -239,6 +246,8 @@ class ProtocolMachine(Machine):
         signals = [self.flags.get(flag) for flag in flags_of(event.place)]
         if any(signal is None for signal in signals):
             return False
+        if isinstance(event.op, Receive):  # packets order nothing but themselves
+            return True
         for signal in signals:
             assert signal is not None
             self._join(thread, (signal.clock, signal.proxy))
@@ -271,10 +280,17 @@ class ProtocolMachine(Machine):
         for rank in range(self.world) if event.other is None else [event.other]:
             if rank == own:
                 continue
+            self._know_begun(thread, rank, "begin before")
+            if event.op.in_turn:  # type: ignore[attr-defined]
+                continue
             if rank not in self.entered:
                 return False
             thread.clock = np.maximum(thread.clock, self.entered[rank])
         return self._polled(thread)
+
+    def _know_begun(self, thread: Thread, rank: int, *begins: str) -> None:
+        for begin in begins:
+            thread.clock[self.units[begin, rank]] = 1
 
     def _leave(self, thread: Thread, event: Event) -> bool:
         if self._acts(thread, event):
@@ -284,7 +300,6 @@ class ProtocolMachine(Machine):
                 raise Fault("a block leaves the launch twice", event.op, hint="comm.leave once, at the end")
             self._release_all(thread)
             left.append(thread.clock.copy())
-            self.after_all |= bool(event.other)
         return True
 
     def _check_block(self, thread: Thread, event: Event) -> None:
@@ -308,12 +323,14 @@ class ProtocolMachine(Machine):
     def _check_ends(self) -> None:
         """What may still be on its way when a rank's launch ends."""
         last = self.threads[0].events[-1].op if self.threads[0].events else self.model.ops[-1]
-        if any(len(left) < self.blocks for left in self.left):
+        if len(self.entered) < self.world:
+            raise Fault("a rank does not tell that it has begun the launch", last, hint="comm.enter", kind="no begin")
+        ended = [clock for left in self.left for clock in left]
+        if ended and any(len(left) < self.blocks for left in self.left):
             raise Fault("a block ends without leaving the launch, which would never end", last, hint="comm.leave")
-        together = np.maximum.reduce([clock for left in self.left for clock in left])
         for rank in range(self.world):
-            known = np.maximum.reduce([thread.clock for thread in self.threads if self._rank(thread) == rank])
-            self.far.check_end(rank, np.maximum(known, together) if self.after_all else known)
+            known = [thread.clock for thread in self.threads if self._rank(thread) == rank]
+            self.far.check_end(rank, np.maximum.reduce([*known, *ended]))
 
     # --- deadlock -----------------------------------------------------------------------------------
 

@@ -15,17 +15,20 @@ from tilewright.ir import comm_ops as c
 from tilewright.ir.check_ops import Assume
 from tilewright.ir.core import Block, Operation, Value
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
+from tilewright.ir.packet_ops import Receive, Send
 from tilewright.ir.tile_ops import Element, For, If, Load, Store, While
 from tilewright.ir.types import SlotType, ViewType
 from tilewright.passes.checker.model import Model, RoleModel, kind_of, ring_of
-from tilewright.passes.checker.places import FindPlace, gathered_place, tile_place, whole_place
+from tilewright.passes.checker.places import FindPlace, first_place, gathered_place, tile_place, whole_place
 from tilewright.passes.checker.program import BLOCK, Compiler, RoleProgram, Step, Vocabulary, control, emit, result
 from tilewright.passes.checker.scalars import is_computed, root_axis
 from tilewright.passes.checker.trace import Run
 
 #: operations on global memory, with what they do there
 READS, WRITES, UPDATES = (Load | Element | Gather), (Store | Scatter | c.Put), (c.ReducePut | Atomic)
-COMMUNICATES = c.Signal | c.WaitFlags | c.Enter | c.Credit | c.Leave
+COMMUNICATES = c.Signal | c.WaitFlags | Send | Receive | c.Enter | c.Credit | c.Leave
+#: what names flags; packets are flags that carry data
+SIGNALS, WAITS = c.Signal | Send, c.WaitFlags | Receive
 #: what orders accesses within a block
 ORDERS = (
     a.Acquire
@@ -64,9 +67,9 @@ def protocol_programs(model: Model) -> list[RoleProgram]:
 
 def flag_programs(model: Model) -> list[RoleProgram]:
     """Of roles that have such, their signals and waits alone."""
-    acting = c.Signal | c.WaitFlags | Assume
+    acting = SIGNALS | WAITS | Assume
     vocabulary = Vocabulary(lambda op, flying: isinstance(op, acting), _arguments, _events, _shortens(model))
-    roles = [r for r in model.roles if any(isinstance(op, c.Signal | c.WaitFlags) for op in r.operations(model))]
+    roles = [r for r in model.roles if any(isinstance(op, SIGNALS | WAITS) for op in r.operations(model))]
     return [RoleProgram(model, role, vocabulary) for role in roles]
 
 
@@ -76,7 +79,7 @@ def flags_depend_on_data(programs: Sequence[RoleProgram]) -> bool:
         _depends_on_data(program.compiler, _decides(program.compiler, op))
         for program in programs
         for op in program.compiler.busy
-        if isinstance(op, c.Signal | c.WaitFlags)
+        if isinstance(op, SIGNALS | WAITS)
     )
 
 
@@ -115,6 +118,8 @@ def _arguments(op: Operation) -> list[Value]:
         return [*([] if op.when is None else [op.when]), *_numbers_of(op.flags)]
     if isinstance(op, c.Credit):
         return [] if op.peer is None else [op.peer]
+    if isinstance(op, Send | Receive):
+        return _numbers_of(op.view)
     found = BLOCK.arguments(op)
     if touches_ranks(op) and not isinstance(op, COMMUNICATES):
         found = [*found, *op.index, *_numbers_of(op.view)]  # type: ignore[attr-defined]
@@ -258,8 +263,10 @@ _MAKERS: dict[type[Operation], Callable[[Compiler, Any], list[Step]]] = {
     c.Signal: _signal,
     c.WaitFlags: _wait,
     c.Credit: _credit,
+    Send: lambda compiler, op: [_emit_at("signal", op, first_place(op.view))],
+    Receive: lambda compiler, op: [*result(compiler, op), _emit_at("wait_flags", op, first_place(op.view))],
     c.Enter: lambda compiler, op: [emit("enter", op)],
-    c.Leave: lambda compiler, op: [emit("leave", op, other=op.after_all)],
+    c.Leave: lambda compiler, op: [emit("leave", op)],
 }
 
 __all__ = ["flag_programs", "flags_depend_on_data", "protocol_programs", "touches_ranks"]

@@ -3,7 +3,8 @@
 As in `memory`, an access has a place on one component of the vector clocks. What another rank does to a rank's memory
 must lie between the begin and the end of that rank's own launch: what it runs before and behind, other launches too,
 may use the memory for anything. So launches cannot meet, whatever their sizes, and the check of one speaks for any
-sequence of them.
+sequence of them. To the half of a tensor that launches take turns at it may begin with that rank's launch before: the
+half is not used then (`tilewright.ir.comm_ops.takes_turns`), and the launch that used it is over.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _too_late(place: Place, access: FarAccess) -> Fault:
     )
     hint = "signal(flag, peer, after=token), and let a program of that rank wait for the flag"
     if access.kind == READ:
-        hint = "comm.leave {after_all = true}"
+        hint = "comm.leave at the end"
     return FarFault(text, access, access, hint, "late read" if access.kind == READ else "late write")
 
 

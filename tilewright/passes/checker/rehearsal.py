@@ -17,6 +17,7 @@ from typing import Any
 
 from tilewright.ir.comm_ops import Signal, WaitFlags
 from tilewright.ir.core import Operation, Value
+from tilewright.ir.packet_ops import Send
 from tilewright.ir.tile_ops import Binary, BlockId, Constant, Dim, For, NumBlocks, NumPrograms, ProgramId
 from tilewright.ir.types import ScalarType, ViewType
 from tilewright.passes.checker.faults import Fault
@@ -92,7 +93,7 @@ class Search:
         open_sizes = {(root, axis) for root, axis in waited if _shape(root)[axis] is None}
         for leaf in open_sizes:
             self.leaves.dims.setdefault(leaf, 1)
-        self.uses_flags = any(isinstance(op, Signal | WaitFlags) for op in self.model.ops)
+        self.uses_flags = any(isinstance(op, Signal | WaitFlags | Send) for op in self.model.ops)
         self.tiles = _tile_sizes(self.model)
         needed = find_leaves(self.model, {value for program in self.programs for value in program.compiler.needed})
         #: sizes of flag tensors, which only say how many flags a wait is for: as many as are signalled
@@ -130,18 +131,24 @@ class Search:
 
     def _more(self, world: int, sizes: Sizes, first: Launch) -> Iterator[Launch]:
         """Launches that reach what the first one does not."""
-        missed = {goal for program in self.programs for goal in _goals(program)} - first.covered
-        missed -= _covered(trace(self.programs, first.inputs, 1))  # what a block does from one program to the next
+        missed = {goal for program in self.programs for goal in _goals(program)} - self._reached(first)
         most, given = len(self.tried) + MOST_TRIES_FOR_MORE, 0
         changed = list(_changed(sizes, (2, 0)))
         for larger in chain(changed, (further for new in changed for further in _changed(new, values(world)))):
             if not missed or given == MOST_MORE:
                 return
             launch = self._try(world, larger, most)
-            if launch is not None and not launch.wrong and launch.covered & missed:
-                missed -= launch.covered
+            if launch is not None and not launch.wrong and self._reached(launch) & missed:
+                missed -= self._reached(launch)
                 given += 1
                 yield launch
+
+    def _reached(self, launch: Launch) -> set[Any]:
+        """What a launch covers, also where a block goes from one program to the next."""
+        try:
+            return launch.covered | _covered(trace(self.programs, launch.inputs, 1))
+        except (Infeasible, Fault):
+            return launch.covered
 
     def used_flags(self) -> tuple[set[Value], set[Value]]:
         """The tensors whose flags some launch that was tried signals, and waits for."""
@@ -339,4 +346,13 @@ def goes_on(runs: Runs) -> bool:
     return not any(pending)
 
 
-__all__ = ["Launch", "Runs", "Search", "goes_on", "trace"]
+def all_met(runs: Runs) -> bool:
+    """Whether every flag that is waited for is signalled by somebody, sooner or later."""
+    used: dict[str, set[Any]] = {"signal": set(), "wait_flags": set()}
+    for event in (event for roles in runs for run in roles.values() for event in run.events):
+        if event.kind in used:
+            used[event.kind].update((event.place.root, event.place.rank, index) for index in event.place.elements())
+    return used["wait_flags"] <= used["signal"]
+
+
+__all__ = ["Launch", "Runs", "Search", "all_met", "goes_on", "trace"]
