@@ -67,6 +67,22 @@ def ours_of(world: Any, case: Case) -> tuple[Run, torch.Tensor] | None:
     return None if make is None else make(world, case.inputs)
 
 
+def others_of(work: str) -> dict[str, Any]:
+    """Other ways of ours to do a work."""
+    import multi_gpu_ours
+
+    others: dict[str, Any] = multi_gpu_ours.OTHERS.get(work, {})
+    return others
+
+
+def error_on_all(ours: tuple[Run, torch.Tensor], case: Case) -> float:
+    """The largest error of all ranks, of an output that was poisoned before."""
+    run, output = ours
+    output.fill_(float("nan"))
+    run()
+    return worst(error_of(output, case))
+
+
 def measure(world: Any, case: Case, repeats: int) -> Row:
     row: Row = {"work": case.work, "size": case.size, "ranks": world.size}
     candidates: dict[str, Run] = {}
@@ -75,11 +91,11 @@ def measure(world: Any, case: Case, repeats: int) -> Row:
     except (tw.CompileError, tw.ArgumentError, ValueError) as error:
         ours, row["ours_missing"] = None, str(error).splitlines()[0][:120]
     if ours is not None:
-        run, output = ours
-        output.fill_(float("nan"))
-        run()
-        row["error"] = worst(error_of(output, case))
-        candidates["ours"] = run
+        row["error"] = error_on_all(ours, case)
+        candidates["ours"] = ours[0]
+        for name, make in others_of(case.work).items():
+            other = make(world, case.inputs)
+            row[f"{name}_error"], candidates[name] = error_on_all(other, case), other[0]
     for name, rival in case.rivals.items():
         case.reset()
         distributed.barrier()  # a peer reads what was put back

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from tilewright.kernels.multi_gpu import all_reduce as reduced
 from tilewright.kernels.multi_gpu import copy_engine
+from tilewright.kernels.multi_gpu.all_gather_gemm import ag_gemm
 from tilewright.kernels.multi_gpu.gemm_all_reduce import gemm_ar
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
 from tilewright.kernels.multi_gpu.moe import moe as mixture
@@ -27,23 +29,30 @@ def all_gather_gemm(world: Any, inputs: Inputs) -> Ours:
     return lambda: copy_engine.all_gather_gemm(world, rows, b, c), c
 
 
-def gemm_reduce_scatter(world: Any, inputs: Inputs) -> Ours:
+def all_gather_gemm_in_kernel(world: Any, inputs: Inputs) -> Ours:
+    a, b = inputs["a"], inputs["b"]
+    rows, c = world.empty((world.size, *a.shape), BF16), a.new_empty(world.size, a.shape[0], b.shape[1])
+    rows.local[world.rank].copy_(a)
+    return lambda: ag_gemm(world, rows, b, c), c
+
+
+def gemm_reduce_scatter(world: Any, inputs: Inputs, copies: bool | None = None) -> Ours:
     a, b = inputs["a"], inputs["b"]
     c = a.new_empty(a.shape[0] // world.size, b.shape[1])
-    return lambda: gemm_rs(world, a, b, c), c
+    return lambda: gemm_rs(world, a, b, c, copies=copies), c
 
 
-def gemm_all_reduce(world: Any, inputs: Inputs) -> Ours:
+def gemm_all_reduce(world: Any, inputs: Inputs, copies: bool | None = None) -> Ours:
     a, b = inputs["a"], inputs["b"]
     c = world.empty((world.size, a.shape[0] // world.size, b.shape[1]), BF16)
-    return lambda: gemm_ar(world, a, b, c), c.local
+    return lambda: gemm_ar(world, a, b, c, copies=copies), c.local
 
 
-def all_reduce(world: Any, inputs: Inputs) -> Ours:
+def all_reduce(world: Any, inputs: Inputs, algorithm: str | None = None, **meta: int) -> Ours:
     """As torch's, the input lies in symmetric memory."""
     x = world.tensor(inputs["x"].view(-1))
     y = world.empty(x.shape, BF16)
-    return lambda: reduced.all_reduce(world, x, y), y.local
+    return lambda: reduced.all_reduce(world, x, y, algorithm=algorithm, **meta), y.local
 
 
 def all_to_all(world: Any, inputs: Inputs) -> Ours:
@@ -66,6 +75,19 @@ def ring_attention(world: Any, inputs: Inputs) -> Ours:
 
 
 ring_attention_causal = ring_attention
+
+
+#: other ways to do a work, measured beside ours
+OTHERS: dict[str, dict[str, Callable[[Any, Inputs], Ours]]] = {
+    "all_gather_gemm": {"in_kernel": all_gather_gemm_in_kernel},
+    "gemm_reduce_scatter": {
+        name: partial(gemm_reduce_scatter, copies=way) for name, way in (("in_kernel", False), ("copies", True))
+    },
+    "gemm_all_reduce": {
+        name: partial(gemm_all_reduce, copies=way) for name, way in (("in_kernel", False), ("copies", True))
+    },
+    "all_reduce": {name: partial(all_reduce, algorithm=name) for name in ("packets", "push", "pull")},
+}
 
 
 def moe(world: Any, inputs: Inputs) -> Ours:
