@@ -22,11 +22,14 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 import torch
 import torch.distributed as distributed
-from multi_gpu_works import WORKS, Case, error_of
+from multi_gpu_attention import WORKS as ATTENTION
+from multi_gpu_works import WORKS as OTHERS
+from multi_gpu_works import Case, error_of
 
 import tilewright as tw
 from tilewright.runtime.bench import TorchClock, compare
 
+WORKS = {**OTHERS, **ATTENTION}
 Row = dict[str, Any]
 Run = Callable[[], Any]
 
@@ -51,7 +54,7 @@ class MeetingClock(TorchClock):
 
 def times_of_slowest(candidates: dict[str, Run], repeats: int, reset: Run = lambda: None) -> dict[str, list[float]]:
     """Microseconds of each sample on the rank that took longest. ``reset`` precedes each sample."""
-    found = compare(candidates, repeats, warmup=5, clock=MeetingClock(reset))
+    found = compare(candidates, repeats, warmup=min(5, repeats // 2 + 1), clock=MeetingClock(reset))
     mine = torch.tensor([found[name].times_us for name in candidates], device="cuda")
     distributed.all_reduce(mine, distributed.ReduceOp.MAX)
     return dict(zip(candidates, mine.tolist(), strict=True))
@@ -135,20 +138,21 @@ def line(row: Row) -> str:
     )
 
 
-def rank_main(rank: int, work: str, options: argparse.Namespace, port: int, found: Any) -> None:
-    """One work at all its sizes; rank 0 hands the rows over."""
+def rank_main(rank: int, works: list[str], options: argparse.Namespace, port: int, found: Any) -> None:
+    """Works at all their sizes; rank 0 hands the rows over."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.cuda.set_device(rank)
     distributed.init_process_group("nccl", rank=rank, world_size=options.ranks, device_id=torch.device("cuda", rank))
-    make, sizes = WORKS[work]
-    for size in options.sizes or sizes:
-        with tw.World.distributed() as world:
-            row = measure(world, make(size), options.repeats)
-        if rank == 0:
-            print(line(row), flush=True)
-            found.put(row)
-        gc.collect()
-        torch.cuda.empty_cache()
+    for work in works:
+        make, sizes = WORKS[work]
+        for size in options.sizes or sizes:
+            with tw.World.distributed() as world:
+                row = measure(world, make(size), options.repeats)
+            if rank == 0:
+                print(line(row), flush=True)
+                found.put(row)
+            gc.collect()
+            torch.cuda.empty_cache()
     distributed.barrier()
     os._exit(0)  # NCCL's teardown waits for tensors that torch's symmetric memory keeps
 
@@ -165,20 +169,32 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", choices=sorted(WORKS), default=list(WORKS))
     parser.add_argument("--sizes", nargs="+", type=int, help="instead of each work's own: n, bytes, or tokens")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--together", action="store_true", help="all works in the same processes: begins sooner")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(f"{options.ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, medians, random normal inputs")
     found: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
     rows: list[Row] = []
-    for work in options.works:  # processes of its own, so that a kernel that fails takes no other work with it
-        try:
-            torch.multiprocessing.spawn(rank_main, (work, options, free_port(), found), nprocs=options.ranks)
-        except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
-            print(f"{work} failed: {error}", flush=True)
-        while not found.empty():
-            rows.append(found.get())
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
+    # processes for each work, so that a kernel that fails takes no other work with it
+    for works in [options.works] if options.together else [[work] for work in options.works]:
+        running = torch.multiprocessing.spawn(
+            rank_main, (works, options, free_port(), found), nprocs=options.ranks, join=False
+        )
+        while True:
+            try:
+                ended = running.join(timeout=1)
+            except (
+                torch.multiprocessing.ProcessRaisedException,
+                torch.multiprocessing.ProcessExitedException,
+            ) as error:
+                print(f"{' '.join(works)} failed: {error}", flush=True)
+                ended = True
+            while not found.empty():
+                rows.append(found.get())
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+            if ended:
+                break
 
 
 if __name__ == "__main__":

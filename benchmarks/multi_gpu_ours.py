@@ -15,6 +15,8 @@ from tilewright.kernels.multi_gpu.gemm_all_reduce import gemm_ar
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
 from tilewright.kernels.multi_gpu.moe import moe as mixture
 from tilewright.kernels.multi_gpu.ring_attention import ring_sdpa
+from tilewright.kernels.multi_gpu.ring_attention_backward import ring_sdpa_backward
+from tilewright.kernels.multi_gpu.ulysses import ulysses_sdpa
 
 Inputs = dict[str, torch.Tensor]
 Ours = tuple[Callable[[], Any], torch.Tensor]
@@ -61,20 +63,49 @@ def all_to_all(world: Any, inputs: Inputs) -> Ours:
     return lambda: copy_engine.all_to_all(world, x, y), y.local
 
 
+def chunks_of(world: Any, x: torch.Tensor) -> Any:
+    """A symmetric tensor of all chunks, of which those of the rank, x, are written."""
+    chunks, batch, groups, *rest = x.shape
+    whole = world.empty((batch, groups, chunks * world.size, *rest), BF16)
+    for chunk, place in zip(x, (world.rank, 2 * world.size - 1 - world.rank), strict=False):
+        whole.local[:, :, place].copy_(chunk)
+    return whole
+
+
 def ring_attention(world: Any, inputs: Inputs) -> Ours:
     """The rank's keys and values lie where the others' arrive."""
-    q, size, rank = inputs["q"], world.size, world.rank
-    chunks = q.shape[0]
-    whole = []
-    for x in (inputs["k"], inputs["v"]):
-        whole.append(world.empty((chunks * size, *x.shape[1:]), BF16))
-        for chunk, place in zip(x, (rank, 2 * size - 1 - rank), strict=False):
-            whole[-1].local[place].copy_(chunk)
+    q, whole = inputs["q"], [chunks_of(world, inputs[name]) for name in "kv"]
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    return lambda: ring_sdpa(world, q, *whole, o, lse, chunks == 2), o
+    return lambda: ring_sdpa(world, q, *whole, o, lse, len(q) == 2), o
 
 
 ring_attention_causal = ring_attention
+
+
+def ring_backward(world: Any, inputs: Inputs, deterministic: bool = True) -> Ours:
+    """Behind a forward pass, which leaves all keys and values here."""
+    q, k, v, o, do, lse = (inputs[name] for name in ("q", "k", "v", "o", "do", "lse"))
+    whole = []
+    for x, everything in ((k, inputs["keys"]), (v, inputs["values"])):
+        whole.append(chunks_of(world, x))
+        whole[-1].local.view(everything.shape).copy_(everything)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    arrays = *whole, o, do, lse, dq, dk, dv
+    return lambda: ring_sdpa_backward(world, q, *arrays, len(q) == 2, deterministic=deterministic), dk
+
+
+ring_backward_causal = ring_backward
+ring_backward_any_order = ring_backward_any_order_causal = partial(ring_backward, deterministic=False)
+
+
+def ulysses(world: Any, inputs: Inputs, causal: bool = False) -> Ours:
+    q, k, v = (inputs[name] for name in "qkv")
+    _, size, heads, _ = q.shape
+    o, lse = world.empty(q.shape, BF16), q.new_empty(1, heads // world.size, world.size, size, dtype=torch.float32)
+    return lambda: ulysses_sdpa(world, q, k, v, o, lse, causal), o.local
+
+
+ulysses_causal = partial(ulysses, causal=True)
 
 
 #: other ways to do a work, measured beside ours
@@ -91,9 +122,10 @@ OTHERS: dict[str, dict[str, Callable[[Any, Inputs], Ours]]] = {
 
 
 def moe(world: Any, inputs: Inputs) -> Ours:
-    """The rank's tokens lie where others read them."""
-    x = world.empty(inputs["x"].shape, BF16)
-    x.local.copy_(inputs["x"])
+    """The rank's tokens lie where the others' arrive."""
+    tokens = inputs["x"]
+    x = world.empty((world.size, *tokens.shape), BF16)
+    x.local[world.rank].copy_(tokens)
     experts, weights, w = inputs["experts"], inputs["weights"], inputs["w"]
-    out = w.new_empty(x.shape[0], w.shape[2])
+    out = w.new_empty(tokens.shape[0], w.shape[2])
     return lambda: mixture(world, x, experts, weights, w, out), out

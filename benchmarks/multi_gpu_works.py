@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 import torch.distributed._symmetric_memory as symmetric
-
-from tilewright.kernels.attention import sdpa
 
 Tensor = torch.Tensor
 BF16 = torch.bfloat16
@@ -238,78 +235,6 @@ def size_of(nbytes: int) -> str:
     return f"{nbytes >> 20} MB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KB"
 
 
-# --- attention over a divided sequence -------------------------------------------------------------------
-
-HEADS, GROUPS, DEPTH = 32, 8, 128
-
-
-def ring_attention(length: int, causal: bool = False) -> Case:
-    """o (C, 1, H, S / (C P), D) of this rank's chunks of the sequence: 2 where causal (zigzag), else 1."""
-    rank, ranks = world()
-    chunks = 2 if causal else 1
-    size = length // (chunks * ranks)
-    places = [rank, 2 * ranks - 1 - rank] if causal else [rank]
-    q, k, v = (randn(name, rank, chunks, 1, n, size, DEPTH) for name, n in (("q", HEADS), ("k", GROUPS), ("v", GROUPS)))
-    gathered = torch.empty(ranks, 2, *k.shape, device="cuda", dtype=BF16)
-    order = [(r, 0) for r in range(ranks)] + ([(r, 1) for r in reversed(range(ranks))] if causal else [])
-    o = torch.empty_like(q)
-
-    def gather() -> tuple[Tensor, Tensor]:
-        """All keys and all values (1, G, S, D) in the order of the sequence."""
-        distributed.all_gather_into_tensor(gathered, torch.stack([k, v]))
-        keys, values = (torch.cat([gathered[r, kind, c] for r, c in order], 2) for kind in range(2))
-        return keys, values
-
-    def with_attention(attend: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Tensor:
-        keys, values = gather()
-        for chunk, place in enumerate(places):
-            seen = (place + 1) * size if causal else length
-            attend(q[chunk], keys[:, :, :seen], values[:, :, :seen], o[chunk])
-        return o
-
-    def ours(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        sdpa(queries, keys, values, out, causal=causal)
-
-    def flash(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        x, y, z = (t.transpose(1, 2) for t in (queries, keys, values))
-        found = torch.ops.aten._flash_attention_forward(x, y, z, None, None, size, y.shape[1], 0.0, causal, False)
-        out.copy_(found[0].transpose(1, 2))
-
-    def cudnn(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        if causal:
-            raise NotImplementedError("its mask starts at the first key")
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            out.copy_(torch.nn.functional.scaled_dot_product_attention(queries, keys, values, enable_gqa=True))
-
-    def exact(rows: Tensor) -> Tensor:
-        parts = {name: [randn(name, r, chunks, 1, GROUPS, size, DEPTH) for r in range(ranks)] for name in "kv"}
-        keys, values = (torch.cat([parts[name][r][c] for r, c in order], 2)[0] for name in "kv")
-        flat, results = q.reshape(-1, DEPTH), []
-        for row in rows.tolist():
-            chunk, head, place = row // (HEADS * size), row // size % HEADS, row % size
-            seen = places[chunk] * size + place + 1 if causal else length
-            group = head // (HEADS // GROUPS)
-            scores = keys[group, :seen].double() @ flat[row].double() * DEPTH**-0.5
-            results.append(torch.softmax(scores, 0) @ values[group, :seen].double())
-        return torch.stack(results)
-
-    return Case(
-        "ring_attention_causal" if causal else "ring_attention",
-        f"{length >> 10}k",
-        {"q": q, "k": k, "v": v},
-        {
-            "gather_ours": lambda: with_attention(ours),
-            "gather_flash": lambda: with_attention(flash),
-            "gather_cudnn": lambda: with_attention(cudnn),
-        },
-        (chunks * HEADS * size, DEPTH),
-        exact,
-        4.0 * length * length * HEADS * DEPTH / ranks / (2 if causal else 1),
-        (ranks - 1) * 2.0 * k.nbytes,
-        {"gather": lambda: gather()[0]},
-    )
-
-
 # --- mixture of experts ----------------------------------------------------------------------------------
 
 EXPERTS, CHOICES, HIDDEN, WIDTH = 256, 8, 7168, 2048
@@ -388,8 +313,6 @@ WORKS: dict[str, tuple[Callable[[int], Case], Sequence[int]]] = {
     "gemm_all_reduce": (gemm_all_reduce, (4096, 8192, 16384)),
     "all_reduce": (all_reduce, tuple(1 << bits for bits in (13, 16, 19, 22, 25))),
     "all_to_all": (all_to_all, tuple(1 << bits for bits in (26, 28, 30))),
-    "ring_attention": (ring_attention, (16384, 32768, 65536, 131072)),
-    "ring_attention_causal": (partial(ring_attention, causal=True), (16384, 32768, 65536, 131072)),
     "moe": (moe, (4096, 8192, 16384)),
 }
 

@@ -24,8 +24,9 @@ import torch
 
 import tilewright as tw
 from tilewright.kernels.multi_gpu.all_reduce import all_reduce
-from tilewright.kernels.multi_gpu.copy_engine import all_to_all, gemm_reduce_scatter
+from tilewright.kernels.multi_gpu.copy_engine import all_to_all, gemm_reduce_scatter, meet
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
+from tilewright.kernels.multi_gpu.workspace import flags
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
 
@@ -226,13 +227,32 @@ class Pushed(Work):
         self.xs[rank].copy_(self.value(rank, rank, number))
 
     def launch(self) -> None:
-        all_to_all(self.world, list(self.xs.values()), self.y)
+        all_to_all(self.world, list(self.xs.values()), self.y, copies=True)
 
     def expected(self, rank: int, number: Any) -> torch.Tensor:
         return torch.stack([self.value(rank, of, number)[rank] for of in range(self.world.size)])
 
 
-WORKS = (ByHand, AllReduce, Packets, Halves, Product, ProductByCopies, Pushed)
+class Fetched(Pushed):
+    """Copy engines fetch a part of each other rank, one after the other, beside the stream."""
+
+    def fill(self, rank: int, number: Any) -> None:
+        self.outputs[rank][rank].copy_(self.value(rank, rank, number)[rank])
+
+    def launch(self) -> None:
+        here = flags(self.world, "meet", (self.world.size,))
+        self.world.launch(meet, (1,), here)
+        others = {rank: [p for p in range(self.world.size) if p != rank] for rank in self.world.ranks}
+        copies = self.world.pull(lambda rank: [(self.y, peer, (peer,)) for peer in others[rank]])
+        copies.join()
+        copies.rejoin()
+        self.world.launch(meet, (1,), here)
+
+    def expected(self, rank: int, number: Any) -> torch.Tensor:
+        return torch.stack([self.value(rank, of, number)[of] for of in range(self.world.size)])
+
+
+WORKS = (ByHand, AllReduce, Packets, Halves, Product, ProductByCopies, Pushed, Fetched)
 
 
 # --- scenarios: a function of the world and the number of iterations --------------------------------------

@@ -22,7 +22,7 @@ class Mirrored:
 
     def __init__(self, tensor: Any, arrays: list[np.ndarray]) -> None:
         self.tensor, self.arrays = tensor, arrays
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.shape, self.dtype, self.addresses = tensor.shape, tensor.dtype, tensor.addresses
 
     def __getitem__(self, rank: int) -> np.ndarray:
         return self.arrays[rank]
@@ -60,6 +60,24 @@ class MirroredWorld:
         for array, tensor in pairs:
             array[...] = on_host(tensor)
 
+    def pull(self, wanted: Any, ordered: bool = True) -> Any:
+        """The copies, of what the ranks have in host memory; they have happened on return."""
+        parts = {rank: list(wanted(rank)) for rank in self.ranks}
+        mirrored = {id(tensor): tensor for listed in parts.values() for tensor, _, _ in listed}
+        for tensor in mirrored.values():
+            for rank in self.ranks:
+                tensor.tensor[rank].copy_(on_gpu(tensor.arrays[rank], tensor.tensor[rank].device))
+        torch.cuda.synchronize()
+        copies = self.world.pull(
+            lambda rank: [(tensor.tensor, peer, index) for tensor, peer, index in parts[rank]], ordered=ordered
+        )
+        copies.rejoin()
+        self.world.synchronize()
+        for tensor in mirrored.values():
+            for rank in self.ranks:
+                tensor.arrays[rank][...] = on_host(tensor.tensor[rank])
+        return copies
+
     def _place(self, value: Any, pairs: list[tuple[np.ndarray, Any]]) -> Any:
         """An argument on the GPUs; ``pairs`` gets each array with its copy there."""
         if isinstance(value, Mirrored):
@@ -68,7 +86,7 @@ class MirroredWorld:
                 tensor.copy_(on_gpu(array, tensor.device))
             pairs += zip(value.arrays, placed, strict=True)
             return value.tensor
-        if isinstance(value, list):
+        if isinstance(value, list) and isinstance(value[0], np.ndarray):
             placed = [on_gpu(array, f"cuda:{rank}") for rank, array in zip(self.ranks, value, strict=True)]
             pairs += zip(value, placed, strict=True)
             return placed

@@ -256,7 +256,6 @@ OTHER_BARRIER = "each block passes the barrier behind a credit or wait, and no t
 NEXT_BARRIER = "the barrier behind the next wait comes before any put"
 STAGED = "the barrier in front of the staging slot comes before any put"
 EITHER = "the barriers behind the credit and before the signal both come between the put and the signal"
-COME_BEFORE = "the same flag of each rank was waited for before"
 NEVER = "the condition never holds: what the own rank has written is there"
 ONE_THREAD = "one thread waits, stores, waits for its stores, and signals"
 DONE = "tokens keep operations in order while passes move them; in the schedule the waits and the barrier count"
@@ -271,9 +270,8 @@ REDUNDANT: list[tuple[str, str, str, str]] = [
     ("all-reduce, two-shot", "sm_90a", "loop loop barrier 1", EXIT),
     ("all-reduce, two-shot", "sm_90a", "leave 1 delete", SUMS),
     ("all-reduce, two-shot", "sm_90a", "loop barrier 1", AT_THE_END),
-    ("all-gather", "sm_90a", "loop barrier 1", AT_THE_END),
-    ("all-to-all", "sm_90a", "loop barrier 1", AT_THE_END),
     ("all-reduce, two-shot", "sm_90a", "barrier 2 delete", OTHER_BARRIER),
+    *((name, "sm_90a", "barrier 2", AT_THE_END) for name in ("all-gather", "all-to-all")),
     ("GEMM + all-reduce", "sm_90a", "consumer: loop if if barrier 11", AT_THE_END),
     *(("GEMM + all-reduce", "sm_90a", f"consumer: loop if if loop {place} 1", LAST)
       for place in ("bulk_wait", "barrier")),
@@ -282,8 +280,6 @@ REDUNDANT: list[tuple[str, str, str, str]] = [
     *((name, "sm_90a", f"consumer: loop if loop {'loop ' * (name == PUSHING[0])}{place} 1", NEVER)
       for place in ("wait", "barrier") for name in PUSHING),
     *((name, "sm_90a", "consumer: barrier 1", NEXT_BARRIER) for name in PUSHING),
-    *(("ring attention, gradients", "sm_90a", f"consumer: loop if loop if {place} 2", COME_BEFORE)
-      for place in ("wait", "barrier")),
     ("Ulysses attention", "sm_90a", "consumer: loop if if loop barrier 1", AT_THE_END),
     *((name, "gfx942", "fence 1", NOT_READ) for name in ("small all-reduce", "GEMM + reduce-scatter")),
 ]  # fmt: skip

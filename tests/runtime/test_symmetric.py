@@ -65,10 +65,11 @@ def test_copies_to_all_ranks(target: str) -> None:
     size, rng = 3, np.random.default_rng(2)
     world = tw.World.interpreter(size) if target == "interpreter" else tw.World.emulated(target, size, races=True)
     xs = [rng.standard_normal((size, 5, 7)).astype(np.float32) for _ in range(size)]
-    y = world.empty((size, 5, 7), "f32")
-    all_to_all(world, xs, y)
-    for rank in range(size):
-        np.testing.assert_array_equal(y[rank], np.stack([x[rank] for x in xs]))
+    for copies in (True, False, None):
+        y = world.empty((size, 5, 7), "f32")
+        all_to_all(world, xs, y, copies=copies)
+        for rank in range(size):
+            np.testing.assert_array_equal(y[rank], np.stack([x[rank] for x in xs]))
     world.push(y, z := world.empty((size, 5, 7), "f32"))
     np.testing.assert_array_equal(z[2], xs[2])
     for wrong in (xs[0][:2], xs[0].astype(np.float64), np.zeros((5, 3, 7), np.float32)):
@@ -165,6 +166,25 @@ def test_rows_that_become_fewer() -> None:
     assert list(_halves(0, 1024, 128, 128)) == [(0, 512), (512, 768), (768, 896), (896, 1024)]
     assert list(_halves(64, 100, 128, 16)) == [(64, 100)]
     assert list(_halves(0, 50, 16, 16)) == [(0, 32), (32, 48), (48, 50)]
+
+
+@pytest.mark.parametrize("target", ["interpreter", "sm_90a"])
+def test_parts_that_ranks_fetch(target: str) -> None:
+    world = tw.World.interpreter(3) if target == "interpreter" else tw.World.emulated(target, 3)
+    x = world.tensor([np.arange(24.0).reshape(3, 2, 4) + 100 * rank for rank in range(3)])
+    before = [array.copy() for array in x.arrays]
+    peers = [((rank + 1) % 3, (rank + 2) % 3) for rank in range(3)]
+    copies = world.pull(lambda rank: [(x, peers[rank][0], (peers[rank][0], 1)), (x, peers[rank][1], (peers[rank][1],))])
+    copies.join()
+    copies.rejoin()
+    for rank in range(3):
+        wanted = before[rank].copy()
+        first, second = peers[rank]
+        wanted[first, 1], wanted[second] = before[first][first, 1], before[second][second]
+        np.testing.assert_array_equal(x[rank], wanted)
+    for wrong in [(3,), (0, -1), (0, 0, 0, 0)]:
+        with pytest.raises(ArgumentError, match="has no part"):
+            world.pull(lambda rank, index=wrong: [(x, 0, index)])
 
 
 # --- tensors ----------------------------------------------------------------------------------------

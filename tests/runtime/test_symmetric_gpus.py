@@ -116,15 +116,38 @@ def test_copies_run_beside_each_other(driver: FakeDriver) -> None:
         driver.calls.clear()
         heap.push([x, x], y, stream=[0x71, 0x72])
         copies, (first, second) = driver.named("cuMemcpyAsync"), y.addresses
-        moved = [(second, 0x10800), (first, 0x10000), (first + 2048, 0x10000), (second + 2048, 0x10800)]
-        sides = [args[3] for args in copies]
-        assert [args[:3] for args in copies] == [(*pair, 2048) for pair in moved] and len(set(sides)) == 4
+        moved = [(first, 0x10000), (second + 2048, 0x10800), (second, 0x10800), (first + 2048, 0x10000)]
+        sides = [args[3] for args in copies[:2]]
+        assert [args[:3] for args in copies] == [(*pair, 2048) for pair in moved] and len(set(sides)) == 2
+        assert [args[3] for args in copies[2:]] == [0x71, 0x72], "one copy in the stream itself"
         order = [(name, args[0] if name == "cuStreamWaitEvent" else args[-1]) for name, args in driver.calls]
         queued = [step for step in order if step[0] in ("cuEventRecord", "cuStreamWaitEvent", "cuMemcpyAsync")]
         side = [[("cuStreamWaitEvent", n), ("cuMemcpyAsync", n), ("cuEventRecord", n)] for n in sides]
-        assert queued[:7] == [("cuEventRecord", 0x71), *side[0], *side[1]]
-        assert queued[-4:] == [("cuStreamWaitEvent", n) for n in (0x71, 0x71, 0x72, 0x72)], "the streams wait for all"
+        assert queued[:8] == [("cuEventRecord", 0x71), *side[0], ("cuEventRecord", 0x72), *side[1]]
+        assert queued[-2:] == [("cuStreamWaitEvent", n) for n in (0x71, 0x72)], "the streams wait for all"
     assert not driver.named("cuStreamCreate"), "streams are made once"
+
+
+def test_fetched_parts_come_one_after_the_other(driver: FakeDriver) -> None:
+    heap = local(driver)
+    x = heap.empty((2, 4, 128), "f32")
+    driver.calls.clear()
+    copies = heap.pull(lambda rank: [(x, 1 - rank, (0, 1)), (x, 1 - rank, (1,))], stream=[0x71, 0x72])
+    first, second = x.addresses
+    moved = [(first + 512, second + 512, 512), (first + 2048, second + 2048, 2048)]
+    moved += [(target, source, nbytes) for source, target, nbytes in moved]
+    assert [args[:3] for args in driver.named("cuMemcpyAsync")] == moved
+    sides = [args[3] for args in driver.named("cuMemcpyAsync")]
+    assert sides == [side for side in copies.streams for _ in range(2)] and len(set(sides)) == 2
+    driver.calls.clear()
+    copies.join(1)
+    copies.join()
+    assert [args[0] for args in driver.named("cuStreamWaitEvent")] == [0x71, 0x72] * 2, "the last of them is enough"
+    driver.calls.clear()
+    copies.rejoin()
+    ends, waits = driver.named("cuEventRecord"), driver.named("cuStreamWaitEvent")
+    assert [args[1] for args in ends] == copies.streams and [args[0] for args in waits] == [0x71, 0x72]
+    assert [args[0] for args in ends] == [args[1] for args in waits]
 
 
 def test_memory_is_written_beside_a_capture(driver: FakeDriver) -> None:

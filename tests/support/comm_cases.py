@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tests.support import comm_kernels
@@ -35,6 +36,11 @@ def all_ranks(dtype: str, rank: int) -> ViewType:
     return ViewType((None,) * rank, DTYPES[dtype], (*(None,) * (rank - 1), 1), 16, symmetric=True)
 
 
+def of_sizes(view: ViewType, *sizes: int | None) -> ViewType:
+    """The tensor with known sizes: no flag says how many tiles such a kernel has, and small launches shall have few."""
+    return replace(view, shape=sizes)
+
+
 def flags(rank: int) -> ViewType:
     return all_ranks("i32", rank)
 
@@ -43,11 +49,6 @@ _MATRICES = {name: own("bf16", 2) for name in "abc"}
 _ATTENTION: dict[str, Any] = {
     "q": own("bf16", 5), "k": all_ranks("bf16", 5), "v": all_ranks("bf16", 5), "o": own("bf16", 5),
     "lse": own("f32", 4), "arrived": flags(3), "FLAGS": 1,
-}  # fmt: skip
-_GRADIENTS: dict[str, Any] = {
-    **{name: own("bf16", 5) for name in ("q", "k", "v", "do", "dk", "dv")},
-    **{name: own("f32", 4) for name in ("lse", "delta")},
-    **{name: all_ranks("f32", 6) for name in ("dk_parts", "dv_parts")}, "sent": flags(3),
 }  # fmt: skip
 _PARTS = {"parts": all_ranks("bf16", 3), "sent": flags(3)}
 
@@ -85,9 +86,21 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "all-reduce, two-shot": (
         all_reduce.all_reduce_two_shot, {"x": all_ranks("bf16", 1), "y": all_ranks("bf16", 1), "done": flags(2)}
     ),
-    "all-gather": (collectives.all_gather, {"x": own("bf16", 2), "y": all_ranks("bf16", 3), "done": flags(2)}),
+    "all-gather": (
+        collectives.all_gather,
+        {
+            "x": of_sizes(own("bf16", 2), 16, 4096), "y": of_sizes(all_ranks("bf16", 3), 16, None, 4096),
+            "done": flags(2),
+        },
+    ),
     "reduce-scatter": (collectives.reduce_scatter, {"x": all_ranks("bf16", 3), "y": own("bf16", 2)}),
-    "all-to-all": (collectives.all_to_all, {"x": own("bf16", 5), "y": all_ranks("bf16", 5), "done": flags(2)}),
+    "all-to-all": (
+        collectives.all_to_all,
+        {
+            "x": of_sizes(own("bf16", 5), 1, None, 16, 1, 4096), "done": flags(2),
+            "y": of_sizes(all_ranks("bf16", 5), 1, 16, 1, None, 4096),
+        },
+    ),
     "GEMM + reduce-scatter": (gemm_reduce_scatter.gemm_reduce_scatter, {**_MATRICES, **_PARTS}),
     "GEMM + all-reduce": (
         gemm_all_reduce.gemm_all_reduce, {**_MATRICES, **_PARTS, "c": all_ranks("bf16", 3), "done": flags(3)}
@@ -101,7 +114,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "ring attention": (ring_attention.ring_attention, _ATTENTION),
     "ring attention, causal": (ring_attention.ring_attention, {**_ATTENTION, "CAUSAL": True}),
-    "ring attention, gradients": (ring_attention_backward.ring_attention_dkdv, _GRADIENTS),
+    "ring attention, gradients": (
+        ring_attention_backward.ring_attention_sum,
+        {"parts": all_ranks("bf16", 6), "total": own("bf16", 5), "D": 64, "BN": 64, "CAUSAL": True},
+    ),
     "Ulysses attention": (
         ulysses.ulysses_attention,
         {
@@ -110,10 +126,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "mixture of experts": (
-        moe.moe_gemm,
+        moe.moe_combine,
         {
-            "x": all_ranks("bf16", 2), "lists": all_ranks("i32", 2), "before": own("i32", 2), "starts": own("i32", 1),
-            "w": own("bf16", 3), "gathered": all_ranks("bf16", 3), "fetched": flags(2), "y": own("bf16", 3),
+            "rows_of": own("i32", 1), "weights": own("f32", 1), "y": own("bf16", 2), "arrived": flags(2),
+            "parts": of_sizes(all_ranks("bf16", 3), None, 8, 256), "out": of_sizes(own("bf16", 2), 8, 256),
+            "K": 2, "BT": 4, "BN": 256,
         },
     ),
 }  # fmt: skip

@@ -193,34 +193,52 @@ def ulysses_sdpa(world: Any, seed: int, tiles: Tiles) -> None:
     check_all(lse, logarithms)
 
 
-def ring(world: Any, seed: int, tiles: Tiles, causal: bool = False) -> None:
+def ring(world: Any, seed: int, tiles: Tiles, causal: bool = False, **options: Any) -> None:
     inputs, (rows, keys, _, length), size = Inputs(world, seed), tiles, world.size
-    chunks, depth = 2 if causal else 1, 32
-    q, k = inputs.normal(chunks, 1, 2, length, depth), inputs.normal(chunks, 1, 1, length, depth)
-    v, do = inputs.normal(chunks, 1, 1, length, depth), inputs.normal(chunks, 1, 2, length, depth)
+    chunks, batch, depth = 2 if causal else 1, 1 + seed % 2, 32
+    q, k = inputs.normal(chunks, batch, 4, length, depth), inputs.normal(chunks, batch, 2, length, depth)
+    v, do = inputs.normal(chunks, batch, 2, length, depth), inputs.normal(chunks, batch, 4, length, depth)
     exact, logarithms = ring_attention.reference(q, k, v, causal)
-    whole = [inputs.symmetric(chunks * size, *x[0].shape[1:]) for x in (k, v)]
+    whole = [inputs.symmetric(batch, 2, chunks * size, length, depth) for _ in (k, v)]
     for gathered, parts in zip(whole, (k, v), strict=True):
         for rank, part in enumerate(parts):
             for chunk, place in zip(part, (rank, 2 * size - 1 - rank), strict=False):
-                gathered[rank][place] = chunk
+                gathered[rank][:, :, place] = chunk
     o, lse = nans(exact), nans(logarithms, np.float32)
-    ring_attention.ring_sdpa(world, q, *whole, o, lse, causal, communicators=3, BM=rows, BN=keys, ROWS=rows)
+    ring_attention.ring_sdpa(world, q, *whole, o, lse, causal, BM=rows, BN=keys, **options)
     check_all(o, exact)
     check_all(lse, logarithms)
-    gradients, delta = [nans(x) for x in (q, k, v)], nans(logarithms, np.float32)
+    gradients = [nans(x) for x in (q, k, v)]
     ring_attention_backward.ring_sdpa_backward(
-        world, q, *whole, o, do, lse, delta, *gradients, causal, BM=min(rows, 64), BN=rows
+        world,
+        q,
+        *whole,
+        o,
+        do,
+        lse,
+        *gradients,
+        causal,
+        deterministic=options["communicators"] > 0,
+        BM=min(rows, 64),
+        BN=rows,
     )
     for got, wanted in zip(gradients, ring_attention_backward.reference(q, k, v, do, causal), strict=True):
         for part, exact_part in zip(got, wanted, strict=True):
             mean, largest = errors(part, exact_part, "bf16")
             # the first queries see few keys: their gradients are large, and so is what rounding the weights leaves
-            assert mean < 4e-3 and largest < 0.1, (mean, largest)
+            assert mean < 4e-3 and largest < 0.15, (mean, largest)
+
+
+def ring_full(world: Any, seed: int, tiles: Tiles) -> None:
+    ring(world, seed, tiles, communicators=3, ROWS=tiles.bm)
+
+
+def ring_copied(world: Any, seed: int, tiles: Tiles) -> None:
+    ring(world, seed, tiles, causal=bool(seed % 2), communicators=0)
 
 
 def ring_causal(world: Any, seed: int, tiles: Tiles) -> None:
-    ring(world, seed, tiles, causal=True)
+    ring(world, seed, tiles, causal=True, communicators=3, ROWS=tiles.bm)
 
 
 # --- mixture of experts ---------------------------------------------------------------------------
@@ -241,22 +259,11 @@ def mixture(world: Any, seed: int, tiles: Tiles) -> None:
     experts[0][:] = [each * size - 1, 0]
     weights = [random.random((tokens, choices), np.float32) for _ in inputs.ranks]
     exact = moe.reference(x, experts, weights, w)
+    whole = inputs.symmetric(size, tokens, depth)
+    for rank, part in enumerate(x):
+        whole[rank][rank] = part
     out = nans(exact)
-    moe.moe(
-        world,
-        inputs.filled(x),
-        experts,
-        weights,
-        w,
-        out,
-        communicators=2,
-        units=6,
-        BM=bm,
-        BN=bn,
-        BK=bk,
-        WIDTH=bk // 2,
-        PARTS=2,
-    )
+    moe.moe(world, whole, experts, weights, w, out, BM=bm, BN=bn, BK=bk)
     check_all(out, exact)
 
 
@@ -264,7 +271,8 @@ CASES: dict[str, Callable[[Any, int, Tiles], None]] = {
     case.__name__: case
     for case in (
         gemm_rs, gemm_rs_any_order, gemm_ar, gemm_ar_one_shot, ag_gemm, reduce_all, reduce_all_pull,
-        reduce_all_packets, reduce_all_two_shot, gather, scatter_sum, exchange, ulysses_sdpa, ring, ring_causal,
+        reduce_all_packets, reduce_all_two_shot, gather, scatter_sum, exchange, ulysses_sdpa, ring_full, ring_causal,
+        ring_copied,
         mixture,
     )
 }  # fmt: skip

@@ -114,7 +114,7 @@ class World(SymmetricHeap):
         """
         devices = self.devices
         if len(devices) == 1 and devices[0] != "cpu" and not any(type(value) is list for value in args):
-            kernel.bind(grid, devices[0])(*args, stream=stream, **meta)
+            kernel.bind(grid, devices[0])(*args, stream=self._of(stream, 0), **meta)
             return
         columns = [self._by_rank(value) for value in args]
         arguments = list(zip(*columns, strict=True)) if columns else [()] * len(devices)

@@ -42,6 +42,7 @@ class GpuMemory(ABC):
         self._ends: list[Any] = []
         self._next_end = 0
         self._forks: dict[int, Any] = {}
+        self._rejoined: Any = None
         self._arena, self._arena_end = 0, 0
         self._arenas: list[int] = []
 
@@ -137,15 +138,16 @@ class GpuMemory(ABC):
         They run beside the stream, and beside each other unless ``ordered``. Within a capture they become part of the
         graph, if the stream waits for all events.
         """
-        while len(self._beside) < len(copies):
-            self._beside.append(self.new_stream())
+        self._need(len(copies))
         if stream not in self._forks:
             self._forks[stream] = self.new_event()
         self.record(self._forks[stream], stream)
+        if ordered:  # also where there is no copy: `side_stream` has what follows
+            self.wait_event(self.side_stream(), self._forks[stream])
         done = []
         for i, (target, source, nbytes) in enumerate(copies):
             side, end = self._beside[0 if ordered else i], self._end()
-            if i == 0 or not ordered:
+            if not ordered:
                 self.wait_event(side, self._forks[stream])
             self.start_copy(target, source, nbytes, side)
             self.record(end, side)
@@ -157,6 +159,22 @@ class GpuMemory(ABC):
             self._ends.append(self.new_event())
         self._next_end += 1
         return self._ends[(self._next_end - 1) % len(self._ends)]
+
+    def side_stream(self) -> Any:
+        """The stream of ordered copies, for launches behind them; `rejoin` it."""
+        self._need(1)
+        return self._beside[0]
+
+    def rejoin(self, stream: int) -> None:
+        """Let ``stream`` wait for what `side_stream` has been given."""
+        if self._rejoined is None:
+            self._rejoined = self.new_event()
+        self.record(self._rejoined, self.side_stream())
+        self.wait_event(stream, self._rejoined)
+
+    def _need(self, streams: int) -> None:
+        while len(self._beside) < streams:
+            self._beside.append(self.new_stream())
 
     def place(self, data: bytes) -> int:
         """Bytes in the GPU's memory at a multiple of 128, until `close`."""

@@ -7,7 +7,7 @@ control blocks that communicating kernels share, and explains why one gave up wa
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import TracebackType
@@ -84,6 +84,14 @@ class SymmetricTensor(Viewed):
             raise ArgumentError(f"Rank {rank} is not of this process; it has rank {ranks}.")
         return ranks.index(rank)
 
+    def part(self, index: tuple[int, ...]) -> tuple[int, int]:
+        """Where ``self[index]`` begins, an index of leading dimensions, and its size, both in bytes."""
+        sizes = self.shape[: len(index)]
+        if len(index) > len(self.shape) or any(not 0 <= i < size for i, size in zip(index, sizes, strict=True)):
+            raise ArgumentError(f"{self!r} has no part {index}.")
+        nbytes = prod(self.shape[len(index) :]) * DTYPES[self.dtype].bytes
+        return sum(i * step for i, step in zip(index, row_major(sizes), strict=True)) * nbytes, nbytes
+
     def reshape(self, *shape: int) -> SymmetricTensor:
         """The same elements, on every rank, under another shape."""
         if prod(shape) != prod(self.shape):
@@ -103,6 +111,10 @@ class SymmetricTensor(Viewed):
 
     def __repr__(self) -> str:
         return f"<symmetric {self.dtype} tensor {list(self.shape)} on {self.heap.size} ranks>"
+
+
+#: a tensor, the rank whose it is, and an index of leading dimensions
+Part = tuple[SymmetricTensor, int, tuple[int, ...]]
 
 
 class BoundTensor(Viewed):
@@ -132,12 +144,25 @@ class Copies:
 
     memory: SymmetricMemory
     started: Sequence[tuple[int, Any, list[Any]]]
+    #: each rank's follow one another
+    ordered: bool
 
     def join(self, count: int | None = None) -> None:
         """Let the streams wait for the first ``count`` copies of each rank (None: for all)."""
         for rank, stream, copies in self.started:
-            for copy in copies[:count]:
+            first = copies[:count]
+            for copy in first[-1:] if self.ordered else first:
                 self.memory.join(rank, copy, stream)
+
+    @property
+    def streams(self) -> list[Any]:
+        """Streams, by rank of this process: what they are given follows the copies, if these are ordered. `rejoin`!"""
+        return [self.memory.side_stream(rank) for rank, _, _ in self.started]
+
+    def rejoin(self) -> None:
+        """Let the streams wait for all that `streams` have been given."""
+        for rank, stream, _ in self.started:
+            self.memory.rejoin(rank, stream)
 
 
 class SymmetricHeap:
@@ -264,16 +289,24 @@ class SymmetricHeap:
         ranks: kernels before and behind must see to it that all may write and that all have
         (`tilewright.kernels.multi_gpu.copy_engine`).
         """
-        self._push(source, target, stream, range(1, self.size + 1)).join()
+        started = self._pushes(source, target, stream, range(1, self.size + 1))
+        others = self._start([(rank, queue, copies[1:]) for rank, queue, copies in started], ordered=False)
+        for rank, queue, copies in started:
+            for copy in copies[:1]:  # in the stream itself, which costs less than waiting for another one
+                self.memory.copy(rank, copy, queue)
+        others.join()
 
     def start_push(self, source: Any, target: SymmetricTensor, stream: Any = None) -> Copies:
         """Start what `push` does with the parts for other ranks, beside what ``stream`` is given from now on.
 
         `Copies.join` lets the stream wait.
         """
-        return self._push(source, target, stream, range(1, self.size))
+        return self._start(self._pushes(source, target, stream, range(1, self.size)), ordered=False)
 
-    def _push(self, source: Any, target: SymmetricTensor, stream: Any, hops: Sequence[int]) -> Copies:
+    def _pushes(
+        self, source: Any, target: SymmetricTensor, stream: Any, hops: Sequence[int]
+    ) -> list[tuple[int, Any, list[Copy]]]:
+        """Of each rank of this process its stream and the copies to ranks so many ``hops`` behind it."""
         part, started = target.nbytes // self.size, []
         if target.shape[0] != self.size:
             raise ArgumentError(f"{target!r} cannot be pushed to: its shape must be (world, ...).")
@@ -282,7 +315,7 @@ class SymmetricHeap:
             peers = [(rank + hop) % self.size for hop in hops]
             copies = [(target.addresses[peer] + rank * part, address + peer * part, part) for peer in peers if part]
             started.append((rank, self._of(stream, i), copies))
-        return self._start(started, ordered=False)
+        return started
 
     def spread(self, tensor: SymmetricTensor, stream: Any = None, rows: tuple[int, int] | None = None) -> Copies:
         """Start copying each rank's own part, ``tensor[rank]`` of (world, ...), to the same place of all others.
@@ -329,11 +362,28 @@ class SymmetricHeap:
             started.append((rank, self._of(stream, i), copies))
         self._start(started, ordered=True).join()
 
+    def pull(self, wanted: Callable[[int], Sequence[Part]], stream: Any = None, ordered: bool = True) -> Copies:
+        """Start copying parts of other ranks' tensors to the same places of the own ones.
+
+        One after the other, or beside each other if not ``ordered``.
+        ``wanted(rank)``: what a rank wants, in order: (tensor, peer, index) for ``tensor[index]`` of rank ``peer``,
+        with an ``index`` of leading dimensions. The copies run beside what ``stream`` is given from now on. As with
+        `push` nobody waits for other ranks.
+        """
+        started = []
+        for i, rank in enumerate(self.ranks):
+            copies = []
+            for tensor, peer, index in wanted(rank):
+                start, nbytes = tensor.part(index)
+                if nbytes:
+                    copies.append((tensor.addresses[rank] + start, tensor.addresses[peer] + start, nbytes))
+            started.append((rank, self._of(stream, i), copies))
+        return self._start(started, ordered)
+
     def _start(self, started: Sequence[tuple[int, Any, list[Copy]]], ordered: bool) -> Copies:
         memory = self.memory
-        return Copies(
-            memory, [(rank, stream, memory.start_copies(rank, all_, stream, ordered)) for rank, stream, all_ in started]
-        )
+        events = [(rank, stream, memory.start_copies(rank, all_, stream, ordered)) for rank, stream, all_ in started]
+        return Copies(memory, events, ordered)
 
     def _of(self, stream: Any, index: int) -> Any:
         return stream[index] if isinstance(stream, list) else stream

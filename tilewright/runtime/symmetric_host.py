@@ -53,13 +53,22 @@ class HostMemory(SymmetricMemory):
         """The emulator places tables in its own memory (`emulated_peers`), and the interpreter needs none."""
         return 0
 
+    def copy(self, rank: int, copy: Copy, stream: Any) -> None:
+        ctypes.memmove(*copy)
+
     def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
-        for target, source, nbytes in copies:
-            ctypes.memmove(target, source, nbytes)
+        for copy in copies:
+            ctypes.memmove(*copy)
         return [None] * len(copies)
 
     def join(self, rank: int, copy: Any, stream: Any) -> None:
         """Copies have happened when they have been started."""
+
+    def side_stream(self, rank: int) -> Any:
+        return None
+
+    def rejoin(self, rank: int, stream: Any) -> None:
+        """Launches have finished when they return."""
 
     def explain(self, rank: int, reason: Callable[[], str | None]) -> None:
         """Kernels here do not give up: who waits in vain is found out."""

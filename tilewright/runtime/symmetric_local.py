@@ -37,11 +37,20 @@ class GpuRanks(SymmetricMemory):
     def place(self, rank: int, data: bytes) -> int:
         return self.gpus[rank].place(data)
 
+    def copy(self, rank: int, copy: Copy, stream: Any) -> None:
+        self.gpus[rank].start_copy(*copy, self._stream(rank, stream))
+
     def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
         return self.gpus[rank].start_copies(copies, self._stream(rank, stream), ordered)
 
     def join(self, rank: int, copy: Any, stream: Any) -> None:
         self.gpus[rank].wait_event(self._stream(rank, stream), copy)
+
+    def side_stream(self, rank: int) -> Any:
+        return self.gpus[rank].side_stream()
+
+    def rejoin(self, rank: int, stream: Any) -> None:
+        self.gpus[rank].rejoin(self._stream(rank, stream))
 
     def _stream(self, rank: int, stream: Any) -> int:
         """The handle of what a caller passed as a stream."""

@@ -76,6 +76,10 @@ class SymmetricMemory(ABC):
         """Put bytes into the memory of the rank's device, at a multiple of 128; they stay until `close`."""
 
     @abstractmethod
+    def copy(self, rank: int, copy: Copy, stream: Any) -> None:
+        """Give a stream of the rank's device a copy."""
+
+    @abstractmethod
     def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
         """Start copies behind what a stream of the rank's device has been given; something to `join` for each.
 
@@ -85,6 +89,14 @@ class SymmetricMemory(ABC):
     @abstractmethod
     def join(self, rank: int, copy: Any, stream: Any) -> None:
         """Let the stream wait for a copy."""
+
+    @abstractmethod
+    def side_stream(self, rank: int) -> Any:
+        """The stream of the rank's ordered copies, for launches behind them."""
+
+    @abstractmethod
+    def rejoin(self, rank: int, stream: Any) -> None:
+        """Let the stream wait for what `side_stream` has been given."""
 
     def fault_record(self, rank: int) -> SharedWords:
         """The record that a kernel of the rank writes when it gives up waiting."""

@@ -1,9 +1,9 @@
 """Collectives along any axes: all-gather, reduce-scatter and all-to-all.
 
 Tensors are taken as matrices of parts, so that one kernel serves all axes: what lies before an axis makes rows, the
-axis and what lies behind it one row of parts. All programs of a launch run at the same time; each goes through its
-tiles twice, first to send and then to wait. A tile travels in parts that are all on their way before it is signalled:
-links want many bytes under way.
+axis and what lies behind it one row of parts. A program sends its tiles and then waits for those of the same program of
+all ranks. A flag for each tile would cost more than it tells: a signal waits until all that was put before has arrived,
+and links want many bytes under way.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def all_gather(
     BN: tw.constexpr = 4096,
     PARTS: tw.constexpr = PARTS,
 ) -> None:
-    """``y[:, p] = x_p`` on every rank: x (A, C), y (A, world, C), ``done`` flags (row tiles * column tiles, world)."""
+    """``y[:, p] = x_p`` on every rank: x (A, C), y (A, world, C), ``done`` flags (programs, world)."""
     me, world, columns = tw.rank(), tw.world_size(), tw.cdiv(x.shape[1], BN)
-    tiles = tw.cdiv(x.shape[0], BM) * columns
-    for tile in tw.range(tw.program_id(0), tiles, tw.num_programs(0)):
+    tiles, program = tw.cdiv(x.shape[0], BM) * columns, tw.program_id(0)
+    for tile in tw.range(program, tiles, tw.num_programs(0)):
         m, n = tile // columns, tile % columns
         parts = load_parts(x, m, n, BM, BN, PARTS)
         for distance in tw.range(world):
             peer = (me + 1 + distance) % world
             tokens = put_parts(y.peer(peer).permute(1, 0, 2)[me], m, n, parts, PARTS)
-            tw.signal(done[tile, me], peer, after=tokens)
-    for tile in tw.range(tw.program_id(0), tiles, tw.num_programs(0)):
-        tw.wait(done[tile])
+    for peer in tw.range(world):
+        tw.signal(done[program, me], peer, after=tokens)
+    tw.wait(done[program])
 
 
 @tw.kernel
@@ -76,7 +76,7 @@ def all_to_all(
 
     Of tensors (O, A, M, C) the axes 0: A and 1: C are scattered and gathered. The scattered one is split in x, the
     gathered one in y: (O, world, A, M, C) where that is A and (O, A, M, world, C) where it is C, with A and C now the
-    sizes of a part. ``done`` flags (O * M * row tiles * column tiles, world).
+    sizes of a part. ``done`` flags (programs, world).
     """
     me, world = tw.rank(), tw.world_size()
     # views (world, O, M, A, C) of both
@@ -86,18 +86,19 @@ def all_to_all(
     rows, columns = tw.cdiv(from_.shape[3], BM), tw.cdiv(from_.shape[4], BN)
     middle = from_.shape[2]
     tiles = from_.shape[1] * middle * rows * columns
-    for distance in tw.range(world):
-        peer = (me + 1 + distance) % world
-        for tile in tw.range(tw.program_id(0), tiles, tw.num_programs(0)):
-            n, m, plane = tile % columns, tile // columns % rows, tile // (columns * rows)
-            parts = load_parts(from_[peer, plane // middle, plane % middle], m, n, BM, BN, PARTS)
-            to = y.peer(peer).permute(1, 0, 3, 2, 4)
-            if GATHER == 1:
-                to = y.peer(peer).permute(3, 0, 2, 1, 4)
-            tokens = put_parts(to[me, plane // middle, plane % middle], m, n, parts, PARTS)
-            tw.signal(done[tile, me], peer, after=tokens)
-    for tile in tw.range(tw.program_id(0), tiles, tw.num_programs(0)):
-        tw.wait(done[tile])
+    program, programs = tw.program_id(0), tw.num_programs(0)
+    for unit in tw.range(tw.cdiv(tw.maximum(tiles - program, 0), programs) * world):
+        # at any time some programs copy to each peer, and some within the own rank, which needs no link
+        tile, peer = program + unit // world * programs, (me + program + unit) % world
+        n, m, plane = tile % columns, tile // columns % rows, tile // (columns * rows)
+        parts = load_parts(from_[peer, plane // middle, plane % middle], m, n, BM, BN, PARTS)
+        to = y.peer(peer).permute(1, 0, 3, 2, 4)
+        if GATHER == 1:
+            to = y.peer(peer).permute(3, 0, 2, 1, 4)
+        tokens = put_parts(to[me, plane // middle, plane % middle], m, n, parts, PARTS)
+    for peer in tw.range(world):
+        tw.signal(done[program, me], peer, after=tokens)
+    tw.wait(done[program])
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -127,10 +128,10 @@ def gather(world: Any, x: Any, y: Any, axis: int = 0, **meta: int) -> None:
     before, behind = prod(shape[:axis]), prod(shape[axis:])
     meta = {**tile_of(before, behind), **meta}
     meta = {**parts_of(meta), **meta}
-    tiles = tiles_of(before, behind, meta)
-    done = flags(world, "gather", (tiles, world.size))
+    programs = min(tiles_of(before, behind, meta), BLOCKS)
+    done = flags(world, "gather", (programs, world.size))
     parts = y.reshape(before, world.size, behind)
-    world.launch(all_gather, (min(tiles, BLOCKS),), reshaped(x, before, behind), parts, done, **meta)
+    world.launch(all_gather, (programs,), reshaped(x, before, behind), parts, done, **meta)
 
 
 def scatter_sum(world: Any, x: Any, y: Any, axis: int = 0, **meta: int) -> None:
@@ -142,7 +143,7 @@ def scatter_sum(world: Any, x: Any, y: Any, axis: int = 0, **meta: int) -> None:
     world.launch(reduce_scatter, grid, x.reshape(before, world.size, behind), reshaped(y, before, behind), **meta)
 
 
-def exchange(world: Any, x: Any, y: Any, scatter: int, gather: int, **meta: int) -> None:
+def exchange(world: Any, x: Any, y: Any, scatter: int, gather: int, stream: Any = None, **meta: int) -> None:
     """Split every rank's ``x`` along the axis ``scatter``; part r goes to rank r, which joins them along ``gather``.
 
     ``y`` is symmetric. Contiguous arrays; x's size along ``scatter`` is a multiple of the number of ranks.
@@ -163,10 +164,11 @@ def exchange(world: Any, x: Any, y: Any, scatter: int, gather: int, **meta: int)
     sizes = {"SCATTER": int(scatter != first), "GATHER": int(gather != first)}
     tile = {**tile_of(part[1], part[3]), **meta}
     tile = {**parts_of(tile), **tile}
-    tiles = outer * middle * tiles_of(part[1], part[3], tile)
-    done = flags(world, "exchange", (tiles, size))
+    programs = min(outer * middle * tiles_of(part[1], part[3], tile), BLOCKS)
+    done = flags(world, "exchange", (programs, size))
     from_, to = _split(part, size, sizes["SCATTER"]), _split(part, size, sizes["GATHER"])
-    world.launch(all_to_all, (min(tiles, BLOCKS),), reshaped(x, *from_), y.reshape(*to), done, **sizes, **tile)
+    arrays = reshaped(x, *from_), y.reshape(*to), done
+    world.launch(all_to_all, (programs,), *arrays, stream=stream, **sizes, **tile)
 
 
 def _split(part: list[int], size: int, axis: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""All-to-all, and products with communication, by the GPUs' copy engines, which leave the SMs to the product.
+"""All-to-all, and products with communication, by the GPUs' copy engines, which leave the SMs to others.
 
 Ranks meet before the copies, so that nobody writes to what another one still reads, and behind them, so that nobody
 reads what has not arrived.
@@ -11,6 +11,7 @@ from typing import Any
 
 import tilewright as tw
 from tilewright.kernels.gemm import ADD_COLUMNS, ADD_ROWS, add_partials, configuration, gemm, product
+from tilewright.kernels.multi_gpu.collectives import exchange
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
 from tilewright.kernels.workspace import temporary
 
@@ -20,6 +21,8 @@ UNITS = 132
 CHUNKS = 2
 #: tiles for each SM in a chunk from which on `pays`
 LEAST_ROUNDS = 3
+#: bytes for each rank from which on copy engines are faster in an all-to-all
+LARGE = 64 << 20
 
 
 @tw.kernel
@@ -28,11 +31,15 @@ def meet(here: tw.Symmetric) -> None:
     tw.barrier(here)
 
 
-def all_to_all(world: Any, x: Any, y: Any, stream: Any = None) -> None:
+def all_to_all(world: Any, x: Any, y: Any, stream: Any = None, copies: bool | None = None) -> None:
     """``y[p]`` of rank r becomes ``x[r]`` of rank p.
 
-    x and symmetric y (world, ...) have one shape and dtype and are row-major.
+    x and symmetric y (world, ...) have one shape and dtype and are row-major. ``copies``: by the copy engines, not by a
+    kernel; the default is by size, since the ranks meet twice for the copies, but the link carries more of them.
     """
+    if not (y.nbytes >= LARGE * world.size if copies is None else copies):
+        exchange(world, x, y, 0, 0, stream)
+        return
     here = flags(world, "meet", (world.size,))
     world.launch(meet, (1,), here, stream=stream)
     world.push(x, y, stream)

@@ -1,9 +1,10 @@
 """A mixture of experts divided among ranks: tokens go to their experts, are multiplied there and come back weighted.
 
-Nobody counts in another rank's memory. Each rank lists for every expert the tokens that it has for it (`moe_route`);
-from the counts of all ranks everybody computes where each token's row lies at its expert (`moe_plan`). Programs of the
-product's launch then fetch the rows of one tile after the other, other programs multiply them (`moe_gemm`), and each
-rank reads the results of its tokens and adds them up in one order (`moe_combine`).
+Ranks exchange which experts their tokens want (`collectives.gather`), and each works out for itself which of all tokens
+its experts get, in which order (`moe_route`). Meanwhile the copy engines bring the tokens, each once
+however many experts of the rank it goes to; `moe_rows` puts copies of its row where its experts' rows are
+multiplied (`gemm_grouped`), and `moe_combine` adds up what the rank's experts say about a token, sends it to the
+token's rank, and adds what has come from others.
 """
 
 from __future__ import annotations
@@ -13,262 +14,164 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.gemm import product
-from tilewright.kernels.gemm_grouped import most_tiles
-from tilewright.kernels.multi_gpu.collectives import reshaped
-from tilewright.kernels.multi_gpu.pushing import UNITS
+from tilewright.kernels.gemm_grouped import LISTED, gemm_grouped, list_tiles, most_tiles
+from tilewright.kernels.multi_gpu.collectives import gather, reshaped
 from tilewright.kernels.multi_gpu.workspace import flags, own, symmetric
 
-#: columns of tokens that a program fetches at a time, and how many times in a row
-WIDTH, PARTS = 128, 8
-
-
-@tw.function
-def group_of(tile, starts):
-    """The last group whose tiles start at or before ``tile``."""
-    low, high = 0, starts.shape[0] - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tw.load(starts, middle) <= tile
-        low, high = tw.where(before, middle, low), tw.where(before, high, middle)
-    return low
+#: choices that `moe_route` looks at in one step
+CHOICES = 4096
+#: tokens and columns that a program of `moe_rows` copies, and of `moe_combine` adds up, with their warps
+ROWS, COMBINED = {"BT": 8, "BN": 1024, "num_warps": 8}, {"BT": 2, "BN": 1024, "num_warps": 8}
+#: programs of `moe_combine`: as many as run at the same time
+BLOCKS = 264
 
 
 @tw.kernel
-def moe_route(
-    experts: tw.Tensor, lists: tw.Tensor, counts: tw.Tensor, places: tw.Tensor, *, K: tw.constexpr, BN: tw.constexpr
-) -> None:
-    """Which of the own tokens go to an expert. Grid: (E,).
+def moe_route(experts: tw.Tensor, rows_of: tw.Tensor, offsets: tw.Tensor, first: tw.int32, *, BN: tw.constexpr) -> None:
+    """The row of each choice for one of the rank's experts, from ``first`` on, sorted by expert. Grid: (E / world,).
 
-    experts (T * K,) int32: the K different experts of each token. ``lists[e]`` gets the tokens of expert e in their
-    order, ``counts[e]`` their number, ``places[i]`` the place of choice i in its expert's list. lists (E, T), counts
-    (E,), places (T * K,), all int32.
+    experts (choices of all ranks,): the experts, in the order of ranks and tokens. ``rows_of`` like experts gets the
+    rows, -1 for choices of other ranks' experts; ``offsets[i]`` the first row of the rank's expert i, (E / world + 1,).
+    All int32.
     """
-    e = tw.program_id(0)
-    count = 0
-    for j in tw.range(tw.cdiv(experts.shape[0], BN)):
+    i, each, steps = tw.program_id(0), tw.num_programs(0), tw.cdiv(experts.shape[0], BN)
+    before = tw.zeros((BN,), tw.int32)
+    for j in tw.range(steps):
+        e = tw.load(experts, j, BN, pad=-1) - first
+        before = before + ((e >= 0) & (e < i)).to(tw.int32)
+        if j % each == i:
+            choice = j * BN + tw.arange(0, BN)
+            tw.scatter(rows_of, tw.where((e < 0) | (e >= each), choice, -1), tw.full((BN,), -1, tw.int32), 0)
+    row = tw.sum(before, axis=0)
+    tw.store(offsets, i, row)
+    for j in tw.range(steps):
         choice = j * BN + tw.arange(0, BN)
-        chosen = tw.load(experts, j, BN, pad=-1) == e
-        place = count + tw.cumsum(chosen.to(tw.int32), axis=0) - 1
-        tw.scatter(lists[e], tw.where(chosen, place, -1), choice // K, 0)
-        tw.scatter(places, tw.where(chosen, choice, -1), place, 0)
-        count = count + tw.sum(chosen.to(tw.int32), axis=0)
-    tw.store(counts, e, count)
+        chosen = tw.load(experts, j, BN, pad=-1) - first == i
+        places = tw.cumsum(chosen.to(tw.int32), axis=0) - 1
+        tw.scatter(rows_of, tw.where(chosen, choice, -1), row + places, 0)
+        row = row + tw.sum(chosen.to(tw.int32), axis=0)
+    if i == each - 1:
+        tw.store(offsets, each, row)
 
 
 @tw.kernel
-def moe_plan(
-    counts: tw.Symmetric,
-    before: tw.Tensor,
-    starts: tw.Tensor,
+def moe_rows(
+    x: tw.Tensor,
+    rows_of: tw.Tensor,
     rows: tw.Tensor,
+    source: tw.int32,
     *,
-    BM: tw.constexpr,
-    EXPERTS: tw.constexpr,
+    K: tw.constexpr,
+    BT: tw.constexpr,
+    BN: tw.constexpr,
 ) -> None:
-    """Where the rows of experts lie: those of each in tiles of BM rows, in the order of ranks. Grid: (1,).
+    """Copy the tokens of the rank ``source`` to the rows of this rank's experts.
 
-    ``before[p, e]``: how many rows of expert e the ranks before p have, (world + 1, E); ``starts[i]``: the first tile
-    of this rank's expert i, (E / world + 1,); ``rows[e]``: the first row of this rank's tokens at the rank of expert
-    e, (E,). All int32. EXPERTS is a power of two that is not less than E.
+    x (world, T, H), ``rows_of`` (world * T * K,), rows (R, H). Grid: (cdiv(H, BN), cdiv(T, BT)).
     """
-    me, world, each = tw.rank(), tw.world_size(), starts.shape[0] - 1
-    e = tw.arange(0, EXPERTS)
-    total, mine = tw.zeros((EXPERTS,), tw.int32), tw.zeros((EXPERTS,), tw.int32)
-    for source in tw.range(world):
-        tw.store(before[source], 0, total)
-        mine = tw.where(source == me, total, mine)
-        total = total + tw.get(counts.peer(source), 0, EXPERTS)
-    tw.store(before[world], 0, total)
-    tiles = tw.cdiv(total, BM)
-    first = tw.cumsum(tiles, axis=0) - tiles
-    for owner in tw.range(world):
-        theirs = e // each == owner
-        first = tw.where(theirs, first - tw.sum(tw.where(e < owner * each, tiles, 0), axis=0), first)
-    tw.store(rows, 0, first * BM + mine)
-    here = e // each == me
-    tw.scatter(starts, tw.where(here, e - me * each, -1), first, 0)
-    tw.store(starts, each, tw.sum(tw.where(here, tiles, 0), axis=0))
+    n, t, tokens = tw.program_id(0), tw.program_id(1), x.shape[1]
+    value = tw.load(x[source], (t, n), (BT, BN))
+    token = t * BT + tw.arange(0, BT)
+    for k in tw.static_range(K):
+        choice = tw.where(token < tokens, (source * tokens + token) * K + k, -1)
+        tw.scatter(rows, tw.gather(rows_of, choice, pad=-1), value, 0, tile=(0, n))
 
 
 @tw.function
-def expert_of(tile: Any, starts: Any) -> Any:
-    """The last of the rank's experts whose tiles start at or before ``tile``."""
-    low, high = 0, starts.shape[0] - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tw.load(starts, middle) <= tile
-        low, high = tw.where(before, middle, low), tw.where(before, high, middle)
-    return low
-
-
-@tw.function
-def find(lists: Any, before: Any, e: Any, row: Any, BM: tw.constexpr) -> Any:
-    """Of expert e's rows from ``row`` on: whose token each one is, and which; -1 for rows of no token."""
-    place = row + tw.arange(0, BM)
-    owner, token = tw.full((BM,), -1, tw.int32), tw.full((BM,), -1, tw.int32)
-    for source in tw.range(tw.world_size()):
-        first, last = tw.load(before[source], e), tw.load(before[source + 1], e)
-        index = tw.where((place >= first) & (place < last), place - first, -1)
-        owner = tw.where(index >= 0, source, owner)
-        token = tw.maximum(token, tw.gather(lists.peer(source)[e], index, pad=-1))
-    return owner, token
-
-
-@tw.function
-def fetch(x: Any, owner: Any, token: Any, column: Any, WIDTH: tw.constexpr) -> Any:
-    """The tile (BM, WIDTH) of columns of the tokens that `find` gave; rows of no token are 0."""
-    tile = tw.zeros((token.shape[0], WIDTH), x.dtype)
-    for source in tw.range(tw.world_size()):  # of each row one rank has the token: the others add 0
-        mine = tw.where(owner == source, token, -1)
-        tile = tile + tw.gather(x.peer(source), mine, 0, tile=(0, column), shape=(token.shape[0], WIDTH))
-    return tile
-
-
-@tw.kernel
-def moe_gemm(
-    x: tw.Symmetric,
-    lists: tw.Symmetric,
-    before: tw.Tensor,
-    starts: tw.Tensor,
-    w: tw.Tensor,
-    gathered: tw.Symmetric,
-    fetched: tw.Symmetric,
-    y: tw.Tensor,
-    communicators: tw.int32,
-    period: tw.int32,
-    *,
-    BM: tw.constexpr = 128,
-    BN: tw.constexpr = 256,
-    BK: tw.constexpr = 64,
-    WIDTH: tw.constexpr = WIDTH,
-    PARTS: tw.constexpr = PARTS,
-    WINDOW: tw.constexpr = 8,
-) -> None:
-    """``y``: rows of this rank's experts, x (T, H) of all ranks times w (E / world, H, N).
-
-    ``gathered`` (tiles, BM, H) gets the rows, y (tiles, BM, N); lists, before, starts as `moe_plan` says; ``fetched``
-    flags (tiles, cdiv(H, PARTS * WIDTH)). Of each ``period`` programs the first ``communicators`` fetch what those of
-    the next period multiply, and in the first also what those of this one do. Grid: programs for the most tiles there
-    can be.
-    """
-    me, columns, tiles = tw.rank(), tw.cdiv(w.shape[2], BN), tw.load(starts, starts.shape[0] - 1)
-    round_, slot, each = tw.program_id(0) // period, tw.program_id(0) % period, period - communicators
-    window = WINDOW * columns
-    if slot < communicators:
-        begin = tw.where(round_ == 0, 0, tw.minimum(tw.cdiv((round_ + 1) * each, window) * WINDOW, tiles))
-        end = tw.minimum(tw.cdiv((round_ + 2) * each, window) * WINDOW, tiles)
-        slices = tw.cdiv(x.shape[1], PARTS * WIDTH)
-        for unit in tw.range(begin * slices + slot, end * slices, communicators):
-            tile, part = unit // slices, unit % slices
-            i = expert_of(tile, starts)
-            row = (tile - tw.load(starts, i)) * BM
-            owner, token = find(lists, before, me * w.shape[0] + i, row, BM)
-            puts: Any = ()
-            for column in tw.static_range(PARTS):
-                value = fetch(x, owner, token, part * PARTS + column, WIDTH)
-                puts = (*puts, tw.put(gathered.peer(me)[tile], (0, part * PARTS + column), value))
-            tw.signal(fetched[tile, part], me, after=puts)
-    else:
-        number = round_ * each + slot - communicators
-        if number < tiles * columns:
-            first, place = number // window * WINDOW, number % window
-            height = tw.minimum(tiles - first, WINDOW)
-            tile, n = first + place % height, place // height
-            here = tw.wait(fetched[tile])
-            acc = product(gathered[tile], w[expert_of(tile, starts)], 0, n, BM, BN, BK, here)
-            tw.store(y[tile], (0, n), acc.to(y.dtype))
+def weighted(
+    rows_of: Any, weights: Any, y: Any, tokens: Any, first: Any, t: Any, n: Any,
+    K: tw.constexpr, BT: tw.constexpr, BN: tw.constexpr,
+) -> Any:  # fmt: skip
+    """What the rank's experts say about the tokens of tile t, of ``tokens`` whose choices begin at ``first``."""
+    token = t * BT + tw.arange(0, BT)
+    total = tw.zeros((BT, BN), tw.float32)
+    for k in tw.static_range(K):
+        choice = tw.where(token < tokens, first + token * K + k, -1)
+        part = tw.gather(y, tw.gather(rows_of, choice, pad=-1), 0, tile=(0, n), shape=(BT, BN))
+        total = total + part.to(tw.float32) * tw.gather(weights, choice)[:, None]
+    return total
 
 
 @tw.kernel
 def moe_combine(
-    experts: tw.Tensor,
+    rows_of: tw.Tensor,
     weights: tw.Tensor,
-    places: tw.Tensor,
-    rows: tw.Tensor,
-    y: tw.Symmetric,
+    y: tw.Tensor,
+    parts: tw.Symmetric,
+    arrived: tw.Symmetric,
     out: tw.Tensor,
-    each: tw.int32,
     *,
     K: tw.constexpr,
-    BT: tw.constexpr = 4,
-    BN: tw.constexpr = 512,
+    BT: tw.constexpr,
+    BN: tw.constexpr,
 ) -> None:
-    """``out[t]``: the sum over its K choices of weight times result. Grid: any number that runs at the same time.
+    """``out[t]``: the sum over its K choices of weight times result. Grid: any number.
 
-    experts, weights (float32), places (T, K); y (rows of all tiles, N) of every rank, whose experts are ``each`` in
-    number; out (T, N). Adds in float32, in the order of
-    ranks and of choices.
+    ``rows_of``, weights (float32), (world * T * K,), of all ranks' tokens; y (R, N) has the results of this rank's
+    experts; out (T, N). ``parts`` (world, T, N) gets what each rank has for this one's tokens, ``arrived`` flags
+    (programs, world). Adds in float32, in the order of ranks and of choices; what is sent is rounded.
     """
-    columns = tw.cdiv(out.shape[1], BN)
-    for program in tw.range(tw.program_id(0), tw.cdiv(out.shape[0], BT) * columns, tw.num_programs(0)):
-        t, n = program // columns, program % columns
-        token = t * BT + tw.arange(0, BT)
-        token = tw.where(token < out.shape[0], token, -1)
-        chosen: Any = ()
-        for choice in tw.static_range(K):
-            e = tw.gather(experts.permute(1, 0)[choice], token, pad=-1)
-            row = tw.gather(rows, e) + tw.gather(places.permute(1, 0)[choice], token)
-            chosen = (*chosen, (e // each, row, tw.gather(weights.permute(1, 0)[choice], token)))
-        total = tw.zeros((BT, BN), tw.float32)
-        for owner in tw.range(tw.world_size()):
-            for choice in tw.static_range(K):
-                theirs = tw.where(chosen[choice][0] == owner, chosen[choice][1], -1)
-                part = tw.gather(y.peer(owner), theirs, 0, tile=(0, n), shape=(BT, BN))
-                total = total + part.to(tw.float32) * chosen[choice][2][:, None]
-        tw.store(out, (t, n), total.to(out.dtype))
+    me, world, tokens, columns = tw.rank(), tw.world_size(), out.shape[0], tw.cdiv(out.shape[1], BN)
+    program, tiles = tw.program_id(0), tw.cdiv(tokens, BT) * columns
+    for hop in tw.range(1, world):
+        peer = (me + hop) % world
+        for tile in tw.range(program, tiles, tw.num_programs(0)):
+            t, n = tile // columns, tile % columns
+            total = weighted(rows_of, weights, y, tokens, peer * tokens * K, t, n, K, BT, BN)
+            sent = tw.put(parts.peer(peer)[me], (t, n), total.to(parts.dtype))
+    for peer in tw.range(world):
+        tw.signal(arrived[program, me], peer, after=sent)
+    here = tw.wait(arrived[program])
+    for tile in tw.range(program, tiles, tw.num_programs(0)):
+        t, n = tile // columns, tile % columns
+        total = weighted(rows_of, weights, y, tokens, me * tokens * K, t, n, K, BT, BN)
+        whole = tw.zeros((BT, BN), tw.float32)
+        for source in tw.range(world):
+            theirs = tw.load(parts[source], (t, n), (BT, BN), after=here).to(tw.float32)
+            whole = whole + tw.where(source == me, total, theirs)
+        tw.store(out, (t, n), whole.to(out.dtype))
 
 
-#: blocks that fetch rows while the others multiply, and those of `moe_combine`
-COMMUNICATORS, BLOCKS = 48, 528
-#: choices that `moe_route` looks at in one step
-CHOICES = 4096
+def moe(world: Any, x: Any, experts: Any, weights: Any, w: Any, out: Any, **meta: int) -> None:
+    """``out[t] = sum over k of weights[t, k] * (x[rank][t] @ w[experts[t, k]])`` for each rank's tokens t.
 
-
-def moe(
-    world: Any,
-    x: Any,
-    experts: Any,
-    weights: Any,
-    w: Any,
-    out: Any,
-    *,
-    communicators: int = COMMUNICATORS,
-    units: int = UNITS,
-    **meta: int,
-) -> None:
-    """``out[t] = sum over k of weights[t, k] * (x[t] @ w[experts[t, k]])`` for each rank's tokens t.
-
-    x (T, H) is symmetric; experts (T, K) int32, the K different experts of each token, weights (T, K) float32, w
-    (E / world, H, N) the rank's experts, out (T, N). Workspaces are as large as the case that one rank has all tokens'
-    experts. Equal inputs give equal bits.
+    x (world, T, H) is symmetric, and the rank has written its tokens, ``x[rank]``; afterwards it has all of them.
+    experts (T, K) int32, the K different experts of each token, weights (T, K) float32, w (E / world, H, N) the rank's
+    experts, out (T, N). Workspaces are as large as the case that one rank has all tokens' experts. Equal inputs give
+    equal bits. ``meta``: tile sizes of `gemm_grouped`.
     """
-    size, (tokens, depth) = world.size, x.shape
-    (each, _, width), choices = own(w).shape, own(experts).shape[1]
-    count, dtype = each * size, own(w).dtype
-    meta = {"BM": 128, "BN": 256, "BK": 64, **meta}
-    columns, tiles = tw.cdiv(width, meta["BN"]), most_tiles(size * tokens * min(choices, each), each, meta["BM"])
-    lists = symmetric(world, "moe_lists", (count, tokens), "int32")
-    counts = symmetric(world, "moe_counts", (count,), "int32")
-    places = symmetric(world, "moe_places", (tokens, choices), "int32")
-    before = symmetric(world, "moe_before", (size + 1, count), "int32")
-    starts = symmetric(world, "moe_starts", (each + 1,), "int32")
-    rows = symmetric(world, "moe_rows", (count,), "int32")
-    gathered = symmetric(world, "moe_gathered", (tiles, meta["BM"], depth), dtype)
-    results = symmetric(world, "moe_results", (tiles, meta["BM"], width), own(out).dtype)
-    fetched = flags(world, "moe", (tiles, tw.cdiv(depth, meta.get("WIDTH", WIDTH) * meta.get("PARTS", PARTS))))
-    flat = reshaped(experts, tokens * choices)
+    size, (_, tokens, depth) = world.size, x.shape
+    (each, _, width), choices, dtype = own(w).shape, own(experts).shape[1], own(w).dtype
+    meta = {"BM": 64, "BN": 256, "BK": 64, "WINDOW": 16, **meta}
+    most = size * tokens * min(choices, each)
+    tiles = most_tiles(most, each, meta["BM"])
+    everybody = symmetric(world, "moe_experts", (size * tokens * choices,), "int32")
+    all_weights = symmetric(world, "moe_weights", (size * tokens * choices,), "f32")
+    rows_of = symmetric(world, "moe_rows_of", (size * tokens * choices,), "int32")
+    offsets = symmetric(world, "moe_offsets", (each + 1,), "int32")
+    table = symmetric(world, "moe_table", (tiles, 4), "int32")
+    rows = symmetric(world, "moe_rows", (most, depth), dtype)
+    results = symmetric(world, "moe_results", (most, width), dtype)
+    parts = symmetric(world, "moe_parts", (size, tokens, width), own(out).dtype)
+    gather(world, reshaped(experts, tokens * choices), everybody)
+    # all ranks have begun, so that their tokens are there
+    copies = world.pull(lambda rank: [(x, (rank + hop) % size, ((rank + hop) % size,)) for hop in range(1, size)])
+    gather(world, reshaped(weights, tokens * choices), all_weights)
     world.launch(
-        moe_route, (count,), flat, lists, counts, places.reshape(tokens * choices), K=choices, BN=CHOICES, num_warps=8
+        moe_route, (each,), everybody, rows_of, offsets, [rank * each for rank in world.ranks], BN=CHOICES, num_warps=8
     )
-    world.launch(moe_plan, (1,), counts, before, starts, rows, BM=meta["BM"], EXPERTS=1 << (count - 1).bit_length())
-    rounds = tw.cdiv(tiles * columns, units - communicators)
-    world.launch(
-        moe_gemm, (rounds * units,), x, lists, before, starts, w, gathered, fetched, results, communicators, units,
-        **meta,
-    )  # fmt: skip
-    whole = results.reshape(tiles * meta["BM"], width)
-    world.launch(moe_combine, (BLOCKS,), experts, weights, places, rows, whole, out, each, K=choices)
+    groups = 1 << (each - 1).bit_length()
+    world.launch(list_tiles, (tw.cdiv(tiles, LISTED),), offsets, table, BM=meta["BM"], GROUPS=groups, TILES=LISTED)
+    grid = tw.cdiv(depth, ROWS["BN"]), tw.cdiv(tokens, ROWS["BT"])
+    for hop in range(size):
+        if hop:
+            copies.join(hop)
+        sources = [(rank + hop) % size for rank in world.ranks]
+        world.launch(moe_rows, grid, x, rows_of, rows, sources, K=choices, **ROWS)
+    world.launch(gemm_grouped, (tiles * tw.cdiv(width, meta["BN"]),), rows, w, table, results, **meta)
+    programs = min(BLOCKS, tw.cdiv(tokens, COMBINED["BT"]) * tw.cdiv(width, COMBINED["BN"]))
+    combined = rows_of, all_weights, results, parts, flags(world, "moe", (programs, size)), out
+    world.launch(moe_combine, (programs,), *combined, K=choices, **COMBINED)
 
 
 def reference(
@@ -277,7 +180,7 @@ def reference(
     weights: list[np.ndarray[Any, Any]],
     w: list[np.ndarray[Any, Any]],
 ) -> list[np.ndarray[Any, Any]]:
-    """Each rank's out in float64."""
+    """Each rank's out in float64, from each rank's tokens."""
     matrices = np.concatenate(w).astype(np.float64)
     return [
         np.einsum(

@@ -1,9 +1,10 @@
 """Attention over keys and values that are divided among ranks by sequence, forward.
 
-Each rank has the queries, keys and values of its chunks of the sequence and pushes keys and values to all peers, while
-its queries already attend to the own ones; what arrives is added as it comes. Without CAUSAL a rank has one chunk.
-With it the sequence is cut into 2 * world chunks, of which rank r has r and 2 * world - 1 - r: all ranks have the same
-work ("zigzag").
+Each rank has the queries, keys and values of its chunks of the sequence. Either it pushes keys and values to all peers,
+while its queries already attend to the own ones, and adds what arrives as it comes (`ring_attention`); or the copy
+engines bring those of one group of heads after the other, while heads whose keys are there attend to all of them
+(`chunk_attention`). Without CAUSAL a rank has one chunk. With it the sequence is cut into 2 * world chunks, of which
+rank r has r and 2 * world - 1 - r: all ranks have the same work ("zigzag").
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.attention import LN2, LOG2E, weigh
+from tilewright.kernels.attention import LN2, LOG2E, attend, configuration, weigh
 from tilewright.kernels.attention import reference as whole_reference
+from tilewright.kernels.multi_gpu.copy_engine import meet
 from tilewright.kernels.multi_gpu.pushing import load_parts, put_parts
 from tilewright.kernels.multi_gpu.workspace import flags, own
 
@@ -61,13 +63,13 @@ def ring_attention(
 ) -> None:
     """q (C, B, H, S, D), o (C, B, H, S, DV), lse (C, B, H, S): the rank's chunks of S places, 2 with CAUSAL, else 1.
 
-    k (C * world, B, G, S, D) and v (C * world, B, G, S, DV), in the order of the sequence: the own chunks are there
+    k (B, G, C * world, S, D) and v (B, G, C * world, S, DV), in the order of the sequence: the own chunks are there
     before the launch, what the own queries see of the others arrives. ``arrived`` flags (C * world, B * G, FLAGS).
     ``scale`` includes log2(e). The first ``communicators`` programs push, a block each, which then computes as the
     others do. Grid: (communicators + C * B * H * cdiv(S, BM),).
     """
     CHUNKS = 2 if CAUSAL else 1
-    me, world, batch, heads, groups = tw.rank(), tw.world_size(), q.shape[1], q.shape[2], k.shape[2]
+    me, world, batch, heads, groups = tw.rank(), tw.world_size(), q.shape[1], q.shape[2], k.shape[1]
     number, length = tw.program_id(0), k.shape[3]
     if number < communicators:
         tiles = tw.cdiv(length, ROWS)
@@ -80,10 +82,10 @@ def ring_attention(
                 peer = (me + hop) % world
                 if not CAUSAL or c < 2 * world - peer:  # some query there sees it
                     for row in tw.range(part * each, tw.minimum((part + 1) * each, tiles)):
-                        keys = load_parts(k[c, b, g], row, 0, ROWS, D, PARTS, here)
-                        values = load_parts(v[c, b, g], row, 0, ROWS, DV, PARTS, here)
-                        sent = put_parts(k.peer(peer)[c, b, g], row, 0, keys, PARTS)
-                        sent_too = put_parts(v.peer(peer)[c, b, g], row, 0, values, PARTS)
+                        keys = load_parts(k[b, g, c], row, 0, ROWS, D, PARTS, here)
+                        values = load_parts(v[b, g, c], row, 0, ROWS, DV, PARTS, here)
+                        sent = put_parts(k.peer(peer)[b, g, c], row, 0, keys, PARTS)
+                        sent_too = put_parts(v.peer(peer)[b, g, c], row, 0, values, PARTS)
                     tw.signal(arrived[c, bg, part], peer, after=(sent, sent_too))
     else:
         program, rows = number - communicators, tw.cdiv(length, BM)
@@ -104,11 +106,50 @@ def ring_attention(
             here = tw.wait(arrived[c, b * groups + g], when=theirs)
             shift = (place - c) * length
             top, total, out = weigh(
-                queries, k[c, b, g], v[c, b, g], None, scale, m * BM, length, shift, None, top, total, out,
+                queries, k[b, g, c], v[b, g, c], None, scale, m * BM, length, shift, None, top, total, out,
                 BN, CAUSAL, None, here,
             )  # fmt: skip
         tw.store(o[which, b, h], (m, 0), (out * (1.0 / tw.maximum(total, 1e-30))[:, None]).to(o.dtype))
         tw.store(lse[which, b, h], m, (top * scale + tw.log2(total)) * LN2)
+
+
+@tw.kernel
+def chunk_attention(
+    q: tw.Tensor,
+    k: tw.Tensor,
+    v: tw.Tensor,
+    o: tw.Tensor,
+    lse: tw.Tensor,
+    scale: tw.float32,
+    head: tw.int32,
+    early: tw.int32,
+    late: tw.int32,
+    *,
+    D: tw.constexpr = 128,
+    DV: tw.constexpr = 128,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 128,
+    CAUSAL: tw.constexpr = False,
+) -> None:
+    """Attention of some heads, from ``head`` on, where all keys are there; k (B, G, N, D), v (B, G, N, DV).
+
+    q, o, lse and ``scale`` as in `ring_attention`; the chunks of queries are those ``early`` and ``late`` in the
+    sequence. Grid: (cdiv(S, BM), heads, C * B). No rank is waited for: launches may run beside each other.
+    """
+    m, h, b = tw.program_id(0), head + tw.program_id(1), tw.program_id(2) % q.shape[1]
+    # the later chunk sees more keys: it comes first
+    which = q.shape[0] - 1 - tw.program_id(2) // q.shape[1]
+    g, place = h // (q.shape[2] // k.shape[1]), tw.where(which == 0, early, late)
+    length = (place + 1) * q.shape[3] if CAUSAL else k.shape[2]
+    queries = tw.load(q[which, b, h], (m, 0), (BM, D))
+    out, total, logarithm = attend(
+        queries, k[b, g], v[b, g], None, scale, m * BM, length, place * q.shape[3], None, DV, BN, CAUSAL, None
+    )
+    tw.store(o[which, b, h], (m, 0), (out * (1.0 / tw.maximum(total, 1e-30))[:, None]).to(o.dtype))
+    tw.store(lse[which, b, h], m, logarithm * LN2)
+
+
+# --- launches -------------------------------------------------------------------------------------
 
 
 def ring_sdpa(
@@ -121,27 +162,68 @@ def ring_sdpa(
     causal: bool = False,
     *,
     scale: float | None = None,
-    communicators: int = COMMUNICATORS,
+    communicators: int | None = None,
     **meta: int,
 ) -> None:
     """Attention of the ranks' queries to all ranks' keys; shapes as in `ring_attention`.
 
     k and v are symmetric, and each rank has written its own chunks. Afterwards a rank has all that its queries see, as
     `tilewright.kernels.multi_gpu.ring_attention_backward` wants it. ``scale`` is 1 / sqrt(D) by default.
+    ``communicators`` blocks of the kernel push keys and values, or with 0 the copy engines bring them. The default is
+    what was faster on two H200.
     """
     chunks, batch, heads, length, depth = own(q).shape
-    groups, width = k.shape[2], v.shape[4]
-    if (chunks, k.shape[0]) != ((2 if causal else 1), chunks * world.size):
+    groups, width = k.shape[1], v.shape[4]
+    if (chunks, k.shape[2]) != ((2 if causal else 1), chunks * world.size):
         wanted = "2 chunks of queries and 2 of keys for each rank" if causal else "a chunk for each rank"
         raise ValueError(f"q {own(q).shape} and k {k.shape}: {'causal' if causal else 'full'} attention takes {wanted}")
-    meta = {"BM": 128, "BN": 128 if max(depth, width) <= 128 else 64, "ROWS": ROWS, **meta}
     factor = (depth**-0.5 if scale is None else scale) * LOG2E
+    sizes = {"D": depth, "DV": width, "CAUSAL": causal}
+    if communicators is None:
+        communicators = COMMUNICATORS if causal else 0
+    if communicators == 0:
+        meta = {**configuration(length, max(depth, width)), **meta}
+        _by_copies(world, q, k, v, o, lse, factor, **sizes, **meta)
+        return
+    meta = {"BM": 128, "BN": 128 if max(depth, width) <= 128 else 64, "ROWS": ROWS, **meta}
     rows = tw.cdiv(length, meta["BM"])
-    arrived = flags(world, "ring_attention", (k.shape[0], batch * groups, FLAGS))
+    arrived = flags(world, "ring_attention", (chunks * world.size, batch * groups, FLAGS))
     communicators = min(communicators, chunks * batch * groups * FLAGS)
     grid = (communicators + chunks * batch * heads * rows,)
-    sizes = {"D": depth, "DV": width, "CAUSAL": causal, **meta}
-    world.launch(ring_attention, grid, q, k, v, o, lse, arrived, factor, communicators, **sizes)
+    world.launch(ring_attention, grid, q, k, v, o, lse, arrived, factor, communicators, **sizes, **meta)
+
+
+def _by_copies(world: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, factor: float, **meta: Any) -> None:
+    """The copy engines bring one group of keys after the other; with the first one attention begins.
+
+    What needs the other groups is launched behind all copies, beside what needs the first one.
+    """
+    chunks, batch, heads, length, _ = own(q).shape
+    groups, size = k.shape[1], world.size
+    rows, shared = tw.cdiv(length, meta["BM"]), heads // groups
+    keys, values = (x.reshape(batch, groups, chunks * size * length, x.shape[4]) for x in (k, v))
+    whole = chunks == 1 or length % meta["BN"] != 0  # a tile at the end of a chunk holds rows of the next one
+
+    def parts(rank: int, begin: int, end: int) -> list[Any]:
+        peers = [(rank + hop) % size for hop in range(1, size)]
+        seen = [(p, c) for p in peers for c in (p, 2 * size - 1 - p)[:chunks] if whole or c < 2 * size - rank]
+        return [(x, p, (b, g, c)) for g in range(begin, end) for b in range(batch) for p, c in seen for x in (k, v)]
+
+    def attend_heads(begin: int, end: int, stream: Any) -> None:
+        grid = rows, (end - begin) * shared, chunks * batch
+        places = list(world.ranks), [chunks * size - 1 - rank for rank in world.ranks]
+        head = begin * shared
+        world.launch(chunk_attention, grid, q, keys, values, o, lse, factor, head, *places, stream=stream, **meta)
+
+    here = flags(world, "meet", (size,))
+    world.launch(meet, (1,), here)
+    world.pull(lambda rank: parts(rank, 0, 1), ordered=False).join()
+    others = world.pull(lambda rank: parts(rank, 1, groups))
+    attend_heads(0, 1, None)
+    if groups > 1:
+        attend_heads(1, groups, others.streams)
+    others.rejoin()
+    world.launch(meet, (1,), here)  # nobody overwrites what others still copy
 
 
 def reference(

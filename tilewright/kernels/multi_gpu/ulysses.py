@@ -37,11 +37,13 @@ def ulysses_attention(
 
     q (B, world, S, H / world, D), k (B, world * S, G / world, D), v (B, world * S, G / world, DV), lse (B, H / world,
     world, S); ``done`` flags (cdiv(S, BM), H, B). ``scale`` includes log2(e).
-    Grid: (world * cdiv(S, BM), H / world, B + 1): the last programs wait for what others put.
+    Grid: (world * cdiv(S, BM), H / world, B + 1), with CAUSAL the first two the other way round: late places, which see
+    many keys, come first, those of all heads. The last programs wait for what others put.
     """
-    place, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-    me, length, heads = tw.rank(), q.shape[2], q.shape[3]
-    tiles = tw.cdiv(length, BM)
+    me, length, heads, b = tw.rank(), q.shape[2], q.shape[3], tw.program_id(2)
+    place, h, tiles = tw.program_id(0), tw.program_id(1), tw.cdiv(length, BM)
+    if CAUSAL:
+        place, h = tw.num_programs(1) - 1 - tw.program_id(1), tw.program_id(0)
     owner, m = place // tiles, place % tiles
     if b < q.shape[0]:
         queries = tw.load(q.permute(0, 1, 3, 2, 4)[b, owner, h], (m, 0), (BM, D))
@@ -92,7 +94,7 @@ def ulysses_sdpa(
     done = flags(world, "ulysses", (tiles, heads, batch))
     factor = (depth**-0.5 if scale is None else scale) * LOG2E
     queries = whole[0].reshape(batch, size, length, each, depth)
-    grid = size * tiles, each, batch + 1
+    grid = (each, size * tiles, batch + 1) if causal else (size * tiles, each, batch + 1)
     world.launch(
         ulysses_attention, grid, queries, *whole[1:], o, lse, done, factor, D=depth, DV=width, CAUSAL=causal, **sizes
     )
