@@ -172,12 +172,16 @@ def test_scaled(left: Any, right: Any, parts: int | None, per_row: bool, bias: b
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [E4M3, np.int8])
-@pytest.mark.parametrize("shape", [(200, 264, 400), (64, 96, 128), (19, 21, 7), (132, 512, 384)])
-def test_block_scaled(shape: tuple[int, int, int], dtype: Any, device: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((200, 264, 400), 1), ((64, 96, 128), 1), ((19, 21, 7), 1), ((132, 512, 384), 1), ((72, 392, 272), 2)],
+)
+def test_block_scaled(shape: tuple[int, int, int], parts: int, dtype: Any, device: str) -> None:
     m, n, k = shape
     a, b, out = random(m, k, dtype=dtype), random(n, k, dtype=dtype).T, poisoned(m, n)
     scale_a, scale_b = positive(tw.cdiv(k, 128), m).T, positive(tw.cdiv(k, 128), tw.cdiv(n, 128))
-    tw.device(device).launch(gemm_block_scaled, tiles((m, n), bn=128), a, b, scale_a, scale_b, out)
+    grid = tiles((m, n), bn=128 * parts)
+    tw.device(device).launch(gemm_block_scaled, grid, a, b, scale_a, scale_b, out, PARTS=parts)
     assert relative(out, scaled_module.block_reference(a, b, scale_a, scale_b)) < ROUNDED
 
 

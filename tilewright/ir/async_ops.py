@@ -26,7 +26,16 @@ from tilewright.ir.core import (
     optional,
     region,
 )
-from tilewright.ir.types import BufferType, SlotType, TileType, TokenType, ViewType, element_type, multipliable
+from tilewright.ir.types import (
+    BufferType,
+    ScalarType,
+    SlotType,
+    TileType,
+    TokenType,
+    ViewType,
+    element_type,
+    multipliable,
+)
 
 #: atomic updates of global memory that the copy engine makes, and of which element types
 BULK_UPDATES = {"add": ("i32", "f32")}
@@ -189,13 +198,18 @@ class Wait(Operation):
 
 @operation("async.local_load", effect=Effect.READ)
 class LocalLoad(Operation):
-    """Read a slot into a tile."""
+    """Read a slot into a tile, or the element ``at`` a place of a vector as a scalar."""
 
     slot: Value = operand()
+    at: Value | None = optional()
 
     def verify(self) -> None:
         slot: Any = self.slot.type
         tile: Any = self.result.type
+        if self.at is not None:
+            self.require(isinstance(slot, SlotType) and len(slot.shape) == 1, "reads a vector's element")
+            self.require(tile == ScalarType(slot.dtype), "gives a scalar of the slot's dtype")
+            return
         self.require(isinstance(slot, SlotType) and isinstance(tile, TileType), "reads a slot into a tile")
         self.require(slot.shape == tile.shape and slot.dtype == tile.dtype, "slot and tile agree")
 

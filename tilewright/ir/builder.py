@@ -359,6 +359,12 @@ class Builder:
         assert isinstance(type_, SlotType)
         return self.insert(async_ops.LocalLoad(slot, types=[TileType(type_.shape, type_.dtype, layout)])).result
 
+    def local_element(self, slot: Value, at: Value) -> Value:
+        """The element at a place of a slot that holds a vector."""
+        type_ = slot.type
+        assert isinstance(type_, SlotType)
+        return self.insert(async_ops.LocalLoad(slot, at, types=[ScalarType(type_.dtype)])).result
+
     def bulk_store(
         self,
         slot: Value,

@@ -292,6 +292,11 @@ def _transpose(frame: Frame, op: t.Transpose) -> Any:
     return frame.read(op.source).transpose(op.perm)
 
 
+@rule(t.Pick)
+def _pick(frame: Frame, op: t.Pick) -> Any:
+    return frame.read(op.source)[frame.read(op.index)]
+
+
 @rule(t.Extract)
 def _extract(frame: Frame, op: t.Extract) -> Any:
     where = tuple(slice(o, o + n) for o, n in zip(op.offsets, _shape(op.result), strict=True))

@@ -292,7 +292,8 @@ def _require_released(slot: SlotState, last: Phase | None, thread: Thread) -> No
 
 @rule(a.LocalLoad)
 def _local_load(frame: Frame, op: a.LocalLoad) -> np.ndarray:
-    return read_slot(frame, frame.read(op.slot)).copy()
+    contents = read_slot(frame, frame.read(op.slot))
+    return contents.copy() if op.at is None else contents[frame.read(op.at)]
 
 
 @rule(a.LocalStore)

@@ -395,6 +395,19 @@ class Element(Operation):
         self.require(self.result.type == ScalarType(view.dtype), "gives a scalar of the view's dtype")
 
 
+@operation("tile.pick")
+class Pick(Operation):
+    """The element of a vector at ``index``, which lies inside. Passes make and remove it: no backend knows it."""
+
+    source: Value = operand()
+    index: Value = operand()
+
+    def verify(self) -> None:
+        tile = _tile(self.source)
+        self.require(tile.rank == 1, "takes a vector")
+        self.require(self.result.type == ScalarType(tile.dtype), "gives a scalar of the vector's dtype")
+
+
 @operation("tile.store", effect=Effect.WRITE)
 class Store(Operation):
     """Write the tile at ``index`` (counted in tiles); parts outside the view are dropped."""

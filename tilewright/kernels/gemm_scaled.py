@@ -14,8 +14,6 @@ import tilewright as tw
 
 #: K (and, of b, N) that shares a scale in `gemm_block_scaled`
 BLOCK = 128
-#: scales of b that are read together: as many as a copy of the copy engine brings at least
-NEIGHBOURS = 32
 
 
 @tw.function
@@ -99,26 +97,32 @@ def gemm_block_scaled(
     scale_b: tw.Tensor,
     c: tw.Tensor,
     *,
+    PARTS: tw.constexpr = 1,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 128,
 ) -> None:
-    """Sums over blocks k of ``scale_a[:, k] * scale_b[k, n // 128] * (a_k @ b_k)``. Grid: (cdiv(M, BM), cdiv(N, BN)).
+    """Sums over blocks k of ``scale_a[:, k] * scale_b[k, n // 128] * (a_k @ b_k)``.
 
     a (M, K), b (K, N), c (M, N), scale_a (M, cdiv(K, 128)), scale_b (cdiv(K, 128), cdiv(N, 128)), any strides; BN
-    divides 128. Blocks are added up in float32 (those of int8 are exact in int32). Fast on Hopper where a and b are
-    contiguous along K, scale_a along M and scale_b along N, with strides of multiples of 16 bytes.
+    divides 128. Grid and PARTS as in `gemm_promoted`. Blocks are added up in float32 (those of int8 are exact in
+    int32). Fast on Hopper where a and b are contiguous along K, scale_a along M and scale_b along N, with strides of
+    multiples of 16 bytes: then the scales travel with the operands.
     """
     tw.static_assert(BLOCK % BN == 0, "a tile of b has one scale: BN divides 128")
-    m, n = tw.program_id(0), tw.program_id(1)
-    column = n * BN // BLOCK
-    acc = tw.zeros((BM, BN), tw.float32)
+    m, n = tw.program_id(0), tw.program_id(1) * PARTS
+    first, second = tw.zeros((BM, BN), tw.float32), tw.zeros((BM, BN), tw.float32)
     for k in tw.range(tw.cdiv(a.shape[1], BLOCK)):
-        # vectors travel with the operands: of b's scales one of the neighbours is ours
-        rows, neighbours = tw.load(scale_a.T[k], m, BM), tw.load(scale_b[k], column // NEIGHBOURS, NEIGHBOURS)
-        product = tw.dot(tw.load(a, (m, k), (BM, BLOCK)), tw.load(b, (k, n), (BLOCK, BN)))
-        ours = tw.sum(tw.where(tw.arange(NEIGHBOURS) == column % NEIGHBOURS, neighbours, 0.0))
-        acc += product.to(tw.float32) * (rows * ours)[:, None]
-    tw.store(c, (m, n), acc.to(c.dtype))
+        scales, one = tw.load(scale_a.T[k], m, BM), tw.load(scale_b[k], n * BN // BLOCK)
+        other = tw.load(scale_b[k], (n + 1) * BN // BLOCK) if PARTS == 2 else one
+        rows = tw.load(a, (m, k), (BM, BLOCK))
+        product = tw.dot(rows, tw.load(b, (k, n), (BLOCK, BN)))
+        first += product.to(tw.float32) * (scales * one)[:, None]
+        if PARTS == 2:
+            product = tw.dot(rows, tw.load(b, (k, n + 1), (BLOCK, BN)))
+            second += product.to(tw.float32) * (scales * other)[:, None]
+    tw.store(c, (m, n), first.to(c.dtype))
+    if PARTS == 2:
+        tw.store(c, (m, n + 1), second.to(c.dtype))
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -134,8 +138,7 @@ TILES: tuple[tuple[tuple[int, int], float], ...] = (
 
 
 #: the same where partial sums are added up, which takes registers: a program of 256 columns has two parts
-BLOCK_TILES: tuple[tuple[tuple[int, int], float], ...] = (((128, 128), 0.94), ((64, 128), 0.75), ((64, 64), 0.4))
-PROMOTED_TILES = (((128, 256), 1.0), *BLOCK_TILES)
+PROMOTED_TILES = (((128, 256), 1.0), ((128, 128), 0.94), ((64, 128), 0.75), ((64, 64), 0.4))
 
 
 def configuration(
@@ -152,7 +155,7 @@ def configuration(
 
 
 def promoted_configuration(m: int, n: int, units: int = 132) -> dict[str, int]:
-    """Tile sizes and PARTS of `gemm_promoted`."""
+    """Tile sizes and PARTS of `gemm_promoted` and `gemm_block_scaled`."""
     meta = configuration(m, n, units, PROMOTED_TILES)
     parts = tw.cdiv(meta["BN"], BLOCK)
     return {"BM": meta["BM"], "BN": meta["BN"] // parts, "PARTS": parts}
@@ -175,8 +178,8 @@ def scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any, bias: Any = None,
 def block_scaled(a: Any, b: Any, scale_a: Any, scale_b: Any, c: Any) -> None:
     """See `gemm_block_scaled`."""
     m, n = c.shape
-    meta = configuration(m, n, tiles=BLOCK_TILES)
-    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
+    meta = promoted_configuration(m, n)
+    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"] * meta["PARTS"])
     gemm_block_scaled[grid](a, b, scale_a, scale_b, c, **meta)
 
 

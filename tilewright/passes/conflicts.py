@@ -40,7 +40,7 @@ def shared_conflicts(function: Function, target: Target) -> int:
 
 def _accesses(function: Function) -> Iterator[tuple[Operation, str, LinearLayout, SharedLayout]]:
     for op in function.walk():
-        if isinstance(op, LocalLoad):
+        if isinstance(op, LocalLoad) and op.at is None:
             yield op, "read", _registers(op.result), _slot(op.slot)
         elif isinstance(op, LocalStore):
             yield op, "write", _registers(op.value), _slot(op.slot)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from tilewright.ir.async_ops import Acquire, Await, Barrier, Publish, Release
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Operation, Region, Value, replace_uses, uses_of
-from tilewright.ir.tile_ops import Dot, For, If, Load, Transpose, While, Yield
+from tilewright.ir.tile_ops import Dot, For, If, Load, Pick, Transpose, While, Yield
 from tilewright.ir.types import ScalarType, SlotType, TileType, i32
 from tilewright.passes.analysis import ancestor_in, enclosing_operations
 from tilewright.passes.clusters import cluster_size, shared_axis
@@ -145,17 +145,39 @@ def _join_riders(function: Function, groups: list[Group]) -> list[Load]:
         block = load.parent
         assert block is not None
         order = {id(op): n for n, op in enumerate(block.ops)}
-        readers = [ancestor_in(op, block) for op in uses.get(load.result, [])]
+        readers = [ancestor_in(op, block) for op in _vector_readers(load, uses)]
         places = [order[id(op)] for op in readers if op is not None]
         group = next((g for g in groups if g.block is block and _loaded_before(g, load, places, order)), None)
         if group is None:
-            load.shared, load.engine = None, "threads"
+            _stay_behind(function, load)
             continue
         group.loads = sorted([*group.loads, load], key=lambda op: order[id(op)])
         group.first_use = block.ops[min(order[id(group.first_use)], *places)]
         group.last_use = block.ops[max(order[id(group.last_use)], *places)]
         joined.append(load)
     return joined
+
+
+def _vector_readers(load: Load, uses: dict[Value, list[Operation]]) -> list[Operation]:
+    """Operations that read a vector, or an element that is picked from it."""
+    found: list[Operation] = []
+    for op in uses.get(load.result, []):
+        found += uses.get(op.result, []) if isinstance(op, Pick) else [op]
+    return found
+
+
+def _stay_behind(function: Function, load: Load) -> None:
+    """Leave a vector to registers; of one with an element alone, load just that."""
+    picks = [op for op in uses_of(function.body).get(load.result, []) if isinstance(op, Pick)]
+    load.shared, load.engine = None, "threads"
+    for pick in picks:
+        assert pick.parent is not None and isinstance(load.result.type, TileType)
+        b = Builder(pick.parent, load.loc)
+        with b.at(pick.parent, pick.parent.ops.index(pick)):
+            first = b.mul(load.index[0], b.index(load.result.type.size))
+            element = b.element(load.view, [b.add(first, pick.index)])
+        pick.parent.ops.remove(pick)
+        replace_uses(function.body, {pick.result: element})
 
 
 def _loaded_before(group: Group, load: Load, places: list[int], order: dict[int, int]) -> bool:
@@ -327,16 +349,23 @@ def _read_riders(function: Function, context: PassContext, riders: list[Load], s
         slot = slots.pop(load.result)
         assert slot.op is not None and slot.op.parent is not None
         block = slot.op.parent
-        readers = [ancestor_in(op, block) for op in uses[load.result]]
+        readers = [ancestor_in(op, block) for op in _vector_readers(load, uses)]
         first = min(block.ops.index(op) for op in readers if op is not None)
         dots = [n for n, op in enumerate(block.ops[:first]) if isinstance(op, Dot) and n > block.ops.index(slot.op)]
         if dots and not scarce:
             first = dots[-1] + 1
         b = Builder(block, load.loc)
+        picks = [op for op in uses[load.result] if isinstance(op, Pick)]
         with b.at(block, first):
-            tile = b.local_load(slot)
-        tile.hint = load.result.hint
-        replace_uses(function.body, {load.result: tile})
+            values = {pick.result: b.local_element(slot, pick.index) for pick in picks}
+            if len(picks) < len(uses[load.result]):
+                values[load.result] = b.local_load(slot)
+        for old, new in values.items():
+            new.hint = old.hint
+        for pick in picks:
+            assert pick.parent is not None
+            pick.parent.ops.remove(pick)
+        replace_uses(function.body, values)
 
 
 def _read_slots(function: Function) -> None:

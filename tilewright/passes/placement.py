@@ -8,20 +8,22 @@ could not compute it), or when the program also writes its tensor (order must be
 for other ranks has its order from that).
 
 Vectors that are loaded beside such tiles, in the same loop, may go with them (`riders`): a role that computes neither
-waits for them nor holds them in registers from early on. So do tiles that are cast before a product takes them
-(`cast_operands`).
+waits for them nor holds them in registers from early on; elements of tensors go with their neighbours. So do tiles that
+are cast before a product takes them (`cast_operands`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd
+from typing import TypeVar
 
-from tilewright.ir.core import Block, Function, Operation, Value, uses_of
+from tilewright.ir.builder import Builder
+from tilewright.ir.core import Block, Function, Operation, Value, replace_uses, uses_of
 from tilewright.ir.layout import SharedLayout, shared_candidates
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Cast, Dot, Element, For, Load, Transpose
-from tilewright.ir.types import TileType, ViewType
+from tilewright.ir.tile_ops import Cast, Dot, Element, For, Load, Pick, Transpose
+from tilewright.ir.types import ScalarType, TileType, ViewType, i32
 from tilewright.passes.analysis import (
     backward_slice,
     control_values,
@@ -69,6 +71,7 @@ class Placement(FunctionPass):
                 choose = copy_engine if by_roles else thread_engine
                 load.engine = choose(load, context.target)
         if by_roles and unit.reads_slots:
+            take_neighbours(function, context.target)
             for load in riders(function, context.target):
                 load.shared, load.engine = _vector_layout(load), "tma"
             for load in cast_operands(function, context.target):
@@ -80,6 +83,15 @@ def riders(function: Function, target: Target) -> list[Load]:
 
     `tilewright.passes.pipeline` takes those that are used while the operands are.
     """
+    loads = [op for op in function.walk() if isinstance(op, Load) and op.shared is None]
+    return _beside_copies(function, [op for op in loads if _is_copyable_vector(op, target)])
+
+
+Loads = TypeVar("Loads", Load, Element)
+
+
+def _beside_copies(function: Function, loads: Sequence[Loads]) -> list[Loads]:
+    """Those in loops where the copy engine makes all copies, and could make these too."""
     loops, written = enclosing_operations(function), written_tensors(function)
     engines: dict[Block, set[str]] = {}
     for load in [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]:
@@ -87,13 +99,10 @@ def riders(function: Function, target: Target) -> list[Load]:
         engines.setdefault(load.parent, set()).add(load.engine)
     return [
         op
-        for op in function.walk()
-        if isinstance(op, Load)
-        and op.shared is None
-        and op.parent is not None
+        for op in loads
+        if op.parent is not None
         and engines.get(op.parent) == {"tma"}
         and isinstance(loops.get(op.parent), For)
-        and _is_copyable_vector(op, target)
         and view_root(op.view) not in written
         and early_address(op, loops, written)
     ]
@@ -132,6 +141,37 @@ def _swizzled(load: Load, target: Target) -> SharedLayout | None:
         return None
     layouts = shared_candidates(tile.shape, tile.dtype.bits, (fastest, 1 - fastest), target.banks)
     return max((layout for layout in layouts if layout.swizzle), key=lambda layout: layout.swizzle, default=None)
+
+
+def take_neighbours(function: Function, target: Target) -> None:
+    """Load a vector instead of an element where the copy engine brings it beside others, and pick the element from it.
+
+    Not where copies or control flow need the element: who copies would have to wait for it.
+    """
+    elements = [op for op in function.walk() if isinstance(op, Element) and _is_copyable_element(op, target)]
+    loops = enclosing_operations(function)
+    loads = [op for op in function.walk() if isinstance(op, Load)]
+    needed = [value for op in loads for value in op.operands]
+    needed += [value for block in loops for value in control_values(block, loops)]
+    early = backward_slice(needed, loops) if elements else set()
+    for element in _beside_copies(function, [op for op in elements if op.result not in early]):
+        block, view = element.parent, element.view.type
+        assert block is not None and isinstance(view, ViewType)
+        b, size = Builder(block, element.loc), SLOT_ALIGNMENT // view.dtype.bytes
+        with b.at(block, block.ops.index(element)):
+            place, inside = (b.binary(fn, element.index[0], b.index(size)) for fn in ("floordiv", "mod"))
+            vector = b.load(element.view, [place], (size,))
+            picked = b.insert(Pick(vector, inside, types=[element.result.type])).result
+        block.ops.remove(element)
+        replace_uses(function.body, {element.result: picked})
+
+
+def _is_copyable_element(element: Element, target: Target) -> bool:
+    view = element.view.type
+    assert isinstance(view, ViewType)
+    plain = element.pad == 0 and not element.after and view.dtype.bits >= 8
+    fits = view.rank == 1 and element.index[0].type == ScalarType(i32)
+    return plain and fits and bulk_copyable(element.view, target)
 
 
 def _is_copyable_vector(load: Load, target: Target) -> bool:
@@ -173,7 +213,7 @@ def only_dots(load: Load, uses: dict[Value, list[Operation]]) -> bool:
     return True
 
 
-def early_address(load: Load, loops: dict[Block, Operation], written: set[Value]) -> bool:
+def early_address(load: Load | Element, loops: dict[Block, Operation], written: set[Value]) -> bool:
     """Whether the address, waits and the control flow around need scalars alone, none of a tensor of ``written``."""
     assert load.parent is not None
     waits = [token.op.parent for token in load.after if token.op is not None and token.op.parent is not None]

@@ -115,7 +115,7 @@ def chunk_origins(layout: LinearLayout, width: int) -> dict[Origin, int]:
 
 @lowers(LocalLoad, table=MFMA_LOWERINGS)
 def lower_operand_load(lw: Lowering, op: LocalLoad) -> None:
-    if not is_deferrable(op):
+    if op.at is not None or not is_deferrable(op):
         lower_local_load(lw, op)
         return
     slot = lw.slot(op.slot)

@@ -161,6 +161,11 @@ def lower_transpose_slot(lw: Lowering, op: async_ops.TransposeSlot) -> None:
 @lowers(async_ops.LocalLoad)
 def lower_local_load(lw: Lowering, op: async_ops.LocalLoad) -> None:
     slot = lw.slot(op.slot)
+    if op.at is not None:
+        address = lw.index.add(slot.base, lw.index.mul(lw.index.value(lw.scalar(op.at)), slot.dtype.bytes))
+        value = lw.fb.load(shared_pointer(lw, address), memory_type(lw, slot.dtype, 1), slot.dtype.bytes)
+        lw.define(op.result, from_memory(lw, value, slot.dtype))
+        return
     access = SharedAccess(lw, slot.base, slot.layout, lw.layout(op.result), slot.dtype)
     lw.define(op.result, access.load())
 

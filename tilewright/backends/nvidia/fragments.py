@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tilewright.backends.lower.context import Lowering, Registers, SlotRef, Table, lowers
 from tilewright.backends.lower.deferred import is_deferrable
 from tilewright.backends.lower.elements import join_vector, memory_type, split_vector
-from tilewright.backends.lower.shared import SharedAccess
+from tilewright.backends.lower.shared import SharedAccess, lower_local_load
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
 from tilewright.backends.nvidia.state import state
@@ -87,6 +87,9 @@ def matrix_read(layout: LinearLayout, shared: SharedLayout) -> MatrixRead | None
 
 @lowers(LocalLoad, table=FRAGMENT_LOWERINGS)
 def lower_operand_load(lw: Lowering, op: LocalLoad) -> None:
+    if op.at is not None:
+        lower_local_load(lw, op)
+        return
     if is_deferrable(op):
         state(lw).deferred[op.result] = lw.slot(op.slot)
         return
