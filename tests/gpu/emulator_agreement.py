@@ -1,14 +1,16 @@
 """Compare the PTX emulator with this machine's GPU, and write what was found.
 
-    python tests/gpu/emulator_agreement.py OUT.json
+    python tests/gpu/emulator_agreement.py OUT.json [--operands N] [--parts instructions,matrix,snippets,kernels]
+        [--share K/N]
 
-Four parts: the generated corpus of instructions, matrix instructions on random operands, kernels of the library on
-random normal inputs, and every snippet that the emulator's own tests run, which is replayed on the GPU with the same
-inputs.
+Four parts: the generated corpus of instructions, each on N values for each operand, matrix instructions on random
+operands, kernels of the library on random normal inputs, and every snippet that the emulator's own tests run, which is
+replayed on the GPU with the same inputs. A share is every Nth of the kernels, from number K on.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -25,6 +27,7 @@ TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "support"))
 
 import library_launches  # noqa: E402
+import ptx_corpus  # noqa: E402
 import ptx_matrix_corpus  # noqa: E402
 import ptx_snippets  # noqa: E402
 from ptx_corpus import FLOATS, Family, families  # noqa: E402
@@ -164,8 +167,13 @@ class Replay:
         for i, (ours, theirs) in enumerate(zip(emulated, real, strict=True)):
             if "atom." in ptx:  # which thread gets which old value is open
                 ours, theirs = np.sort(ours, axis=None), np.sort(theirs, axis=None)
-            if np.ascontiguousarray(ours).tobytes() != theirs.tobytes():
-                (self.approximate if ".approx" in ptx else self.different).append(f"{self.test}: array {i}")
+            mine, other = (np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8) for x in (ours, theirs))
+            if not np.array_equal(mine, other):
+                words = [x[: x.size // 4 * 4].view(np.uint32) for x in (mine, other)]
+                apart = np.flatnonzero(words[0] != words[1])
+                some = [f"word {n}: {words[0][n]:#x} {words[1][n]:#x}" for n in apart[:EXAMPLES]]
+                kept = self.approximate if ".approx" in ptx else self.different
+                kept.append(f"{self.test}: array {i}, emulated and gpu: {', '.join(some)}")
 
 
 def replay(gpu: PtxOnGpu) -> dict[str, Any]:
@@ -177,8 +185,14 @@ def replay(gpu: PtxOnGpu) -> dict[str, Any]:
             "different": plugin.different, "approximate": plugin.approximate}  # fmt: skip
 
 
-def agreement(path: Path) -> None:
-    """Compare everything. The file is written again and again, as a fault of the GPU may end the process."""
+PARTS = ("instructions", "matrix", "snippets", "kernels")
+
+
+def agreement(path: Path, parts: Sequence[str], share: slice) -> None:
+    """Compare ``parts``, of the kernels a ``share``.
+
+    The file is written again and again, as a fault of the GPU may end the process.
+    """
     import torch
 
     gpu = PtxOnGpu()
@@ -193,12 +207,28 @@ def agreement(path: Path) -> None:
                 rows[case.name] = {"error": str(error)}
             path.write_text(json.dumps(result, indent=1) + "\n")
 
-    record("instructions", families(), partial(compare_family, gpu))
-    for operands in ("integers", "normal", "extreme"):
+    if "instructions" in parts:
+        record("instructions", families(), partial(compare_family, gpu))
+    for operands in ("integers", "normal", "extreme") if "matrix" in parts else ():
         record(f"matrix, {operands}", ptx_matrix_corpus.products(operands), partial(compare_product, gpu))
-    result["snippets of the tests"] = replay(gpu)
-    record("kernels", library_launches.launches(), compare_kernel)
+    if "snippets" in parts:
+        result["snippets of the tests"] = replay(gpu)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    if "kernels" in parts:
+        record("kernels", list(library_launches.launches())[share], compare_kernel)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--operands", type=int, default=ptx_corpus.VALUES, help="values of each (a multiple of 1024)")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--share", default="0/1", metavar="K/N")
+    options = parser.parse_args()
+    ptx_corpus.VALUES = options.operands
+    first, shares = (int(number) for number in options.share.split("/"))
+    agreement(options.out, options.parts.split(","), slice(first, None, shares))
 
 
 if __name__ == "__main__":
-    agreement(Path(sys.argv[1]))
+    main()

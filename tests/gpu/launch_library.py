@@ -1,13 +1,15 @@
 """Launch the library's kernels in small on this machine's GPU, for compute-sanitizer to watch.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/launch_library.py [WORD ...]
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/launch_library.py
+        [--share K/N] [WORD ...]
 
 Without torch's pool every array is an allocation of its own, whose end memcheck knows. The words pick kernels whose
-names contain one of them.
+names contain one of them, a share every Nth of these, from number K on.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -20,10 +22,14 @@ from gpu_arrays import to_device
 from library_launches import launches
 
 
-def main(words: list[str]) -> None:
-    for launch in launches():
-        if words and not any(word in launch.name for word in words):
-            continue
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--share", default="0/1", metavar="K/N")
+    options = parser.parse_args()
+    first, shares = (int(number) for number in options.share.split("/"))
+    every = [x for x in launches() if not options.words or any(word in x.name for word in options.words)]
+    for launch in every[first::shares]:
         arguments = [to_device(x) if isinstance(x, np.ndarray) else x for x in launch.arguments]
         launch.run("cuda:0", arguments)
         torch.cuda.synchronize()
@@ -33,4 +39,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

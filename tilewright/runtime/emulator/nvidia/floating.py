@@ -155,7 +155,7 @@ def _add(inst: Instruction) -> Execute:
 
 
 def _flush_tiny(rounded: Array, exact: Array) -> Array:
-    """float16 products that are subnormal before they are rounded as zeros, as an H200 has them; fma's only after."""
+    """float16 results of mul and fma that are subnormal before they are rounded as zeros, as an H200 has them."""
     return np.where(np.abs(exact) < 2.0**-14, np.copysign(np.float16(0), rounded), rounded)
 
 
@@ -186,7 +186,8 @@ def _fma(inst: Instruction) -> Execute:
 
     def compute(a: Array, b: Array, c: Array) -> Array:
         x, y, z = (to_f64(value, type_) for value in (a, b, c))
-        return narrow(signed_zero(fma_to_odd(x, y, z), x * y, z, mode), type_, mode)
+        rounded = narrow(signed_zero(fma_to_odd(x, y, z), x * y, z, mode), type_, mode)
+        return _flush_tiny(rounded, x * y + z) if type_.name == "f16" and form.ftz else rounded
 
     if small is not None:
         return _bind_mixed(form, small, 2, compute)
