@@ -189,14 +189,18 @@ def test_nan_and_zeros_as_on_a_gpu() -> None:
     signalling = np.resize(np.array([0x7FF7BBC95F02C30A, 0xFFF37EB90EF5457D], np.uint64), 32)
     quiet = np.resize(np.array([0x7FFFBBC95F02C30A, 0xFFFB7EB90EF5457D], np.uint64), 32)
     check_table([("neg.f64 %d, %a;", u64, quiet), ("abs.f64 %d, %a;", u64, quiet)], {"a": signalling})
-    # just below the smallest normal number, to which it rounds: flushed before that in a product, not in an fma
+    # below the smallest normal number by one of its 11 digits: flushed, where subnormal steps would round up to it
     nearly = {"a": np.full(32, 0x2000, u16), "b": np.full(32, 0x1FFF, u16), "c": np.zeros(32, u16)}
     cases = [
         ("mul.ftz.f16 %d, %a, %b;", 0),
-        ("fma.rn.ftz.f16 %d, %a, %b, %c;", 0x0400),
+        ("fma.rn.ftz.f16 %d, %a, %b, %c;", 0),
+        ("fma.rn.f16 %d, %a, %b, %c;", 0x0400),
         ("mul.f16 %d, %a, %b;", 0x0400),
     ]
     check_table([(text, u16, np.full(32, wanted, u16)) for text, wanted in cases], nearly)
+    # nearer to it than a half of the last of them
+    nearer = {"a": np.full(32, 0x877A, u16), "b": np.full(32, 0x04AE, u16), "c": np.full(32, 0x0400, u16)}
+    check_table([("fma.rn.ftz.f16 %d, %a, %b, %c;", u16, np.full(32, 0x0400, u16))], nearer)
     huge = np.full(32, 1e200)
     wide = np.resize(np.array([-np.inf, 1e308]), 32)
     check_table(
