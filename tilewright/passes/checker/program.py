@@ -527,7 +527,7 @@ def _local(kind: str) -> Callable[[Compiler, Any], list[Step]]:
     def make(compiler: Compiler, op: Any) -> list[Step]:
         slot, tile = op.slot, op.result.type if kind == "load" else op.value.type
         if isinstance(tile, ScalarType):
-            return [emit(kind, op, lambda run: (run.env[slot], False, ("copies", None)))]
+            return [emit(kind, op, lambda run: (run.env[slot], None, ("copies", None)))]
         own = split_axis(tile, compiler.role.groups) if isinstance(slot.op, a.Slot) else None
         spread = ("tile", tile.layout) if isinstance(slot.op, a.Slot) else ("turned", id(op))
         if kind == "load" and (tile.layout is None or tile.layout.free_bits("lane") or tile.layout.free_bits("warp")):
