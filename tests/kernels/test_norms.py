@@ -211,6 +211,14 @@ def test_rows_far_from_zero_keep_their_variance() -> None:
     assert np.abs(y - layer_module.reference(x, weight, EPS)).max() < 1e-3
 
 
+def test_a_row_may_begin_far_from_its_mean() -> None:
+    """Sums are taken of the distance from the mean of the first elements, whatever these are."""
+    x, weight, y = normal(M, N), np.ones(N, np.float32), poisoned(M, N)
+    x[:, 0] = 1000
+    layernorm[GRID](x, weight, y, EPS, **TILES)
+    check(y, layer_module.reference(x, weight, EPS))
+
+
 def test_not_a_number_stays_in_its_row() -> None:
     x, weight, y = normal(M, N), normal(N, seed=1), poisoned(M, N)
     x[1, 7] = np.nan

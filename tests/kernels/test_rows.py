@@ -75,8 +75,9 @@ def test_transpose(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE))
-@pytest.mark.parametrize("shape", [(1000, 300), (256, 512), (1, 1)])
+@pytest.mark.parametrize("shape", [(3000, 300), (1000, 300), (256, 512), (1, 1)])
 def test_column_sum(shape, dtype):
+    """Up to `FEW_ROWS` rows in one step, more through the workspace."""
     x = normal(*shape, dtype=dtype)
     partial, arrived = workspace_shapes(*shape, x.itemsize)
     workspace = poisoned(*partial, dtype="f32"), np.zeros(arrived, np.int32)

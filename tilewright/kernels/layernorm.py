@@ -33,7 +33,8 @@ def layernorm(
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), mean and inverse (M,) float32.
     Writes t to ``total``, the mean and 1 / sqrt(...), which `norm_backward` needs, to ``mean`` and ``inverse``;
     all from residual on may be absent. Sums of the row and of its squares are taken of its distance from the mean of
-    the first NEAR elements, in float32: threads meet once, and rows far from zero keep their variance.
+    the first NEAR elements, in float32: threads meet once, and rows far from zero keep their variance. Its relative
+    error is about 1e-7 times the square of that mean's distance from the row's, in standard deviations.
     """
     m = tw.program_id(0)
     row = sum_of(x, residual, m, 0, BM, BN)
