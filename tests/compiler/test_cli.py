@@ -132,6 +132,9 @@ def test_options_of_passes():
     assert "ctas = 2} : ring<3>" in text and "{multicast = 1}" in text
     source = ok("dump", GEMM, *matrices, "--after", "input")
     assert "num_ctas = 4" in ok("opt", "--num-ctas", 4, "-p", "tile-order", input=source)
+    for walks in ("true", "false"):
+        found = "persistent = true" in ok("opt", "--persistent", walks, "-p", "tile-order", input=source)
+        assert found == (walks == "true")
     assert "'3' is not one of" in misused("dump", SCALE, *NAMED, "--num-ctas", 3)
 
 

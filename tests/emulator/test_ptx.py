@@ -385,6 +385,13 @@ end:
         run(body.replace("LOW", "40"), [np.zeros(1, U32)], threads=256, registers=128)
 
 
+def test_blocks_that_share_a_multiprocessor_share_its_registers() -> None:
+    text = wrap("setmaxnreg.dec.sync.aligned.u32 136;")
+    launch(text, [np.zeros(1, U32)], threads=256)
+    with pytest.raises(EmulatorFault, match="setmaxnreg.dec to 136 of a warp that has 128"):
+        launch(text.replace("\n{", "\n.maxntid 256, 1, 1\n.minnctapersm 2\n{", 1), [np.zeros(1, U32)], threads=256)
+
+
 # --- printing --------------------------------------------------------------------------------------------
 
 
