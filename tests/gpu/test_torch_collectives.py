@@ -14,7 +14,8 @@ import torch.distributed as distributed  # noqa: E402
 
 from tilewright.torch import collectives, worlds  # noqa: E402
 
-SHAPES = [((256, 512), 384), ((4, 128, 512), 256), ((2, 264, 2, 520), 136), ((1000, 1024), 1000)]
+#: the last are torch's
+SHAPES = [((4096, 2048), 1024), ((4, 1024, 2048), 2048), ((2, 264, 2, 520), 136), ((1000, 1024), 1000)]
 #: of bfloat16 results, whose parts have been rounded on the way
 ROUNDED = 6e-3
 
@@ -119,8 +120,8 @@ def check_replays(rank, size):
 
 def check_end(rank, size):
     """A process that has used a world ends as others do."""
-    x, w = (torch.randn(512, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    assert collectives.all_gather_matmul(x, w).shape == (512 * size, 512)
+    x, w = (torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    assert collectives.all_gather_matmul(x, w).shape == (2048 * size, 2048)
 
 
 @pytest.mark.parametrize("check", [check_values, check_replays, check_end])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import tilewright as tw
-from tilewright.kernels import activations as derivatives
 from tilewright.kernels import gemm_batched as batched_module
 from tilewright.kernels import gemm_epilogue as epilogue_module
 from tilewright.kernels import gemm_grouped as grouped_module
@@ -19,7 +18,6 @@ from tilewright.kernels.gemm_batched import batched_configuration, gemm_batched
 from tilewright.kernels.gemm_epilogue import (
     add_bias,
     add_residual,
-    down_backward,
     gate_up,
     gelu,
     gelu_tanh,
@@ -117,18 +115,6 @@ def test_gate_up(merged: bool, device: str) -> None:
     np.testing.assert_array_equal(again, out)
     for kept, weight in ((left, gate), (right, up)):
         assert relative(kept, x.astype(np.float64) @ weight.astype(np.float64)) < ROUNDED
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_down_backward(device: str) -> None:
-    """Gradients of both products from the product that they meet in, a slice of a tile's columns at a time."""
-    m, n, k = 130, 264, 136
-    dy, down, left, right = random(m, k), random(k, n), random(m, n, seed=1), random(m, n, seed=2)
-    dleft, dright = poisoned(m, n), poisoned(m, n)
-    tw.device(device).launch(down_backward, tiles((m, n), 64, 128), dy, down, left, right, dleft, dright, BM=64, BN=128)
-    dh = dy.astype(np.float64) @ down.astype(np.float64)
-    exact = derivatives.reference_backward(derivatives.silu, dh, left, right)
-    assert max(relative(dleft, exact[0]), relative(dright, exact[1])) < ROUNDED
 
 
 def test_both_products_of_gate_up_stay_in_flight() -> None:

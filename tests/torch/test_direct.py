@@ -76,7 +76,6 @@ CALLS = {
     "matmul, rows of rows": (twt.matmul, lambda: (normal(2, 4, 16), normal(16, 8)), {}),
     "matmul, turned": (twt.matmul, lambda: (normal(16, 4).T, normal(8, 16).T), {}),
     "gated_linear": (twt.gated_linear, lambda: (normal(4, 16), normal(8, 16), normal(8, 16)), {}),
-    "gated_mlp": (twt.gated_mlp, lambda: (normal(4, 16), *(normal(8, 16) for _ in range(2)), normal(16, 8)), {}),
     "attention": (twt.attention, heads, {"is_causal": True}),
     "attention, window": (twt.attention, heads, {"is_causal": True, "window": 3}),
     "attention, order of dimensions": (
@@ -161,7 +160,6 @@ def test_gradients_are_recorded(watched):
 RECORDED = {
     "softmax": lambda: (normal(4, 16),),
     "linear": lambda: (normal(4, 16), normal(8, 16), normal(8), None, "gelu"),
-    "gated_mlp": lambda: (normal(4, 16), normal(8, 16), normal(8, 16), normal(16, 8), None, "silu"),
     "attention": lambda: (*heads(), None, None, True, 0.25),
     "add_rms_norm": lambda: (normal(4, 16), normal(4, 16), normal(16), 1e-5),
 }

@@ -90,25 +90,6 @@ def test_gated_linear(activation, dtype):
     assert_same(lambda *xs: twt.gated_linear(*xs, activation), exact, inputs, 2 * TOLERANCE[dtype])
 
 
-@DTYPES
-@pytest.mark.parametrize(("activation", "residual"), [("silu", True), ("gelu_tanh", False)])
-def test_gated_mlp(activation, residual, dtype):
-    def exact(x, gate, up, down, *rest):
-        x, gate, up, down, *rest = (t.float() for t in (x, gate, up, down, *rest))
-        h = (ACTIVATIONS[activation](F.linear(x, gate)) * F.linear(x, up)).to(dtype).float()
-        return sum(rest, F.linear(h, down)).to(dtype)
-
-    inputs = [normal(2, 5, 24, dtype=dtype), *(0.3 * normal(17, 24, dtype=dtype) for _ in range(2))]
-    inputs += [0.3 * normal(24, 17, dtype=dtype), *([normal(2, 5, 24, dtype=dtype)] if residual else [])]
-
-    def ours(x, gate, up, down, *rest):
-        return twt.gated_mlp(x, gate, up, down, activation, *rest)
-
-    with torch.no_grad():
-        torch.testing.assert_close(ours(*inputs), exact(*inputs), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    assert_same(ours, exact, inputs, 2 * TOLERANCE[dtype])
-
-
 def test_linear_gives_only_the_gradients_that_are_needed():
     x, weight = normal(5, 8), normal(3, 8, grad=True)
     twt.linear(x, weight, activation="silu").sum().backward()
@@ -253,14 +234,6 @@ def _operators():
         ),
         "gated_linear": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, 8, grad=True), "silu"),
         "gated_linear_kept": (normal(2, 3, 8, grad=True), normal(4, 8, grad=True), normal(4, 8, grad=True), "gelu"),
-        "gated_mlp": (
-            normal(2, 3, 8, grad=True),
-            *(normal(4, 8, grad=True) for _ in range(2)),
-            normal(8, 4, grad=True),
-            normal(2, 3, 8, grad=True),
-            "silu",
-        ),
-        "gated_mlp_backward": (normal(2, 3, 8), normal(8, 4), normal(2, 3, 4), normal(2, 3, 4), "silu"),
         "gated_backward": (normal(2, 3), normal(2, 3), normal(2, 3), "silu"),
         "activation_backward": (normal(2, 3), normal(2, 3), "silu"),
         "attention": (

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels import activations as derivatives
 from tilewright.kernels.gemm import configuration
 
 # --- steps ----------------------------------------------------------------------------------------
@@ -136,39 +135,6 @@ def gate_up(
         tw.store(right_out, (m, n), right.to(y.dtype))
 
 
-@tw.kernel
-def down_backward(
-    dy: tw.Tensor,
-    down: tw.Tensor,
-    left: tw.Tensor,
-    right: tw.Tensor,
-    dleft: tw.Tensor,
-    dright: tw.Tensor,
-    *,
-    FN: tw.constexpr = derivatives.silu,
-    BM: tw.constexpr = 128,
-    BN: tw.constexpr = 256,
-    BK: tw.constexpr = 64,
-    PARTS: tw.constexpr = 4,
-) -> None:
-    """The gradients of the two products of `gate_up`, from that of what they and ``down`` give.
-
-    With ``dh = dy @ down``: ``dleft = dh * right * FN'(left)`` and ``dright = dh * FN(left)``; dy (M, K), down (K, N),
-    the rest (M, N). FN gives (value, derivative), as in `tilewright.kernels.activations`. Grid: (cdiv(M, BM),
-    cdiv(N, BN)). ``dh`` is never stored; its tile is finished in PARTS parts, as in `gemm_epilogue`.
-    """
-    m, n = tw.program_id(0), tw.program_id(1)
-    dh = tw.zeros((BM, BN), tw.float32)
-    for k in tw.range(tw.cdiv(dy.shape[1], BK)):
-        dh = tw.dot(tw.load(dy, (m, k), (BM, BK)), tw.load(down, (k, n), (BK, BN)), dh)
-    for part in tw.static_range(PARTS):
-        gradient, at = dh[:, part * (BN // PARTS) : (part + 1) * (BN // PARTS)], n * PARTS + part
-        value, slope = FN(tw.load(left, (m, at), gradient.shape).to(tw.float32))
-        tw.store(dright, (m, at), (gradient * value).to(dright.dtype))
-        slope = gradient * slope * tw.load(right, (m, at), gradient.shape).to(tw.float32)
-        tw.store(dleft, (m, at), slope.to(dleft.dtype))
-
-
 # --- launches -------------------------------------------------------------------------------------
 
 
@@ -198,20 +164,6 @@ def gated(
         meta = {"BM": 64, "BN": 64, "BK": 32}
     grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
     gate_up[grid](x, gate, up, y, left_out, right_out, ACTIVATION=activation, **meta)
-
-
-def gated_gradients(
-    dy: Any, down: Any, left: Any, right: Any, dleft: Any, dright: Any, *, activation: Any = derivatives.silu
-) -> None:
-    """The gradients of both products, see `down_backward`. Arrays of NumPy or torch, on one device.
-
-    An epilogue that reads and writes four times the tile belongs under the products of another tile.
-    """
-    (m, n), meta = dleft.shape, {"BM": 128, "BN": 128, "BK": 64, "schedule": "alternate"}
-    if dy.itemsize > 2:
-        meta = {"BM": 64, "BN": 64, "BK": 32}
-    grid = tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"])
-    down_backward[grid](dy, down, left, right, dleft, dright, FN=activation, **meta)
 
 
 # --- references -----------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ _PLACES = {
     "cast_linear": "cast_products",
     "cross_entropy": "losses",
     "gated_linear": "gated",
-    "gated_mlp": "gated",
     "grouped_mm": "grouped",
     "jit_cache": "shipping",
     "layer_norm": "norms",

@@ -142,22 +142,8 @@ def _gated(node: Any) -> Iterator[Candidate]:
                 weights = {"input": first["input"], "gate": first["weight"], "up": second["weight"]}
                 consumed = (gate, activated, up, product)
                 kwargs = {**weights, "activation": found[0]}
-                yield from _whole_layer(product, kwargs, consumed)
                 yield Candidate(gated.gated_linear, (), product, consumed, kwargs, f"gated+{found[0]}")
                 return
-
-
-def _whole_layer(product: Any, kwargs: dict[str, Any], consumed: tuple[Any, ...]) -> Iterator[Candidate]:
-    """A gated layer with the product behind it, where gradients flow: those of both meet in one kernel."""
-    down = only_user(product)
-    given = _linear_arguments(down) if is_call(down, F.linear) else {}
-    if given.get("input") is not product or given.get("bias") is not None or not _needs_gradient(down):
-        return
-    if beside_collective(down, product):
-        return
-    layer, name = {**kwargs, "down": given["weight"]}, f"gated_mlp+{kwargs['activation']}"
-    yield from _with_residual(gated.gated_mlp, layer, {}, (*consumed, down), name)
-    yield Candidate(gated.gated_mlp, (), down, (*consumed, down), layer, name)
 
 
 def beside_collective(product: Any, input: Any) -> bool:

@@ -16,6 +16,8 @@ from tilewright.torch.support import Refusal
 
 #: multiply-adds of a product, and elements of rows, below which launching ours takes longer than it saves
 LEAST_PRODUCT, LEAST_ROWS = 2048**3, 2**24
+#: rows and columns from which products that are only stored, or added to a residual, are ahead of cuBLAS
+LEAST_TALL, LEAST_WIDE = 16384, 1024
 #: queries from which attention is ahead of cuDNN: without and with the causal mask
 LEAST_QUERIES, LEAST_CAUSAL_QUERIES = 1024, 2048
 #: queries from which attention with a soft cap was measured ahead of its formulas, and the longest heads
@@ -69,10 +71,14 @@ def _collective(input: Any, other: Any, group: str, columns: bool = False) -> Re
 
 
 def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Refusal:
-    if activation is None:
-        return "a product without activation is as fast in cuBLAS"
     if _trains(input, weight):
         return "its gradient was not measured"
+    if activation is None and bias is None:
+        rows, least = _elements(input) // max(1, _hint(weight.shape[1])), min(map(_hint, weight.shape))
+        small = rows < LEAST_TALL or least < LEAST_WIDE
+        return "a product of this size without activation is as fast in cuBLAS" if small else None
+    if activation is None:
+        return "a product with a bias alone was not measured"
     size = _elements(input) * _hint(weight.shape[0])
     return "a small product" if size < LEAST_PRODUCT else None
 
@@ -86,10 +92,6 @@ def _gated(input: Any, gate: Any, up: Any, activation: str = "silu") -> Refusal:
         return "with its gradient it is as fast in torch"
     size = _elements(input) * _hint(gate.shape[0])
     return "a small product" if size < LEAST_PRODUCT else None
-
-
-def _gated_mlp(input: Any, gate: Any, up: Any, down: Any, activation: str = "silu", residual: Any = None) -> Refusal:
-    return "with its gradient it is as fast in torch"
 
 
 def _grouped(mat_a: Any, mat_b: Any, **rest: Any) -> Refusal:
@@ -140,7 +142,6 @@ _COSTS: dict[Any, Callable[..., Refusal]] = {
     products.matmul: _matmul,
     cast_products.cast_linear: _cast,
     gated.gated_linear: _gated,
-    gated.gated_mlp: _gated_mlp,
     grouped.grouped_mm: _grouped,
     sdpa.attention: _attention,
     norms.rms_norm: _norm,

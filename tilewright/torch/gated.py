@@ -82,7 +82,7 @@ def _elementwise(dy: Any, left: Any, right: Any, activation: str) -> tuple[Any, 
 
 
 def _products_backward(ctx: Any, x: Any, gate: Any, up: Any, dleft: Any, dright: Any) -> tuple[Any, Any, Any, None]:
-    needs_x, needs_gate, needs_up = ctx.needs_input_grad[:3]
+    needs_x, needs_gate, needs_up, _ = ctx.needs_input_grad
     rows, dleft, dright = as_rows(x), as_rows(dleft), as_rows(dright)
     dx = None
     if needs_x:
@@ -110,59 +110,7 @@ _elementwise_backward = torch_op(
 )
 
 
-# --- with the layer behind it ---------------------------------------------------------------------
-
-
-def _launch_mlp(made: Any, x: Any, gate: Any, up: Any, down: Any, residual: Any, activation: str) -> None:
-    y, h, left, right = made
-    _launch_kept((h, left, right), x, gate, up, activation)
-    products._launch_linear(y, h, down, None, residual, "none")
-
-
-def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, gate, up, down, _, ctx.activation = inputs
-    _, h, left, right = output
-    ctx.mark_non_differentiable(h, left, right)
-    ctx.save_for_backward(x, gate, up, down, h, left, right)
-
-
-def _mlp_backward(ctx: Any, dy: Any, *unused: Any) -> tuple[Any, ...]:
-    x, gate, up, down, h, left, right = ctx.saved_tensors
-    needs_down, needs_residual = ctx.needs_input_grad[3:5]
-    dleft, dright = _down_backward(dy, down, left, right, ctx.activation)
-    dx, dgate, dup, _ = _products_backward(ctx, x, gate, up, dleft, dright)
-    ddown = products._matmul(as_rows(dy).t(), as_rows(h)) if needs_down else None
-    return dx, dgate, dup, ddown, dy if needs_residual else None, None
-
-
-#: the whole layer, and what its gradients need: what ``down`` gets, and the two products
-_mlp = torch_op(
-    "tilewright::gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? residual, str activation)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    outputs=lambda x, gate, up, down, *rest: (_out(x, down), *(_out(x, gate) for _ in range(3))),
-    launch=_launch_mlp,
-    backward=_mlp_backward,
-    setup_context=_mlp_context,
-    pure=True,
-)
-
-
-def _launch_down_backward(made: tuple[Any, Any], dy: Any, down: Any, left: Any, right: Any, activation: str) -> None:
-    if made[0].numel():
-        rows = (as_rows(x) for x in (left, right, *made))
-        epilogue.gated_gradients(as_rows(dy), down, *rows, activation=ACTIVATIONS[activation][1])
-
-
-_down_backward = torch_op(
-    "tilewright::gated_mlp_backward(Tensor dy, Tensor down, Tensor left, Tensor right, str activation)"
-    " -> (Tensor, Tensor)",
-    outputs=lambda dy, down, left, right, activation: (empty_rows(left), empty_rows(right)),
-    launch=_launch_down_backward,
-    pure=True,
-)
-
-
-# --- functions ------------------------------------------------------------------------------------
+# --- function -------------------------------------------------------------------------------------
 
 
 def _refuse(input: Any, gate: Any, up: Any, activation: str = "silu") -> Refusal:
@@ -193,33 +141,4 @@ def gated_linear(input: Any, gate: Any, up: Any, activation: str = "silu") -> An
     return _gated(input, gate, up, activation)
 
 
-def _refuse_mlp(input: Any, gate: Any, up: Any, down: Any, activation: str = "silu", residual: Any = None) -> Refusal:
-    reason = _refuse(input, gate, up, activation) or refuse_tensors(input, down, residual)
-    if reason:
-        return reason
-    if down.ndim != 2 or down.shape[1] != gate.shape[0]:
-        return "the sizes do not fit"
-    if residual is not None and tuple(residual.shape) != (*input.shape[:-1], down.shape[0]):
-        return "a residual of another shape"
-    return None
-
-
-def _eager_mlp(input: Any, gate: Any, up: Any, down: Any, activation: str = "silu", residual: Any = None) -> Any:
-    y = F.linear(_eager(input, gate, up, activation), down)
-    return y if residual is None else y + residual
-
-
-@functional(_refuse_mlp, _eager_mlp, lowered=True)
-def gated_mlp(input: Any, gate: Any, up: Any, down: Any, activation: str = "silu", residual: Any = None) -> Any:
-    """``gated_linear(input, gate, up, activation) @ down.T + residual``: down (L, N), residual (..., L).
-
-    Two kernels. Where gradients flow, those of the two products in the middle come from one kernel, the product of
-    the result's gradient with ``down``, which itself is never stored.
-    """
-    known_activation(activation)
-    if trains(input, gate, up, down, residual):
-        return _mlp(input, gate, up, down, residual, activation)[0]
-    return products.linear(_gated(input, gate, up, activation), down, residual=residual)
-
-
-__all__ = ["gated_linear", "gated_mlp"]
+__all__ = ["gated_linear"]

@@ -76,7 +76,7 @@ _FOUND_BY: dict[Any, Callable[[Any], Iterator[Candidate]]] = {
 #: the same for operators of libraries that may not be there, by their names
 _FOUND_BY_NAME = {"transformers.grouped_mm_fallback": candidates.grouped_product}
 _OURS = {ours for ours, _ in _OPERATORS.values()}
-_OURS |= {cast_products.cast_linear, gated.gated_linear, gated.gated_mlp, grouped.grouped_mm}
+_OURS |= {cast_products.cast_linear, gated.gated_linear, grouped.grouped_mm}
 _OURS |= {norms.add_rms_norm, norms.add_layer_norm}
 
 
