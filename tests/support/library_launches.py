@@ -15,7 +15,6 @@ from tilewright.kernels.activations import activation, activation_backward, gelu
 from tilewright.kernels.attention import LOG2E, attention, attention_varlen, reference
 from tilewright.kernels.attention_backward import (
     ROWS,
-    TILE,
     attention_bound,
     attention_dq,
     attention_gradients,
@@ -23,13 +22,23 @@ from tilewright.kernels.attention_backward import (
     attention_rows,
     attention_sum_heads,
 )
+from tilewright.kernels.attention_bias_gradient import TILE, attention_bias_gradient
 from tilewright.kernels.attention_decode import attention_decode, attention_merge
-from tilewright.kernels.column_sum import column_sum
+from tilewright.kernels.column_sum import column_sum, column_sum_at_once
 from tilewright.kernels.cross_entropy import cross_entropy, cross_entropy_backward
 from tilewright.kernels.dropout import dropout
-from tilewright.kernels.embedding import embedding, embedding_backward, embedding_backward_atomic, sorted_order
+from tilewright.kernels.embedding import (
+    embedding,
+    embedding_backward,
+    embedding_backward_atomic,
+    order_places,
+    share_places,
+    take_places,
+    take_tickets,
+)
 from tilewright.kernels.gemm import add_partials, gemm, gemm_partial
 from tilewright.kernels.gemm_batched import gemm_batched
+from tilewright.kernels.gemm_cast import gemm_cast
 from tilewright.kernels.gemm_epilogue import add_bias, down_backward, gate_up, gemm_epilogue, relu
 from tilewright.kernels.gemm_grouped import gemm_grouped, gemm_grouped_weights, list_tiles
 from tilewright.kernels.gemm_scaled import gemm_block_scaled, gemm_promoted, gemm_scaled
@@ -105,8 +114,11 @@ def _products() -> Iterator[Launch]:
         wide = [normal(130, 75).astype(dtype), normal(75, 70, seed=1).astype(dtype), np.full((130, 70), np.nan, dtype)]
         meta = {"BM": 64, "BN": 64, "BK": 32, "PRECISION": precision}
         yield Launch(f"precise gemm {np.dtype(dtype).name}", precise_gemm, (3, 2), wide, meta)
-    arguments = [normal(3, 130, 72, dtype="bf16"), normal(3, 72, 200, dtype="bf16", seed=1)]
-    arguments.append(poisoned(3, 130, 200, dtype="bf16"))
+    vectors = [np.abs(normal(300, seed=n)) for n in (3, 4)]
+    arguments = [normal(300, 200), b, poisoned(300, 264, dtype="bf16"), *vectors, normal(264, seed=5)]
+    yield Launch("gemm of a cast operand", gemm_cast, (3, 3), arguments)
+    arguments = [normal(1, 3, 130, 72, dtype="bf16"), normal(1, 3, 72, 200, dtype="bf16", seed=1)]
+    arguments.append(poisoned(1, 3, 130, 200, dtype="bf16"))
     yield Launch("batched gemm", gemm_batched, (2, 2, 3), arguments, {"BN": 128})
     arguments = [a, normal(200, 120, dtype="bf16", seed=5), normal(120, 264, dtype="bf16", seed=6), c.copy()]
     yield Launch("mlp", mlp, (3,), arguments)
@@ -199,6 +211,10 @@ def _gradients(q: Array, k: Array, v: Array, do: Array) -> Iterator[Launch]:
         arguments = [q, k, v, do, rows, added, *gradients, d**-0.5, None]
         place = (tw.cdiv(n, 128), g, b)
         yield Launch(f"attention gradients{name}", attention_gradients, place, arguments, sizes | meta, exact=False)
+    bias, dbias = normal(b, h, m, n, dtype="bf16", seed=7), poisoned(b, h, m, n)
+    arguments = [q, k, v, do, rows, bias, dbias, d**-0.5, None, None]
+    place = (tw.cdiv(n, 64), tw.cdiv(m, 128), b * h)
+    yield Launch("attention bias gradient", attention_bias_gradient, place, arguments, sizes, exact=False)
     steps = np.random.default_rng(8).integers(-(1 << 20), 1 << 20, q.shape).astype(np.int32)
     arguments = [steps, rows, poisoned(*q.shape, dtype="bf16"), d**-0.5]
     yield Launch("attention dq", attention_dq, (tiles, h, b), arguments, {"D": d})
@@ -253,6 +269,7 @@ def _rows() -> Iterator[Launch]:
     yield Launch("cross entropy backward", cross_entropy_backward, (2 * m,), arguments, meta, exact=False)
     arguments = [x, poisoned(3, n), np.zeros(8, np.int32), poisoned(1, n)]
     yield Launch("column sum", column_sum, (8, 3), arguments, {"BM": 32, "BN": 128})
+    yield Launch("column sum, at once", column_sum_at_once, (32,), [x, poisoned(1, n)], {"BM": 64})
     yield Launch("transpose", transpose, (1, 16), [x, poisoned(n, m)], {"BM": 64, "BN": 64})
     arguments = [x, poisoned(m, n), 0.25, 1234567890123, 3]
     yield Launch("dropout", dropout, grid, arguments, tiles, exact=False)
@@ -266,11 +283,23 @@ def _rows() -> Iterator[Launch]:
 def _tables() -> Iterator[Launch]:
     tokens = (np.arange(100, dtype=np.int32) * 7) % 33
     tokens[::10] = 5
-    tiles, (ordered, order) = {"BM": 4, "BN": 256}, sorted_order(tokens)
+    tiles = {"BM": 4, "BN": 256}
     table, dy = normal(40, 264), normal(100, 264, seed=1)
     yield Launch("embedding", embedding, (50,), [table, tokens, poisoned(100, 264)], tiles)
-    arguments = [dy, ordered, order, np.zeros((40, 264), np.float32)]
-    yield Launch("embedding backward", embedding_backward, (200,), arguments, {"BN": 256})
+    # one value of tokens, so that the order in which blocks come changes nothing
+    same, empty = np.full(100, 5, np.int32), np.zeros(40, np.int32)
+    arguments = [same, empty.copy(), np.zeros(100, np.int32)]
+    yield Launch("tickets", take_tickets, (1,), arguments)
+    counts, order = np.bincount(tokens, minlength=40).astype(np.int32), np.argsort(tokens, kind="stable")
+    first, order = (np.cumsum(counts) - counts).astype(np.int32), order.astype(np.int32)
+    yield Launch("places", share_places, (1,), [counts, np.zeros(1, np.int32), empty.copy()], {"BV": 64})
+    tickets = np.array([(tokens[:i] == token).sum() for i, token in enumerate(tokens)], np.int32)
+    arguments = [tokens, tickets, first, np.zeros(100, np.int32)]
+    yield Launch("places taken", take_places, (1,), arguments)
+    arguments = [tokens, counts, first, order, np.zeros(100, np.int32)]
+    yield Launch("places in order", order_places, (1,), arguments)
+    arguments = [dy, order, first, counts, poisoned(40, 264)]
+    yield Launch("embedding backward", embedding_backward, (80,), arguments, {"BN": 256})
     # sums of whole numbers, which no order changes
     arguments = [np.round(dy), tokens, np.zeros((40, 264), np.float32)]
     yield Launch("embedding backward, any order", embedding_backward_atomic, (50,), arguments, tiles)
