@@ -44,7 +44,7 @@ def run(tmp_path: Path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
 
-    def run(folder: Path, compiler: str, width: int = 32) -> subprocess.CompletedProcess[str]:
+    def run(folder: Path, compiler: str, width: int = 32, program: Path = program) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(tmp_path / compiler)}
         root = Path(tw.__file__).parents[1]
         environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
@@ -66,6 +66,17 @@ def test_a_machine_without_a_compiler_takes_what_was_shipped(run, tmp_path: Path
     assert other.returncode != 0
     assert f"kernel 'scaled' for sm_90a is not in {folder}, and no compiler is installed here" in other.stderr
     assert "copy the folder" in other.stderr
+
+
+def test_sources_may_lie_elsewhere(run, tmp_path: Path) -> None:
+    assert run(tmp_path / "shipped", "with").returncode == 0
+    moved = tmp_path / "elsewhere" / "renamed.py"
+    moved.parent.mkdir()
+    moved.write_text("# a line more\n" + PROGRAM)
+    taken = run(tmp_path / "shipped", "without", program=moved)
+    assert taken.returncode == 0, taken.stderr
+    moved.write_text(PROGRAM.replace("* factor", "* factor * 1.0"))
+    assert "no compiler is installed here" in run(tmp_path / "shipped", "without", program=moved).stderr
 
 
 def test_what_the_disk_cache_has_is_shipped_too(run, tmp_path: Path) -> None:

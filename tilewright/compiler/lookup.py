@@ -71,36 +71,44 @@ def cache_key(
 def portable_key(
     definition: KernelDefinition, target: str, args: Mapping[str, Any], options: CompileOptions, name: str | None = None
 ) -> str | None:
-    """`cache_key` but for what the compiler is: the same on machines without one."""
-    given = _given(definition, target, args, options, name)
+    """`cache_key` but for what the compiler is and where sources lie: the same on all machines."""
+    given = _given(definition, target, args, options, name, places=False)
     return None if given is None else _digest(["any compiler", *given])
 
 
 def _given(
-    definition: KernelDefinition, target: str, args: Mapping[str, Any], options: CompileOptions, name: str | None
+    definition: KernelDefinition,
+    target: str,
+    args: Mapping[str, Any],
+    options: CompileOptions,
+    name: str | None,
+    places: bool = True,
 ) -> list[str] | None:
     dependencies = definition.dependencies()
-    values = types_text(args)
+    values = types_text(args, places)
     if any(map(_nameless, [values, *map(constant_text, dependencies.constants.values())])):
         return None
-    return [dependencies.digest(), target, repr(options), name or definition.name, values]
+    return [dependencies.digest(places), target, repr(options), name or definition.name, values]
 
 
 def _digest(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def types_text(args: Mapping[str, Any]) -> str:
-    """Argument types and compile-time values as a text that differs wherever the compiled code may (1 from True)."""
-    return "\n".join(f"{name} = {_type_text(args[name])}" for name in sorted(args))
+def types_text(args: Mapping[str, Any], places: bool = True) -> str:
+    """Argument types and compile-time values as a text that differs wherever the compiled code may (1 from True).
+
+    Without ``places`` functions are the same wherever their files lie.
+    """
+    return "\n".join(f"{name} = {_type_text(args[name], places)}" for name in sorted(args))
 
 
-def _type_text(value: Any) -> str:
+def _type_text(value: Any, places: bool) -> str:
     if isinstance(value, TensorSpec):
         return f"spec {value.view_type()} align={value.align}"
     if isinstance(value, ViewType | ScalarType):
         return f"type {value}"
-    return constant_text(value)
+    return constant_text(value, places)
 
 
 def _nameless(text: str) -> bool:

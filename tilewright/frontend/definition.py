@@ -181,9 +181,9 @@ class Definition:
         _collect(self, found)
         return found
 
-    def fingerprint(self) -> str:
-        """A digest of the text of this function and its helpers and of the constants they use."""
-        return self.dependencies().digest()
+    def fingerprint(self, places: bool = True) -> str:
+        """A digest of the text of this function and its helpers and of the constants they use: see `Dependencies`."""
+        return self.dependencies().digest(places)
 
     def __repr__(self) -> str:
         return f"<{self.what} {self.name} at {self.file}:{self.fn.__code__.co_firstlineno}>"
@@ -241,14 +241,17 @@ class Dependencies:
     functions: dict[int, Definition]
     constants: dict[str, Any]
 
-    def digest(self) -> str:
+    def digest(self, places: bool = True) -> str:
+        """Without ``places`` the same wherever the files lie, and whatever else is in them."""
         sha = hashlib.sha256()
         for definition in self.functions.values():
-            sha.update(f"{definition.file}:{definition.first_line}\n{definition.source}\n".encode())
+            if places:
+                sha.update(f"{definition.file}:{definition.first_line}\n".encode())
+            sha.update(f"{definition.source}\n".encode())
             for p in definition.parameters:
-                sha.update(f"{p.name}: {p.kind} {p.dtype} = {constant_text(p.default)}\n".encode())
+                sha.update(f"{p.name}: {p.kind} {p.dtype} = {constant_text(p.default, places)}\n".encode())
         for name in sorted(self.constants):
-            sha.update(f"{name} = {constant_text(self.constants[name])}\n".encode())
+            sha.update(f"{name} = {constant_text(self.constants[name], places)}\n".encode())
         return sha.hexdigest()
 
 
@@ -259,12 +262,12 @@ def is_plain_constant(value: Any) -> bool:
     return value is None or isinstance(value, int | float | str | DType)
 
 
-def constant_text(value: Any) -> str:
-    """A text that is equal exactly for equal compile-time values, for cache keys."""
+def constant_text(value: Any, places: bool = True) -> str:
+    """A text that is equal exactly for equal compile-time values, for cache keys. ``places``: see `Dependencies`."""
     if isinstance(value, Definition):
-        return f"{value.name}:{value.fingerprint()}"
+        return f"{value.name}:{value.fingerprint(places)}"
     if isinstance(value, tuple):
-        return "(" + ", ".join(constant_text(v) for v in value) + ")"
+        return "(" + ", ".join(constant_text(v, places) for v in value) + ")"
     return f"{type(value).__name__} {value!r}"
 
 
