@@ -424,6 +424,9 @@ def test_all_ranks_are_ready_before_any_starts(driver: FakeDriver, monkeypatch: 
             events.append(("ready", device.name, args[0].rank, args[1].memory.name))
             return lambda stream: events.append(("start", device.name, stream))
 
+        def launch(self, *ignored: Any) -> None:
+            raise AssertionError("a rank started before the others were ready")
+
     monkeypatch.setattr(type(copy), "artifact", lambda *ignored: Artifact())
     monkeypatch.setattr("tilewright.compiler.launch.open_device", lambda name: devices[int(name[-1])])
     x = world.empty(16, "f32")
