@@ -7,6 +7,8 @@ import pickle
 import random
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -404,3 +406,10 @@ def test_the_environment_names_ptxas(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv(ptxas.PTXAS_VARIABLE, str(tool))
     with pytest.raises(BackendError, match="status -11"):
         ptxas.assemble("", "sm_90a")
+
+
+def test_symbols_of_our_llvm_stay_to_themselves() -> None:
+    """Another library with an LLVM in it, as Triton's, must not bind to them: both would register their options."""
+    program = "import ctypes, tilewright.backends.mlir_builder; ctypes.CDLL(None).LLVMContextCreate"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "undefined symbol: LLVMContextCreate" in run.stderr

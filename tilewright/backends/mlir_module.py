@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 
 def _preload_libllvm() -> None:
-    """Load the ``llvm`` package's libLLVM.so globally: the MLIR extension modules link against it."""
+    """Load the ``llvm`` package's libLLVM.so, which the MLIR extension modules link against and find by its name.
+
+    Not globally: another library with an LLVM of its own (Triton's) would take symbols from this one and abort.
+    """
     spec = importlib.util.find_spec("llvm")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for library in sorted(Path(folder, "lib").glob("libLLVM.so*")):
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(library))
             return
     # No such package: the bindings may find libLLVM by themselves, and say so if they cannot.
 
