@@ -160,7 +160,7 @@ def test_gradients_are_recorded(watched):
 RECORDED = {
     "softmax": lambda: (normal(4, 16),),
     "linear": lambda: (normal(4, 16), normal(8, 16), normal(8), None, "gelu"),
-    "attention": lambda: (*heads(), None, None, True, 0.25),
+    "attention": lambda: (*heads(), None, None, None, True, 0.25, None),
     "add_rms_norm": lambda: (normal(4, 16), normal(4, 16), normal(16), 1e-5),
 }
 

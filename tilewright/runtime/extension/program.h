@@ -217,6 +217,11 @@ static const uint8_t *encoded(Host *host, Map *map, uint64_t address) {
   /* as many slots as there are addresses in use, roughly; without memory for more it goes on with those it has */
   if (map->misses > 4 * map->slots && map->slots < MOST_MAPS) map_grow(map);
   uint32_t slot = (uint32_t)((address * 0x9E3779B97F4A7C15u) >> 40) & (map->slots - 1);
+  /* or its neighbour, so that two addresses that take turns never drive each other out */
+  uint32_t other = slot ^ 1;
+  if (map->addresses[slot] != address &&
+      (map->addresses[other] == address || (map->addresses[slot] && (!map->addresses[other] || map->misses & 1))))
+    slot = other;
   uint8_t *bytes = aligned(map->bytes) + (size_t)slot * MAP_BYTES;
   if (address && map->addresses[slot] == address) return bytes;
   map->addresses[slot] = 0;
