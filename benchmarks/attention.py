@@ -26,11 +26,17 @@ def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> to
         return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def measure(shape: tuple[int, int, int, int, int], causal: bool, repeats: int) -> dict[str, object]:
+def inputs(shape: tuple[int, int, int, int, int]) -> list[torch.Tensor]:
+    """q, k, v, and where the output goes."""
     batch, heads, groups, rows, depth = shape
     q = torch.randn(batch, heads, rows, depth, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(batch, groups, rows, depth, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    o = torch.full_like(q, float("nan"))
+    return [q, k, v, torch.full_like(q, float("nan"))]
+
+
+def measure(shape: tuple[int, int, int, int, int], causal: bool, repeats: int) -> dict[str, object]:
+    batch, heads, _, rows, depth = shape
+    q, k, v, o = inputs(shape)
     sdpa(q, k, v, o, causal)
     library = cudnn(q, k, v, causal)
     pick = (slice(0, 1), slice(0, 1))

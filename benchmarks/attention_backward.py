@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -53,7 +54,8 @@ def exact_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch
     return dq, dk, dv
 
 
-def backward(shape: tuple[int, ...], causal: bool, repeats: int) -> dict[str, Any]:
+def forward_done(shape: tuple[int, ...], causal: bool) -> tuple[list[torch.Tensor], Callable[..., None]]:
+    """q, k, v and the gradient of the output, and ours: (deterministic, [dq, dk, dv]) -> None."""
     batch, heads, groups, rows, depth = shape
     q, do = randn(batch, heads, rows, depth), randn(batch, heads, rows, depth)
     k, v = randn(batch, groups, rows, depth), randn(batch, groups, rows, depth)
@@ -63,6 +65,12 @@ def backward(shape: tuple[int, ...], causal: bool, repeats: int) -> dict[str, An
     def ours(deterministic: bool, results: list[torch.Tensor]) -> None:
         sdpa_backward(q, k, v, o, do, lse, *results, causal, deterministic=deterministic)
 
+    return [q, k, v, do], ours
+
+
+def backward(shape: tuple[int, ...], causal: bool, repeats: int) -> dict[str, Any]:
+    batch, heads, groups, rows, depth = shape
+    (q, k, v, do), ours = forward_done(shape, causal)
     in_order, in_any_order = ([torch.full_like(x, float("nan")) for x in (q, k, v)] for _ in range(2))
     ours(True, in_order), ours(False, in_any_order)
     first = [x.clone() for x in in_order]

@@ -95,11 +95,16 @@ def fp8(sizes: Sequence[int], repeats: int) -> list[Row]:
     return [row for size in sizes for row in fp8_of(size, repeats)]
 
 
+def fp8_inputs(size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Both operands, contiguous along K, which is what torch takes; their scales per row and per block of 128."""
+    operands = randn(size, size, dtype=E4M3), randn(size, size, dtype=E4M3).T
+    per_block = positive(size // 128, size).T, positive(size // 128, size // 128)
+    return operands, (positive(size), positive(size)), per_block
+
+
 def fp8_of(size: int, repeats: int) -> list[Row]:
-    """Both operands contiguous along K, which is what torch takes."""
-    a, b, c = randn(size, size, dtype=E4M3), randn(size, size, dtype=E4M3).T, poisoned(size, size)
-    one, flops, rows = torch.ones(1, device=CUDA), 2.0 * size**3, []
-    row_a, row_b = positive(size), positive(size)
+    (a, b), (row_a, row_b), (block_a, block_b) = fp8_inputs(size)
+    one, c, flops, rows = torch.ones(1, device=CUDA), poisoned(size, size), 2.0 * size**3, []
     wide = b.double()
 
     def torch_mm(x: torch.Tensor, y: torch.Tensor, fast: bool) -> Callable[[], torch.Tensor]:
@@ -124,7 +129,6 @@ def fp8_of(size: int, repeats: int) -> list[Row]:
             torch_mm(row_a[:, None], row_b[None, :], not promote),
             per_row,
         )
-    block_a, block_b = positive(size // 128, size).T, positive(size // 128, size // 128)
 
     def per_block(picks: torch.Tensor) -> torch.Tensor:
         left = a[picks].double() * block_a[picks].double().repeat_interleave(128, 1)
