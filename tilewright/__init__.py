@@ -31,6 +31,7 @@ _TOOLS = {
     "SymmetricTensor": "tilewright.runtime.symmetric",
     "CompileError": "tilewright.frontend.errors",
     "ArgumentError": "tilewright.frontend.errors",
+    "PerformanceWarning": "tilewright.compiler.limits",
 }
 _LANGUAGE = "tilewright.frontend.language"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 import tilewright as tw
+from tilewright.compiler.limits import warn_of
 from tilewright.frontend.errors import CompileError
+from tilewright.ir.core import Location
 
 
 @tw.kernel
@@ -64,3 +66,23 @@ def test_too_much_shared_memory_names_each_buffer():
     text = error(product, "gfx942", x=half, y=tw.spec("f32", (64, 64), align=16))
     assert "bytes of shared memory, gfx942 has 65536" in text
     assert "x: 131072 bytes (1 x 64x1024 bf16)" in text and "x: 131072 bytes (1 x 1024x64 bf16)" in text
+
+
+@tw.kernel
+def one_tile(a: tw.Tensor, b: tw.Tensor, c: tw.Tensor):
+    acc = tw.zeros((64, 64), tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[1], 64)):
+        acc = tw.dot(tw.load(a, (0, k), (64, 64)), tw.load(b, (k, 0), (64, 64)), acc)
+    tw.store(c, (0, 0), acc.to(c.dtype))
+
+
+def test_products_of_a_loop_that_may_run_no_time_are_not_serialised() -> None:
+    """Its constants, merged behind the loop, once were: a PerformanceWarning, which is an error in these tests."""
+    shapes = {"a": (64, "K"), "b": ("K", 64), "c": (64, 64)}
+    tw.compile(one_tile, "sm_90a", {name: tw.spec("bf16", shape, align=16) for name, shape in shapes.items()})
+
+
+def test_what_the_assembler_says_of_speed_is_a_warning_at_the_kernel() -> None:
+    with pytest.warns(tw.PerformanceWarning, match=r"'product' would run slowly(?s:.*)\(C7514\)") as caught:
+        warn_of(["info: (C7514) ..."], "product", Location(__file__, 7))
+    assert (caught[0].filename, caught[0].lineno) == (__file__, 7)

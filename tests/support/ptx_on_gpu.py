@@ -51,7 +51,7 @@ class PtxOnGpu:
 
     def _function(self, ptx: str, shared_bytes: int) -> Any:
         if ptx not in self._modules:
-            binary = ptxas.assemble(ptx, "sm_90a", allow_advisories=True, level=1).cubin
+            binary = ptxas.assemble(ptx, "sm_90a", level=1).cubin
             self._modules[ptx] = self.device.load(binary).function("k")
         function = self._modules[ptx]
         function.allow_shared(shared_bytes)

@@ -30,7 +30,7 @@ def assembler() -> bool:
 def legal(ptx: str, arch: str = "sm_90a") -> str:
     """The text, which ptxas accepts (where there is one)."""
     if assembler():
-        ptxas.assemble(ptx, arch, allow_advisories=True, level=1)
+        ptxas.assemble(ptx, arch, level=1)
     return ptx
 
 

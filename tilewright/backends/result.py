@@ -13,11 +13,15 @@ __all__ = ["BackendResult", "Resources"]
 
 @dataclass(frozen=True)
 class BackendResult:
-    """A binary, its entries in the order of the functions, and texts by kind ("llvm", "ptx" or "amdgcn")."""
+    """A binary, its entries in the order of the functions, and texts by kind ("llvm", "ptx" or "amdgcn").
+
+    ``advisories``: what the assembler says will make it slow.
+    """
 
     binary: bytes
     entries: tuple[tuple[KernelABI, Resources], ...]
     asm: Mapping[str, str] = field(default_factory=dict)
+    advisories: tuple[str, ...] = ()
 
     @property
     def abi(self) -> KernelABI:

@@ -11,7 +11,7 @@ from typing import Any
 from tilewright.compiler.artifact import Artifact, Entry, dump_folder, variant_of
 from tilewright.compiler.environment import CHECK_SCHEDULE, DUMP_DIR
 from tilewright.compiler.errors import PassFailure, write_reproducer
-from tilewright.compiler.limits import check_spills
+from tilewright.compiler.limits import check_spills, warn_of
 from tilewright.compiler.options import CompileOptions
 from tilewright.compiler.pool import shared_pool
 from tilewright.compiler.worker import Request
@@ -101,6 +101,7 @@ def compile_modules(modules: Sequence[Module], target: str, options: CompileOpti
     text = print_module(merged, locations=True)
     result = shared_pool().compile(Request(text, target, first.name, first.loc, merged))
     check_spills(result.entries, target, first.loc)
+    warn_of(result.advisories, first.name, first.loc)
     artifact = _artifact(first.name, target, result, passes, start, variant)
     if dump is not None:
         artifact.dump(dump)
@@ -139,6 +140,7 @@ def compile_text(text: str, target: str | None = None, file: str = "<text>") -> 
     get_target(target)
     request = Request(print_module(module, locations=True), target, first.name, first.loc, module)
     result = shared_pool().compile(request)
+    warn_of(result.advisories, first.name, first.loc)
     return _artifact(first.name, target, result, {first.name: {"input": text}}, start)
 
 

@@ -1,7 +1,11 @@
-"""What a compiled kernel may not exceed: a kernel that keeps its tiles in memory is an error, not a slow kernel."""
+"""What a compiled kernel may not exceed, and what its users are warned of.
+
+A kernel that keeps its tiles in memory is an error, one whose products the assembler serialises a slow kernel.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,4 +38,16 @@ def check_spills(entries: Iterable[tuple[Any, Resources]], target: str, loc: Loc
             )
 
 
-__all__ = ["SPILL_LIMIT", "check_spills"]
+class PerformanceWarning(UserWarning):
+    """A kernel is right and will be slow."""
+
+
+def warn_of(advisories: Iterable[str], kernel: str, loc: Location) -> None:
+    """Warn, at the kernel, of what the assembler says. Only a compilation warns, no later use from a cache."""
+    lines = [f"\n  {line}" for line in advisories]
+    if lines:
+        message = f"kernel '{kernel}' would run slowly, says the assembler:{''.join(lines)}"
+        warnings.warn_explicit(message, PerformanceWarning, loc.file, loc.line)
+
+
+__all__ = ["SPILL_LIMIT", "PerformanceWarning", "check_spills", "warn_of"]

@@ -17,14 +17,18 @@ def _types(values: Sequence[mlir.Value]) -> list[mlir.Type]:
 
 @lowers(tile_ops.For)
 def lower_for(lw: Lowering, op: tile_ops.For) -> None:
+    loop(lw, op, lw.flatten(op.inits))
+
+
+def loop(lw: Lowering, op: tile_ops.For, initial: Sequence[mlir.Value]) -> None:
+    """A loop that begins with the registers ``initial`` of what it carries."""
     lo, hi, step = (lw.scalar(v) for v in (op.lo, op.hi, op.step))
-    initial = lw.flatten(op.inits)
-    with lw.fb.for_loop(lo, hi, step, initial, unroll=op.attributes.get("unroll")) as loop:
-        lw.define(op.index, loop.index)
-        lw.define_flat(op.carried, loop.values)
+    with lw.fb.for_loop(lo, hi, step, initial, unroll=op.attributes.get("unroll")) as emitted:
+        lw.define(op.index, emitted.index)
+        lw.define_flat(op.carried, emitted.values)
         lw.lower_block(op.body.block)
-        loop.yields(lw.flatten(lw.yielded(op.body.block)))
-    lw.define_flat(op.results, loop.results)
+        emitted.yields(lw.flatten(lw.yielded(op.body.block)))
+    lw.define_flat(op.results, emitted.results)
 
 
 @lowers(tile_ops.If)

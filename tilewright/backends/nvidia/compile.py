@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from tilewright.backends.llvm import TargetMachineSpec, emit_assembly, merge, optimize
 from tilewright.backends.lower import Handler, KernelEntry, block_threads, declare_kernel, start_lowering
 from tilewright.backends.nvidia import ptxas
-from tilewright.backends.nvidia.lowerings import NVIDIA_LOWERINGS
-from tilewright.backends.nvidia.ptxas import assemble
+from tilewright.backends.nvidia.lowerings import NVIDIA_LOWERINGS, PINNED_LOWERINGS
+from tilewright.backends.nvidia.ptxas import Assembled, assemble
 from tilewright.backends.nvidia.roles import check_registers
 from tilewright.backends.nvidia.target_ops import NvidiaOps
 from tilewright.backends.nvidia.tma import plan_tensor_maps
@@ -38,15 +38,23 @@ def lower_function(
 
 def compile_functions(functions: Sequence[Function], target: Target) -> BackendResult:
     """Compile to one cubin. Raises `IRError` or `BackendError`; LLVM may end the process, so run it in a worker."""
-    entries = [lower_function(function, target) for function in functions]
-    spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
-    merged = merge([optimize(entry.module.finish(debug_info=True), spec) for entry in entries])
-    asm = {"llvm": merged.text(), "ptx": emit_assembly(merged)}
-    assembled = assemble(_without_lines(asm["ptx"]), target.cpu)
+    entries, asm, assembled = _assembled(functions, target, NVIDIA_LOWERINGS)
+    if assembled.advisories:
+        entries, asm, assembled = _assembled(functions, target, PINNED_LOWERINGS)
     for function, entry in zip(functions, entries, strict=True):
         check_registers(function, assembled.resources[entry.abi.name].registers)
     used = [(e.abi, _resources(assembled.resources[e.abi.name], e.abi)) for e in entries]
-    return BackendResult(assembled.cubin, tuple(used), asm)
+    return BackendResult(assembled.cubin, tuple(used), asm, assembled.advisories)
+
+
+def _assembled(
+    functions: Sequence[Function], target: Target, table: Mapping[type[Operation], Handler]
+) -> tuple[list[KernelEntry], dict[str, str], Assembled]:
+    entries = [lower_function(function, target, table=table) for function in functions]
+    spec = TargetMachineSpec(target.triple, target.cpu, target.llvm_features)
+    merged = merge([optimize(entry.module.finish(debug_info=True), spec) for entry in entries])
+    asm = {"llvm": merged.text(), "ptx": emit_assembly(merged)}
+    return entries, asm, assemble(_without_lines(asm["ptx"]), target.cpu)
 
 
 def _without_lines(ptx: str) -> str:

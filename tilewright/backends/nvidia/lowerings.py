@@ -9,7 +9,8 @@ from tilewright.backends.nvidia.mma_sync import MMA_LOWERINGS
 from tilewright.backends.nvidia.rings import RING_LOWERINGS
 from tilewright.backends.nvidia.roles import ROLE_LOWERINGS
 from tilewright.backends.nvidia.tma import TMA_LOWERINGS
-from tilewright.backends.nvidia.wgmma import WGMMA_LOWERINGS
+from tilewright.backends.nvidia.wgmma import WGMMA_LOWERINGS, lower_pinned_for
+from tilewright.ir.tile_ops import For
 
 NVIDIA_LOWERINGS: Table = (
     LOWERINGS
@@ -21,3 +22,6 @@ NVIDIA_LOWERINGS: Table = (
     | FRAGMENT_LOWERINGS
     | MMA_LOWERINGS
 )
+
+#: for kernels whose products ptxas serialises otherwise
+PINNED_LOWERINGS: Table = {**NVIDIA_LOWERINGS, For: lower_pinned_for}

@@ -2,7 +2,7 @@
 
 A C75xx line is how ptxas says, at exit status 0, that it gave up on what the program asked for:
 ``setmaxnreg`` ignored (C7508), all ``wgmma`` serialised (C7510, C7513), a wait injected (C7517).
-The kernel would run several times slower than planned, so here they are errors.
+The kernel runs several times slower than planned, of which users are warned (`compiler.limits`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Assembled:
     cubin: bytes
     resources: dict[str, Resources]
     log: str
-    #: the C75xx lines; empty unless ``assemble`` was told to allow them
+    #: the C75xx lines
     advisories: tuple[str, ...] = ()
 
 
@@ -86,14 +86,8 @@ def ptxas_version(path: Path) -> str:
 # --- running it -----------------------------------------------------------------------------
 
 
-def assemble(
-    ptx: str, arch: str, *, options: Sequence[str] = (), allow_advisories: bool = False, level: int = 3
-) -> Assembled:
-    """Assemble ``ptx`` for ``arch`` ("sm_90a").
-
-    Raises BackendError on an error, quoting the PTX lines at fault, and on any C75xx message unless
-    ``allow_advisories``.
-    """
+def assemble(ptx: str, arch: str, *, options: Sequence[str] = (), level: int = 3) -> Assembled:
+    """Assemble ``ptx`` for ``arch`` ("sm_90a"). Raises BackendError on an error, quoting the PTX lines at fault."""
     ptxas = find_ptxas()
     with tempfile.TemporaryDirectory(prefix="tilewright-ptxas-") as folder:
         source, output = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -104,10 +98,7 @@ def assemble(
         if result.returncode != 0 or not output.exists():
             raise BackendError("ptxas", _failure(result.returncode), _explain(log, ptx))
         cubin = output.read_bytes()
-    advisories = tuple(_ADVISORY.findall(log))
-    if advisories and not allow_advisories:
-        raise BackendError("ptxas", "the kernel would run slowly, says ptxas", advisories)
-    return Assembled(cubin, parse_resources(log), log, advisories)
+    return Assembled(cubin, parse_resources(log), log, tuple(_ADVISORY.findall(log)))
 
 
 def _failure(status: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilewright.backends.lower import control
 from tilewright.backends.lower.context import Lowering, Registers, SlotRef, Table, TokenRef, lowers
 from tilewright.backends.lower.index import IntLike
 from tilewright.backends.mlir_builder import ir as mlir
@@ -25,7 +26,7 @@ from tilewright.backends.nvidia.state import warpgroup_count, warpgroup_index
 from tilewright.ir.async_ops import AsyncDot, Wait
 from tilewright.ir.core import Operation, Value
 from tilewright.ir.layout import LinearLayout, wgmma_accumulator, wgmma_operand_a
-from tilewright.ir.tile_ops import Constant
+from tilewright.ir.tile_ops import Constant, For
 from tilewright.ir.types import DType, SlotType, TileType, TokenType, bf16, f8e4m3, f8e5m2, f16, f32, i8, i32
 
 BLOCK_ROWS, MOST_COLUMNS, COLUMN_STEP = 64, 256, 8
@@ -337,6 +338,20 @@ def _issues_before(ops: Sequence[Operation]) -> bool:
 def _pin_value(lw: Lowering, value: Value) -> None:
     if isinstance(value.type, TileType) and not isinstance(value.op, Constant | AsyncDot):
         lw.define(value, from_words(lw, value, pin(lw, to_words(lw, value))))
+
+
+def lower_pinned_for(lw: Lowering, op: For) -> None:
+    """A loop whose accumulators are in registers before it, also where they begin as constants.
+
+    LLVM may write the constants of a loop that runs no time behind the loop's groups, where ptxas sees no wait in
+    between, and serialises them all (C7515). Elsewhere constants are better: the first group need not read them.
+    """
+    accumulators = {inner.acc for inner in op.body.block.ops if isinstance(inner, AsyncDot)}
+    initial: Registers = []
+    for init, carried in zip(op.inits, op.carried, strict=True):
+        pinned = carried in accumulators and isinstance(init.op, Constant)
+        initial += pin(lw, lw.registers(init)) if pinned else lw.flatten([init])
+    control.loop(lw, op, initial)
 
 
 @lowers(Wait, table=WGMMA_LOWERINGS)
