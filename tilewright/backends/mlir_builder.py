@@ -104,13 +104,14 @@ class FunctionBuilder(Arithmetic):
         *,
         volatile: bool = False,
         invariant: bool = False,
+        nontemporal: bool = False,
         ordering: str | None = None,
     ) -> Value:
         """``align`` in bytes. ``invariant``: the memory does not change while the kernel runs.
 
         With an ``ordering`` (as in `fence`, or monotonic) the access is atomic, for the whole system.
         """
-        attributes = self._access(align, volatile, invariant) | (
+        attributes = self._access(align, volatile, invariant, nontemporal) | (
             {} if ordering is None else self._atomic(ordering, None)
         )
         return self._value("llvm.load", type_, [pointer], attributes)
@@ -125,17 +126,19 @@ class FunctionBuilder(Arithmetic):
         nontemporal: bool = False,
         ordering: str | None = None,
     ) -> None:
-        attributes = self._access(align, volatile, False) | ({} if ordering is None else self._atomic(ordering, None))
-        if nontemporal:
-            attributes["nontemporal"] = self.module.attribute("unit")
+        attributes = self._access(align, volatile, False, nontemporal) | (
+            {} if ordering is None else self._atomic(ordering, None)
+        )
         self.op("llvm.store", (), [value, pointer], attributes)
 
-    def _access(self, align: int, volatile: bool, invariant: bool) -> dict[str, Any]:
+    def _access(self, align: int, volatile: bool, invariant: bool, nontemporal: bool) -> dict[str, Any]:
         attributes = {"alignment": self.module.integer(64, align)}
         if volatile:
             attributes["volatile_"] = self.module.attribute("unit")
         if invariant:
             attributes["invariant"] = self.module.attribute("unit")
+        if nontemporal:
+            attributes["nontemporal"] = self.module.attribute("unit")
         return attributes
 
     def fence(self, ordering: str, syncscope: str | None = None) -> None:

@@ -29,6 +29,7 @@ from tilewright.frontend.values import (
 )
 from tilewright.ir.comm_ops import peer_of
 from tilewright.ir.core import Value
+from tilewright.ir.tile_ops import EVICTION
 from tilewright.ir.types import DType, TileType, TokenType, bf16, f16, f32, f64, i1, i8, i16, i32, multipliable
 
 Implementation = Callable[..., Any]
@@ -117,11 +118,13 @@ def _index(emit: Emitter, view: Value, index: Any, name: str) -> list[Value]:
 
 
 @implements(tw.load)
-def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any, after: Any) -> Value:
+def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any, after: Any, eviction_policy: Any = None) -> Value:
     view = _view(view, "load")
     indices, padding = _index(emit, view, index, "load"), require_pad(pad, dtype_of(view))
-    tokens = require_tokens(after, "flag")
+    tokens, evict = require_tokens(after, "flag"), _require_policy(eviction_policy)
     if shape is None:
+        if evict is not None:
+            raise CompileError("tw.load: single elements have no eviction policy", argument="eviction_policy")
         return emit.builder.element(view, indices, padding, tokens)
     sizes = require_shape(emit, shape)
     if len(sizes) != len(indices):
@@ -130,7 +133,14 @@ def load(emit: Emitter, view: Any, index: Any, shape: Any, pad: Any, after: Any)
             hint="give one size per dimension and reshape the tile afterwards",
             argument="shape",
         )
-    return emit.builder.load(view, indices, sizes, padding, tokens)
+    return emit.builder.load(view, indices, sizes, padding, tokens, evict)
+
+
+def _require_policy(policy: Any) -> str | None:
+    if policy is None or policy in EVICTION:
+        return policy
+    known = ", ".join(map(repr, EVICTION))
+    raise CompileError(f"eviction_policy is None or one of {known}, got {policy!r}", argument="eviction_policy")
 
 
 IMPLEMENTATIONS[tw.get] = load
@@ -158,10 +168,10 @@ def require_pad(pad: Any, dtype: DType) -> int | float:
 
 
 @implements(tw.store)
-def store(emit: Emitter, view: Any, index: Any, value: Any) -> None:
+def store(emit: Emitter, view: Any, index: Any, value: Any, eviction_policy: Any) -> None:
     indices, tile = stored_tile(emit, "store", _view(view, "store"), index, value)
     require_own_rank(view, "store")
-    emit.builder.store(view, indices, tile)
+    emit.builder.store(view, indices, tile, _require_policy(eviction_policy))
 
 
 def require_own_rank(view: Value, name: str) -> None:

@@ -65,10 +65,11 @@ def num_programs(axis):
 
 
 @_builtin
-def load(view, index, shape=None, pad=0, after=None):
+def load(view, index, shape=None, pad=0, after=None, eviction_policy=None):
     """Read the tile of ``shape`` at ``index``, counted in tiles. Parts outside the tensor read as ``pad``.
 
-    ``after``: a token of `wait` or a tuple of them, for what other ranks have written.
+    ``after``: a token of `wait` or a tuple of them, for what other ranks have written. ``eviction_policy``: a hint to
+    the caches, "evict_first" for what nobody reads again, "evict_last" for what is read often.
 
     A rank-one view takes a single number for ``index`` and ``shape``. Without ``shape`` one element is read, as a
     scalar: addresses, bounds and conditions may depend on it.
@@ -76,10 +77,10 @@ def load(view, index, shape=None, pad=0, after=None):
 
 
 @_builtin
-def store(view, index, value):
+def store(view, index, value, eviction_policy=None):
     """Write a tile at ``index``, counted in tiles; parts outside the tensor are dropped.
 
-    The value's dtype must be the tensor's. A scalar is a tile of one element.
+    The value's dtype must be the tensor's. A scalar is a tile of one element. ``eviction_policy``: as for `load`.
     """
 
 

@@ -26,6 +26,7 @@ from tilewright.ir.core import (
     optional,
     region,
 )
+from tilewright.ir.tile_ops import require_eviction
 from tilewright.ir.types import (
     BufferType,
     ScalarType,
@@ -108,7 +109,8 @@ class Copy(Operation):
     the threads, pad must be 0) or ``threads``. ``after``: tokens of comm.wait, as for tile.load.
 
     With ``multicast``, a dim of the tile, the blocks of the cluster copy the same tile at the same use of a ring: each
-    fetches its part along that dim and the copy engine writes the part into the slots of all blocks.
+    fetches its part along that dim and the copy engine writes the part into the slots of all blocks. ``evict`` as of
+    tile.load.
     """
 
     view: Value = operand()
@@ -117,8 +119,10 @@ class Copy(Operation):
     after: list[Value] = named_operands()
     pad: float = attribute(default=0)
     multicast: int | None = attribute(default=None)
+    evict: str | None = attribute(default=None)
 
     def verify(self) -> None:
+        require_eviction(self, self.evict)
         view: Any = self.view.type
         slot: Any = self.slot.type
         self.require(isinstance(view, ViewType) and isinstance(slot, SlotType), "copies from a view to a slot")
@@ -266,7 +270,7 @@ class BulkStore(Operation):
 
     With ``scope`` warpgroup each warpgroup copies what its own threads wrote: equal parts along ``axis``. With
     ``update`` the engine adds the slot to what is there, each element atomically at device scope, in no defined order.
-    ``after``: as for comm.put.
+    ``after``: as for comm.put; ``evict``: as of tile.store.
     """
 
     slot: Value = operand()
@@ -276,8 +280,10 @@ class BulkStore(Operation):
     scope: str = attribute(default="role")
     axis: int = attribute(default=0)
     update: str | None = attribute(default=None)
+    evict: str | None = attribute(default=None)
 
     def verify(self) -> None:
+        require_eviction(self, self.evict)
         self.require(self.update in (None, *BULK_UPDATES), f"update is one of {', '.join(BULK_UPDATES)}")
 
 

@@ -179,17 +179,23 @@ class Builder:
         return self.insert(tile_ops.OffsetView(view, offsets, types=[result])).result
 
     def load(
-        self, view: Value, index: Sequence[Value], shape: Sequence[int], pad: float = 0, after: Sequence[Value] = ()
+        self,
+        view: Value,
+        index: Sequence[Value],
+        shape: Sequence[int],
+        pad: float = 0,
+        after: Sequence[Value] = (),
+        evict: str | None = None,
     ) -> Value:
         type_ = TileType(tuple(shape), _view(view).dtype)
-        return self.insert(tile_ops.Load(view, index, after, types=[type_], pad=pad)).result
+        return self.insert(tile_ops.Load(view, index, after, types=[type_], pad=pad, evict=evict)).result
 
     def element(self, view: Value, index: Sequence[Value], pad: float = 0, after: Sequence[Value] = ()) -> Value:
         type_ = ScalarType(_view(view).dtype)
         return self.insert(tile_ops.Element(view, index, after, types=[type_], pad=pad)).result
 
-    def store(self, view: Value, index: Sequence[Value], value: Value) -> None:
-        self.insert(tile_ops.Store(view, index, value))
+    def store(self, view: Value, index: Sequence[Value], value: Value, evict: str | None = None) -> None:
+        self.insert(tile_ops.Store(view, index, value, evict=evict))
 
     def gather(
         self,
@@ -339,8 +345,10 @@ class Builder:
         pad: float = 0,
         multicast: int | None = None,
         after: Sequence[Value] = (),
+        evict: str | None = None,
     ) -> Value:
-        copy = async_ops.Copy(view, index, slot, after, types=[TokenType(engine)], pad=pad, multicast=multicast)
+        types = [TokenType(engine)]
+        copy = async_ops.Copy(view, index, slot, after, types=types, pad=pad, multicast=multicast, evict=evict)
         return self.insert(copy).result
 
     def async_dot(self, a: Value, b: Value, acc: Value) -> tuple[Value, Value]:
@@ -374,8 +382,9 @@ class Builder:
         update: str | None = None,
         after: Sequence[Value] = (),
         axis: int = 0,
+        evict: str | None = None,
     ) -> None:
-        self.insert(async_ops.BulkStore(slot, view, index, after, scope=scope, axis=axis, update=update))
+        self.insert(async_ops.BulkStore(slot, view, index, after, scope=scope, axis=axis, update=update, evict=evict))
 
 
 def _tile(value: Value) -> TileType:

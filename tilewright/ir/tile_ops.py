@@ -357,6 +357,14 @@ class OffsetView(Operation):
     offsets: list[Value] = operands()
 
 
+#: when lines of the caches leave them: before all others (nobody reads them again), or after
+EVICTION = ("evict_first", "evict_last")
+
+
+def require_eviction(op: Operation, policy: str | None) -> None:
+    op.require(policy in (None, *EVICTION), f"evict is one of {', '.join(EVICTION)}")
+
+
 @operation("tile.load", effect=Effect.READ)
 class Load(Operation):
     """Read the tile at ``index`` (counted in tiles); parts outside the view read as ``pad``.
@@ -365,6 +373,7 @@ class Load(Operation):
 
     Placement sets ``shared``, the shared-memory layout through which the tile travels to its
     consumer, and ``engine``, who copies it: ``tma`` (bulk copy engine), ``cp_async`` or ``threads``.
+    ``evict``: what becomes of its lines in the caches, one of `EVICTION`; None leaves it to them.
     """
 
     view: Value = operand()
@@ -373,9 +382,11 @@ class Load(Operation):
     pad: float = attribute(default=0)
     shared: SharedLayout | None = attribute(default=None)
     engine: str = attribute(default="threads")
+    evict: str | None = attribute(default=None)
 
     def verify(self) -> None:
         view, tile = _view(self.view), _tile(self.result)
+        require_eviction(self, self.evict)
         self.require(len(self.index) == view.rank == tile.rank, "index, view and tile have one rank")
         self.require(view.dtype == tile.dtype, "view and tile have one dtype")
 
@@ -410,14 +421,16 @@ class Pick(Operation):
 
 @operation("tile.store", effect=Effect.WRITE)
 class Store(Operation):
-    """Write the tile at ``index`` (counted in tiles); parts outside the view are dropped."""
+    """Write the tile at ``index`` (counted in tiles); parts outside the view are dropped. ``evict`` as of `Load`."""
 
     view: Value = operand()
     index: list[Value] = operands()
     value: Value = operand()
+    evict: str | None = attribute(default=None)
 
     def verify(self) -> None:
         view, tile = _view(self.view), _tile(self.value)
+        require_eviction(self, self.evict)
         self.require(len(self.index) == view.rank == tile.rank, "index, view and tile have one rank")
         self.require(view.dtype == tile.dtype, f"cannot store {tile.dtype} to a view of {view.dtype}")
 

@@ -124,6 +124,6 @@ def _start(b: Builder, group: Group, slices: Sequence[Operation], mapping: dict[
         assert t.buffer is not None
         view, index = mapping.get(t.load.view, t.load.view), [mapping.get(v, v) for v in t.load.index]
         after = [mapping.get(v, v) for v in t.load.after]
-        token = b.copy(view, index, b.slot(t.buffer, count), ENGINE, t.load.pad, after=after)
+        token = b.copy(view, index, b.slot(t.buffer, count), ENGINE, t.load.pad, after=after, evict=t.load.evict)
     assert token is not None
     return token

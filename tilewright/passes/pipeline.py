@@ -279,7 +279,7 @@ class _Rewriter:
             slot = b.slot(buffer, count)
             slot.hint = load.result.hint
             part = group.shared.get(load)
-            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad, part, load.after))
+            tokens.append(b.copy(load.view, load.index, slot, load.engine, load.pad, part, load.after, load.evict))
             self.slots[load.result] = slot
         b.insert(Publish(group.ring, count, tokens))
 

@@ -57,7 +57,8 @@ class Transit:
         tile = TileType(self.slot.shape, self.slot.dtype, self.layouts.load)
         view, index = mapping.get(load.view, load.view), [mapping.get(v, v) for v in load.index]
         after = [mapping.get(v, v) for v in load.after]
-        op = Load(view, index, after, types=[tile], pad=load.pad, loc=load.loc, hints=[load.result.hint])
+        hints = [load.result.hint]
+        op = Load(view, index, after, types=[tile], pad=load.pad, evict=load.evict, loc=load.loc, hints=hints)
         return b.insert(op).result
 
     def write(self, b: Builder, value: Value, count: Value) -> None:

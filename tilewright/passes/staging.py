@@ -183,7 +183,8 @@ def _emit(b: Builder, store: Store | Put | Atomic, buffer: Value, plan: _Plan, c
         place = [row, b.add(first, b.index(chunk))]
         update = store.fn if isinstance(store, Atomic) else None
         after = store.after if isinstance(store, Put) else ()
-        b.bulk_store(slot, store.view, place, plan.scope, update, after, plan.axis)
+        evict = store.evict if isinstance(store, Store) else None
+        b.bulk_store(slot, store.view, place, plan.scope, update, after, plan.axis, evict)
 
 
 def own_axis(tile: TileType, slot: SharedLayout) -> int | None:

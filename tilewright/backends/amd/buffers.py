@@ -30,6 +30,8 @@ EXTENT = 1 << 31
 OUTSIDE = -EXTENT
 #: word 3 of a raw descriptor: 32-bit elements, as MLIR's amdgpu dialect and LLVM's fat pointers set it
 FORMAT = 0x27000
+#: ``nt``: the line leaves the caches before others (LLVM, "User Guide for AMDGPU Backend": buffer intrinsics)
+NONTEMPORAL = 2
 #: largest immediate offset of an instruction
 MOST_IMMEDIATE = 4095
 
@@ -66,7 +68,7 @@ class BufferAccess(TileAccess):
         return math.mul(steps, math.mul(math.narrow(self.view.strides[axis]), self.view.dtype.bytes))
 
     def _place(self, register: int, inside: mlir.Value | None) -> list[mlir.Value]:
-        """Descriptor, lane offset, scalar offset and cache policy of an access; beyond the end where not inside."""
+        """Descriptor, lane offset and scalar offset of an access; beyond the end where not inside."""
         fb, math = self.lw.fb, self.lw.index
         lane: list[IntLike] = [self._base]
         shared: list[IntLike] = []
@@ -81,7 +83,7 @@ class BufferAccess(TileAccess):
         own = math.value(math.sum(lane))
         if inside is not None:
             own = self._selected(inside, own)
-        return [self.resource, fb.add(own, immediate), math.value(uniform), fb.i32(0)]
+        return [self.resource, fb.add(own, immediate), math.value(uniform)]
 
     def _selected(self, inside: mlir.Value, lane: mlir.Value) -> mlir.Value:
         if (inside, lane) not in self._lanes:
@@ -125,7 +127,8 @@ class BufferAccess(TileAccess):
         fb, dtype = self.lw.fb, self.view.dtype
         inside = self.predicate(first) if pad is not None else None
         words = _words(self.lw, width * dtype.bytes)
-        loaded = fb.intrinsic("llvm.amdgcn.raw.ptr.buffer.load", words, self._place(first, inside))
+        operands = [*self._place(first, inside), self._hint()]
+        loaded = fb.intrinsic("llvm.amdgcn.raw.ptr.buffer.load", words, operands)
         values = split_vector(self.lw, fb.bitcast(loaded, memory_type(self.lw, dtype, width)), width)
         if inside is None or self.zero_pad:
             return values
@@ -138,7 +141,12 @@ class BufferAccess(TileAccess):
             parts = [to_memory(lw, value, dtype) for value in values[first : first + width]]
             words = lw.fb.bitcast(join_vector(lw, parts), _words(lw, width * dtype.bytes))
             inside = self.predicate(first) if masked else None
-            lw.fb.intrinsic("llvm.amdgcn.raw.ptr.buffer.store", None, [words, *self._place(first, inside)])
+            operands = [words, *self._place(first, inside), self._hint()]
+            lw.fb.intrinsic("llvm.amdgcn.raw.ptr.buffer.store", None, operands)
+
+    def _hint(self) -> mlir.Value:
+        """The last operand of an access: bits of its cache policy."""
+        return self.lw.fb.i32(NONTEMPORAL if self.evict == "evict_first" else 0)
 
 
 def make_resource(lw: Lowering, address: mlir.Value) -> mlir.Value:

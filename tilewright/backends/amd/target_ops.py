@@ -115,13 +115,13 @@ class AmdOps(TargetOps):
             raise lw.error("the function has no shared_bytes: the shared-memory plan must run before lowering")
         return lw.fb.ptrtoint(lw.fb.address_of(lw.entry.shared_symbol(size)), lw.fb.types.i32)
 
-    def store_if(self, lw: Lowering, accesses: Sequence[Store]) -> None:
+    def store_if(self, lw: Lowering, accesses: Sequence[Store], evict: str | None = None) -> None:
         for predicate, group in groupby(accesses, key=lambda access: access[0]):
             if predicate is None:
-                _store_all(lw, group)
+                _store_all(lw, group, evict)
             else:
                 with lw.fb.if_then(predicate):
-                    _store_all(lw, group)
+                    _store_all(lw, group, evict)
 
     def tile_access(self, view: Value, sizes: tuple[int, ...]) -> type[TileAccess] | None:
         """Buffer descriptors, where offsets inside the tile fit into 32 bits."""
@@ -191,6 +191,6 @@ def _add_float(lw: Lowering, pointer: mlir.Value, value: mlir.Value, dtype: DTyp
     fb.position_at_end(done)
 
 
-def _store_all(lw: Lowering, accesses: Iterable[Store]) -> None:
+def _store_all(lw: Lowering, accesses: Iterable[Store], evict: str | None) -> None:
     for _, pointer, value, align in accesses:
-        lw.fb.store(value, pointer, align)
+        lw.fb.store(value, pointer, align, nontemporal=evict == "evict_first")

@@ -45,6 +45,8 @@ class TileAccess:
         self.width = self._vector_width()
         #: what is outside reads as zeros
         self.zero_pad = False
+        #: what the caches are told, one of `EVICTION`
+        self.evict: str | None = None
         self._predicates: dict[tuple[int, int], mlir.Value] = {}
         self._inside: dict[tuple[int, ...], mlir.Value] = {}
         self._terms: dict[tuple[int, int], IntLike] = {}
@@ -201,7 +203,8 @@ class TileAccess:
         if pad is not None:
             inside = self.predicate(first)
             pointer = fb.select(inside, pointer, self.view.base)
-        loaded = fb.load(pointer, memory_type(self.lw, dtype, width), self.alignment(width))
+        type_ = memory_type(self.lw, dtype, width)
+        loaded = self.lw.ops.load_global(self.lw, pointer, type_, self.alignment(width), self.evict)
         values = split_vector(self.lw, loaded, width)
         if inside is None:
             return values
@@ -215,7 +218,7 @@ class TileAccess:
             parts = [to_memory(lw, v, self.view.dtype) for v in values[first : first + width]]
             inside = self.predicate(first) if masked else None
             accesses.append((inside, self.pointer(first), join_vector(lw, parts), self.alignment(width)))
-        lw.ops.store_if(lw, accesses)
+        lw.ops.store_if(lw, accesses, self.evict)
 
 
 # --- operations ---------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def tile_access(lw: Lowering, view: Value, index: Sequence[Value], layout: Linea
 @lowers(tile_ops.Load)
 def lower_load(lw: Lowering, op: tile_ops.Load) -> None:
     access = tile_access(lw, op.view, op.index, lw.layout(op.result))
-    access.zero_pad = op.pad == 0
+    access.zero_pad, access.evict = op.pad == 0, op.evict
     pad = constant(lw, op.pad, access.view.dtype)
     lw.define(op.result, load_tile(lw, access, pad))
 
@@ -295,6 +298,7 @@ def lower_store(lw: Lowering, op: tile_ops.Store) -> None:
     values = lw.registers(op.value)
     holder = sole_holder(lw, layout)
     access = tile_access(lw, op.view, op.index, layout)
+    access.evict = op.evict
     run_if(lw, holder, lambda: store_tile(lw, access, values))
 
 

@@ -75,9 +75,15 @@ class TargetOps(ABC):
     def shared_base(self, lw: Lowering) -> mlir.Value:
         """Byte address of the block's shared memory in address space 3 (i32)."""
 
+    def load_global(
+        self, lw: Lowering, pointer: mlir.Value, type_: mlir.Type, align: int, evict: str | None
+    ) -> mlir.Value:
+        """A load from global memory, with a hint to the caches (`tile_ops.EVICTION`) where the target has such."""
+        return lw.fb.load(pointer, type_, align, nontemporal=evict == "evict_first")
+
     @abstractmethod
-    def store_if(self, lw: Lowering, accesses: Sequence[Store]) -> None:
-        """Global stores, each done where its predicate holds."""
+    def store_if(self, lw: Lowering, accesses: Sequence[Store], evict: str | None = None) -> None:
+        """Global stores, each done where its predicate holds, with a hint to the caches as for `load_global`."""
 
     def tile_access(self, view: Value, sizes: tuple[int, ...]) -> type[TileAccess] | None:
         """How tiles of these sizes are read and written, where not by 64-bit addresses and branches."""

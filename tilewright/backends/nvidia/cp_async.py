@@ -64,7 +64,7 @@ class _Copier:
         fb, size = self.lw.fb, self.width * self.view.dtype.bytes
         for first in access.groups(self.width):
             count = self._inside(access, first) if masked else None
-            ptx.copy_async(fb, target.place(first), access.pointer(first), size, count)
+            ptx.copy_async(fb, target.place(first), access.pointer(first), size, count, self.op.evict)
 
     def _inside(self, access: TileAccess, register: int) -> mlir.Value:
         """Bytes of a run that lie inside the view (i32)."""

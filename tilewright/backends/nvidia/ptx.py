@@ -12,6 +12,8 @@ from tilewright.backends.mlir_builder import FunctionBuilder
 from tilewright.backends.mlir_builder import ir as mlir
 
 MEMORY = "~{memory}"
+#: constraint letters of words of so many bits; bytes lie in 32-bit registers
+KIND = {8: "r", 16: "h", 32: "r", 64: "l"}
 
 
 def emit(fb: FunctionBuilder, text: str, kinds: str = "", arguments: Sequence[mlir.Value] = ()) -> None:
@@ -144,6 +146,49 @@ def set_max_registers(fb: FunctionBuilder, registers: int, increase: bool) -> No
     emit(fb, f"setmaxnreg.{direction}.sync.aligned.u32 {registers};")
 
 
+# --- hints to the caches: "Cache Eviction Priority Hints" -----------------------------------------------------
+
+
+def cache_policy(fb: FunctionBuilder, evict: str | None) -> list[mlir.Value]:
+    """The operand of ``.L2::cache_hint`` for all of an access: `tile_ops.EVICTION`; none without a hint.
+
+    Made where it is used: ptxas folds it to a constant.
+    """
+    if evict is None:
+        return []
+    text = f"createpolicy.fractional.L2::{evict}.b64 $0, 1.0;"
+    return [fb.inline_asm(fb.types.i64, text, "=l", [], side_effects=False)]
+
+
+def load_words(
+    fb: FunctionBuilder, pointer: mlir.Value, types: Sequence[mlir.Type], bits: int, evict: str
+) -> list[mlir.Value]:
+    """``ld.global`` of one, two or four words of ``bits`` bits, with a hint for both caches."""
+    count = len(types)
+    places = ", ".join(f"${i}" for i in range(count))
+    vector, target = (f".v{count}", f"{{{places}}}") if count > 1 else ("", places)
+    text = f"ld.global.L1::{evict}.L2::cache_hint{vector}.b{bits} {target}, [${count}], ${count + 1};"
+    constraints = ",".join([*[f"={KIND[bits]}"] * count, "l", "l", MEMORY])
+    return list(fb.inline_asm(list(types), text, constraints, [pointer, *cache_policy(fb, evict)]))
+
+
+def store_words(
+    fb: FunctionBuilder,
+    pointer: mlir.Value,
+    words: Sequence[mlir.Value],
+    bits: int,
+    condition: mlir.Value | None,
+    evict: str | None = None,
+) -> None:
+    """``st.global`` of one, two or four words of ``bits`` bits under a condition: no branch."""
+    count, policy = len(words), cache_policy(fb, evict)
+    places = ", ".join(f"${i + 1}" for i in range(count))
+    vector, source = (f".v{count}", f"{{{places}}}") if count > 1 else ("", places)
+    hint, operand = (".L2::cache_hint", f", ${count + 1}") if policy else ("", "")
+    text = f"st.global{hint}{vector}.b{bits} [$0], {source}{operand};"
+    _emit_if(fb, condition, text, "l" + KIND[bits] * count + "l" * len(policy), [pointer, *words, *policy])
+
+
 # --- bulk copies: "Data Movement and Conversion Instructions: Bulk Tensor copy" -------------------------------
 
 
@@ -158,21 +203,28 @@ def load_box(
     destination: mlir.Value,
     barrier_address: mlir.Value,
     blocks: int = 1,
+    evict: str | None = None,
 ) -> None:
     """Start copying a box to shared memory; its bytes count against the barrier. Coordinates: contiguous dim first.
 
     With ``blocks`` > 1 it goes to the same place of all blocks of the cluster, and counts against the barrier of each.
     """
-    rank = len(coordinates)
-    multicast, mask = (".multicast::cluster", f", ${3 + rank}") if blocks > 1 else ("", "")
-    text = (
-        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes{multicast} "
-        f"[$0], [$1, {_place(3, rank)}], [$2]{mask};"
-    )
+    rank, policy = len(coordinates), cache_policy(fb, evict)
     arguments = [destination, tensor_map, barrier_address, *coordinates]
+    kinds, modifiers, last = "rlr" + "r" * rank, "", ""
     if blocks > 1:
+        modifiers, last = ".multicast::cluster", f", ${len(arguments)}"
         arguments.append(fb.const((1 << blocks) - 1, fb.types.i16))
-    emit(fb, text, "rlr" + "r" * rank + "h" * (blocks > 1), arguments)
+        kinds += "h"
+    if policy:
+        modifiers, last = f"{modifiers}.L2::cache_hint", f"{last}, ${len(arguments)}"
+        arguments += policy
+        kinds += "l"
+    text = (
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes{modifiers} "
+        f"[$0], [$1, {_place(3, rank)}], [$2]{last};"
+    )
+    emit(fb, text, kinds, arguments)
 
 
 def store_boxes(
@@ -181,17 +233,21 @@ def store_boxes(
     boxes: Sequence[tuple[Sequence[mlir.Value], mlir.Value]],
     condition: mlir.Value | None,
     update: str | None = None,
+    evict: str | None = None,
 ) -> None:
     """Start copying boxes ``(coordinates, source)`` out of shared memory, as one group, under a condition.
 
     ``update``: "add" adds them to what is there.
     """
     copy, kind = ("cp.async", "") if update is None else ("cp.reduce.async", f".{update}.tile")
-    lines, arguments, kinds = [], [tensor_map], "l"
+    policy = cache_policy(fb, evict)
+    hint, extra = (".L2::cache_hint", ", $1") if policy else ("", "")
+    lines, arguments, kinds = [], [tensor_map, *policy], "l" + "l" * len(policy)
     for coordinates, source in boxes:
         at, rank = len(arguments), len(coordinates)
         lines.append(
-            f"{copy}.bulk.tensor.{rank}d.global.shared::cta{kind}.bulk_group [$0, {_place(at + 1, rank)}], [${at}];"
+            f"{copy}.bulk.tensor.{rank}d.global.shared::cta{kind}.bulk_group{hint} "
+            f"[$0, {_place(at + 1, rank)}], [${at}]{extra};"
         )
         arguments += [source, *coordinates]
         kinds += "r" * (rank + 1)
@@ -211,13 +267,20 @@ Place = tuple[mlir.Value, int]
 
 
 def copy_async(
-    fb: FunctionBuilder, place: Place, pointer: mlir.Value, size: int, count: mlir.Value | None = None
+    fb: FunctionBuilder,
+    place: Place,
+    pointer: mlir.Value,
+    size: int,
+    count: mlir.Value | None = None,
+    evict: str | None = None,
 ) -> None:
     """``cp.async`` of 4, 8 or 16 bytes from global to shared memory; zeros from byte ``count`` on."""
-    kind = "cg" if size == 16 else "ca"
-    sizes, arguments = ("", []) if count is None else (", $2", [count])
-    text = f"cp.async.{kind}.shared.global [$0+{place[1]}], [$1], {size}{sizes};"
-    emit(fb, text, "rl" + "r" * len(arguments), [_address(fb, place), pointer, *arguments])
+    kind, policy = "cg" if size == 16 else "ca", cache_policy(fb, evict)
+    hint, extra = (".L2::cache_hint", ", $2") if policy else ("", "")
+    sizes, counts = ("", []) if count is None else (f", ${2 + len(policy)}", [count])
+    text = f"cp.async.{kind}.shared.global{hint} [$0+{place[1]}], [$1], {size}{sizes}{extra};"
+    kinds = "rl" + "l" * len(policy) + "r" * len(counts)
+    emit(fb, text, kinds, [_address(fb, place), pointer, *policy, *counts])
 
 
 def _address(fb: FunctionBuilder, place: Place) -> mlir.Value:

@@ -141,12 +141,25 @@ class NvidiaOps(TargetOps):
     def shared_base(self, lw: Lowering) -> mlir.Value:
         return lw.fb.ptrtoint(lw.fb.address_of(lw.entry.shared_symbol(None)), lw.fb.types.i32)
 
-    def store_if(self, lw: Lowering, accesses: Sequence[Store]) -> None:
+    def load_global(
+        self, lw: Lowering, pointer: mlir.Value, type_: mlir.Type, align: int, evict: str | None
+    ) -> mlir.Value:
+        if evict is None:
+            return super().load_global(lw, pointer, type_, align, evict)
+        fb, types = lw.fb, lw.fb.types
+        bits = _bits(type_)
+        if bits > 64:
+            words = ptx.load_words(fb, pointer, [types.i32] * (bits // 32), 32, evict)
+            return fb.bitcast(fb.pack_vector(words), type_)
+        (word,) = ptx.load_words(fb, pointer, [types.int(32 if bits == 8 else bits)], bits, evict)
+        return fb.bitcast(fb.trunc(word, types.i8) if bits == 8 else word, type_)
+
+    def store_if(self, lw: Lowering, accesses: Sequence[Store], evict: str | None = None) -> None:
         for predicate, pointer, value, align in accesses:
-            if predicate is None:
+            if predicate is None and evict is None:
                 lw.fb.store(value, pointer, align)
             else:
-                _predicated_store(lw, predicate, pointer, value)
+                ptx.store_words(lw.fb, pointer, *_words(lw, value), predicate, evict)
 
     def all_lanes(self, lw: Lowering, condition: mlir.Value) -> mlir.Value:
         fb = lw.fb
@@ -233,24 +246,16 @@ class NvidiaOps(TargetOps):
         return rounded
 
 
-def _predicated_store(lw: Lowering, predicate: mlir.Value, pointer: mlir.Value, value: mlir.Value) -> None:
-    """``@p st.global``: no branch. The value travels as 8-, 16-, 32- or 64-bit words."""
-    words, bits = _words(lw, value)
-    names = [f"${i + 2}" for i in range(len(words))]
-    vector = f".v{len(words)}" if len(words) > 1 else ""
-    operand = "{" + ", ".join(names) + "}" if vector else names[0]
-    kind = {8: "r", 16: "h", 32: "r", 64: "l"}[bits]
-    text = f"@$0 st.global{vector}.b{bits} [$1], {operand};"
-    constraints = ",".join(["b", "l", *[kind] * len(words), "~{memory}"])
-    lw.fb.inline_asm(None, text, constraints, [predicate, pointer, *words])
+def _bits(type_: mlir.Type) -> int:
+    is_vector = isinstance(type_, mlir.VectorType)
+    width: int = type_.element_type.width * type_.shape[0] if is_vector else type_.width
+    return width
 
 
 def _words(lw: Lowering, value: mlir.Value) -> tuple[list[mlir.Value], int]:
     """A value of 1 to 16 bytes as equal words, and their bits. Bytes lie in 32-bit registers."""
     fb, types = lw.fb, lw.fb.types
-    is_vector = isinstance(value.type, mlir.VectorType)
-    one = value.type.element_type if is_vector else value.type
-    bits = one.width * (value.type.shape[0] if is_vector else 1)
+    bits = _bits(value.type)
     if bits <= 64:
         whole = fb.bitcast(value, getattr(types, f"i{bits}"))
         return [fb.zext(whole, types.i32) if bits == 8 else whole], bits

@@ -99,6 +99,7 @@ class _Copier:
         self.lw, self.op, self.slot, self.view = lw, op, lw.slot(op.slot), lw.view(op.view)
         self.layout = copy_layout(lw, self.view, self.slot.type.shape)
         self.whole = TileAccess(lw, self.view, op.index, self.layout)
+        self.whole.evict = op.evict
         self.pad = constant(lw, op.pad, self.view.dtype)
 
     def run(self) -> None:
@@ -153,6 +154,7 @@ class _Copier:
         origin = [math.add(o, line if d == axis else 0) for d, o in enumerate(view.origin)]
         with lw.as_scope(renewed_scope(lw)):
             source = TileAccess(lw, replace(view, origin=tuple(origin)), self.op.index, self.layout)
+            source.evict = self.op.evict
             base = math.add(slot.base, skip)
             target = SharedAccess(lw, base, slot.layout, self.layout, slot.dtype)
             for number in chunks:

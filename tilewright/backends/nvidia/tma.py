@@ -194,7 +194,7 @@ def _issue(lw: Lowering, op: Copy, publish: Publish) -> None:
     blocks = 1 if op.multicast is None else blocks_of(op)
     shift, skip = _own_part(lw, lw.slot(op.slot), shares(op, 1), lambda: ptx.cluster_rank(lw.fb))
     for pointer, place, address in _transfers(lw, op, shift, skip):
-        ptx.load_box(lw.fb, pointer, place, address, barrier, blocks)
+        ptx.load_box(lw.fb, pointer, place, address, barrier, blocks, op.evict)
 
 
 def _publish(lw: Lowering, token: Value) -> Publish:
@@ -211,7 +211,8 @@ def lower_bulk_store(lw: Lowering, op: BulkStore) -> None:
     shift, skip = _own_part(lw, lw.slot(op.slot), shares(op, lw.scope.num_warps), lambda: warpgroup_index(lw))
     who = warpgroup_leader(lw) if op.scope == "warpgroup" else leader(lw)
     transfers = list(_transfers(lw, op, shift, skip))
-    ptx.store_boxes(lw.fb, transfers[0][0], [(where, address) for _, where, address in transfers], who, op.update)
+    boxes = [(where, address) for _, where, address in transfers]
+    ptx.store_boxes(lw.fb, transfers[0][0], boxes, who, op.update, op.evict)
 
 
 def _own_part(
