@@ -22,7 +22,7 @@ def poisoned(*shape: int) -> np.ndarray[Any, Any]:
     return np.full(shape, np.nan, np.float32)
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("target", ["sm_90a", "sm_80", "gfx942", "gfx950"])
 def test_all_reduce(target: str, size: int, seed: int | None) -> None:
@@ -37,11 +37,11 @@ def test_all_reduce(target: str, size: int, seed: int | None) -> None:
                 np.testing.assert_array_equal(result, sum(x))
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("target", ["sm_90a", "sm_80", "gfx942"])
 def test_gemm_reduce_scatter(target: str, size: int, seed: int | None) -> None:
-    rng, rows, columns, depth, tile = np.random.default_rng(size), 128, 128, 96, 64
+    rng, rows, columns, depth, tile = np.random.default_rng(size), 128, 64, 96, 64
     a = [normal(rng, rows * size, depth, dtype=BF16) for _ in range(size)]
     b = [normal(rng, depth, columns, dtype=BF16) for _ in range(size)]
     c = [poisoned(rows, columns) for _ in range(size)]
@@ -56,11 +56,10 @@ def test_gemm_reduce_scatter(target: str, size: int, seed: int | None) -> None:
 
 
 @pytest.mark.parametrize("pull", [True, False])
-@pytest.mark.parametrize("seed", [None, 3])
-@pytest.mark.parametrize("target", ["sm_90a", "gfx942"])
+@pytest.mark.parametrize(("target", "seed"), [("sm_90a", None), ("sm_90a", 3), ("gfx942", 3)])
 def test_all_gather_gemm(target: str, seed: int | None, pull: bool) -> None:
     """``pull``: products read the peers' tensors; else the shards are pushed into a local copy first."""
-    rng, size, rows, columns, depth, tile = np.random.default_rng(0), 3, 64, 128, 64, 64
+    rng, size, rows, columns, depth, tile = np.random.default_rng(0), 3, 64, 64, 64, 64
     shards = [normal(rng, rows, depth, dtype=BF16) for _ in range(size)]
     b = [normal(rng, depth, columns, dtype=BF16) for _ in range(size)]
     c = [poisoned(rows * size, columns) for _ in range(size)]

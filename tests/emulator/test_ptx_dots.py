@@ -69,11 +69,11 @@ def test_products(
 )
 def test_roles(dtype: Any, precision: str, meta: dict[str, Any], allowed: float, layout: str) -> None:
     """Copies by the engine, warpgroups that compute from registers; more than one round of the ring."""
-    m, n, k = 200, 136, 328
+    m, n, k = meta["BM"] + 8, meta["BN"] + 8, 5 * meta["BK"] + 8
     a, b = matrix(m, k, dtype, 0, layout[0] == "T"), matrix(k, n, dtype, 1, layout[1] == "T")
     c = np.full((m, n), np.nan, dtype)
     grid = (tw.cdiv(m, meta["BM"]), tw.cdiv(n, meta["BN"]))
-    tw.device("emulate:sm_90a").launch(product, grid, a, b, c, precision=precision, **meta)
+    tw.device("emulate:sm_90a").launch(product, grid, a, b, c, precision=precision, num_stages=3, **meta)
     exact = a.astype(np.float64) @ b.astype(np.float64)
     assert np.linalg.norm(c - exact) <= allowed * np.linalg.norm(exact)
 

@@ -96,7 +96,7 @@ class WaveOrder:
         #: number of the last store that was not atomic at least at the scope: [scope][wave]
         self._dirty = {scope: np.zeros(groups * waves_per_group, np.int32) for scope in (DEVICE, SYSTEM)}
         self._flushes: dict[tuple[int, int], list[_Flush]] = {}
-        self._seen: dict[int, list[_Seen]] = {}
+        self._seen: dict[int, dict[tuple[int, int], _Seen]] = {}
 
     # ---- within a workgroup --------------------------------------------------------------------
 
@@ -202,7 +202,8 @@ class WaveOrder:
             noted.add((wave, id(token)))
             needed = next(s for s in (BLOCK, DEVICE, SYSTEM) if self.races.within(s, mine, home))
             number = int(self.counters.issued[Counter.VECTOR, wave]) + 1
-            self._seen.setdefault(wave, []).append(_Seen(number, token, needed))
+            # polls that find the same again tell nothing more than the first
+            self._seen.setdefault(wave, {}).setdefault((id(token), needed), _Seen(number, token, needed))
 
     # ---- caches --------------------------------------------------------------------------------
 
@@ -224,10 +225,10 @@ class WaveOrder:
     def _acquire(self, waves: Array, scope: int) -> None:
         for wave in waves.tolist():
             done = self.counters.finished[Counter.VECTOR, wave]
-            waiting = []
-            for seen in self._seen.get(wave, ()):
+            waiting = {}
+            for key, seen in self._seen.get(wave, {}).items():
                 if seen.number > done or seen.scope > scope:
-                    waiting.append(seen)
+                    waiting[key] = seen
                     continue
                 for kind in Counter:
                     self.team.acquire(wave * _KINDS + kind, seen.token)
