@@ -292,6 +292,41 @@ def test_a_table_keeps_what_it_compares_by_identity(launches):
         assert torch.equal(y, x + k)
 
 
+def test_what_a_list_may_drop_goes_through_python(launches):
+    class Thing:
+        pass
+
+    def record(x, things):
+        things.clear()
+        return None, None
+
+    calls = []
+    table = native.extension.Table(
+        host=launches.host,
+        slow=lambda x, things: calls.append(len(things)),
+        record=record,
+        recorded=None,
+        launches=False,
+        numbers=0,
+        most=8,
+    )
+    x = torch.zeros(4)
+    for _ in range(3):
+        table(x, [Thing()])
+    gc.collect()  # visits all that the table keeps
+    assert calls == [1, 1, 1] and len(table) == 0
+    for _ in range(3):
+        table(x, [1, 2.0, None])
+    assert len(table) == 1
+
+
+def test_a_table_needs_a_whole_host():
+    extension = native.extension
+    host = extension.Host.__new__(extension.Host)
+    with pytest.raises(ValueError, match="initialized"):
+        extension.Table(host=host, slow=print, record=print, recorded=None, launches=False, numbers=0, most=8)
+
+
 def test_programs_are_checked():
     program = native.extension.Program
     start = (1, (1, 1, 1), 128, 0, bytes(16), (0, 8), ((0, 0, 0, 0),), ())
@@ -300,9 +335,10 @@ def test_programs_are_checked():
         return program(context=1, ordinal=0, starts=(start,), allocations=(), results=(), single=False, keep=None)
 
     make(start)
-    beyond = ((9, 0, 0, 0),), ((13, 1, 0, 0),), ((0, 0, 99, 0),)
-    wrong = [(6, patches) for patches in beyond]
-    for index, value in [*wrong, (5, (0, 16)), (4, bytes(9000)), (7, ((0, 0, 0, 1, (8,), (), (8,), 0),))]:
+    beyond = ((9, 0, 0, 0),), ((13, 1, 0, 0),), ((2**32 - 4, 0, 0, 0),), ((0, 0, 99, 0),)
+    maps = (0, 0, 0, 1, (8,), (), (8,), 0), (2**32 - 64, 0, 0, 1, (8,), (), (8,), 0)
+    wrong = [(6, patches) for patches in beyond] + [(7, (each,)) for each in maps]
+    for index, value in [*wrong, (5, (0, 16)), (4, bytes(9000))]:
         with pytest.raises(ValueError):
             make((*start[:index], value, *start[index + 1 :]))
     for index in (-1, 1):

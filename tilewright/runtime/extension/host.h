@@ -52,14 +52,15 @@ static _Thread_local uint64_t *dispatch_state;
 static PyObject *name_requires_grad, *name_cuda_stream, *name_stream;
 
 static int host_init(Host *self, PyObject *args, PyObject *keywords) {
-  static char *names[] = {"exchange", "types", "allocate", "gradients", "plain", "quiet", "harmless", "negated", "device_type", "launch", "encode",
-                          "context", "library", "state", "allowed", NULL};
+  static char *names[] = {"exchange", "types",  "allocate", "gradients", "plain",   "quiet", "harmless", "negated",
+                          "device_type", "launch", "encode", "context", "library", "state", "allowed", NULL};
   PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *negated, *state;
   unsigned long long launch, encode, context, included, excluded;
   const char *library;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OOiKKKzO(KK)", names, &capsule, &PyTuple_Type, &types, &allocate,
-                                   &gradients, &plain, &PyTuple_Type, &quiet, &harmless, &negated, &self->device_type, &launch, &encode,
-                                   &context, &library, &state, &included, &excluded))
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OOiKKKzO(KK)", names, &capsule, &PyTuple_Type, &types,
+                                   &allocate, &gradients, &plain, &PyTuple_Type, &quiet, &harmless, &negated,
+                                   &self->device_type, &launch, &encode, &context, &library, &state, &included,
+                                   &excluded))
     return -1;
   Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!exchange) return -1;

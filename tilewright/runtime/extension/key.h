@@ -75,7 +75,10 @@ static int put_value(Key *key, PyObject *object, int numbers, uint64_t *value) {
     for (Py_ssize_t i = 0; i < count; i++) {
       uint64_t ignored;
       PyObject *item = PySequence_Fast_GET_ITEM(object, i);
+      int objects = key->object_count;
       if (PyTuple_Check(item) || PyList_Check(item) || put_value(key, item, 0, &ignored)) return -1;
+      /* while Python code runs, the key's objects are kept by the arguments, but a list may lose its own */
+      if (PyList_Check(object) && key->object_count > objects) return -1;
     }
     return 0;
   }

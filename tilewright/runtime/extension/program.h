@@ -76,8 +76,8 @@ static int read_map(PyObject *given, Map *map) {
                         &map->swizzle))
     return -1;
   int rank = read_words(dims, map->dims, 5);
-  if (rank < 0 || read_words(strides, map->strides, 4) < 0 || read_words(box, words, 5) != rank) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a tensor map's box");
+  if (rank < 1 || read_words(strides, map->strides, 4) != rank - 1 || read_words(box, words, 5) != rank) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a tensor map's sizes differ in number");
     return -1;
   }
   for (int i = 0; i < rank; i++) map->box[i] = (uint32_t)words[i];
@@ -116,14 +116,14 @@ static int read_start(PyObject *given, Start *start) {
                           &patch->source, &patch->add))
       return -1;
     int small = patch->code == INT32 || patch->code == FLOAT32 || patch->code == INT_AS_FLOAT32;
-    if (patch->offset + (small ? 4 : 8) > size || patch->source >= MOST_VALUES)
+    if ((Py_ssize_t)patch->offset + (small ? 4 : 8) > size || patch->source >= MOST_VALUES)
       return PyErr_SetString(PyExc_ValueError, "a value outside of the image"), -1;
   }
   for (Py_ssize_t i = 0; i < map_count; i++) {
     Map *map = &start->maps[i];
     start->map_count = (uint32_t)i + 1;
     if (read_map(PyTuple_GET_ITEM(maps, i), map)) return -1;
-    if (map->offset + MAP_BYTES > size || map->source >= MOST_VALUES)
+    if ((Py_ssize_t)map->offset + MAP_BYTES > size || map->source >= MOST_VALUES)
       return PyErr_SetString(PyExc_ValueError, "a tensor map outside of the image"), -1;
   }
   return 0;
@@ -139,7 +139,9 @@ static int program_init(Program *self, PyObject *args, PyObject *keywords) {
     return -1;
   Py_ssize_t count = PyTuple_GET_SIZE(starts);
   self->context = (void *)(uintptr_t)context;
-  self->allocations = Py_NewRef(allocations), self->results = Py_NewRef(results), self->keep = Py_NewRef(keep);
+  Py_XSETREF(self->allocations, Py_NewRef(allocations));
+  Py_XSETREF(self->results, Py_NewRef(results));
+  Py_XSETREF(self->keep, Py_NewRef(keep));
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(allocations); i++) {
     PyObject *entry = PyTuple_GET_ITEM(allocations, i);
     if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != 3)
@@ -197,7 +199,6 @@ static PyTypeObject ProgramType = {
     .tp_traverse = (traverseproc)program_traverse,
     .tp_clear = (inquiry)program_clear,
 };
-
 
 /* --- running ---------------------------------------------------------------------------------------- */
 
@@ -308,7 +309,8 @@ static PyObject *program_run(Host *host, Program *program, uint64_t *values, Py_
   void *context = NULL, *stream = NULL;
   PyObject *made[MOST_VALUES] = {NULL}, *results = NULL;
   Py_ssize_t count = PyTuple_GET_SIZE(program->allocations);
-  if (count + given > MOST_VALUES || program->sources > count + given || host->context(&context) || context != program->context) return NULL;
+  if (count + given > MOST_VALUES || program->sources > count + given) return NULL;
+  if (host->context(&context) || context != program->context) return NULL;
   if (!find_stream(host, program, on, &stream) && !allocate_all(host, program, values + given, made, count) &&
       !start_all(host, program, values, stream))
     results = gather(program, made);

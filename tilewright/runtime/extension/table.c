@@ -202,6 +202,7 @@ static int table_init(Table *self, PyObject *args, PyObject *keywords) {
   if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!OOOpKn", names, &HostType, &host, &slow, &record, &recorded,
                                    &self->launches, &numbers, &most))
     return -1;
+  if (!((Host *)host)->exchange) return PyErr_SetString(PyExc_ValueError, "the host has not been initialized"), -1;
   self->call = table_call;
   self->numbers = numbers;
   self->most = most;
@@ -350,8 +351,8 @@ PyMODINIT_FUNC PyInit__native(void) {
   name_table = PyUnicode_InternFromString("table");
   name_call = PyUnicode_InternFromString("call");
   PyObject *module = PyModule_Create(&definition);
-  if (!module || PyModule_AddIntConstant(module, "VERSION", VERSION) || PyModule_AddType(module, &HostType) || PyModule_AddType(module, &ProgramType) ||
-      PyModule_AddType(module, &TableType) || PyModule_AddType(module, &BoundType))
-    return NULL;
+  if (!module || PyModule_AddIntConstant(module, "VERSION", VERSION) || PyModule_AddType(module, &HostType) ||
+      PyModule_AddType(module, &ProgramType) || PyModule_AddType(module, &TableType) || PyModule_AddType(module, &BoundType))
+    return Py_XDECREF(module), NULL;
   return module;
 }
