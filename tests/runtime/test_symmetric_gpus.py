@@ -150,6 +150,40 @@ def test_fetched_parts_come_one_after_the_other(driver: FakeDriver) -> None:
     assert [args[0] for args in ends] == [args[1] for args in waits]
 
 
+def test_streams_wait_for_each_of_many_copies(driver: FakeDriver) -> None:
+    """Events are used again, by copies that come later in the same stream."""
+    heap = local(driver)
+    x = heap.empty((100, 4), "f32")
+    parts = [(x, 1, (n,)) for n in range(100)]
+    for copies in [heap.pull(lambda rank: parts[:80] if rank == 0 else [], [0x71, 0x72], ordered=False) for _ in "ab"]:
+        copies.join()
+    given: dict[int, int] = {}  # stream -> copies so far
+    standing: dict[int, tuple[int, int]] = {}  # event -> (stream, copies that it stands for)
+    waited: dict[int, int] = {}
+    for name, args in driver.calls:
+        if name == "cuMemcpyAsync":
+            given[args[3]] = given.get(args[3], 0) + 1
+        elif name == "cuEventRecord":
+            standing[args[0]] = args[1], given.get(args[1], 0)
+        elif name == "cuStreamWaitEvent" and args[0] == 0x71:
+            stream, count = standing[args[1]]
+            waited[stream] = max(count, waited.get(stream, 0))
+    assert sum(given.values()) == 160 and waited == given
+    heap.close()
+    for kind in ("Stream", "Event"):
+        assert len(driver.named(f"cu{kind}Create")) == len(driver.named(f"cu{kind}Destroy")) > 1
+
+
+def test_memory_that_a_gpu_cannot_reach_is_given_back(driver: FakeDriver) -> None:
+    heap = local(driver)
+    driver.failures["cuMemSetAccess"] = CUresult.CUDA_ERROR_INVALID_VALUE
+    driver.calls.clear()
+    with pytest.raises(DeviceError, match="access to memory of another GPU"):
+        heap.empty(4, "f32")
+    for done, undone in (("Map", "Unmap"), ("AddressReserve", "AddressFree"), ("Create", "Release")):
+        assert len(driver.named(f"cuMem{done}")) == len(driver.named(f"cuMem{undone}")) == 1
+
+
 def test_memory_is_written_beside_a_capture(driver: FakeDriver) -> None:
     local(driver).zeros(4, "f32")
     names = [name for name, _ in driver.calls]
@@ -317,6 +351,27 @@ def test_memory_that_cannot_be_mapped_names_the_ranks() -> None:
     assert all("Rank 1 (cuda:1) cannot access the memory of rank 0" in str(error) for error in found)
 
 
+@pytest.mark.parametrize("call", ["cuMemCreate", "cuMemExportToShareableHandle", "cuMemImportFromShareableHandle"])
+def test_a_rank_that_fails_leaves_nothing_on_the_others(call: str) -> None:
+    drivers, address = [FakeDriver(), FakeDriver()], new_address()
+
+    def body(rank: int) -> Any:
+        heap = connected(rank, drivers, address)
+        if rank == 1:
+            drivers[rank].failures[call] = CUresult.CUDA_ERROR_INVALID_VALUE
+        drivers[rank].calls.clear()
+        try:
+            heap.empty(4, "f32")
+        except DeviceError:
+            return len(drivers[rank].named("cuMemMap")) - len(drivers[rank].named("cuMemUnmap"))
+        finally:
+            heap.close()
+
+    before = len(os.listdir("/proc/self/fd"))
+    assert ranks(2, body) == [0, 0]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_two_processes_of_this_machine() -> None:
     program = "import sys; from tilewright.runtime.rendezvous import Rendezvous as R\n"
     program += "m = R(int(sys.argv[1]), 2, sys.argv[2]); print(m.gather(int(sys.argv[1]) + 10)); m.close()"
@@ -378,11 +433,17 @@ load ELF
 function k 1
 {loaded}cooperative 1 grid 5 1 1 rank 1 of 2
 unmap 8192
+end of {event}
+end of {event}
+end of {event}
+end of 0x51
 free
-"""
+{end}"""
 _EXPECTED = {
-    "cuda": dict(type="1", x="", write=" stream 0x51 mode 2", host="3", loaded="loaded 1\n", event="0x62"),
-    "hip": dict(type="40000000", x="0x", write="", host="40000003", loaded="", event="0x62"),
+    "cuda": dict(
+        type="1", x="", write=" stream 0x51 mode 2", host="3", loaded="loaded 1\n", event="0x62", end="end of 0x51\n"
+    ),
+    "hip": dict(type="40000000", x="0x", write="", host="40000003", loaded="", event="0x62", end=""),
 }
 
 

@@ -68,12 +68,11 @@ class FakeDriver:
             "cuMemGetAllocationGranularity": 2 * 2**20,
             "cuMemCreate": 0x300,
             "cuMemImportFromShareableHandle": 0x301,
-            "cuEventCreate": 0x500,
             "cuThreadExchangeStreamCaptureMode": "the mode before",
             "cuDeviceCanAccessPeer": 1,
         }
         self.CU_MEMHOSTALLOC_PORTABLE, self.CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
-        self._streams = -1
+        self._streams = self._events = -1
         self._reserved = 0x7_0000_0000
         self._host: list[Any] = []
 
@@ -136,8 +135,15 @@ class FakeDriver:
         self._streams += 1
         return CUresult.CUDA_SUCCESS, 0x400 + self._streams
 
+    def cuEventCreate(self, flags: Any) -> tuple[CUresult, int]:
+        self.calls.append(("cuEventCreate", (flags,)))
+        self._events += 1
+        return CUresult.CUDA_SUCCESS, 0x500 + self._events
+
     def cuMemExportToShareableHandle(self, *args: Any) -> tuple[CUresult, int]:
         self.calls.append(("cuMemExportToShareableHandle", args))
+        if "cuMemExportToShareableHandle" in self.failures:
+            return self.failures["cuMemExportToShareableHandle"], -1
         return CUresult.CUDA_SUCCESS, os.open(os.devnull, os.O_RDONLY)
 
     def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[CUresult, int]:

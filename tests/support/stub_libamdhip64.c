@@ -136,6 +136,8 @@ int hipModuleLaunchCooperativeKernel(void *f, unsigned x, unsigned y, unsigned z
     return 0;
 }
 int hipStreamCreateWithFlags(void **stream, unsigned flags) { *stream = (void *)(0x50L + flags); return 0; }
+int hipStreamDestroy(void *stream) { printf("end of %p\n", stream); return 0; }
+int hipEventDestroy(void *event) { printf("end of %p\n", event); return 0; }
 int hipEventCreateWithFlags(void **event, unsigned flags) { *event = (void *)(0x60L + flags); return 0; }
 int hipEventRecord(void *event, void *stream) { printf("record %p on %p\n", event, stream); return 0; }
 int hipStreamWaitEvent(void *stream, void *event, unsigned flags) { printf("%p waits for %p\n", stream, event); return 0; }

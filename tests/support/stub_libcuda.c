@@ -127,6 +127,7 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream
 }
 int cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)(0x50L + flags); return 0; }
 int cuStreamSynchronize(void *stream) { return 0; }
+int cuStreamDestroy(void *stream) { printf("end of %p\n", stream); return 0; }
 int cuThreadExchangeStreamCaptureMode(int *other) { int before = mode; mode = *other; *other = before; return 0; }
 int cuMemHostAlloc(void **out, size_t bytes, unsigned flags) {
     printf("host %zu flags %u\n", bytes, flags);
@@ -143,6 +144,7 @@ int cuLaunchCooperativeKernel(void *f, unsigned x, unsigned y, unsigned z, unsig
     return 0;
 }
 int cuEventCreate(void **event, unsigned flags) { *event = (void *)(0x60L + flags); return 0; }
+int cuEventDestroy(void *event) { printf("end of %p\n", event); return 0; }
 int cuEventRecord(void *event, void *stream) { printf("record %p on %p\n", event, stream); return 0; }
 int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { printf("%p waits for %p\n", stream, event); return 0; }
 int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void *stream) {

@@ -10,7 +10,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,22 @@ from tilewright.runtime.symmetric_memory import SharedWords
 
 #: bytes of device memory that tables and tensor maps are cut from, and what their addresses are multiples of
 _ARENA_BYTES, _ARENA_ALIGNMENT = 64 * 1024, 128
-#: events for the ends of copies
+#: events of a stream for the ends of its copies
 _KEPT_ENDS = 64
+
+
+class _Side:
+    """A stream beside those of callers. Its ``ends`` are taken in turn: one that is recorded anew ends a later copy."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.ends, self.copies = stream, list[Any](), 0
+
+    def end(self, new_event: Callable[[], Any]) -> Any:
+        """An event for the end of the next copy. Who waits by it for an earlier copy waits for this one too."""
+        if len(self.ends) < _KEPT_ENDS:
+            self.ends.append(new_event())
+        self.copies += 1
+        return self.ends[(self.copies - 1) % _KEPT_ENDS]
 
 
 class GpuMemory(ABC):
@@ -37,12 +51,9 @@ class GpuMemory(ABC):
     def __init__(self, faults: list[Callable[[], str | None]]) -> None:
         self._faults, self._reasons = faults, list[Callable[[], str | None]]()
         self._lock = threading.Lock()
-        self._beside: list[Any] = []
-        #: events for the ends of copies, taken in turn: one that is recorded anew stands for a later copy
-        self._ends: list[Any] = []
-        self._next_end = 0
-        self._forks: dict[int, Any] = {}
-        self._rejoined: Any = None
+        self._sides: list[_Side] = []
+        #: recorded in one stream for another to wait for at once, under the lock
+        self._passed_on: Any = None
         self._arena, self._arena_end = 0, 0
         self._arenas: list[int] = []
 
@@ -132,49 +143,55 @@ class GpuMemory(ABC):
     def start_copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         """Give ``stream`` a copy between addresses of any GPUs."""
 
+    @abstractmethod
+    def destroy_stream(self, stream: Any) -> None:
+        """Undo `new_stream`."""
+
+    @abstractmethod
+    def destroy_event(self, event: Any) -> None:
+        """Undo `new_event`."""
+
     def start_copies(self, copies: Sequence[tuple[int, int, int]], stream: int, ordered: bool) -> list[Any]:
         """Start copies (target, source, bytes) behind what ``stream`` has been given; an event for the end of each.
 
         They run beside the stream, and beside each other unless ``ordered``. Within a capture they become part of the
         graph, if the stream waits for all events.
         """
-        self._need(len(copies))
-        if stream not in self._forks:
-            self._forks[stream] = self.new_event()
-        self.record(self._forks[stream], stream)
-        if ordered:  # also where there is no copy: `side_stream` has what follows
-            self.wait_event(self.side_stream(), self._forks[stream])
-        done = []
-        for i, (target, source, nbytes) in enumerate(copies):
-            side, end = self._beside[0 if ordered else i], self._end()
-            if not ordered:
-                self.wait_event(side, self._forks[stream])
-            self.start_copy(target, source, nbytes, side)
-            self.record(end, side)
-            done.append(end)
+        # ordered ones have a side even where there is no copy: `side_stream` has what follows
+        sides = [self._side(0 if ordered else i) for i in range(max(len(copies), ordered))]
+        with self._lock:
+            self._pass_on(stream, [side.stream for side in (sides[:1] if ordered else sides)])
+            done = []
+            for side, (target, source, nbytes) in zip(sides, copies, strict=False):
+                end = side.end(self.new_event)
+                self.start_copy(target, source, nbytes, side.stream)
+                self.record(end, side.stream)
+                done.append(end)
         return done
-
-    def _end(self) -> Any:
-        if len(self._ends) < _KEPT_ENDS:
-            self._ends.append(self.new_event())
-        self._next_end += 1
-        return self._ends[(self._next_end - 1) % len(self._ends)]
 
     def side_stream(self) -> Any:
         """The stream of ordered copies, for launches behind them; `rejoin` it."""
-        self._need(1)
-        return self._beside[0]
+        return self._side(0).stream
 
     def rejoin(self, stream: int) -> None:
         """Let ``stream`` wait for what `side_stream` has been given."""
-        if self._rejoined is None:
-            self._rejoined = self.new_event()
-        self.record(self._rejoined, self.side_stream())
-        self.wait_event(stream, self._rejoined)
+        side = self.side_stream()
+        with self._lock:
+            self._pass_on(side, [stream])
 
-    def _need(self, streams: int) -> None:
-        while len(self._beside) < streams:
-            self._beside.append(self.new_stream())
+    def _pass_on(self, stream: Any, waiting: Sequence[Any]) -> None:
+        """Let other streams wait for what ``stream`` has been given."""
+        if self._passed_on is None:
+            self._passed_on = self.new_event()
+        self.record(self._passed_on, stream)
+        for other in waiting:
+            self.wait_event(other, self._passed_on)
+
+    def _side(self, number: int) -> _Side:
+        with self._lock:
+            while len(self._sides) <= number:
+                self._sides.append(_Side(self.new_stream()))
+            return self._sides[number]
 
     def place(self, data: bytes) -> int:
         """Bytes in the GPU's memory at a multiple of 128, until `close`."""
@@ -194,9 +211,17 @@ class GpuMemory(ABC):
         self._faults.append(reason)
 
     def close(self) -> None:
-        """Free what `place` took, and explain nothing any more."""
+        """Free what `place` and copies took, and explain nothing any more. The GPU is idle."""
         while self._reasons:
             self._faults.remove(self._reasons.pop())
+        if self._passed_on is not None:
+            self.destroy_event(self._passed_on)
+            self._passed_on = None
+        while self._sides:
+            side = self._sides.pop()
+            for event in side.ends:
+                self.destroy_event(event)
+            self.destroy_stream(side.stream)
         while self._arenas:
             self.free(self._arenas.pop())
         self._arena = self._arena_end = 0
@@ -250,8 +275,6 @@ class CudaMemory(GpuMemory):
 
     def map(self, handle: Any, nbytes: int, ordinals: Sequence[int]) -> int:
         driver = self._driver
-        address = self._call("cuMemAddressReserve", nbytes, 0, 0, 0)
-        self._call("cuMemMap", address, nbytes, 0, handle, 0)
         accesses = []
         for ordinal in ordinals:
             access = driver.CUmemAccessDesc()
@@ -260,7 +283,13 @@ class CudaMemory(GpuMemory):
             access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
             accesses.append(access)
         doing = f"Giving cuda:{', cuda:'.join(map(str, ordinals))} access to memory of another GPU"
-        self._call("cuMemSetAccess", address, nbytes, accesses, len(accesses), doing=doing)
+        with ExitStack() as undo:
+            address = self._call("cuMemAddressReserve", nbytes, 0, 0, 0)
+            undo.callback(self._call, "cuMemAddressFree", address, nbytes)
+            self._call("cuMemMap", address, nbytes, 0, handle, 0)
+            undo.callback(self._call, "cuMemUnmap", address, nbytes)
+            self._call("cuMemSetAccess", address, nbytes, accesses, len(accesses), doing=doing)
+            undo.pop_all()
         return int(address)
 
     def unmap(self, address: int, nbytes: int) -> None:
@@ -315,6 +344,12 @@ class CudaMemory(GpuMemory):
     def new_event(self) -> Any:
         return self._call("cuEventCreate", self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
 
+    def destroy_stream(self, stream: Any) -> None:
+        self._call("cuStreamDestroy", stream)
+
+    def destroy_event(self, event: Any) -> None:
+        self._call("cuEventDestroy", event)
+
     def record(self, event: Any, stream: Any) -> None:
         self._call("cuEventRecord", event, stream)
 
@@ -323,6 +358,12 @@ class CudaMemory(GpuMemory):
 
     def start_copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         self._call("cuMemcpyAsync", target, source, nbytes, stream, doing=f"Copying {nbytes} bytes between GPUs")
+
+    def close(self) -> None:
+        super().close()
+        if self._copies is not None:
+            self.destroy_stream(self._copies)
+            self._copies = None
 
     def _stream(self) -> Any:
         """A stream of our own for what the host writes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -84,12 +85,16 @@ class HipMemory(GpuMemory):
         return self._call("hipMemImportFromShareableHandle", descriptor, self._handle_type, doing=doing)
 
     def map(self, handle: Any, nbytes: int, ordinals: Sequence[int]) -> int:
-        address = int(self._call("hipMemAddressReserve", nbytes, 0, None, 0))
-        self._call("hipMemMap", address, nbytes, 0, handle, 0)
         readable_and_writable = int(self._hip.hipMemAccessFlags.hipMemAccessFlagsProtReadWrite)
         accesses = (_Access * len(ordinals))(*[_Access(self._location(n), readable_and_writable) for n in ordinals])
         doing = f"Giving hip:{', hip:'.join(map(str, ordinals))} access to memory of another GPU"
-        self._call("hipMemSetAccess", address, nbytes, ctypes.addressof(accesses), len(ordinals), doing=doing)
+        with ExitStack() as undo:
+            address = int(self._call("hipMemAddressReserve", nbytes, 0, None, 0))
+            undo.callback(self._call, "hipMemAddressFree", address, nbytes)
+            self._call("hipMemMap", address, nbytes, 0, handle, 0)
+            undo.callback(self._call, "hipMemUnmap", address, nbytes)
+            self._call("hipMemSetAccess", address, nbytes, ctypes.addressof(accesses), len(ordinals), doing=doing)
+            undo.pop_all()
         return address
 
     def unmap(self, address: int, nbytes: int) -> None:
@@ -135,6 +140,12 @@ class HipMemory(GpuMemory):
 
     def new_event(self) -> Any:
         return self._call("hipEventCreateWithFlags", int(self._hip.hipEventDisableTiming))
+
+    def destroy_stream(self, stream: Any) -> None:
+        self._call("hipStreamDestroy", stream)
+
+    def destroy_event(self, event: Any) -> None:
+        self._call("hipEventDestroy", event)
 
     def record(self, event: Any, stream: Any) -> None:
         self._call("hipEventRecord", event, stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar, cast
 
 from tilewright.runtime.errors import DeviceError
@@ -34,23 +34,32 @@ class ConnectedMemory(GpuRanks):
 
     def allocate(self, nbytes: int) -> Allocation:
         size = max(self.meeting.gather(self.gpu.padded(nbytes)))
-        own, descriptor = self._all_succeed(lambda: self._export(size))
+        own_before, theirs_before = len(self._own), len(self._theirs)
         try:
-            _, received = self.meeting.gather_descriptors(None, descriptor)
-        finally:
-            os.close(descriptor)
-        peers = self._all_succeed(
-            lambda: {rank: self._map_peer(rank, one, size) for rank, one in enumerate(received) if one is not None}
-        )
+            with ExitStack() as descriptors:  # they stay open until all is mapped, as HIP wants it
+                own, descriptor = self._all_succeed(lambda: self._export(size, descriptors))
+                _, received = self.meeting.gather_descriptors(None, descriptor)
+                theirs = {rank: one for rank, one in enumerate(received) if one is not None}
+                for one in theirs.values():
+                    descriptors.callback(os.close, one)
+                peers = self._all_succeed(
+                    lambda: {rank: self._map_peer(rank, one, size) for rank, one in theirs.items()}
+                )
+        except DeviceError:  # it failed on all ranks: none keeps memory for it
+            self._unmap(self._theirs, theirs_before)
+            self._unmap(self._own, own_before)
+            raise
         return Allocation(tuple(peers.get(rank, own) for rank in range(self.size)), nbytes)
 
-    def _export(self, size: int) -> tuple[int, int]:
-        """New memory of this rank: its address and a descriptor of it."""
+    def _export(self, size: int, descriptors: ExitStack) -> tuple[int, int]:
+        """New memory of this rank: its address and a descriptor of it, which ``descriptors`` closes."""
         handle = self.gpu.create(size)
         try:
             own = self.gpu.map(handle, size, [self.gpu.ordinal])
             self._own.append((own, size))
-            return own, self.gpu.export(handle)
+            descriptor = self.gpu.export(handle)
+            descriptors.callback(os.close, descriptor)
+            return own, descriptor
         finally:
             self.gpu.release(handle)  # mapping and descriptor keep it
 
@@ -69,7 +78,7 @@ class ConnectedMemory(GpuRanks):
         return cast(T, result)
 
     def _map_peer(self, rank: int, descriptor: int, size: int) -> int:
-        """The memory of another rank in this process. The descriptor stays open until it is mapped, as HIP wants it."""
+        """The memory of another rank in this process."""
         try:
             handle = self.gpu.import_(descriptor)
             try:
@@ -82,8 +91,6 @@ class ConnectedMemory(GpuRanks):
                 "of one machine, with NVLink or PCIe peer access between them.",
                 error.code,
             ) from error
-        finally:
-            os.close(descriptor)
         self._theirs.append((address, size))
         return address
 
@@ -102,7 +109,7 @@ class ConnectedMemory(GpuRanks):
             self.gpu.close()
         self.meeting.close()
 
-    def _unmap(self, mapped: list[tuple[int, int]]) -> None:
-        while mapped:
+    def _unmap(self, mapped: list[tuple[int, int]], keep: int = 0) -> None:
+        while len(mapped) > keep:
             with suppress(DeviceError):  # after a failed kernel only the end of the process gives memory back
                 self.gpu.unmap(*mapped.pop())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from tilewright.runtime.errors import DeviceError
@@ -63,11 +64,9 @@ class TorchMemory(GpuRanks):
 
     def close(self) -> None:
         """Torch frees the memory when its last tensor goes; the group stays the caller's."""
-        try:
-            self.synchronize()
-            self.gpu.close()
-        except DeviceError:
-            return  # a kernel has failed: only the end of the process gives the memory back
+        for step in (self.synchronize, self.gpu.close):
+            with suppress(DeviceError):  # after a failed kernel only the end of the process gives memory back
+                step()
 
 
 def current_gpu() -> str:
