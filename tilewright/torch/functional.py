@@ -25,7 +25,7 @@ def functional(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a function on tensors into a functional operator with eager's ``otherwise`` where ``refuse`` gives a text.
 
-    All three have the same parameters, and the first is a tensor. torch.compile puts a call of the operator into its
+    All three take the same arguments, and the first is a tensor. torch.compile puts a call of the operator into its
     graph as it is. ``lowered``: one of those operations that torch's autocast computes in its lower precision.
     """
 

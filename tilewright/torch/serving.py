@@ -23,21 +23,9 @@ def _outputs_varlen(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
     return q.new_zeros((*q.shape[:2], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-def _launch_varlen(
-    made: tuple[Any, Any],
-    q: Any,
-    k: Any,
-    v: Any,
-    q_starts: Any,
-    k_starts: Any,
-    longest_q: int,
-    longest_k: int,
-    causal: bool,
-    left: int | None,
-    scale: float,
-    cap: float | None,
-) -> None:
+def _launch_varlen(made: tuple[Any, Any], q: Any, k: Any, v: Any, q_starts: Any, k_starts: Any, *numbers: Any) -> None:
     out, lse = made
+    longest_q, _, causal, left, scale, cap = numbers
     if out.numel() and longest_q:
         plain = left is None and cap is None
         meta = kernels.configuration(longest_q if plain else 0, max(q.shape[2], v.shape[2]))
@@ -54,22 +42,9 @@ def _varlen_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) 
 
 
 def _launch_varlen_backward(
-    made: tuple[Any, Any, Any],
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
-    q_starts: Any,
-    k_starts: Any,
-    longest_q: int,
-    longest_k: int,
-    causal: bool,
-    left: int | None,
-    scale: float,
-    cap: float | None,
+    made: tuple[Any, Any, Any], dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *starts_and_numbers: Any
 ) -> None:
+    q_starts, k_starts, longest_q, longest_k, causal, left, scale, cap = starts_and_numbers
     if out.numel() and longest_q and longest_k:
         arguments = q, k, v, out, dout, lse, *made, q_starts, k_starts, longest_q, longest_k, causal
         varlen_backward(*arguments, scale=scale, left=left, cap=cap)
@@ -99,18 +74,7 @@ _varlen = torch_op(
 
 
 def _refuse_varlen(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seq_q: Any,
-    cu_seq_k: Any,
-    max_q: int,
-    *,
-    max_k: int | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, **options: Any
 ) -> Refusal:
     reason = refuse_tensors(query, key, value) or refuse_place(query, cu_seq_q, cu_seq_k)
     if reason:
@@ -132,11 +96,10 @@ def _eager_varlen(
     cu_seq_k: Any,
     max_q: int,
     *,
-    max_k: int | None = None,
     is_causal: bool = False,
-    scale: float | None = None,
     window: int | None = None,
-    softcap: float | None = None,
+    max_k: int | None = None,
+    **options: Any,
 ) -> Any:
     """All pairs of queries and keys, masked."""
     places = []
@@ -153,7 +116,7 @@ def _eager_varlen(
         seen &= k_behind <= q_behind[:, None] + window
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
-    return spelled_out(q, k, v, seen, scale=scale, enable_gqa=grouped, softcap=softcap)[0].transpose(0, 1)
+    return spelled_out(q, k, v, seen, enable_gqa=grouped, **options)[0].transpose(0, 1)
 
 
 @functional(_refuse_varlen, _eager_varlen, lowered=True)
