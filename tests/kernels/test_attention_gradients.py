@@ -96,6 +96,7 @@ def packed(rows: list[int], keys: list[int], heads: int, groups: int, **options:
     q_starts, k_starts = (np.cumsum([0, *n]).astype(np.int32) for n in (rows, keys))
     q, do = (normal(q_starts[-1] + spare, heads, d, dtype="bf16", seed=s) for s in (0, 1))
     k, v = (normal(k_starts[-1] + spare, groups, d, dtype="bf16", seed=s) for s in (2, 3))
+    k[k_starts[-1] :] = v[k_starts[-1] :] = 1e4  # no bound of a gradient knows them
     o, lse = np.zeros_like(q), np.zeros((heads, len(q)), np.float32)
     wanted = [np.full(x.shape, np.nan) for x in (q, k, v)]
     for i in range(len(rows)):

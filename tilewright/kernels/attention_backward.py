@@ -47,12 +47,19 @@ def place(q: Any, q_starts: Any, b: Any) -> Any:
 
 @tw.kernel
 def attention_largest(
-    k: tw.Tensor, v: tw.Tensor, largest: tw.Tensor, lengths: tw.Tensor = None, *, D: tw.constexpr, DV: tw.constexpr
+    k: tw.Tensor,
+    v: tw.Tensor,
+    largest: tw.Tensor,
+    lengths: tw.Tensor = None,
+    k_starts: tw.Tensor = None,
+    *,
+    D: tw.constexpr,
+    DV: tw.constexpr,
 ) -> None:
     """Of each tile of keys the largest element of k and the largest square of a row of v.
 
-    k (B, G, N, D), v (B, G, N, DV), largest (2, B, G, cdiv(N, TILE)) float32, lengths as of `attention`.
-    Grid: (cdiv(N, TILE), G, B).
+    k (B, G, N, D), v (B, G, N, DV), largest (2, B, G, cdiv(N, TILE)) float32, lengths as of `attention`. Rows before
+    the first packed sequence and behind the last do not count. Grid: (cdiv(N, TILE), G, B).
     """
     n, g, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     keys = tw.load(k[b, g], (n, 0), (TILE, D)).to(tw.float32)
@@ -60,6 +67,10 @@ def attention_largest(
     if lengths is not None:
         exist = (n * TILE + tw.arange(0, TILE) < tw.load(lengths, b))[:, None]
         keys, values = tw.where(exist, keys, 0.0), tw.where(exist, values, 0.0)
+    if k_starts is not None:
+        rows = n * TILE + tw.arange(0, TILE)
+        exist = (rows >= tw.load(k_starts, 0)) & (rows < tw.load(k_starts, k_starts.shape[0] - 1))
+        keys, values = tw.where(exist[:, None], keys, 0.0), tw.where(exist[:, None], values, 0.0)
     tw.store(largest[0, b, g], n, tw.max(tw.max(tw.abs(keys), axis=1)[None, :], axis=1))
     tw.store(largest[1, b, g], n, tw.max(tw.sum(values * values, axis=1)[None, :], axis=1))
 
@@ -408,7 +419,8 @@ def _backward(
     if deterministic:
         largest = temporary(q, (2, entries, groups, tw.cdiv(keys, TILE)))
         bound = temporary(q, (entries, groups))
-        attention_largest[tw.cdiv(keys, TILE), groups, entries](k, v, largest, options.get("lengths"), **wide)
+        exist = options.get("lengths"), options.get("k_starts")
+        attention_largest[tw.cdiv(keys, TILE), groups, entries](k, v, largest, *exist, **wide)
         attention_bound[groups, entries](largest, bound)
     attention_rows[grid](o, do, lse, rows, sums, bound, starts, **wide)
     parts = [dk, dv]
