@@ -7,13 +7,13 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from conversion_kinds import conversion_kind
 
 from tilewright.ir.layout import (
     LinearLayout,
     bank_conflicts,
     blocked,
     conversion_cost,
-    conversion_kind,
     mfma_accumulator,
     mfma_operand,
     mma_sync_operand_b,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from amd_programs import COLUMN_MAJOR, ROW_MAJOR, matrix, module_of, normal, scheduled
+from conversion_kinds import conversion_kind
 
 import tilewright as tw
 from tilewright.ir.async_ops import Alloc, Barrier, LocalLoad, LocalStore
 from tilewright.ir.core import Function, IRError, Value
 from tilewright.ir.interpreter import run
-from tilewright.ir.layout import bank_conflicts, conversion_kind, shared_vector_bytes
+from tilewright.ir.layout import bank_conflicts, shared_vector_bytes
 from tilewright.ir.target import get_target
 from tilewright.ir.tile_ops import Convert, Dot, For, Load
 from tilewright.ir.types import BufferType, TileType, bf16, f32, i32

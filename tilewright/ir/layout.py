@@ -16,7 +16,7 @@ from tilewright.ir.layout_fragments import (
     wgmma_accumulator,
     wgmma_operand_a,
 )
-from tilewright.ir.layout_linear import LayoutInverse, LinearLayout, conversion_kind
+from tilewright.ir.layout_linear import LayoutInverse, LinearLayout
 from tilewright.ir.layout_shared import (
     SharedLayout,
     bank_conflicts,
@@ -40,7 +40,6 @@ __all__ = [
     "blocked",
     "choose_shared_layout",
     "conversion_cost",
-    "conversion_kind",
     "fma_accumulator",
     "fma_operand_a",
     "fma_operand_b",

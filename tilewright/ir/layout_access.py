@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from tilewright.ir.layout_linear import LinearLayout, Vector, log2_exact, unit
+from tilewright.ir.layout_bits import Vector, log2_exact, unit
+from tilewright.ir.layout_linear import LinearLayout
 from tilewright.ir.layout_spaces import FlatLayout, independent
 
 SECTOR_BYTES, LINE_BYTES = 32, 128

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import permutations
 
 from tilewright.ir.layout_exchange import SCRATCH_LIMIT, ExchangePlan, plan_exchange
-from tilewright.ir.layout_linear import LinearLayout, conversion_kind
+from tilewright.ir.layout_linear import LinearLayout
 from tilewright.ir.layout_shared import (
     SharedLayout,
     access_phases,
@@ -102,4 +102,4 @@ def _whole_cycles(source: LinearLayout, result: LinearLayout, layout: SharedLayo
     return shared_cycles(source, layout, 16, target, "write") + shared_cycles(result, layout, 16, target, "read")
 
 
-__all__ = ["ConversionPlan", "conversion_cost", "conversion_kind", "plan_conversion"]
+__all__ = ["ConversionPlan", "conversion_cost", "plan_conversion"]

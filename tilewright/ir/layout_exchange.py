@@ -20,7 +20,8 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.ir.layout_linear import IntArray, LinearLayout, Vector
+from tilewright.ir.layout_bits import Vector
+from tilewright.ir.layout_linear import IntArray, LinearLayout
 from tilewright.ir.layout_shared import access_phases, shared_cycles
 from tilewright.ir.layout_shuffle import flat_registers, same_copies
 from tilewright.ir.layout_spaces import FlatLayout, complement, contains, independent, intersection, span_of

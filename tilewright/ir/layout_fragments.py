@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.ir.layout_linear import LinearLayout, Vector, log2_exact, power_of_two_part, unit
+from tilewright.ir.layout_bits import Vector, log2_exact, power_of_two_part, unit
+from tilewright.ir.layout_linear import LinearLayout
 
 _MFMA_ACCUMULATORS: dict[tuple[int, int], tuple[list[Vector], list[Vector]]] = {
     # instruction (m, n) -> (register bases, lane bases) of D

@@ -21,76 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tilewright.ir.layout_bits import F2Span, Vector, is_power_of_two, log2_exact, pack, power_of_two_part, unit, unpack
+
 IntArray = npt.NDArray[np.int64]
-Vector = tuple[int, ...]
 Bases = tuple[tuple[str, tuple[Vector, ...]], ...]
 
 THREAD_DIMS = ("register", "lane", "warp")
-
-
-def is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
-
-
-def log2_exact(value: int) -> int:
-    """log2 of a power of two; ValueError otherwise."""
-    if not is_power_of_two(value):
-        raise ValueError(f"{value} is not a power of two")
-    return value.bit_length() - 1
-
-
-def power_of_two_part(value: int) -> int:
-    """The largest power of two that divides value (96 -> 32)."""
-    return value & -value
-
-
-def unit(rank: int, axis: int, value: int) -> Vector:
-    """The basis vector of the given rank that is `value` along `axis` and 0 elsewhere."""
-    return tuple(value if i == axis else 0 for i in range(rank))
-
-
-def pack(vector: Sequence[int], shape: Sequence[int]) -> int:
-    """Row-major flat index of a coordinate inside a power-of-two shape (XOR-linear, as all sizes are powers of two)."""
-    flat = 0
-    for coordinate, size in zip(vector, shape, strict=True):
-        flat = flat * size + coordinate
-    return flat
-
-
-def unpack(flat: int, shape: Sequence[int]) -> Vector:
-    """Inverse of `pack`."""
-    reversed_coordinates = []
-    for size in reversed(shape):
-        reversed_coordinates.append(flat % size)
-        flat //= size
-    return tuple(reversed(reversed_coordinates))
-
-
-class F2Span:
-    """Incremental Gaussian elimination over F2 that remembers which inserted vectors make each reduced one."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, tuple[int, int]] = {}  # leading bit -> (vector, mask of inserted vectors)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def reduce(self, vector: int) -> tuple[int, int]:
-        """(remainder, mask): vector = remainder ^ XOR of the inserted vectors whose bit is set in mask."""
-        mask = 0
-        for bit in sorted(self._rows, reverse=True):
-            if vector >> bit & 1:
-                row, row_mask = self._rows[bit]
-                vector, mask = vector ^ row, mask ^ row_mask
-        return vector, mask
-
-    def insert(self, vector: int, index: int) -> bool:
-        """Add inserted-vector number `index`; False when it already lies in the span (then nothing changes)."""
-        remainder, mask = self.reduce(vector)
-        if remainder == 0:
-            return False
-        self._rows[remainder.bit_length() - 1] = (remainder, mask ^ (1 << index))
-        return True
 
 
 @dataclass(frozen=True)
@@ -244,20 +180,6 @@ class LinearLayout:
     def num_lanes(self) -> int:
         return self.in_size("lane")
 
-    def group_axis(self) -> int | None:
-        """The dim along which each group of four warps holds an equal run of the tile; None where there is none."""
-        bits, shape = (
-            self.basis("warp")[2:],
-            [size * count for size, count in zip(self.shape, self.repeat, strict=True)],
-        )
-        for axis, size in enumerate(shape):
-            run = [
-                tuple(size >> len(bits) << n if d == axis else 0 for d in range(len(shape))) for n in range(len(bits))
-            ]
-            if self.repeat[axis] == 1 and [tuple(bit) for bit in bits] == run:
-                return axis
-        return None
-
     @property
     def num_warps(self) -> int:
         return self.in_size("warp")
@@ -305,14 +227,18 @@ class LinearLayout:
         """Every tile element is held by somebody."""
         return len(self._span()) == log2_exact(prod(self.shape))
 
-    @property
-    def is_injective(self) -> bool:
-        """No element is held twice."""
-        return len(self._span()) == len(self._packed())
-
     def free_bits(self, dim: str) -> Vector:
         """Positions of the zero basis vectors of an in-dim: bits along which the tile is replicated."""
         return tuple(bit for bit, vector in enumerate(self.basis(dim)) if not any(vector))
+
+    def group_axis(self) -> int | None:
+        """The dim along which each group of four warps holds an equal run of the tile; None where there is none."""
+        bits = self.basis("warp")[2:]
+        for axis, size in enumerate(self.tile_shape):
+            run = tuple(unit(self.rank, axis, size >> len(bits) << n) for n in range(len(bits)))
+            if self.repeat[axis] == 1 and bits == run:
+                return axis
+        return None
 
     def contiguity(self, axis: int) -> int:
         """Registers 0..n-1 (and every aligned group of n) walk n consecutive, n-aligned elements along axis."""
@@ -447,14 +373,6 @@ class LinearLayout:
             order = [axis, *order] if repeat[axis] > 1 else order
         return self._rebuild(lambda v: v, shape, repeat, order, register=registers)
 
-    def broadcast_registers(self, new_shape: Sequence[int]) -> list[int]:
-        """For each register of `broadcast(new_shape)`, the register of self it copies."""
-        grown = [d for d in range(self.rank) if self.tile_shape[d] != new_shape[d]]
-        table = self.broadcast(new_shape).table("register").copy()
-        table[:, grown] = 0
-        position = _first_register(self)
-        return [position[tuple(c)] for c in table.tolist()]
-
     def extract(self, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[LinearLayout, list[int]]:
         """Static sub-tile in which every thread keeps what it has.
 
@@ -525,22 +443,6 @@ class LayoutInverse:
         where = self.layout.in_dims.index(self.layout.repeat_dim)
         found[where] = found[where] + copy * self.layout.core_size(self.layout.repeat_dim)
         return tuple(found)
-
-
-def conversion_kind(src: LinearLayout, dst: LinearLayout) -> str:
-    """What turning src into dst takes: "identity", "registers" (renaming), "shuffle" (same warp) or "shared"."""
-    permutation = src.register_permutation(dst)
-    if permutation is not None:
-        return "identity" if permutation == list(range(src.num_registers)) else "registers"
-    if src.num_warps != dst.num_warps or src.num_lanes != dst.num_lanes:
-        return "shared"
-    flat_src, flat_dst = (np.ravel_multi_index(x.all_coords(), x.tile_shape) for x in (src, dst))
-    for warp in range(src.num_warps):
-        held = np.zeros(prod(src.tile_shape), bool)
-        held[flat_src[..., warp]] = True
-        if not held[flat_dst[..., warp]].all():
-            return "shared"
-    return "shuffle"
 
 
 def parse_fields(text: str) -> dict[str, Any]:

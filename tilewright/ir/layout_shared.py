@@ -16,16 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.ir.layout_linear import (
-    IntArray,
-    LinearLayout,
-    Vector,
-    is_power_of_two,
-    log2_exact,
-    parse_fields,
-    power_of_two_part,
-    unit,
-)
+from tilewright.ir.layout_bits import Vector, is_power_of_two, log2_exact, power_of_two_part, unit
+from tilewright.ir.layout_linear import IntArray, LinearLayout, parse_fields
 
 
 class MemoryLayout(Protocol):

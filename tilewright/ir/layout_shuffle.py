@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from tilewright.ir.layout_linear import F2Span, LinearLayout
+from tilewright.ir.layout_bits import F2Span
+from tilewright.ir.layout_linear import LinearLayout
 from tilewright.ir.layout_spaces import FlatLayout, combine, contains, independent, intersection, span_of
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import xor
 
-from tilewright.ir.layout_linear import F2Span, LinearLayout, log2_exact, pack
+from tilewright.ir.layout_bits import F2Span, log2_exact, pack
+from tilewright.ir.layout_linear import LinearLayout
 
 
 def span_of(*groups: Iterable[int]) -> F2Span:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from tilewright.ir.layout import LinearLayout, blocked
-from tilewright.ir.layout_linear import is_power_of_two, power_of_two_part, unit
+from tilewright.ir.layout_bits import is_power_of_two, power_of_two_part, unit
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import combinations
 
 from tilewright.ir.layout import LinearLayout, SharedLayout, blocked, choose_shared_layout, shared_candidates
-from tilewright.ir.layout_linear import log2_exact, power_of_two_part, unit
+from tilewright.ir.layout_bits import log2_exact, power_of_two_part, unit
 from tilewright.ir.layout_shared import Access, shared_cycles, shared_vector_bytes
 from tilewright.ir.layout_swizzle import choose_swizzle
 

@@ -23,7 +23,7 @@ from tilewright.backends.nvidia.state import state
 from tilewright.ir.async_ops import LocalLoad
 from tilewright.ir.core import Value
 from tilewright.ir.layout import LinearLayout, SharedLayout
-from tilewright.ir.layout_linear import log2_exact, unit
+from tilewright.ir.layout_bits import log2_exact, unit
 from tilewright.ir.types import DType, TileType
 
 ROW_BYTES, WORD_BYTES, MOST_MATRICES = 16, 4, 4
