@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tilewright.ir.core import Function, Operation
+from tilewright.passes.checker.block_events import BLOCK
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.machine import Machine
 from tilewright.passes.checker.model import Model
@@ -50,7 +51,7 @@ def check(function: Function, context: PassContext) -> Result:
     model, result = Model(function, context.target), Result()
     if not model.asynchronous:
         return result
-    programs = [RoleProgram(model, role) for role in model.roles]
+    programs = [RoleProgram(model, role, BLOCK) for role in model.roles]
     leaves = find_leaves(model, {value for program in programs for value in program.compiler.needed})
     result.missed = {goal for program in programs for goal in program.goals}
     for inputs in scenarios(model, leaves):

@@ -1,1 +1,1 @@
-"""The schedule checker's parts: what a schedule does (`events`), on which inputs, and the machine that judges it."""
+"""The schedule checker: what schedules do (`program`, `block_events`), on which inputs, and `machine`, which judges."""

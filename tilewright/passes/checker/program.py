@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.ir import async_ops as a
-from tilewright.ir.check_ops import Assume
 from tilewright.ir.core import Block, Effect, Operation, Region, Value
-from tilewright.ir.tile_ops import Dot, For, If, While, Yield
-from tilewright.ir.types import ScalarType, SlotType, TileType
+from tilewright.ir.tile_ops import For, If, While, Yield
+from tilewright.ir.types import ScalarType
 from tilewright.passes.checker.faults import Fault
-from tilewright.passes.checker.model import Model, RoleModel, by_engine, engine_alone, kind_of, split_axis
+from tilewright.passes.checker.model import Model, RoleModel
 from tilewright.passes.checker.scalars import evaluator, parameter_key
 from tilewright.passes.checker.scenarios import Inputs
-from tilewright.passes.checker.trace import BulkCopy, Event, Full, Infeasible, Run
+from tilewright.passes.checker.trace import Event, Full, Infeasible, Run
 
 #: iterations of a `while` whose condition depends on data
 MOST_UNKNOWN = 24
@@ -43,10 +42,9 @@ class Vocabulary:
 class RoleProgram:
     """The steps of one role."""
 
-    def __init__(self, model: Model, role: RoleModel, vocabulary: Vocabulary | None = None):
-        """``vocabulary``: what to follow, if not all that happens in a block."""
+    def __init__(self, model: Model, role: RoleModel, vocabulary: Vocabulary):
         self.model, self.role = model, role
-        self.compiler = Compiler(model, role, vocabulary or BLOCK)
+        self.compiler = Compiler(model, role, vocabulary)
         ops: list[Operation] = []
         for op in model.function.body.block.ops:
             if not isinstance(op, a.Role):
@@ -194,15 +192,6 @@ class Compiler:
 # --- analysis -------------------------------------------------------------------------------------
 
 
-def arguments(op: Operation) -> list[Value]:
-    """What an operation's event is made of."""
-    if isinstance(op, a.Acquire | a.Publish | a.Await | a.Release):
-        return [op.count]
-    if isinstance(op, Assume):
-        return [op.condition]
-    return [v for v in op.operands if isinstance(v.type, SlotType)]
-
-
 def _carried(op: Any, position: int) -> list[Value]:
     return [op.inits[position], _yields(op.regions[-1])[position]]
 
@@ -237,20 +226,6 @@ def _flying(body: Region) -> set[Value]:
                     if any(_yields(r)[n] in found for r in op.regions):
                         found.add(result)
     return found
-
-
-_ACTS = (
-    a.Acquire, a.Copy, a.Publish, a.Await, a.Release, a.AsyncDot, a.Wait, a.LocalLoad, a.LocalStore, a.Fence,
-    a.Barrier, a.BulkStore, a.BulkWait, a.TakeTurn, a.PassTurn, Assume,
-)  # fmt: skip
-
-
-def _acts(op: Operation, flying: set[Value]) -> bool:
-    if isinstance(op, _ACTS) or op.attributes.get("scratch") is not None:
-        return True
-    if not op.terminator and not op.regions and any(v in flying for v in op.operands):
-        return True
-    return isinstance(op, Dot) and any(isinstance(v.type, SlotType) for v in op.operands)
 
 
 def _busy(body: Region, flying: set[Value], vocabulary: Vocabulary) -> set[Operation]:
@@ -389,24 +364,13 @@ def _if(compiler: Compiler, op: If) -> Step:
 _STRUCTURED: dict[type[Operation], Callable[[Compiler, Any], Step]] = {For: _for, While: _while, If: _if}
 
 
-# --- events ---------------------------------------------------------------------------------------
+# --- values and events -----------------------------------------------------------------------------
 
 
-def events(compiler: Compiler, op: Operation) -> list[Step]:
-    """The steps of an operation that the machine sees."""
-    make = _MAKERS.get(type(op))
-    if make is not None:
-        return make(compiler, op)
-    if op.attributes.get("scratch") is not None and op in compiler.model.scratch:
-        return _exchange(compiler, op) + result(compiler, op)
-    if isinstance(op, Dot):
-        slots = [v for v in op.operands if isinstance(v.type, SlotType)]
-        return [emit("load", op, _whole(slot)) for slot in slots]
-    return result(compiler, op)
-
-
-def _whole(slot: Value) -> Callable[[Run], Any]:
-    return lambda run: (run.env[slot], None, None)
+def _slot(compiler: Compiler, op: a.Slot) -> Callable[[Any], int]:
+    numbers = [region.number for region in compiler.model.buffers[op.buffer]]
+    count = op.count
+    return lambda run: numbers[run.env[count] % len(numbers)]
 
 
 def _same(value: Value) -> Callable[[Run], Any]:
@@ -423,172 +387,10 @@ def result(compiler: Compiler, op: Operation) -> list[Step]:
 
 def emit(kind: str, op: Operation, access: Callable[[Run], Any] | None = None, other: Any = None) -> Step:
     def step(run: Run) -> None:
-        if len(run.events) >= run.most_events:
-            raise Full
+        run.make_room()
         run.events.append(Event(kind, op, None, 0, None if access is None else access(run), other))
 
     return step
 
 
-def _ring_event(kind: str) -> Callable[[Compiler, Any], list[Step]]:
-    def make(compiler: Compiler, op: Any) -> list[Step]:
-        ring, count = compiler.model.rings[op.ring], op.count
-
-        def step(run: Run) -> None:
-            if len(run.events) >= run.most_events:
-                raise Full
-            number = run.env[count]
-            if number < 0:
-                raise compiler.fault(run, f"the use count of {ring.label} is {number}", op)
-            run.events.append(Event(kind, op, ring, number))
-
-        return [step]
-
-    return make
-
-
-def _publish(compiler: Compiler, op: a.Publish) -> list[Step]:
-    return _ring_event("announced" if engine_alone(op) else "publish")(compiler, op)
-
-
-def _release(compiler: Compiler, op: a.Release) -> list[Step]:
-    steps = _ring_event("release")(compiler, op)
-    if compiler.model.rings[op.ring].read_by_threads and not compiler.role.single_thread:
-        return [emit("barrier", op, other="warpgroup"), *steps]  # part of the release (backends/nvidia/rings.py)
-    return steps
-
-
-def _copy(compiler: Compiler, op: a.Copy) -> list[Step]:
-    publish = compiler.model.publishes.get(op.result)
-    slot, spread = op.slot, ("copy", id(op))
-    if publish is None:
-        return [emit("start_copy", op, lambda run: (run.env[slot], None, spread), kind_of(op.result))]
-    if not by_engine(op.result):
-        return [emit("store", op, lambda run: (run.env[slot], None, spread))]
-    engines = [token for token in publish.tokens if by_engine(token)]
-    announced = sum(_bytes(token) for token in engines) if engines[0] is op.result else 0
-    parts = compiler.model.ctas if op.multicast is not None else 1
-    other = BulkCopy(announced, bool(announced) and engine_alone(publish), _bytes(op.result) // parts, parts > 1)
-    ring, count = compiler.model.rings[publish.ring], publish.count
-
-    def step(run: Run) -> None:
-        if len(run.events) >= run.most_events:
-            raise Full
-        run.events.append(Event("bulk_copy", op, ring, run.env[count], (run.env[slot], None, None), other))
-
-    return [step]
-
-
-def _bytes(token: Value) -> int:
-    assert isinstance(token.op, a.Copy) and isinstance(token.op.slot.type, SlotType)
-    return token.op.slot.type.bytes
-
-
-def _dot(compiler: Compiler, op: a.AsyncDot) -> list[Step]:
-    result, token = op.results
-    rows = isinstance(op.acc.type, TileType) and op.acc.type.shape[0] > 64
-    slots = [
-        (v, 0 if rows and v is op.a and isinstance(v.op, a.Slot) else None)
-        for v in (op.a, op.b)
-        if isinstance(v.type, SlotType)
-    ]
-
-    def step(run: Run) -> None:
-        if len(run.events) >= run.most_events:
-            raise Full
-        run.issued += 1
-        run.env[result] = run.env[token] = run.issued
-        run.events.append(Event("dot", op, access=[(run.env[v], own, None) for v, own in slots]))
-
-    return [step]
-
-
-def _wait(compiler: Compiler, op: a.Wait) -> list[Step]:
-    token, pending = op.token, op.pending
-    if token is not None and kind_of(token) != "mma":
-        return [emit("wait_copies", op, other=(kind_of(token), pending))]
-
-    def step(run: Run) -> None:
-        if len(run.events) >= run.most_events:
-            raise Full
-        run.retired = max(run.retired, run.issued - pending)
-        run.events.append(Event("wait", op, None, run.issued - pending))
-        for value in [*op.values, *([token] if token is not None else [])]:
-            group = run.env.get(value, 0)
-            if group > run.retired:
-                dot = [event.op for event in run.events if event.kind == "dot"][group - 1]
-                text = f"'{op.name}' waits for a dot that is among the {pending} that may stay in flight"
-                raise compiler.fault(run, text, op, dot, f"pending = {run.issued - group} at most")
-
-    return [step]
-
-
-def _local(kind: str) -> Callable[[Compiler, Any], list[Step]]:
-    def make(compiler: Compiler, op: Any) -> list[Step]:
-        slot, tile = op.slot, op.result.type if kind == "load" else op.value.type
-        if isinstance(tile, ScalarType):
-            return [emit(kind, op, lambda run: (run.env[slot], None, ("copies", None)))]
-        own = split_axis(tile, compiler.role.groups) if isinstance(slot.op, a.Slot) else None
-        spread = ("tile", tile.layout) if isinstance(slot.op, a.Slot) else ("turned", id(op))
-        if kind == "load" and (tile.layout is None or tile.layout.free_bits("lane") or tile.layout.free_bits("warp")):
-            spread = ("copies", tile.layout)
-        return [emit(kind, op, lambda run: (run.env[slot], own, spread))]
-
-    return make
-
-
-def _bulk_store(compiler: Compiler, op: a.BulkStore) -> list[Step]:
-    slot, own = op.slot, op.axis if op.scope == "warpgroup" and compiler.role.groups > 1 else None
-    return [emit("bulk_store", op, lambda run: (run.env[slot], own, None), own)]
-
-
-def _exchange(compiler: Compiler, op: Operation) -> list[Step]:
-    """Threads of a role pass elements through scratch memory, between two barriers of the role."""
-    region = compiler.model.scratch[op].number
-    return [
-        emit("barrier", op, other="role"),
-        emit("store", op, lambda run: (region, None, ("exchange", id(op)))),
-        emit("barrier", op, other="role"),
-        emit("load", op, lambda run: (region, None, None)),
-    ]
-
-
-def _slot(compiler: Compiler, op: a.Slot) -> Callable[[Any], int]:
-    numbers = [region.number for region in compiler.model.buffers[op.buffer]]
-    count = op.count
-    return lambda run: numbers[run.env[count] % len(numbers)]
-
-
-def _assume(compiler: Compiler, op: Assume) -> list[Step]:
-    condition = op.condition
-
-    def step(run: Run) -> None:
-        if not run.env[condition]:
-            raise Infeasible("an assumption does not hold")
-
-    return [step]
-
-
-_MAKERS: dict[type[Operation], Callable[[Compiler, Any], list[Step]]] = {
-    a.Acquire: _ring_event("acquire"),
-    a.Await: _ring_event("await"),
-    a.Publish: _publish,
-    a.Release: _release,
-    a.Copy: _copy,
-    a.AsyncDot: _dot,
-    a.Wait: _wait,
-    a.LocalLoad: _local("load"),
-    a.LocalStore: _local("store"),
-    a.Fence: lambda compiler, op: [emit("fence", op)],
-    a.Barrier: lambda compiler, op: [emit("barrier", op, other=op.scope)],
-    a.TakeTurn: lambda compiler, op: [emit("take_turn", op)],
-    a.PassTurn: lambda compiler, op: [emit("pass_turn", op)],
-    a.BulkStore: _bulk_store,
-    a.BulkWait: lambda compiler, op: [emit("bulk_wait", op, other=op.pending)],
-    Assume: _assume,
-}
-
-#: what happens in a block
-BLOCK = Vocabulary(_acts, arguments, events)
-
-__all__ = ["BLOCK", "Compiler", "RoleProgram", "Step", "Vocabulary", "arguments", "control", "emit", "events", "result"]
+__all__ = ["Compiler", "RoleProgram", "Step", "Vocabulary", "control", "emit", "result"]

@@ -18,9 +18,10 @@ from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.packet_ops import Receive, Send
 from tilewright.ir.tile_ops import Element, For, If, Load, Store, While
 from tilewright.ir.types import SlotType, ViewType
+from tilewright.passes.checker.block_events import BLOCK
 from tilewright.passes.checker.model import Model, RoleModel, kind_of, ring_of
 from tilewright.passes.checker.places import FindPlace, first_place, gathered_place, tile_place, whole_place
-from tilewright.passes.checker.program import BLOCK, Compiler, RoleProgram, Step, Vocabulary, control, emit, result
+from tilewright.passes.checker.program import Compiler, RoleProgram, Step, Vocabulary, control, emit, result
 from tilewright.passes.checker.scalars import is_computed, root_axis
 from tilewright.passes.checker.trace import Run
 

@@ -56,6 +56,11 @@ class Run:
     #: (loop, ran once: 1, more than once: 2) and (branch, which)
     covered: set[tuple[Operation, int]] = field(default_factory=set)
 
+    def make_room(self) -> None:
+        """Raises Full where there are as many events as there may be."""
+        if len(self.events) >= self.most_events:
+            raise Full
+
 
 class Full(Exception):
     """The trace is as long as it may be."""
