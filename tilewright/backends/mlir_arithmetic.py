@@ -131,7 +131,6 @@ class Arithmetic(Operations):
     fsub = named(_float, "llvm.fsub")
     fmul = named(_float, "llvm.fmul")
     fdiv = named(_float, "llvm.fdiv")
-    frem = named(_float, "llvm.frem")  # the sign of its first operand
     minnum = named(_float, "llvm.intr.minnum")  # of a number and a NaN, the number
     maxnum = named(_float, "llvm.intr.maxnum")
     minimum = named(_float, "llvm.intr.minimum")  # NaN if an operand is; -0.0 < 0.0
@@ -189,8 +188,6 @@ class Arithmetic(Operations):
     fpext = named(_cast, "fpext")
     sitofp = named(_cast, "sitofp")
     uitofp = named(_cast, "uitofp")
-    fptosi = named(_cast, "fptosi")  # poison outside the range of the type
-    fptoui = named(_cast, "fptoui")
     bitcast = named(_cast, "bitcast")
     ptrtoint = named(_cast, "ptrtoint")
     inttoptr = named(_cast, "inttoptr")

@@ -288,10 +288,6 @@ class FunctionBuilder(Arithmetic):
         self.op("llvm.return", (), [] if value is None else [value])
         self.terminated = True
 
-    def unreachable(self) -> None:
-        self.op("llvm.unreachable")
-        self.terminated = True
-
     @contextmanager
     def if_then(self, condition: Value) -> Iterator[None]:
         """Operations inside the ``with`` run where ``condition`` holds."""

@@ -54,7 +54,7 @@ class Operations:
 
     def position_at_end(self, block: Block) -> None:
         """Append to ``block``, which has no terminator yet."""
-        self._point, self.current_block, self.terminated = ir.InsertionPoint(block), block, False
+        self._point, self.terminated = ir.InsertionPoint(block), False
 
     # --- raw operations and locations -------------------------------------------------------
 
@@ -177,9 +177,6 @@ class Operations:
 
     def f32(self, value: float) -> Value:
         return self.const(value, self.types.f32)
-
-    def undef(self, type_: Type) -> Value:
-        return self._entry_once("llvm.mlir.undef", type_, {})
 
     def poison(self, type_: Type) -> Value:
         return self._entry_once("llvm.mlir.poison", type_, {})

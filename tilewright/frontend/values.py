@@ -14,7 +14,7 @@ from typing import Any
 from tilewright.frontend.definition import Definition
 from tilewright.frontend.errors import CompileError
 from tilewright.frontend.markers import PYTHON_NAMES, Builtin
-from tilewright.ir.core import Location, Value
+from tilewright.ir.core import Value
 from tilewright.ir.types import DType, ScalarType, TileType, Type, ViewType, element_type
 
 
@@ -54,14 +54,6 @@ class BoundMethod:
     receiver: Any
     name: str
     implementation: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class CallSite:
-    """A helper being inlined."""
-
-    definition: Definition
-    loc: Location
 
 
 Number = int | float  # bool is an int
@@ -158,7 +150,6 @@ def known_int(value: Any, what: str, argument: str | None = None) -> int:
 
 __all__ = [
     "BoundMethod",
-    "CallSite",
     "Number",
     "RangeValue",
     "Undefined",

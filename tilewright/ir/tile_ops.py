@@ -21,7 +21,6 @@ from tilewright.ir.core import (
 )
 from tilewright.ir.layout import SharedLayout
 from tilewright.ir.types import (
-    DType,
     ScalarType,
     SlotType,
     TileType,
@@ -565,8 +564,3 @@ def _same_dtype(a: Value, b: Value) -> bool:
 def _yielded(body: Region) -> list[Value]:
     terminator = body.block.terminator
     return terminator.values if isinstance(terminator, Yield) else []
-
-
-def element_dtype(value: Value) -> DType:
-    """The dtype of a scalar, tile, view or slot value."""
-    return element_type(value.type)

@@ -190,7 +190,7 @@ class CudaDevice(Device):
                 self.call("cuCtxPopCurrent")
 
     def load(self, binary: bytes, asm: Mapping[str, str] | None = None) -> CudaModule:
-        """Load a cubin. Functions found in it stay valid until `CudaModule.unload`."""
+        """Load a cubin. Functions found in it stay valid."""
         with self.current():
             doing = f"Loading a {len(binary)}-byte binary on {self.name} ({self.target})"
             return CudaModule(self, self.call("cuModuleLoadData", binary, doing=doing))
@@ -289,7 +289,7 @@ class CudaFunction(DriverFunction[CudaDevice, "CudaLauncher"]):
 class CudaModule(DriverModule[CudaDevice, CudaFunction]):
     """A loaded cubin."""
 
-    find_call, free_call, function_class = "cuModuleGetFunction", "cuModuleUnload", CudaFunction
+    find_call, function_class = "cuModuleGetFunction", CudaFunction
 
 
 class CudaLauncher(Launcher):

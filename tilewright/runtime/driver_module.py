@@ -48,10 +48,9 @@ class DriverFunction(ABC, Generic[DeviceType, LauncherType]):
 
 
 class DriverModule(Module, Generic[DeviceType, FunctionType]):
-    """A loaded binary. Subclasses name the driver's calls that find a kernel in it and that free it."""
+    """A loaded binary, as long as the process lives. Subclasses name the driver's call that finds a kernel in it."""
 
     find_call: ClassVar[str]
-    free_call: ClassVar[str]
     function_class: ClassVar[Any]
 
     def __init__(self, device: DeviceType, handle: Any) -> None:
@@ -67,9 +66,3 @@ class DriverModule(Module, Generic[DeviceType, FunctionType]):
                 handle = self.device.call(self.find_call, self._handle, name.encode(), doing=doing)
             self._functions[name] = self.function_class(self.device, name, handle)
         return self._functions[name]
-
-    def unload(self) -> None:
-        """Free the code. Its functions must not be running, nor be launched again."""
-        with self.device.current():
-            self.device.call(self.free_call, self._handle)
-        self._functions.clear()

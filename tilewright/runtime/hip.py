@@ -169,7 +169,7 @@ class HipDevice(Device):
             self.call("hipSetDevice", found)
 
     def load(self, binary: bytes, asm: Mapping[str, str] | None = None) -> HipModule:
-        """Load an HSACO. Functions found in it stay valid until `HipModule.unload`."""
+        """Load an HSACO. Functions found in it stay valid."""
         with self.current():
             doing = f"Loading a {len(binary)}-byte binary on {self.name} ({self.target})"
             return HipModule(self, self.call("hipModuleLoadData", binary, doing=doing), binary)
@@ -212,7 +212,7 @@ class HipFunction(DriverFunction[HipDevice, "HipLauncher"]):
 class HipModule(DriverModule[HipDevice, HipFunction]):
     """A loaded code object. It keeps the bytes, which HIP may read again later."""
 
-    find_call, free_call, function_class = "hipModuleGetFunction", "hipModuleUnload", HipFunction
+    find_call, function_class = "hipModuleGetFunction", HipFunction
 
     def __init__(self, device: HipDevice, handle: Any, binary: bytes) -> None:
         super().__init__(device, handle)

@@ -81,7 +81,6 @@ class ViewRef:
     stride_align: int = 1
     #: the kernel parameter, and which of its dims each dim of the view is
     root: str = ""
-    root_rank: int = 0
     root_dims: tuple[int, ...] = ()
     #: dims of the root that `tile.subview` fixed, with their index (int or i32)
     fixed: Mapping[int, IntLike] = field(default_factory=dict)

@@ -189,7 +189,6 @@ def _lower_param(fb: FunctionBuilder, param: Value, arguments: Any) -> Any:
         align=type_.align,
         stride_align=type_.align,
         root=param.hint,
-        root_rank=type_.rank,
         root_dims=tuple(range(type_.rank)),
         table=next(arguments) if type_.symmetric else None,
     )

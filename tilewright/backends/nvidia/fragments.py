@@ -26,7 +26,8 @@ from tilewright.ir.layout import LinearLayout, SharedLayout
 from tilewright.ir.layout_bits import log2_exact, unit
 from tilewright.ir.types import DType, TileType
 
-ROW_BYTES, WORD_BYTES, MOST_MATRICES = 16, 4, 4
+#: of a matrix that ldmatrix reads
+ROW_BYTES = 16
 
 FRAGMENT_LOWERINGS: Table = {}
 

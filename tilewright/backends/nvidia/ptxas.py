@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from tilewright.backends.errors import BackendError
@@ -73,14 +72,6 @@ def find_ptxas() -> Path:
             "ptxas", f"ptxas not found: install nvidia-cuda-nvcc, put it on PATH, or set {PTXAS_VARIABLE}"
         )
     return Path(on_path)
-
-
-@cache
-def ptxas_version(path: Path) -> str:
-    """The version line, for cache keys: ``Cuda compilation tools, release 13.5, V13.5.37``."""
-    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    lines = [line for line in output.splitlines() if "release" in line]
-    return lines[0] if lines else output.strip()
 
 
 # --- running it -----------------------------------------------------------------------------
