@@ -16,9 +16,9 @@ from typing import Any
 
 from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
 from tilewright.runtime.arguments import DevicePointer, TensorView
-from tilewright.runtime.device import Device, DeviceInfo, nvidia_target
-from tilewright.runtime.driver_module import DriverFunction, DriverModule
-from tilewright.runtime.errors import ArgumentError, DeviceError, explain_failure
+from tilewright.runtime.device import DeviceInfo, nvidia_target
+from tilewright.runtime.driver_module import DriverDevice, DriverFunction, DriverModule, check_status
+from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.launching import Launcher, LaunchForm, ReadyLaunch, stream_handle
 from tilewright.runtime.tensor_maps import TensorMapEncoder, tensor_map_geometry
 
@@ -82,9 +82,7 @@ def initialize(driver: Any) -> None:
 
 
 def _check(status: Any, doing: str) -> None:
-    if status:
-        code = getattr(status, "name", str(status))
-        raise DeviceError(f"{doing}: {code}. {_ADVICE.get(code, '')}".rstrip(), code)
+    check_status(status, doing, _ADVICE)
 
 
 def _attribute(driver: Any, name: str, device: Any) -> int:
@@ -119,23 +117,24 @@ def _describe(driver: Any, ordinal: int) -> DeviceInfo:
     )
 
 
-class CudaDevice(Device):
+class CudaDevice(DriverDevice):
     """One NVIDIA GPU, by its ordinal among the visible ones.
 
     ``driver`` is a stand-in for ``cuda.bindings.driver`` (tests).
     """
 
+    advice = _ADVICE
+
     def __init__(self, ordinal: int = 0, driver: Any = None) -> None:
-        self._driver = load_driver() if driver is None else driver
-        self.ordinal = ordinal
-        infos = enumerate_devices(self._driver)
+        driver = load_driver() if driver is None else driver
+        infos = enumerate_devices(driver)
         if not 0 <= ordinal < len(infos):
             raise DeviceError(
                 f"cuda:{ordinal} does not exist: {len(infos)} NVIDIA GPUs are visible. Look at nvidia-smi and "
                 "CUDA_VISIBLE_DEVICES.",
                 "CUDA_ERROR_INVALID_DEVICE",
             )
-        self.info = infos[ordinal]
+        super().__init__(driver, ordinal, infos[ordinal])
         device = self.call("cuDeviceGet", ordinal)
         self.multiprocessors = self.info.units
         self.max_shared_bytes = _attribute(self._driver, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", device)
@@ -145,30 +144,8 @@ class CudaDevice(Device):
         self._context = self.call("cuDevicePrimaryCtxRetain", device)
         self._context_handle = int(self._context)
         self._spare_address = 0
-        #: asked for an explanation when a call fails: kernels that give up waiting for other GPUs leave one
-        self.faults: list[Callable[[], str | None]] = []
         self._lock = threading.Lock()
         self.tensor_maps = TensorMapEncoder(self._driver, self.call, self._spare_cell)
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def target(self) -> str:
-        return self.info.target
-
-    def call(self, function: str, *args: Any, doing: str = "") -> Any:
-        """Call a driver function: its value (a list where it has several), or a `DeviceError`."""
-        status, *values = getattr(self._driver, function)(*args)
-        if status:
-            self.fail(status, doing or function)
-        return values[0] if len(values) == 1 else values
-
-    def fail(self, status: Any, doing: str) -> None:
-        """Raise the DeviceError of a failed call, with the reason that a kernel left behind if one did."""
-        explain_failure(self.faults, status)
-        _check(status, doing)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -200,28 +177,6 @@ class CudaDevice(Device):
         function.allow_shared(shared_bytes)
         with self.current():
             return int(self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function.handle, threads, shared_bytes))
-
-    def launch(
-        self,
-        function: CudaFunction,
-        abi: KernelABI,
-        grid: int | Sequence[int],
-        args: Sequence[Any],
-        stream: Any = None,
-    ) -> None:
-        """See `Device.launch`.
-
-        ``stream`` is a handle (int), a torch stream or anything with ``__cuda_stream__``. Without
-        one it is torch's current stream where an argument is a torch tensor, else the legacy
-        default stream.
-        """
-        function.launcher(abi)(grid, args, stream)
-
-    def ready(
-        self, function: CudaFunction, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
-    ) -> Callable[[Any], None]:
-        """See `Device.ready`."""
-        return function.launcher(abi).bound(grid, args)
 
     def prepare(
         self, function: CudaFunction, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]

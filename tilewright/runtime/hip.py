@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tilewright.ir.abi import KernelABI, TensorParam
 from tilewright.runtime.arguments import TensorView, refuse_negative_strides
-from tilewright.runtime.device import Device, DeviceInfo
-from tilewright.runtime.driver_module import DriverFunction, DriverModule
-from tilewright.runtime.errors import ArgumentError, DeviceError, explain_failure
+from tilewright.runtime.device import DeviceInfo
+from tilewright.runtime.driver_module import DriverDevice, DriverFunction, DriverModule, check_status
+from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.launching import Launcher, ReadyLaunch
 
 __all__ = ["HipDevice", "HipFunction", "HipModule", "enumerate_devices"]
@@ -84,9 +84,7 @@ def _library_of_torch() -> Iterator[None]:
 
 
 def _check(status: Any, doing: str) -> None:
-    if int(status):
-        code = getattr(status, "name", str(status))
-        raise DeviceError(f"{doing}: {code}. {_ADVICE.get(code, '')}".rstrip(), code)
+    check_status(status, doing, _ADVICE)
 
 
 def enumerate_devices(hip: Any = None) -> list[DeviceInfo]:
@@ -118,42 +116,21 @@ def _text(value: bytes | str) -> str:
     return value.rstrip(b"\0").decode() if isinstance(value, bytes) else value
 
 
-class HipDevice(Device):
+class HipDevice(DriverDevice):
     """One AMD GPU, by its ordinal among the visible ones. ``hip`` is a stand-in for the bindings (tests)."""
 
+    advice = _ADVICE
+
     def __init__(self, ordinal: int = 0, hip: Any = None) -> None:
-        self._hip = load_runtime() if hip is None else hip
-        self.ordinal = ordinal
-        infos = enumerate_devices(self._hip)
+        hip = load_runtime() if hip is None else hip
+        infos = enumerate_devices(hip)
         if not 0 <= ordinal < len(infos):
             raise DeviceError(
                 f"hip:{ordinal} does not exist: {len(infos)} AMD GPUs are visible. Look at rocm-smi and "
                 "HIP_VISIBLE_DEVICES.",
                 "hipErrorInvalidDevice",
             )
-        self.info = infos[ordinal]
-        #: asked for an explanation when a call fails: kernels that give up waiting for other GPUs leave one
-        self.faults: list[Callable[[], str | None]] = []
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def target(self) -> str:
-        return self.info.target
-
-    def call(self, function: str, *args: Any, doing: str = "") -> Any:
-        """Call a runtime function: its value, or a `DeviceError`."""
-        status, *values = getattr(self._hip, function)(*args)
-        if int(status):
-            self.fail(status, doing or function)
-        return values[0] if len(values) == 1 else values
-
-    def fail(self, status: Any, doing: str) -> None:
-        """Raise the DeviceError of a failed call, with the reason that a kernel left behind if one did."""
-        explain_failure(self.faults, status)
-        _check(status, doing)
+        super().__init__(hip, ordinal, infos[ordinal])
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -179,23 +156,6 @@ class HipDevice(Device):
         with self.current():
             name = "hipModuleOccupancyMaxActiveBlocksPerMultiprocessor"
             return int(self.call(name, function.handle, threads, 0))
-
-    def launch(
-        self,
-        function: HipFunction,
-        abi: KernelABI,
-        grid: int | Sequence[int],
-        args: Sequence[Any],
-        stream: Any = None,
-    ) -> None:
-        """See `Device.launch`. ``stream`` is a handle (int) or a torch stream, as on CUDA."""
-        function.launcher(abi)(grid, args, stream)
-
-    def ready(
-        self, function: HipFunction, abi: KernelABI, grid: int | Sequence[int], args: Sequence[Any]
-    ) -> Callable[[Any], None]:
-        """See `Device.ready`."""
-        return function.launcher(abi).bound(grid, args)
 
     def synchronize(self) -> None:
         with self.current():
@@ -231,7 +191,7 @@ class HipLauncher(Launcher):
         super().__init__(function.device, function.device.ordinal, abi)
         self.function = function
         # blocks that wait for other GPUs' must all be resident, or those that others wait for may never start
-        cooperative, hip = abi.communicates and abi.persistent, self.device._hip
+        cooperative, hip = abi.communicates and abi.persistent, self.device._driver
         self._launch_kernel = hip.hipModuleLaunchCooperativeKernel if cooperative else hip.hipModuleLaunchKernel
         self._extra = () if cooperative else (None,)
 

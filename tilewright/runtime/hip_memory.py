@@ -48,7 +48,7 @@ class HipMemory(GpuMemory):
     def __init__(self, device: HipDevice) -> None:
         super().__init__(device.faults)
         self.device, self.name, self.ordinal = device, device.name, device.ordinal
-        self._hip = device._hip
+        self._hip = device._driver
 
     def _call(self, function: str, *args: Any, doing: str = "") -> Any:
         with self.device.current():
