@@ -20,6 +20,7 @@ from fake_driver import CUresult, FakeDriver
 
 import tilewright as tw
 from tilewright.ir.abi import CONTROL_WORDS, Control, Fault, KernelABI, TensorMapParam, TensorParam, kernel_number
+from tilewright.runtime import rendezvous
 from tilewright.runtime.cuda import CudaDevice
 from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.gpu_memory import CudaMemory, DeviceArray
@@ -297,6 +298,17 @@ def test_a_rank_that_is_missing_or_gone() -> None:
     other = new_address()
     first, _, last = ranks(3, gone)
     assert "rank 1 has ended" in str(first) and "rank 1 has ended" in str(last)
+
+
+def test_descriptors_that_a_process_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        rendezvous._send(left, None, [left.fileno(), right.fileno()])
+        before = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(rendezvous, "_MOST_DESCRIPTORS", 1)  # as a full table of the process does
+        with pytest.raises(DeviceError, match="do not fit into this process"):
+            rendezvous._receive(right, "rank 0")
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_ranks_that_disagree_on_who_they_are() -> None:

@@ -177,13 +177,17 @@ def _send(peer: socket.socket, value: Any, descriptors: Sequence[int] = ()) -> N
 
 def _receive(peer: socket.socket, who: str) -> tuple[Any, list[int]]:
     try:
-        header, descriptors, _, _ = socket.recv_fds(peer, _LENGTH.size, _MOST_DESCRIPTORS)
+        header, descriptors, flags, _ = socket.recv_fds(peer, _LENGTH.size, _MOST_DESCRIPTORS)
         header += _exactly(peer, _LENGTH.size - len(header)) if header else b""
         data = _exactly(peer, _LENGTH.unpack(header)[0]) if header else b""
     except TimeoutError as error:
         raise DeviceError(f"Nothing came from {who} within {peer.gettimeout():g} s: it hangs.") from error
     except OSError as error:
         raise DeviceError(f"{who} has ended ({error}): start all ranks again.") from error
+    if flags & socket.MSG_CTRUNC:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise DeviceError(f"File descriptors of {who} do not fit into this process: raise its limit (ulimit -n).")
     if not data:
         raise DeviceError(f"{who} has ended: start all ranks again.")
     return json.loads(data), list(descriptors)

@@ -1,6 +1,6 @@
 """The frame of vector ALU instructions: read sources in their kinds, compute, write under EXEC.
 
-The tables of `valu_integer`, `valu_float`, `valu_convert` and `valu_packed` fill it in
+The tables of the modules `valu_...` fill it in
 (ISA chapter 6, "Vector ALU Operations").
 """
 
