@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
+from fake_driver import FakeDriver
 
-from tilewright.runtime.bench import Clock, Comparison, Measurement, WallClock, compare, measure
+from tilewright.runtime.bench import Clock, Comparison, Measurement, WallClock, compare, measure, pick_clock
+from tilewright.runtime.cuda import CudaDevice
 from tilewright.runtime.errors import DeviceError
 
 
@@ -79,3 +82,15 @@ def test_impossible_measurements() -> None:
         measure(lambda: None, repeats=0, clock=HandClock())
     with pytest.raises(DeviceError, match="needs a GPU"):
         measure(lambda: None, flush_l2=True, clock=WallClock())
+
+
+def test_events_of_the_driver_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    driver.values["cuEventElapsedTime"] = 0.25
+    monkeypatch.setitem(sys.modules, "torch", None)
+    device = CudaDevice(0, driver)
+    for _ in range(2):
+        result = measure(lambda: None, warmup=0, repeats=3, flush_l2=True, clock=pick_clock(device))
+        assert result.times_us == (250.0,) * 3
+    assert len(driver.named("cuEventCreate")) == len(driver.named("cuEventDestroy")) == 12
+    assert len(driver.named("cuMemAlloc")) == 1, "memory to flush the cache with is taken once"

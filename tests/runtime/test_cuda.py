@@ -256,7 +256,7 @@ def test_grids_of_clusters(
 
 
 def test_clusters_that_fit_nowhere(device: CudaDevice, driver: FakeDriver, function: cuda.CudaFunction) -> None:
-    driver._values["cuOccupancyMaxActiveClusters"] = 0
+    driver.values["cuOccupancyMaxActiveClusters"] = 0
     with pytest.raises(DeviceError, match="cluster of 4 blocks of 'kernel' does not fit"):
         device.launch(function, kernel(persistent=True, cluster=(4, 1, 1)), 9, [])
 

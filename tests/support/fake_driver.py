@@ -28,7 +28,8 @@ class _Names:
 
 
 class FakeDriver:
-    """Two GPUs of compute capability 9.0; ``failures`` maps a function's name to the error it returns."""
+    """Two GPUs of compute capability 9.0. By a function's name: ``failures`` has the error that it returns, ``values``
+    what else."""
 
     CUresult = CUresult
     CUlaunchConfig = SimpleNamespace
@@ -55,7 +56,7 @@ class FakeDriver:
             setattr(self, names, _Names())
         for names in ("CUtensorMapSwizzle", "CUtensorMapL2promotion", "CUtensorMapFloatOOBfill"):
             setattr(self, names, _Names())
-        self._values: dict[str, Any] = {
+        self.values: dict[str, Any] = {
             "cuDeviceGetCount": 2,
             "cuDeviceTotalMem": 80 * 2**30,
             "cuDeviceGetName": b"NVIDIA Fake 80GB" + bytes(16),
@@ -83,7 +84,7 @@ class FakeDriver:
         def function(*args: Any) -> tuple[Any, ...]:
             self.calls.append((name, args))
             status = self.failures.get(name, CUresult.CUDA_SUCCESS)
-            return (status, self._values[name]) if name in self._values else (status,)
+            return (status, self.values[name]) if name in self.values else (status,)
 
         return function
 
