@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -117,6 +118,24 @@ def test_memory_is_kept_for_a_stream(cuda: SimpleNamespace) -> None:
     assert workspace.take(OnGpu(), (4, 8, 8)).data_ptr() == larger.data_ptr()
     cuda.stream = 8
     assert workspace.take(OnGpu(), (2, 8, 8)).data_ptr() != larger.data_ptr(), "streams run side by side"
+
+
+def test_threads_that_share_a_stream_get_memory_of_their_own(cuda: SimpleNamespace) -> None:
+    """Launches of one come between those of another, which hand results through it."""
+    workspace = Workspace()
+    with ThreadPoolExecutor(1) as other:
+        theirs = other.submit(workspace.take, OnGpu(), (2, 8)).result()
+        assert workspace.take(OnGpu(), (2, 8)).data_ptr() != theirs.data_ptr()
+        assert other.submit(workspace.take, OnGpu(), (2, 8)).result() is theirs
+
+
+def test_views_of_many_shapes_are_not_all_kept(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tilewright.kernels.workspace._MOST_VIEWS", 4)
+    workspace = Workspace()
+    whole = workspace.take(OnGpu(), (64,))
+    for n in range(1, 20):
+        assert workspace.take(OnGpu(), (n,)).data_ptr() == whole.data_ptr()
+    assert len(workspace._kept.views) <= 4
 
 
 def test_graphs_get_memory_of_their_own(cuda: SimpleNamespace) -> None:

@@ -157,7 +157,7 @@ def split_configuration(m: int, n: int, k: int, units: int = 132) -> tuple[dict[
 def matmul(a: Any, b: Any, c: Any) -> None:
     """``c = a @ b`` with tiles chosen by `split_configuration`. Arrays of NumPy or torch, on one device.
 
-    Equal inputs give equal bits. Where K is split, partial sums go through memory kept for the device and stream.
+    Equal inputs give equal bits. Where K is split, partial sums go through memory that is kept (`Workspace`).
     """
     m, n = c.shape
     meta, runs = split_configuration(m, n, a.shape[1])
