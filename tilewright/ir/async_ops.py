@@ -319,3 +319,9 @@ def buffer_of(slot: Value) -> Value:
     while isinstance(slot.op, Slot | TransposeSlot):
         slot = slot.op.buffer if isinstance(slot.op, Slot) else slot.op.slot
     return slot
+
+
+def ring_of(slot: Value) -> Value | None:
+    """The ring whose stages a slot belongs to, None for those of plain buffers."""
+    buffer = buffer_of(slot)
+    return buffer.op.ring if isinstance(buffer.op, Alloc) else None

@@ -26,7 +26,8 @@ from tilewright.ir.core import (
     operation,
     optional,
 )
-from tilewright.ir.types import DType, TileType, ViewType, i32, i64
+from tilewright.ir.tile_ops import tile_of, view_of
+from tilewright.ir.types import DType, i32, i64
 
 ATOMIC = ("add", "max", "min", "and", "or", "xor", "exchange", "cas")
 #: element types that each kind of atomic update exists for
@@ -97,7 +98,7 @@ class Atomic(Operation):
         _verify_places(self, self.view, self.index, self.indices, self.axes, self.value)
         self.require(self.order in ORDERS, f"order is one of {', '.join(ORDERS)}")
         self.require(self.result.type == self.value.type, "gives the old values, a tile like the new ones")
-        dtype = _tile(self.value).dtype
+        dtype = tile_of(self.value).dtype
         self.require(dtype.name in ATOMIC_DTYPES[self.fn], f"does not exist for {dtype}")
         self.require((self.expected is not None) == (self.fn == "cas"), "takes 'expected' for cas alone")
         if self.expected is not None:
@@ -112,7 +113,7 @@ def free_axes(rank: int, axes: Sequence[int]) -> list[int]:
 def _verify_places(
     op: Operation, view: Value, index: Sequence[Value], indices: Sequence[Value], axes: Sequence[int], tile: Value
 ) -> None:
-    type_, shape = _view(view), _tile(tile)
+    type_, shape = view_of(view), tile_of(tile)
     op.require(len(set(axes)) == len(axes) and all(0 <= a < type_.rank for a in axes), f"axes {tuple(axes)} are wrong")
     op.require(len(indices) == len(axes), f"{len(indices)} index tiles for {len(axes)} axes")
     free = free_axes(type_.rank, axes)
@@ -120,20 +121,8 @@ def _verify_places(
     op.require(not free or shape.rank == type_.rank, "view and tile have one rank")
     op.require(shape.dtype == type_.dtype, f"a tile of {shape.dtype} for a view of {type_.dtype}")
     for value in indices:
-        op.require(_tile(value).dtype in INDEX_DTYPES, f"indices are i32 or i64, not {_tile(value).dtype}")
-        op.require(_tile(value).shape == shape.shape, "index tiles have the tile's shape")
-
-
-def _tile(value: Value) -> TileType:
-    if not isinstance(value.type, TileType):
-        raise TypeError(f"expected a tile, got {value.type}")
-    return value.type
-
-
-def _view(value: Value) -> ViewType:
-    if not isinstance(value.type, ViewType):
-        raise TypeError(f"expected a view, got {value.type}")
-    return value.type
+        op.require(tile_of(value).dtype in INDEX_DTYPES, f"indices are i32 or i64, not {tile_of(value).dtype}")
+        op.require(tile_of(value).shape == shape.shape, "index tiles have the tile's shape")
 
 
 def supports_atomic(fn: str, dtype: DType) -> bool:

@@ -37,6 +37,7 @@ from tilewright.ir.interpreter_machine import (
     Thread,
     Trap,
     View,
+    await_condition,
     fault,
     rule,
     run_region,
@@ -125,7 +126,7 @@ def _alloc(frame: Frame, op: a.Alloc) -> Steps:
     if op.ring is not None:
         frame.read(op.ring).buffers.append(buffer)
     frame.program.buffers[op.result] = buffer
-    yield from _until(lambda: all(op.result in peer.buffers for peer in frame.program.peers), op, _OTHERS)
+    yield from await_condition(lambda: all(op.result in peer.buffers for peer in frame.program.peers), op, _OTHERS)
     return buffer
 
 
@@ -141,7 +142,7 @@ def _ring(frame: Frame, op: a.MakeRing) -> Steps:
         _weights(publishers, op.producers), _weights(releasers, Fraction(op.consumers, op.ctas)),
     )  # fmt: skip
     frame.program.rings[op.result] = ring
-    yield from _until(lambda: all(op.result in peer.rings for peer in peers), op, _OTHERS)
+    yield from await_condition(lambda: all(op.result in peer.rings for peer in peers), op, _OTHERS)
     return ring
 
 
@@ -162,7 +163,7 @@ def _transpose_slot(frame: Frame, op: a.TransposeSlot) -> SlotRef:
 def _acquire(frame: Frame, op: a.Acquire) -> Steps:
     ring, count = _use(frame, op)
     text = f"stage {count % ring.stages} of {ring.label} to be released (use {count - ring.stages})"
-    yield from _until(lambda: ring.is_free(count), op, text)
+    yield from await_condition(lambda: ring.is_free(count), op, text)
     if count >= ring.stages:
         join(frame.thread.clock, ring.phase(count - ring.stages).release_clock)
 
@@ -192,7 +193,7 @@ def _publish(frame: Frame, op: a.Publish) -> None:
 def _await(frame: Frame, op: a.Await) -> Steps:
     ring, count = _use(frame, op)
     text = f"stage {count % ring.stages} of {ring.label} to be published (use {count})"
-    yield from _until(lambda: ring.is_full(count), op, text)
+    yield from await_condition(lambda: ring.is_full(count), op, text)
     phase = ring.phase(count)
     if phase.is_released:
         raise Trap(f"use {count} of {ring.label} is awaited after its release")
@@ -450,7 +451,7 @@ def _meet(frame: Frame, op: a.Barrier, state: BarrierState, programs: Sequence[P
                 join(thread.clock, state.clock)
         return
     generation = state.generation
-    yield from _until(lambda: state.generation > generation, op, text)
+    yield from await_condition(lambda: state.generation > generation, op, text)
 
 
 @rule(a.TakeTurn)
@@ -545,11 +546,6 @@ def _innermost(waiting: dict[Thread, Blocked]) -> Iterator[tuple[Thread, Blocked
             yield from _innermost(blocked.inner)
         else:
             yield thread, blocked
-
-
-def _until(ready: Callable[[], bool], op: Operation, text: str) -> Iterator[Blocked]:
-    if not ready():
-        yield Blocked(ready, op, text)
 
 
 def finish_thread(thread: Thread, role: Operation | None) -> None:

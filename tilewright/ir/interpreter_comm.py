@@ -7,7 +7,7 @@ as they are: no rank can see a count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -18,13 +18,13 @@ from tilewright.ir import comm_ops as c
 from tilewright.ir import interpreter_numerics as numerics
 from tilewright.ir.builder import Builder
 from tilewright.ir.collectives import TileCollective, ViewCollective, expand
-from tilewright.ir.core import IRError, Location, Operation, Region, Value
+from tilewright.ir.core import IRError, Location, Region, Value
 from tilewright.ir.interpreter_machine import (
-    Blocked,
     Frame,
     Steps,
     Trap,
     View,
+    await_condition,
     load_tile,
     rule,
     run_region,
@@ -190,11 +190,6 @@ def _wait(frame: Frame, op: c.WaitFlags) -> Steps:
         text = f"{_flag_name(frame, op.flags, number)} of rank {frame.program.world_rank} to be signalled"
         yield from await_condition(lambda address=address: address in world.flags, op, text)  # type: ignore[misc]
     return op
-
-
-def await_condition(ready: Callable[[], bool], op: Operation, text: str) -> Iterator[Blocked]:
-    if not ready():
-        yield Blocked(ready, op, text)
 
 
 def flag_address(flag: np.ndarray) -> int:

@@ -7,7 +7,7 @@ generators: they yield `Blocked` until they can go on, so that roles run side by
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,12 @@ class Blocked:
 
 
 Steps = Generator[Blocked, None, Any]
+
+
+def await_condition(ready: Callable[[], bool], op: Operation, text: str) -> Iterator[Blocked]:
+    """Go on when ``ready()`` holds; ``text``: what is waited for."""
+    if not ready():
+        yield Blocked(ready, op, text)
 
 
 class Trap(Exception):

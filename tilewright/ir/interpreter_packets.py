@@ -8,8 +8,8 @@ import numpy as np
 
 from tilewright.ir import packet_ops as p
 from tilewright.ir.comm_ops import view_root
-from tilewright.ir.interpreter_comm import await_condition, flag_address, world_of
-from tilewright.ir.interpreter_machine import Frame, Steps, Trap, rule
+from tilewright.ir.interpreter_comm import flag_address, world_of
+from tilewright.ir.interpreter_machine import Frame, Steps, Trap, await_condition, rule
 from tilewright.ir.interpreter_numerics import NUMPY
 from tilewright.ir.types import TileType
 

@@ -108,7 +108,7 @@ class Reshape(Operation):
     source: Value = operand()
 
     def verify(self) -> None:
-        self.require(_tile(self.source).size == _tile(self.result).size, "keeps the number of elements")
+        self.require(tile_of(self.source).size == tile_of(self.result).size, "keeps the number of elements")
 
 
 @operation("tile.transpose")
@@ -262,14 +262,14 @@ class Cat(Operation):
 
     def verify(self) -> None:
         self.require(len(self.sources) > 0, "needs a tile")
-        result = _tile(self.result)
+        result = tile_of(self.result)
         self.require(0 <= self.axis < result.rank, f"axis {self.axis} is out of range for shape {result.shape}")
         for value in self.sources:
-            tile = _tile(value)
+            tile = tile_of(value)
             self.require(tile.dtype == result.dtype, "all tiles have one dtype")
             pairs = zip(_without(tile.shape, self.axis), _without(result.shape, self.axis), strict=True)
             self.require(all(a == b for a, b in pairs), f"sizes differ along an axis other than {self.axis}")
-        total = sum(_tile(value).shape[self.axis] for value in self.sources)
+        total = sum(tile_of(value).shape[self.axis] for value in self.sources)
         self.require(total == result.shape[self.axis], f"sizes along axis {self.axis} do not add up")
 
 
@@ -307,7 +307,7 @@ class Convert(Operation):
     scratch: int | None = attribute(default=None)
 
     def verify(self) -> None:
-        source, result = _tile(self.source), _tile(self.result)
+        source, result = tile_of(self.source), tile_of(self.result)
         self.require(source.with_layout(None) == result.with_layout(None), "keeps shape and dtype")
         self.require(result.layout is not None, "names a layout")
 
@@ -323,7 +323,7 @@ class Dim(Operation):
     axis: int = attribute()
 
     def verify(self) -> None:
-        self.require(0 <= self.axis < _view(self.view).rank, f"axis {self.axis} is out of range")
+        self.require(0 <= self.axis < view_of(self.view).rank, f"axis {self.axis} is out of range")
         self.require(self.result.type == ScalarType(i32), "gives i32")
 
 
@@ -335,7 +335,7 @@ class Subview(Operation):
     index: list[Value] = operands()
 
     def verify(self) -> None:
-        view = _view(self.view)
+        view = view_of(self.view)
         is_flag = view.symmetric and view.dtype == i32 and len(self.index) == view.rank
         self.require(len(self.index) < view.rank or is_flag, "leaves at least one dimension, but for a flag")
 
@@ -384,7 +384,7 @@ class Load(Operation):
     evict: str | None = attribute(default=None)
 
     def verify(self) -> None:
-        view, tile = _view(self.view), _tile(self.result)
+        view, tile = view_of(self.view), tile_of(self.result)
         require_eviction(self, self.evict)
         self.require(len(self.index) == view.rank == tile.rank, "index, view and tile have one rank")
         self.require(view.dtype == tile.dtype, "view and tile have one dtype")
@@ -400,7 +400,7 @@ class Element(Operation):
     pad: float = attribute(default=0)
 
     def verify(self) -> None:
-        view = _view(self.view)
+        view = view_of(self.view)
         self.require(len(self.index) == view.rank, "index and view have one rank")
         self.require(self.result.type == ScalarType(view.dtype), "gives a scalar of the view's dtype")
 
@@ -413,7 +413,7 @@ class Pick(Operation):
     index: Value = operand()
 
     def verify(self) -> None:
-        tile = _tile(self.source)
+        tile = tile_of(self.source)
         self.require(tile.rank == 1, "takes a vector")
         self.require(self.result.type == ScalarType(tile.dtype), "gives a scalar of the vector's dtype")
 
@@ -428,7 +428,7 @@ class Store(Operation):
     evict: str | None = attribute(default=None)
 
     def verify(self) -> None:
-        view, tile = _view(self.view), _tile(self.value)
+        view, tile = view_of(self.view), tile_of(self.value)
         require_eviction(self, self.evict)
         self.require(len(self.index) == view.rank == tile.rank, "index, view and tile have one rank")
         self.require(view.dtype == tile.dtype, f"cannot store {tile.dtype} to a view of {view.dtype}")
@@ -488,7 +488,7 @@ class For(Operation):
         inits = [v.type for v in self.inits]
         self.require(inits == [v.type for v in self.carried], "initial and carried values have the same types")
         self.require(inits == [v.type for v in self.results], "results have the carried values' types")
-        self.require(inits == [v.type for v in _yielded(self.body)], "yielded values have the carried values' types")
+        self.require(inits == [v.type for v in yielded(self.body)], "yielded values have the carried values' types")
 
 
 @operation("tile.if")
@@ -503,7 +503,7 @@ class If(Operation):
         self.require(self.condition.type == ScalarType(i1), "the condition is a scalar i1")
         types = [v.type for v in self.results]
         for body in (self.then_body, self.else_body):
-            self.require([v.type for v in _yielded(body)] == types, "both branches yield the results' types")
+            self.require([v.type for v in yielded(body)] == types, "both branches yield the results' types")
 
 
 @operation("tile.while")
@@ -519,8 +519,8 @@ class While(Operation):
         self.require([v.type for v in self.results] == types, "results have the carried values' types")
         for part in (self.condition, self.body):
             self.require([v.type for v in part.block.args] == types, "regions take the carried values")
-        self.require([v.type for v in _yielded(self.condition)] == [ScalarType(i1)], "the condition yields i1")
-        self.require([v.type for v in _yielded(self.body)] == types, "the body yields the carried values' types")
+        self.require([v.type for v in yielded(self.condition)] == [ScalarType(i1)], "the condition yields i1")
+        self.require([v.type for v in yielded(self.body)] == types, "the body yields the carried values' types")
 
 
 @operation("tile.yield", terminator=True)
@@ -533,13 +533,15 @@ class Yield(Operation):
 # --- helpers ------------------------------------------------------------------------------------
 
 
-def _tile(value: Value) -> TileType:
+def tile_of(value: Value) -> TileType:
+    """The type of a tile. TypeError for other values."""
     if not isinstance(value.type, TileType):
         raise TypeError(f"expected a tile, got {value.type}")
     return value.type
 
 
-def _view(value: Value) -> ViewType:
+def view_of(value: Value) -> ViewType:
+    """The type of a view. TypeError for other values."""
     if not isinstance(value.type, ViewType):
         raise TypeError(f"expected a view, got {value.type}")
     return value.type
@@ -561,6 +563,7 @@ def _same_dtype(a: Value, b: Value) -> bool:
     return element_type(a.type) == element_type(b.type)
 
 
-def _yielded(body: Region) -> list[Value]:
+def yielded(body: Region) -> list[Value]:
+    """What a body hands on."""
     terminator = body.block.terminator
     return terminator.values if isinstance(terminator, Yield) else []

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, Await, Release, Role, Slot, TransposeSlot, buffer_of
+from tilewright.ir.async_ops import Await, Release, Role, Slot, TransposeSlot, ring_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
 from tilewright.ir.tile_ops import Dot, For, Yield
@@ -77,7 +77,7 @@ def find_front(loop: For, function: Function) -> Front | None:
     local = {v for op in block.ops for v in op.results} | set(block.args)
     if any(dot.acc in local for dot in dots) or not _worked_on(dots, function):
         return None
-    read = {_ring_of(v) for dot in dots for v in (dot.a, dot.b)}
+    read = {ring_of(v) for dot in dots for v in (dot.a, dot.b)}
     awaits = [op for op in block.ops if isinstance(op, Await) and op.ring in read]
     rings = {op.ring for op in awaits}
     if any(not isinstance(ring.type, RingType) or ring.type.stages < 2 for ring in rings):
@@ -114,11 +114,6 @@ def _worked_on(dots: Sequence[Dot], function: Function) -> bool:
     uses = uses_of(function.body)
     readers = [uses.get(dot.result, []) for dot in dots]
     return all(found and not any(isinstance(op, Dot | Yield) for op in found) for found in readers)
-
-
-def _ring_of(slot: Value) -> Value | None:
-    buffer = buffer_of(slot)
-    return buffer.op.ring if isinstance(buffer.op, Alloc) else None
 
 
 def _slice(block: Block, values: Sequence[Value]) -> list[Operation] | None:

@@ -17,7 +17,7 @@ from tilewright.ir.async_ops import Alloc, AsyncDot, Copy, LocalLoad, MakeRing, 
 from tilewright.ir.builder import Builder
 from tilewright.ir.check_ops import Print
 from tilewright.ir.comm_ops import Put, ReducePut
-from tilewright.ir.core import Function, IRError, Operation, Region, Value, uses_of
+from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.layout import LinearLayout, blocked, conversion_cost
 from tilewright.ir.packet_ops import Receive, Send, packed
@@ -45,7 +45,8 @@ from tilewright.ir.tile_ops import (
     Transpose,
     Unary,
     While,
-    Yield,
+    tile_of,
+    yielded,
 )
 from tilewright.ir.types import BufferType, TileType, ViewType
 from tilewright.passes.analysis import enclosing_operations
@@ -84,11 +85,6 @@ def _separate_indices(function: Function) -> None:
             assert op.parent is not None
             op.parent.insert(op.parent.ops.index(op) + 1, copy)
             user.replace_operands({op.result: copy.results[0]})
-
-
-def _tile(value: Value) -> TileType:
-    assert isinstance(value.type, TileType)
-    return value.type
 
 
 class _Assignment:
@@ -167,14 +163,14 @@ class _Assignment:
         if isinstance(op, Unary | Binary | Compare | Select | Cast | Bitcast):
             self._union(op.result, *op.operands)
         elif isinstance(op, For):
-            for result, arg, init, value in zip(op.results, op.carried, op.inits, _yielded(op.body), strict=True):
+            for result, arg, init, value in zip(op.results, op.carried, op.inits, yielded(op.body), strict=True):
                 self._union(result, arg, init, value)
         elif isinstance(op, While):
             carried = zip(op.results, op.inits, op.condition.block.args, op.body.block.args, strict=True)
-            for group, value in zip(carried, _yielded(op.body), strict=True):
+            for group, value in zip(carried, yielded(op.body), strict=True):
                 self._union(*group, value)
         elif isinstance(op, If):
-            for choice in zip(op.results, _yielded(op.then_body), _yielded(op.else_body), strict=True):
+            for choice in zip(op.results, yielded(op.then_body), yielded(op.else_body), strict=True):
                 self._union(*choice)
         elif isinstance(op, Dot | AsyncDot):
             self._union(op.results[0], op.acc)
@@ -222,14 +218,14 @@ class _Assignment:
     def _cat_layouts(self, op: Cat) -> CatLayouts:
         """Layouts of parts and whole between which joining moves nothing: the whole's, the first part's, or plain."""
         count = len(op.sources)
-        held = [_tile(value).layout for value in (op.result, op.sources[0])]
+        held = [tile_of(value).layout for value in (op.result, op.sources[0])]
         if _has_equal_parts(op) and held[0] is not None and held[1] is not None:
             for part in (part_of(held[0], op.axis, count), held[1]):
                 whole = joined(part, op.axis, count) if part is not None else None
                 if part is not None and whole is not None:
                     return CatLayouts((part,) * count, whole)
-        result = _tile(op.result)
-        sizes = [_tile(value).shape[op.axis] for value in op.sources]
+        result = tile_of(op.result)
+        sizes = [tile_of(value).shape[op.axis] for value in op.sources]
         return cat_layouts(result.shape, op.axis, sizes, result.dtype.bits, self.warps, self.target.warp_size)
 
     def _memory_anchor(self, op: Operation) -> None:
@@ -237,7 +233,7 @@ class _Assignment:
             self._assign(op.value, self._coalesced(op.value, op.view))
         elif isinstance(op, Send | Receive):
             tile = op.value if isinstance(op, Send) else op.result
-            self._assign(tile, packed(_tile(tile), self.warps, self.target.warp_size))
+            self._assign(tile, packed(tile_of(tile), self.warps, self.target.warp_size))
         elif isinstance(op, Gather):
             self._assign(op.result, self._scattered(op.result, op.view, op.axes))
         elif isinstance(op, Scatter | Atomic):
@@ -255,17 +251,17 @@ class _Assignment:
     def _coalesced(self, value: Value, view: Value) -> LinearLayout:
         assert isinstance(view.type, ViewType)
         axis = view.type.contiguous_axis
-        return self._blocked(value, _tile(value).rank - 1 if axis is None else axis)
+        return self._blocked(value, tile_of(value).rank - 1 if axis is None else axis)
 
     def _scattered(self, value: Value, view: Value, axes: tuple[int, ...]) -> LinearLayout:
         """As a load or store where neighbours along the contiguous axis are neighbours in memory."""
         assert isinstance(view.type, ViewType)
-        axis, last = view.type.contiguous_axis, _tile(value).rank - 1
-        apart = axis is None or axis in axes or _tile(value).rank != view.type.rank
+        axis, last = view.type.contiguous_axis, tile_of(value).rank - 1
+        apart = axis is None or axis in axes or tile_of(value).rank != view.type.rank
         return self._blocked(value, last if apart or axis is None else axis)
 
     def _blocked(self, value: Value, fastest: int) -> LinearLayout:
-        tile = _tile(value)
+        tile = tile_of(value)
         order = (fastest, *(a for a in reversed(range(tile.rank)) if a != fastest))
         return blocked(tile.shape, tile.dtype.bits, self.warps, self.target.warp_size, order)
 
@@ -299,7 +295,7 @@ class _Assignment:
 
         A row's sum is in every thread, the row must not be: it is laid out by what else is done with it.
         """
-        share = self._blocked(op.result, _tile(op.result).rank - 1).num_registers
+        share = self._blocked(op.result, tile_of(op.result).rank - 1).num_registers
         return isinstance(op, Broadcast) and layout.num_registers > share
 
     def _spread_cat(self, op: Cat) -> bool:
@@ -403,7 +399,7 @@ class _Assignment:
         """Let a load or store go its cheapest way."""
         op, held = (
             access.op,
-            _tile(access.value).layout if isinstance(access.op, Load) else _tile(access.op.value).layout,
+            tile_of(access.value).layout if isinstance(access.op, Load) else tile_of(access.op.value).layout,
         )
         assert held is not None
         _, layout = best_access(access, held, self._borrowable(access))
@@ -429,10 +425,10 @@ class _Assignment:
             op.source = self._converted(op, op.source, layout)
             self._result_from(op, layout)
         elif isinstance(op, Send):
-            layout = packed(_tile(op.value), self.warps, self.target.warp_size)
+            layout = packed(tile_of(op.value), self.warps, self.target.warp_size)
             op.value = self._converted(op, op.value, layout)
         elif isinstance(op, Receive):
-            self._result_from(op, packed(_tile(op.result), self.warps, self.target.warp_size))
+            self._result_from(op, packed(tile_of(op.result), self.warps, self.target.warp_size))
         elif isinstance(op, Dot | AsyncDot):
             for f, which in zip(op.operand_fields[:2], "ab", strict=True):
                 value = op.groups[f.position][0]
@@ -443,7 +439,7 @@ class _Assignment:
     def _convert_accumulator(self, op: Dot | AsyncDot) -> None:
         """Where another dot has given the accumulator's class its layout, turn it into this one's and back."""
         assert self.unit is not None
-        held, wanted = _tile(op.acc).layout, self.unit.result(op, self.warps)
+        held, wanted = tile_of(op.acc).layout, self.unit.result(op, self.warps)
         if held != wanted and held is not None:
             op.acc = self._converted(op, op.acc, wanted)
             self._convert_result(op, wanted, held)
@@ -452,7 +448,7 @@ class _Assignment:
         """Make the result's layout what the operation derives from its source's."""
         source, result = op.operands[0], op.result
         forward, backward = RULES[type(op)]
-        wanted, held = _tile(result).layout, _tile(source).layout
+        wanted, held = tile_of(result).layout, tile_of(source).layout
         assert wanted is not None and held is not None
         if forward(op, held) == wanted:
             return
@@ -470,13 +466,13 @@ class _Assignment:
     def _plain_layouts(self, op: Operation) -> tuple[LinearLayout, LinearLayout]:
         """Layouts of source and result between which the operation moves nothing, whatever theirs are."""
         source, result = op.operands[0], op.result
-        tile = _tile(source)
+        tile = tile_of(source)
         if isinstance(op, Extract):
-            sizes = _tile(result).shape
+            sizes = tile_of(result).shape
             return part_layouts(tile.shape, op.offsets, sizes, tile.dtype.bits, self.warps, self.target.warp_size)
         forward, backward = RULES[type(op)]
         candidates: list[LinearLayout | None] = [self._blocked(source, axis) for axis in reversed(range(tile.rank))]
-        candidates += [backward(op, self._blocked(result, axis)) for axis in reversed(range(_tile(result).rank))]
+        candidates += [backward(op, self._blocked(result, axis)) for axis in reversed(range(tile_of(result).rank))]
         for candidate in candidates:
             derived = forward(op, candidate) if candidate is not None else None
             if candidate is not None and derived is not None:
@@ -485,7 +481,7 @@ class _Assignment:
 
     def _scannable(self, op: Scan) -> LinearLayout:
         """The source's layout, or a plain one where threads share coordinates along the axis."""
-        layout = _tile(op.source).layout
+        layout = tile_of(op.source).layout
         assert layout is not None
         try:
             scan_bits(layout, op.axis)
@@ -494,7 +490,7 @@ class _Assignment:
         return layout
 
     def _result_from(self, op: Operation, derived: LinearLayout) -> None:
-        wanted = _tile(op.results[0]).layout
+        wanted = tile_of(op.results[0]).layout
         assert wanted is not None
         if derived != wanted:
             self._convert_result(op, derived, wanted)
@@ -505,13 +501,13 @@ class _Assignment:
         b = Builder(block, op.loc)
         with b.at(block, block.ops.index(op) + 1):
             converted = b.convert(result, wanted)
-        result.type = _tile(result).with_layout(derived)
+        result.type = tile_of(result).with_layout(derived)
         for user in self.function.walk():
             if user is not converted.op:
                 user.replace_operands({result: converted})
 
     def _converted(self, op: Operation, value: Value, layout: LinearLayout) -> Value:
-        if _tile(value).layout == layout:
+        if tile_of(value).layout == layout:
             return value
         place = self._place(op, value)
         assert place.parent is not None
@@ -530,13 +526,8 @@ class _Assignment:
         return op
 
 
-def _yielded(region: Region) -> list[Value]:
-    terminator = region.block.terminator
-    return terminator.values if isinstance(terminator, Yield) else []
-
-
 def _has_equal_parts(op: Cat) -> bool:
-    return len({_tile(value).shape for value in op.sources}) == 1
+    return len({tile_of(value).shape for value in op.sources}) == 1
 
 
 Rule = Callable[[Operation, LinearLayout], LinearLayout | None]
@@ -544,7 +535,7 @@ Rule = Callable[[Operation, LinearLayout], LinearLayout | None]
 
 def _collapse(op: Operation, layout: LinearLayout) -> LinearLayout:
     """The layout of a broadcast's source: size one along the repeated dimensions."""
-    for axis, (size, full) in enumerate(zip(_tile(op.operands[0]).shape, _tile(op.result).shape, strict=True)):
+    for axis, (size, full) in enumerate(zip(tile_of(op.operands[0]).shape, tile_of(op.result).shape, strict=True)):
         if size != full:
             layout = layout.slice_dim(axis).expand_dim(axis)
     return layout
@@ -566,7 +557,7 @@ def _untransposed(op: Operation, layout: LinearLayout) -> LinearLayout:
 def _reshaped(shape_of: Callable[[Operation], Value]) -> Rule:
     def rule(op: Operation, layout: LinearLayout) -> LinearLayout | None:
         try:
-            return layout.reshape(_tile(shape_of(op)).shape)
+            return layout.reshape(tile_of(shape_of(op)).shape)
         except ValueError:
             return None
 
@@ -575,7 +566,7 @@ def _reshaped(shape_of: Callable[[Operation], Value]) -> Rule:
 
 def _extracted(op: Operation, layout: LinearLayout) -> LinearLayout | None:
     try:
-        return layout.extract(op.attributes["offsets"], _tile(op.result).shape)[0]
+        return layout.extract(op.attributes["offsets"], tile_of(op.result).shape)[0]
     except ValueError:
         return None
 
@@ -587,7 +578,7 @@ RULES: dict[type[Operation], tuple[Rule, Rule]] = {
         lambda op, layout: layout.expand_dim(op.attributes["axis"]),
         lambda op, layout: layout.slice_dim(op.attributes["axis"]),
     ),
-    Broadcast: (lambda op, layout: layout.broadcast(_tile(op.result).shape), _collapse),
+    Broadcast: (lambda op, layout: layout.broadcast(tile_of(op.result).shape), _collapse),
     Transpose: (_transposed, _untransposed),
     Reshape: (_reshaped(lambda op: op.result), _reshaped(lambda op: op.operands[0])),
     Extract: (_extracted, _unreduced),

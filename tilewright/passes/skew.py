@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.ir.async_ops import Alloc, Await, Release, Role, Slot, TransposeSlot, buffer_of
+from tilewright.ir.async_ops import Await, Release, Role, Slot, TransposeSlot, ring_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation, Value, uses_of
 from tilewright.ir.tile_ops import Cast, Dot, For, Yield
@@ -106,7 +106,7 @@ def _delayed_operations(block: Block, dot: Dot, uses: dict[Value, list[Operation
                 return None
             chosen.add(id(value.op))
             value = value.op.buffer if isinstance(value.op, Slot) else value.op.slot
-    rings = {r for v in (dot.a, dot.b) if isinstance(v.type, SlotType) and (r := _ring_of(v)) is not None}
+    rings = {r for v in (dot.a, dot.b) if isinstance(v.type, SlotType) and (r := ring_of(v)) is not None}
     for op in block.ops:
         if isinstance(op, Await | Release) and op.ring in rings:
             chosen.add(id(op))
@@ -118,13 +118,8 @@ def _delayed_operations(block: Block, dot: Dot, uses: dict[Value, list[Operation
     return [op for op in block.ops if id(op) in chosen]
 
 
-def _ring_of(slot: Value) -> Value | None:
-    buffer = buffer_of(slot)
-    return buffer.op.ring if isinstance(buffer.op, Alloc) else None
-
-
 def _rings_read(dot: Dot) -> set[Value]:
-    return {r for v in (dot.a, dot.b) if isinstance(v.type, SlotType) and (r := _ring_of(v)) is not None}
+    return {r for v in (dot.a, dot.b) if isinstance(v.type, SlotType) and (r := ring_of(v)) is not None}
 
 
 # --- rewriting ------------------------------------------------------------------------------------

@@ -15,15 +15,8 @@ from dataclasses import dataclass
 from tilewright.backends.lower.context import Lowering, Table, lowers
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
-from tilewright.backends.nvidia.state import (
-    WARPGROUP_WARPS,
-    leader,
-    ring_of,
-    state,
-    warpgroup_leader,
-    warpgroup_thread,
-)
-from tilewright.ir.async_ops import Acquire, Await, Barrier, Copy, Fence, LocalLoad, MakeRing, Publish, Release
+from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_leader, warpgroup_thread
+from tilewright.ir.async_ops import Acquire, Await, Barrier, Copy, Fence, LocalLoad, MakeRing, Publish, Release, ring_of
 from tilewright.ir.core import Value
 from tilewright.ir.types import RingType, SlotType, TokenType
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tilewright.backends.mlir_builder import ir as mlir
-from tilewright.ir.async_ops import Alloc, LocalLoad, Publish, Role, Slot, TransposeSlot
+from tilewright.ir.async_ops import LocalLoad, Publish, Role, ring_of
 from tilewright.ir.core import Function, Value
 
 if TYPE_CHECKING:
@@ -47,13 +47,6 @@ class AsyncState:
     def first_warp(self, role: Role) -> int:
         """Roles take consecutive warps in program order."""
         return sum(r.warps for r in self.roles[: self.roles.index(role)])
-
-
-def ring_of(slot: Value) -> Value | None:
-    """The ring whose stages a slot belongs to."""
-    while isinstance(slot.op, Slot | TransposeSlot):
-        slot = slot.op.buffer if isinstance(slot.op, Slot) else slot.op.slot
-    return slot.op.ring if isinstance(slot.op, Alloc) else None
 
 
 def state(lw: Lowering) -> AsyncState:

@@ -19,10 +19,10 @@ from tilewright.backends.lower.views import index_operand
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import cp_async, ptx
 from tilewright.backends.nvidia.rings import announce, engine_alone, full_barrier, is_engine, ring
-from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, ring_of, state, warpgroup_index, warpgroup_leader
+from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_index, warpgroup_leader
 from tilewright.backends.nvidia.thread_copies import copy_by_threads
 from tilewright.ir.abi import TensorMapParam
-from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, MakeRing, Publish, Role
+from tilewright.ir.async_ops import BulkStore, BulkWait, Copy, MakeRing, Publish, Role, ring_of
 from tilewright.ir.comm_ops import Peer, peer_of
 from tilewright.ir.core import Function, IRError, Operation, Value
 from tilewright.ir.layout import SharedLayout

@@ -25,8 +25,8 @@ from tilewright.ir.async_ops import (
     Release,
     Role,
     Slot,
-    TransposeSlot,
     Wait,
+    ring_of,
 )
 from tilewright.ir.comm_ops import Leave, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value
@@ -303,13 +303,6 @@ def _ends(barrier: Barrier) -> bool:
     assert barrier.parent is not None
     behind = barrier.parent.ops[barrier.parent.ops.index(barrier) + 1 :]
     return all(isinstance(op, Leave) for op in behind)
-
-
-def ring_of(slot: Value) -> Value | None:
-    """The ring whose stages a slot belongs to."""
-    while isinstance(slot.op, Slot | TransposeSlot):
-        slot = slot.op.buffer if isinstance(slot.op, Slot) else slot.op.slot
-    return slot.op.ring if isinstance(slot.op, Alloc) else None
 
 
 def kind_of(token: Value) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tilewright.ir import async_ops as a
 from tilewright.ir.core import Block, Effect, Operation, Region, Value
-from tilewright.ir.tile_ops import For, If, While, Yield
+from tilewright.ir.tile_ops import For, If, While, yielded
 from tilewright.ir.types import ScalarType
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model, RoleModel
@@ -123,7 +123,7 @@ class Compiler:
         if isinstance(op, For | While):
             return [*_carried(op, position), *control(op)]
         if isinstance(op, If):
-            return [op.condition, *(_yields(r)[position] for r in op.regions)]
+            return [op.condition, *(yielded(r)[position] for r in op.regions)]
         return op.operands
 
     def _counting(self, body: Region) -> set[Operation]:
@@ -193,18 +193,13 @@ class Compiler:
 
 
 def _carried(op: Any, position: int) -> list[Value]:
-    return [op.inits[position], _yields(op.regions[-1])[position]]
-
-
-def _yields(region: Region) -> list[Value]:
-    terminator = region.block.terminator
-    return terminator.values if isinstance(terminator, Yield) else []
+    return [op.inits[position], yielded(op.regions[-1])[position]]
 
 
 def control(op: Operation) -> list[Value]:
     if isinstance(op, For):
         return [op.lo, op.hi, op.step]
-    return [op.condition] if isinstance(op, If) else _yields(op.regions[0])[:1] if isinstance(op, While) else []
+    return [op.condition] if isinstance(op, If) else yielded(op.regions[0])[:1] if isinstance(op, While) else []
 
 
 def _flying(body: Region) -> set[Value]:
@@ -217,13 +212,13 @@ def _flying(body: Region) -> set[Value]:
             if isinstance(op, For | While):
                 arguments = [op.carried] if isinstance(op, For) else [r.block.args for r in op.regions]
                 for n, (init, value) in enumerate(
-                    zip(op.inits, _yields(op.regions[-1])[-len(op.inits) :], strict=False)
+                    zip(op.inits, yielded(op.regions[-1])[-len(op.inits) :], strict=False)
                 ):
                     if init in found or value in found:
                         found.update([op.results[n], *(args[n] for args in arguments)])
             elif isinstance(op, If):
                 for n, result in enumerate(op.results):
-                    if any(_yields(r)[n] in found for r in op.regions):
+                    if any(yielded(r)[n] in found for r in op.regions):
                         found.add(result)
     return found
 
@@ -275,7 +270,7 @@ def _for(compiler: Compiler, op: For) -> Step:
     kept = compiler.carried(op.carried)
     kept = sorted({*kept, *compiler.carried(op.results)})
     arguments, results = [op.carried[n] for n in kept], [op.results[n] for n in kept]
-    inits, yielded = [op.inits[n] for n in kept], [_yields(op.body)[n] for n in kept]
+    inits, following = [op.inits[n] for n in kept], [yielded(op.body)[n] for n in kept]
     body = compiler.block(op.body.block.ops)
     counts, shortens = op in compiler.counting, compiler.vocabulary.shortens(op)
 
@@ -293,7 +288,7 @@ def _for(compiler: Compiler, op: For) -> Step:
             env.update(zip(arguments, values, strict=True))
             for inner in body:
                 inner(run)
-            values = [env.get(v, 0) for v in yielded]
+            values = [env.get(v, 0) for v in following]
         env.update(zip(results, values, strict=True))
 
     return step
@@ -318,7 +313,7 @@ def _while(compiler: Compiler, op: While) -> Step:
     kept = sorted({n for r in op.regions for n in compiler.carried(r.block.args)} | set(compiler.carried(op.results)))
     inits, results = [op.inits[n] for n in kept], [op.results[n] for n in kept]
     tests, arguments = [before.block.args[n] for n in kept], [body.block.args[n] for n in kept]
-    (condition, *_), yielded = _yields(before), [_yields(body)[n] for n in kept]
+    (condition, *_), following = yielded(before), [yielded(body)[n] for n in kept]
     checks, steps = compiler.block(before.block.ops), compiler.block(body.block.ops)
 
     def step(run: Run) -> None:
@@ -334,7 +329,7 @@ def _while(compiler: Compiler, op: While) -> Step:
             env.update(zip(arguments, values, strict=True))
             for inner in steps:
                 inner(run)
-            values = [env.get(v, 0) for v in yielded]
+            values = [env.get(v, 0) for v in following]
         raise Infeasible("a loop that data ends went on for long")
 
     return step
@@ -345,7 +340,7 @@ def _if(compiler: Compiler, op: If) -> Step:
     results, condition = [op.results[n] for n in kept], op.condition
     branches = []
     for region in (op.else_body, op.then_body):
-        values = _yields(region)
+        values = yielded(region)
         branches.append((compiler.block(region.block.ops), [values[n] for n in kept]))
 
     def step(run: Run) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tilewright.ir import async_ops as a
 from tilewright.ir import comm_ops as c
+from tilewright.ir.async_ops import ring_of
 from tilewright.ir.check_ops import Assume
 from tilewright.ir.core import Block, Operation, Value
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
@@ -19,7 +20,7 @@ from tilewright.ir.packet_ops import Receive, Send
 from tilewright.ir.tile_ops import Element, For, If, Load, Store, While
 from tilewright.ir.types import SlotType, ViewType
 from tilewright.passes.checker.block_events import BLOCK
-from tilewright.passes.checker.model import Model, RoleModel, kind_of, ring_of
+from tilewright.passes.checker.model import Model, RoleModel, kind_of
 from tilewright.passes.checker.places import FindPlace, first_place, gathered_place, tile_place, whole_place
 from tilewright.passes.checker.program import Compiler, RoleProgram, Step, Vocabulary, control, emit, result
 from tilewright.passes.checker.scalars import is_computed, root_axis
