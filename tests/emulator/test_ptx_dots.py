@@ -78,6 +78,27 @@ def test_roles(dtype: Any, precision: str, meta: dict[str, Any], allowed: float,
     assert np.linalg.norm(c - exact) <= allowed * np.linalg.norm(exact)
 
 
+@tw.kernel
+def product_and_sums(a: tw.Tensor, b: tw.Tensor, c: tw.Tensor, s: tw.Tensor, *, BM: tw.constexpr, BN: tw.constexpr):
+    m, n = tw.program_id(0), tw.program_id(1)
+    acc = tw.zeros((BM, BN), tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[1], 32)):
+        acc = tw.dot(tw.load(a, (m, k), (BM, 32)), tw.load(b, (k, n), (32, BN)), acc)
+    tw.store(c, (m, n), acc.to(c.dtype))
+    tw.store(s, (m, n), tw.sum(acc, axis=0)[None, :])
+
+
+def test_a_row_leaves_through_slots_beside_its_tile() -> None:
+    """Slots of one line start where the swizzle's pattern does; both warpgroups hold all of the line."""
+    a, b = matrix(264, 64, BF16, 0, False), matrix(64, 128, BF16, 1, False)
+    c, sums = np.full((264, 128), np.nan, BF16), np.full((2, 128), np.nan, np.float32)
+    device = tw.device("emulate:sm_90a,races")
+    device.launch(product_and_sums, (2, 1), a, b, c, sums, BM=256, BN=128, num_warps=8)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    np.testing.assert_allclose(c.astype(np.float64), exact, rtol=2**-7, atol=1e-2)
+    np.testing.assert_allclose(sums, [exact[:256].sum(0), exact[256:].sum(0)], rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_transpose(target: str) -> None:
     x = np.random.default_rng(0).standard_normal((130, 65)).astype(BF16)

@@ -236,7 +236,7 @@ class LinearLayout:
         bits = self.basis("warp")[2:]
         for axis, size in enumerate(self.tile_shape):
             run = tuple(unit(self.rank, axis, size >> len(bits) << n) for n in range(len(bits)))
-            if self.repeat[axis] == 1 and bits == run:
+            if self.repeat[axis] == 1 and size >> len(bits) and bits == run:
                 return axis
         return None
 

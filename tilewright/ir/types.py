@@ -141,6 +141,11 @@ class SlotType(Type):
     def bytes(self) -> int:
         return prod(self.shape) * self.dtype.bytes
 
+    @property
+    def stride(self) -> int:
+        """Bytes from one slot of a buffer to the next, which starts where the layout's pattern does."""
+        return -(-self.bytes // self.layout.alignment) * self.layout.alignment
+
     def __str__(self) -> str:
         return f"slot<{_dims(self.shape, self.dtype)}, {self.layout}>"
 
@@ -154,7 +159,7 @@ class BufferType(Type):
 
     @property
     def bytes(self) -> int:
-        return self.stages * self.slot.bytes
+        return (self.stages - 1) * self.slot.stride + self.slot.bytes
 
     def __str__(self) -> str:
         return f"buffer<{self.stages} x {self.slot}>"

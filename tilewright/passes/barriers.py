@@ -135,20 +135,23 @@ def accesses(op: Operation) -> list[Access]:
         slots = [value for value in (op.a, op.b) if isinstance(value.type, SlotType)]
     buffers = [buffer_of(slot) for slot in slots]
     free = [b for b in buffers if not isinstance(b.op, Alloc) or b.op.ring is None]
-    return [Access(buffer, isinstance(op, LocalStore), _UNITS.get(type(op), "")) for buffer in free]
+    return [Access(buffer, isinstance(op, LocalStore), _unit(op)) for buffer in free]
 
 
-_UNITS: dict[type[Operation], str] = {AsyncDot: "products", BulkStore: "engine"}
-_WAITS: dict[type[Operation], str] = {Wait: "products", BulkWait: "engine"}
+def _unit(op: Operation) -> str:
+    """The unit that does an operation's work, or is waited for. The copy engine knows each thread's own stores."""
+    if isinstance(op, AsyncDot | Wait):
+        return "products"
+    return f"engine, for a {op.scope}" if isinstance(op, BulkStore | BulkWait) else ""
 
 
 def settle(op: Operation, state: Open, scope: str) -> Open:
     """The open accesses at an operation: waits end what units do, barriers close what has ended."""
     if isinstance(op, AsyncDot | BulkStore):
-        unit = _UNITS[type(op)]
+        unit = _unit(op)
         return frozenset(replace(a, younger=min(a.younger + 1, MOST_YOUNGER)) if a.unit == unit else a for a in state)
     if isinstance(op, Wait | BulkWait):
-        ended = [a for a in state if a.unit == _WAITS[type(op)] and a.younger >= op.pending]
+        ended = [a for a in state if a.unit == _unit(op) and a.younger >= op.pending]
         return state.difference(ended) | {Access(a.buffer, a.writes) for a in ended}
     joins = isinstance(op, Barrier) and SCOPES.index(op.scope) >= SCOPES.index(scope)
     return frozenset(a for a in state if a.unit) if joins else state

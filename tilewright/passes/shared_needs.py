@@ -35,7 +35,10 @@ class SharedNeeds:
 
     def bytes_with(self, buffers: Iterable[tuple[Operation, SlotType, int, Lifetime]]) -> int:
         """Bytes at the worst moment with more buffers: their loads, slots, stages and lifetimes."""
-        items = [Item(load, slot.bytes * stages, slot.layout.alignment, life) for load, slot, stages, life in buffers]
+        items = [
+            Item(load, BufferType(stages, slot).bytes, slot.layout.alignment, life)
+            for load, slot, stages, life in buffers
+        ]
         items = sorted([*items, *self._fixed], key=lambda item: (item.group is not None, -item.alignment, -item.size))
         return max((area.first + area.size for area in lowest_places(items).values()), default=0)
 

@@ -147,7 +147,7 @@ def lower_slot(lw: Lowering, op: async_ops.Slot) -> None:
         lw.define(op.result, SlotRef(buffer.base, buffer.slot))
         return
     stage = lw.fb.urem(lw.scalar(op.count), buffer.stages)
-    offset = lw.fb.mul(lw.index.value(stage), buffer.slot.bytes)
+    offset = lw.fb.mul(lw.index.value(stage), buffer.slot.stride)
     lw.define(op.result, SlotRef(lw.index.add(buffer.base, offset), buffer.slot))
 
 

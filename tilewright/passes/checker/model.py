@@ -167,7 +167,7 @@ class Model:
         label = f"%{op.result.hint}" if op.result.hint else self._purpose(op)
         slots = []
         for stage in range(type_.stages):
-            start = None if op.offset is None else op.offset + stage * type_.slot.bytes
+            start = None if op.offset is None else op.offset + stage * type_.slot.stride
             slots.append(self._region(f"slot {stage} of {label}", start, type_.slot.bytes, op))
         self.buffers[op.result] = slots
         if op.ring is not None and self.rings[op.ring].stages != type_.stages:
