@@ -174,10 +174,11 @@ def _signal(frame: Frame, op: c.Signal) -> None:
     for token in frame.reads(op.after):
         if isinstance(token, PutInFlight | Joined):
             token.land()
-    address = flag_address(frame.read(op.flag).ranks[peer])
+    flag = frame.read(op.flag)
+    address = flag_address(flag.ranks[peer])
     if address in world.flags:
-        first = world.flags[address]
-        raise Trap(f"{_flag_name(frame, op.flag, 0)} of rank {peer} is signalled twice in a launch, first at {first}")
+        name, first = _flag_name(frame, op.flag, flag_address(flag.array)), world.flags[address]
+        raise Trap(f"{name} of rank {peer} is signalled twice in a launch, first at {first}")
     world.flags[address] = op.loc
 
 
@@ -186,8 +187,8 @@ def _wait(frame: Frame, op: c.WaitFlags) -> Steps:
     if op.when is not None and not frame.read(op.when):
         return op
     world, flags = world_of(frame), frame.read(op.flags).array
-    for number, address in enumerate(_addresses(flags)):
-        text = f"{_flag_name(frame, op.flags, number)} of rank {frame.program.world_rank} to be signalled"
+    for address in _addresses(flags):
+        text = f"{_flag_name(frame, op.flags, address)} of rank {frame.program.world_rank} to be signalled"
         yield from await_condition(lambda address=address: address in world.flags, op, text)  # type: ignore[misc]
     return op
 
@@ -203,13 +204,13 @@ def _addresses(flags: np.ndarray) -> list[int]:
     return [int(flags.ctypes.data + offset) for offset in np.asarray(offsets).reshape(-1)]
 
 
-def _flag_name(frame: Frame, flags: Value, number: int) -> str:
-    """A flag as the user wrote it: the ``number``-th of a view, by its place in the whole tensor."""
+def _flag_name(frame: Frame, flags: Value, address: int) -> str:
+    """A flag of a view as the user wrote it, by its place in the whole tensor."""
     root = c.view_root(flags)
-    whole, part = frame.read(root).array, frame.read(flags).array
-    places = dict(zip(_addresses(whole), np.ndindex(whole.shape), strict=True))
-    place = places.get(_addresses(part)[number], ())
-    return f"flag {list(place)} of %{root.hint}"
+    whole = frame.read(root).array
+    number = (address - flag_address(whole)) // whole.itemsize
+    place = [int(i) for i in np.unravel_index(number, whole.shape)] if whole.flags.c_contiguous else []
+    return f"flag {place} of %{root.hint}"
 
 
 @rule(TileCollective)
