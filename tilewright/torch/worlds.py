@@ -73,7 +73,10 @@ def _make(members: Any, device: Any) -> Shared:
         failure = str(error)
     distributed.all_gather_object(known, failure, group=members)
     failure = next(filter(None, known), None)
-    return Shared(None if failure else world, failure)
+    if failure and world is not None:  # another rank has none
+        world.close()
+        world = None
+    return Shared(world, failure)
 
 
 def _follow(shared: Shared, device: Any) -> None:
