@@ -14,6 +14,7 @@ if native.extension is None or not hasattr(torch.Tensor, "__dlpack_c_exchange_ap
     pytest.skip("needs the extension, and a torch that it can read", allow_module_level=True)
 
 from host_launches import HostLaunches  # noqa: E402
+from test_operators import _operators as operators  # noqa: E402
 
 import tilewright as tw  # noqa: E402
 
@@ -120,6 +121,32 @@ def test_a_function_repeats(launches, name):
             assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
     results = [z for result, _ in kept for z in (result if isinstance(result, tuple) else (result,))]
     assert len({x.data_ptr() for x in results}) == len(results)
+
+
+def _pure_operators():
+    """Names of operators with arguments; of gradients, those that graphs give them too."""
+    heads, row = [normal(1, 2, 4, 16) for _ in range(5)], normal(2, 8)
+    return {
+        **{name: arguments for name, arguments in operators().items() if overload(name) in direct.implementations},
+        "attention_backward, no bias": (*heads, normal(1, 2, 4), None, None, None, True, 0.25, None, False),
+        "rms_norm_backward, alone": (row, None, row, normal(8), normal(2)),
+    }
+
+
+def overload(name):
+    return getattr(torch.ops.tilewright, name.partition(",")[0]).default
+
+
+@pytest.mark.parametrize("name", _pure_operators())
+def test_an_operator_repeats(launches, name):
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in _pure_operators()[name]]
+    table = InFront(overload(name).direct._function)
+    for _ in range(2):
+        expected = table(*arguments)
+    result = table.quietly(*arguments)
+    for x, y in zip(*(z if isinstance(z, tuple) else (z,) for z in (result, expected)), strict=True):
+        assert torch.equal(x, y) and (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+        assert not y.numel() or y.abs().max() > 0
 
 
 def test_one_tensor_as_several_arguments_is_no_promise(launches):

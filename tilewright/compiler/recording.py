@@ -223,9 +223,9 @@ _SCRATCH_ALIGNMENT = 512
 
 
 def _whole(view: Any, made: Any) -> bool:
-    """Whether a view shows all of a new tensor's memory."""
+    """Whether a view shows all of a new tensor's memory, which may be none."""
     extents = [sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in (view, made)]
-    return view.dtype == made.dtype and extents[0] == extents[1] and view.numel() == made.numel() > 0
+    return view.dtype == made.dtype and extents[0] == extents[1] and view.numel() == made.numel()
 
 
 def repeated(
