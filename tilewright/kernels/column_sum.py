@@ -77,15 +77,16 @@ def workspace_shapes(rows: int, columns: int, element_bytes: int) -> tuple[tuple
     return (programs, columns), (blocks,)
 
 
-def column_sums(x: Any, out: Any, partial: Any, arrived: Any) -> None:
+def column_sums(x: Any, out: Any, partial: Any = None, arrived: Any = None) -> None:
     """``out[0] = x.sum(0)``: x (M, N), out (1, N), a workspace of `workspace_shapes`, which may be used again.
 
-    Up to `FEW_ROWS` rows, partial sums of other kernels say, leave the workspace alone.
+    Up to `FEW_ROWS` rows, partial sums of other kernels say, leave the workspace alone. Without one all
+    rows of a column block are one program's, however many they are.
 
     Arrays of NumPy or torch, on one device. Launches on one workspace must follow each other.
     """
     rows, columns = x.shape
-    if rows <= FEW_ROWS:
+    if rows <= FEW_ROWS or partial is None:
         group = FEW_THREADS * 16 // (FEW_COLUMNS * x.itemsize)
         tiles = {"BM": group * FEW_VECTORS, "BN": FEW_COLUMNS, "GROUP": group}
         column_sum_at_once[(tw.cdiv(columns, FEW_COLUMNS),)](x, out, **tiles, num_warps=FEW_THREADS // 32)

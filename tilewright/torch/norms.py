@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.column_sum import column_sums
 from tilewright.kernels.layernorm import layer_rows
 from tilewright.kernels.norm_backward import gradient_programs, norm_gradients
 from tilewright.kernels.rmsnorm import rms_rows
@@ -89,7 +90,7 @@ def _launch_rms_backward(made: tuple[Any, Any], dy: Any, dtotal: Any, x: Any, we
     partial = x.new_empty((gradient_programs(*rows.shape), 1, rows.shape[1]), dtype=torch.float32)
     beside = None if dtotal is None else as_rows(dtotal)
     norm_gradients(as_rows(dy), rows, weight, inverse.view(-1), as_rows(dx), partial, beside)
-    dweight.copy_(partial.sum((0, 1)))
+    column_sums(partial[:, 0], dweight[None])
 
 
 _rms_norm_backward = torch_op(
@@ -178,9 +179,8 @@ def _launch_layer_backward(
     partial = x.new_empty((gradient_programs(*rows.shape), 2, rows.shape[1]), dtype=torch.float32)
     beside = None if dtotal is None else as_rows(dtotal)
     norm_gradients(as_rows(dy), rows, weight, inverse.view(-1), as_rows(dx), partial, beside, mean.view(-1))
-    sums = partial.sum(0)
-    dweight.copy_(sums[0])
-    dbias.copy_(sums[1])
+    column_sums(partial[:, 0], dweight[None])
+    column_sums(partial[:, 1], dbias[None])
 
 
 _layer_norm_backward = torch_op(
