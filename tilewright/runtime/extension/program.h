@@ -8,7 +8,7 @@
 #define MOST_PARAMETERS 256
 #define MAP_BYTES 128
 #define MAP_ALIGN 64
-#define MOST_MAPS 64          /* kept for one argument */
+#define MOST_MAPS 256         /* kept for one argument: layers have their own weights, and a slot is not always free */
 
 enum { ADDRESS, INT32, INT64, FLOAT32, FLOAT64, INT_AS_FLOAT32, INT_AS_FLOAT64 };
 typedef struct { uint32_t offset, code, source; int64_t add; } Patch;
@@ -27,6 +27,7 @@ typedef struct {
   void *function;
   unsigned grid[3], threads, shared;
   uint32_t size, parameters, patch_count, map_count;
+  uint32_t room;   /* bytes for the arguments and, at their end, the addresses of them */
   uint32_t *offsets;
   uint8_t *image;
   Patch *patches;
@@ -38,6 +39,7 @@ typedef struct {
   int ordinal, single;
   Py_ssize_t start_count, sources;   /* sources: values that it reads, of arguments and new tensors */
   Start *starts;
+  size_t bytes;    /* for the arguments of all */
   PyObject *allocations, *results;   /* (shape, strides, dtype) of each; indices among them */
   PyObject *keep;
 } Program;
@@ -100,6 +102,8 @@ static int read_start(PyObject *given, Start *start) {
   if (size > MOST_IMAGE || count > MOST_PARAMETERS) return PyErr_SetString(PyExc_ValueError, "too many arguments"), -1;
   start->function = (void *)(uintptr_t)function;
   start->size = (uint32_t)size, start->parameters = (uint32_t)count;
+  size_t room = (size_t)size + (size_t)(count + 1) * sizeof(void *);
+  start->room = (uint32_t)((room + MAP_ALIGN - 1) & ~(size_t)(MAP_ALIGN - 1));
   if (!(start->image = copied(image, size))) return -1;
   if (!(start->offsets = PyMem_Calloc(count + 1, sizeof *start->offsets))) return PyErr_NoMemory(), -1;
   if (!(start->patches = PyMem_Calloc(patch_count + 1, sizeof *start->patches))) return PyErr_NoMemory(), -1;
@@ -155,10 +159,12 @@ static int program_init(Program *self, PyObject *args, PyObject *keywords) {
     }
   }
   if (!(self->starts = PyMem_Calloc(count + 1, sizeof *self->starts))) return PyErr_NoMemory(), -1;
+  self->bytes = MAP_ALIGN;
   for (Py_ssize_t i = 0; i < count; i++) {
     self->start_count = i + 1;   /* what is half read is freed too */
     Start *start = &self->starts[i];
     if (read_start(PyTuple_GET_ITEM(starts, i), start)) return -1;
+    self->bytes += start->room;
     for (uint32_t j = 0; j < start->patch_count; j++) self->sources = Py_MAX(self->sources, start->patches[j].source + 1);
     for (uint32_t j = 0; j < start->map_count; j++) self->sources = Py_MAX(self->sources, start->maps[j].source + 1);
   }
@@ -264,20 +270,28 @@ static int fill(Host *host, Start *start, const uint64_t *values, uint8_t *image
   return 0;
 }
 
+/* All arguments first, so that the interpreter's lock is given back once for all kernels. */
 static int start_all(Host *host, Program *program, const uint64_t *values, void *stream) {
-  uint8_t memory[MOST_IMAGE + MAP_ALIGN], *image = aligned(memory);
-  void *pointers[MOST_PARAMETERS];
-  for (Start *start = program->starts; start < program->starts + program->start_count; start++) {
-    int status;
-    if (fill(host, start, values, image)) return -1;
+  uint8_t few[2 * MOST_IMAGE], *memory = few;
+  int failed = 0;
+  if (program->bytes > sizeof few && !(memory = PyMem_Malloc(program->bytes))) return -1;
+  uint8_t *image = aligned(memory);
+  Start *first = program->starts, *last = first + program->start_count;
+  for (Start *start = first; start < last && !failed; image += start->room, start++) {
+    failed = fill(host, start, values, image);
+    void **pointers = (void **)(image + start->room) - start->parameters;
     for (uint32_t i = 0; i < start->parameters; i++) pointers[i] = image + start->offsets[i];
-    Py_BEGIN_ALLOW_THREADS;
-    status = host->launch(start->function, start->grid[0], start->grid[1], start->grid[2], start->threads, 1, 1,
-                          start->shared, stream, pointers, NULL);
-    Py_END_ALLOW_THREADS;
-    if (status) return -1;
   }
-  return 0;
+  if (!failed) {
+    Py_BEGIN_ALLOW_THREADS;
+    image = aligned(memory);
+    for (Start *start = first; start < last && !failed; image += start->room, start++)
+      failed = host->launch(start->function, start->grid[0], start->grid[1], start->grid[2], start->threads, 1, 1,
+                            start->shared, stream, (void **)(image + start->room) - start->parameters, NULL);
+    Py_END_ALLOW_THREADS;
+  }
+  if (memory != few) PyMem_Free(memory);
+  return failed ? -1 : 0;
 }
 
 /* New tensors for the results and between the kernels. */
