@@ -20,6 +20,7 @@ from torch import nn
 
 from tilewright.runtime.bench import compare
 from tilewright.torch.backend import compile_graph
+from tilewright.torch.direct import counts
 
 WORKS = "forward", "forward and backward"
 
@@ -189,7 +190,8 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     few = argparse.Namespace(**{**vars(options), "batch": 1, "rows": 16, "hidden": 256, "feed": 512, "heads": 4,
                                 "groups": 2, "no_gate": True, "explain": False})  # fmt: skip
     model, inputs, dy = build(few)
-    compiled = {name: steps(f, inputs, dy) for name, f in rivals(model, few).items()}
+    functions = rivals(model, few)
+    compiled = {name: steps(f, inputs, dy) for name, f in functions.items()}
     row: dict[str, Any] = {"work": "host", "take": options.take or "all", **shape(few)}
     for work in WORKS:
         times = host_times({name: calls[work] for name, calls in compiled.items()})
@@ -197,7 +199,37 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
         row[f"{work}, ratio"] = times["inductor"] / times["tilewright"]
         text = ", ".join(f"{name} {value:.0f} us" for name, value in times.items())
         print(f"host, {work}: {text}, ratio {row[f'{work}, ratio']:.2f}", flush=True)
+    for name, function in functions.items():
+        for part, value in parts(function, inputs, dy).items():
+            row[f"{part}, {name}, us"] = value
+            print(f"host, {part} alone: {name} {value:.0f} us", flush=True)
+    row["operators called through Python"] = by_python(compiled["tilewright"]["forward and backward"])
+    print(f"operators called through Python in a step: {row['operators called through Python']}", flush=True)
     return row
+
+
+def parts(function: Any, inputs: Any, dy: torch.Tensor, repeats: int = 300) -> dict[str, float]:
+    """Medians in microseconds of the two halves of a step with gradients."""
+    wanted = [inputs[0], *function_parameters(function)]
+    forward, backward = [], []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = function(*inputs)
+        middle = time.perf_counter()
+        torch.autograd.grad(out, wanted, dy)
+        backward.append(time.perf_counter() - middle)
+        forward.append(middle - start)
+    return {"forward with gradients": median(forward) * 1e6, "backward": median(backward) * 1e6}
+
+
+def by_python(call: Callable[[], Any]) -> dict[str, int]:
+    """Calls of our operators in a step that went through Python, of those that ever went another way."""
+    before = counts()
+    call()
+    found = {name: calls - repeated for name, (calls, repeated) in counts().items()}
+    changed = {name: n - (before[name][0] - before[name][1]) for name, n in found.items() if name in before}
+    return {name: n for name, n in changed.items() if n}
 
 
 def host_times(calls: dict[str, Callable[[], Any]], repeats: int = 20, rounds: int = 15) -> dict[str, float]:

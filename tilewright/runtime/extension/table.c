@@ -25,6 +25,7 @@ typedef struct {
   uint64_t numbers;    /* positions whose numbers are arguments of kernels */
   int launches;        /* the first two arguments are a grid and a device, and the keyword `stream` is one */
   size_t size, used, most;
+  unsigned long long calls, repeated;
   Entry **slots;
 } Table;
 
@@ -168,6 +169,7 @@ static PyObject *table_call(PyObject *object, PyObject *const *args, size_t flag
   Key key;
   PyObject *stream = NULL;
   Py_ssize_t count = PyVectorcall_NARGS(flags);
+  self->calls++;
   /* a grid that is a function may give another one each time */
   int plain = self->launches ? count >= 2 && (PyTuple_Check(args[0]) || PyLong_Check(args[0])) : host_plain(self->host);
   if (plain < 0) return NULL;
@@ -189,7 +191,7 @@ static PyObject *table_call(PyObject *object, PyObject *const *args, size_t flag
   PyObject *program = Py_NewRef((*slot)->program);   /* another thread may empty the table while a kernel starts */
   PyObject *result = program_run(self->host, (Program *)program, key.values, key.value_count, stream);
   Py_DECREF(program);
-  if (result) return result;
+  if (result) return self->repeated++, result;
 slow:
   return PyObject_Vectorcall(self->slow, args, flags, names);
 }
@@ -243,6 +245,9 @@ static PyObject *table_reset(Table *self, PyObject *ignored) {
 }
 
 static PyMethodDef table_methods[] = {{"clear", (PyCFunction)table_reset, METH_NOARGS, "Forget all calls."}, {NULL}};
+static PyMemberDef table_members[] = {{"calls", T_ULONGLONG, offsetof(Table, calls), READONLY, "All calls so far."},
+                                      {"repeated", T_ULONGLONG, offsetof(Table, repeated), READONLY, "Those without Python."},
+                                      {NULL}};
 static PySequenceMethods table_sequence = {.sq_length = (lenfunc)table_length};
 
 static PyTypeObject TableType = {
@@ -257,6 +262,7 @@ static PyTypeObject TableType = {
     .tp_call = PyVectorcall_Call,
     .tp_vectorcall_offset = offsetof(Table, call),
     .tp_methods = table_methods,
+    .tp_members = table_members,
     .tp_as_sequence = &table_sequence,
 };
 
