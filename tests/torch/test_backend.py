@@ -336,6 +336,18 @@ def test_compiled_inside_autocast(reports):
     assert [decision.reason for decision in reports[0].decisions] == [None, "inside autocast"]
 
 
+def test_a_size_that_dynamo_knows_and_aotautograd_does_not(reports):
+    def f(x, w, n):
+        rows = n.item()
+        torch._check(rows >= 0)
+        torch._check(rows <= x.shape[0])
+        return x[:rows] @ w
+
+    arguments = torch.randn(8, 4), torch.randn(4, 4), torch.tensor(3)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch.testing.assert_close(compiled(f)(*arguments), f(*arguments))
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="fallback='triton'; it is one of inductor, eager"):
         backend.Options.read({"fallback": "triton"})
@@ -343,6 +355,12 @@ def test_options_are_checked():
         backend.Options.read({"fallback": "eager", "max_autotun": True})
     with pytest.raises(ValueError, match="no operators gelu; there are add_layer_norm, .*softmax"):
         backend.Options.read({"operators": ("softmax", "gelu")})
+    with pytest.raises(ValueError, match="operators='softmax'; it is a tuple of names"):
+        backend.Options.read({"operators": "softmax"})
+    with pytest.raises(ValueError, match="no option explian; there are fallback, cost_gate, explain, operators, and"):
+        backend.Options.read({"explian": True})
+    with pytest.raises(ValueError, match="cost_gate='no' is neither True nor False"):
+        backend.Options.read({"cost_gate": "no"})
     assert backend.Options.read({"explain": True, "max_autotune": True})[1] == {"max_autotune": True}
 
 

@@ -95,3 +95,25 @@ def test_bad_schemas_are_refused(scale):
         tw.torch_op("tilewright_test::scale(Tensor x) -> Tensor", **rest)
     with pytest.raises(ValueError, match="aten::relu exists"):
         tw.torch_op("aten::relu(Tensor x) -> Tensor", **rest)
+    with pytest.raises(ValueError, match="a.over' names an overload"):
+        tw.torch_op("tilewright_test::a.over(Tensor x) -> Tensor", **rest)
+    for returned in ("Tensor(a!) x) -> ()", "Tensor(a) x) -> Tensor(a)", "Tensor x) -> int"):
+        with pytest.raises(ValueError, match="an operator returns new tensors, and writes to none"):
+            tw.torch_op(f"tilewright_test::bad({returned}", **rest)
+    with pytest.raises(ValueError, match="has no argument rows"):
+        tw.torch_op("tilewright_test::bad(Tensor x) -> Tensor", leading=["x", "rows"], **rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "message"),
+    [
+        ("tuple", lambda x: (torch.empty_like(x),), "gives 1 results, the schema returns a tensor"),
+        ("nothing", lambda x: None, "gives NoneType, the schema returns a tensor"),
+        ("itself", lambda x: x, "gives an argument"),
+    ],
+)
+def test_bad_outputs_are_refused(name, outputs, message):
+    operator = tw.torch_op(f"tilewright_test::{name}(Tensor x) -> Tensor", outputs=outputs, launch=lambda y, x: None)
+    for device in ("cpu", "meta"):
+        with pytest.raises(ValueError, match=f"tilewright_test::{name}: outputs {message}"):
+            operator(torch.ones(2, device=device))

@@ -31,15 +31,26 @@ class Options:
         """Our options and Inductor's. ValueError where neither the name nor the value is known."""
         rest = dict(given or {})
         options = cls(**{name: rest.pop(name) for name in cls.__dataclass_fields__ if name in rest})
-        if options.fallback not in _FALLBACKS:
+        for name in ("cost_gate", "explain"):
+            if getattr(options, name) not in (True, False):
+                raise ValueError(f"backend tilewright: {name}={getattr(options, name)!r} is neither True nor False")
+        if options.fallback not in list(_FALLBACKS):
             known = ", ".join(_FALLBACKS)
             raise ValueError(f"backend tilewright: fallback={options.fallback!r}; it is one of {known}")
-        unknown = set(options.operators or ()) - OPERATORS
+        if isinstance(options.operators, str):
+            raise ValueError(f"backend tilewright: operators={options.operators!r}; it is a tuple of names")
+        unknown = [name for name in options.operators or () if name not in OPERATORS]
         if unknown:
             known = ", ".join(sorted(OPERATORS))
-            raise ValueError(f"backend tilewright: no operators {', '.join(sorted(unknown))}; there are {known}")
+            raise ValueError(f"backend tilewright: no operators {', '.join(map(str, unknown))}; there are {known}")
         if rest and options.fallback == "eager":
             raise ValueError(f"backend tilewright: no option {', '.join(rest)} with fallback='eager'")
+        strange = rest.keys() - torch._inductor.list_options() if rest else None
+        if strange:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ValueError(
+                f"backend tilewright: no option {', '.join(strange)}; there are {known}, and settings of Inductor"
+            )
         return options, rest
 
 

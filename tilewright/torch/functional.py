@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_map
 
 from tilewright.torch.direct import repeating
@@ -31,7 +32,10 @@ def functional(
 
     def decorate(ours: Callable[..., Any]) -> Any:
         def choose(*args: Any, **kwargs: Any) -> Any:
-            reason = refuse(*args, **kwargs)
+            try:
+                reason = refuse(*args, **kwargs)
+            except GuardOnDataDependentSymNode:  # AOTAutograd's sizes may be symbols where Dynamo's had values
+                reason = "sizes that depend on data"
             if reason is None:
                 return ours(*args, **kwargs)
             if lowered and reason is IN_AUTOCAST:

@@ -12,6 +12,8 @@ from tilewright.torch.mapping import mapped
 
 #: torch forgets the operators of a library that is gone
 _libraries: dict[str, Any] = {}
+#: the types that an operator can return
+_RETURNED = ("Tensor", "List[Tensor]")
 
 
 def torch_op(
@@ -45,7 +47,7 @@ def torch_op(
     values of the other arguments, and is nothing but launches of kernels, views and ``torch.empty``. Calls on a GPU
     then repeat earlier ones of their kind without Python (docs/torch.md).
 
-    Raises ValueError if the operator exists or the schema names no namespace.
+    Raises ValueError if the operator exists, or the schema names no namespace or what such an operator cannot do.
     """
     qualified = schema.partition("(")[0].strip()
     namespace, separator, name = qualified.partition("::")
@@ -53,10 +55,12 @@ def torch_op(
         raise ValueError(f"torch_op: no namespace in {schema!r}: write 'mine::{qualified}(...) -> ...'")
     if qualified in _libraries or torch._C._dispatch_has_kernel(qualified):
         raise ValueError(f"torch_op: the operator {qualified} exists")
+    _check_schema(schema, name, leading)
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(schema.strip().removeprefix(f"{namespace}::"), tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(getattr(torch.ops, namespace), name).default
     complete, parameter = _completion(operator._schema), torch.nn.Parameter
+    outputs = _checked(outputs, qualified, operator._schema.returns)
 
     def make(*given: Any, **named: Any) -> Any:
         return outputs(*complete(given, named))
@@ -80,6 +84,38 @@ def torch_op(
         keywords = any(argument.kwarg_only for argument in operator._schema.arguments)
         make_direct(operator, run, None if keywords else _recording(name, below, save, gradient, complete))
     return operator
+
+
+def _check_schema(schema: str, name: str, leading: Sequence[str]) -> None:
+    """ValueError for what torch can parse and operators of `torch_op` cannot be."""
+    if "." in name:
+        raise ValueError(f"torch_op: {name!r} names an overload: give each operator a name of its own")
+    parsed = torch._C.parse_schema(schema.strip())
+    aliased = any(each.alias_info is not None for each in (*parsed.arguments, *parsed.returns))
+    if aliased or not parsed.returns or any(str(each.type) not in _RETURNED for each in parsed.returns):
+        raise ValueError(f"torch_op: {schema!r}: an operator returns new tensors, and writes to none of its arguments")
+    unknown = set(leading) - {argument.name for argument in parsed.arguments}
+    if unknown:
+        raise ValueError(f"torch_op: leading={leading!r}: {schema!r} has no argument {', '.join(sorted(unknown))}")
+
+
+def _checked(outputs: Callable[..., Any], qualified: str, returns: Sequence[Any]) -> Callable[..., Any]:
+    """``outputs`` with a clear error where it gives another number of tensors than the schema."""
+    count = len(returns)
+    single = count == 1 and str(returns[0].type) == "Tensor"
+
+    def checked(*arguments: Any) -> Any:
+        made = outputs(*arguments)
+        several = isinstance(made, list | tuple)
+        if single != isinstance(made, torch.Tensor) or single == several or (count > 1 and len(made) != count):
+            found = f"{len(made)} results" if several else type(made).__name__
+            wanted = "a tensor" if single else f"{count} tensors" if count > 1 else "a list of tensors"
+            raise ValueError(f"{qualified}: outputs gives {found}, the schema returns {wanted}")
+        if any(result is x for result in ((made,) if single else made) for x in arguments):
+            raise ValueError(f"{qualified}: outputs gives an argument, and results are new tensors")
+        return made
+
+    return checked
 
 
 def _completion(schema: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Sequence[Any]]:
