@@ -181,6 +181,16 @@ def test_integers_are_checked_on_every_launch():
     assert (out == -99).all()
 
 
+def test_floats_are_checked_on_every_launch():
+    x, y = np.ones(128, "f4"), poisoned(128)
+    for factor in (3e38, float("inf"), -3e38):
+        scale[1](x, y, factor)
+        assert (y == np.float32(factor)).all()
+    for factor in (1e300, -1e300, np.float64(3.5e38)):
+        with pytest.raises(tw.ArgumentError, match="'factor': .* is no f32"):
+            scale[1](x, y, factor)
+
+
 def test_scalars_of_many_kinds():
     for factor in (2, 2.0, np.float32(2), np.float64(2), np.int64(2)):
         y = poisoned(128)

@@ -46,6 +46,8 @@ MOST_PLANS = 4096
 #: launches kept per kernel in their final form
 MOST_REPEATS = 1024
 _INT32 = range(-(2**31), 2**31)
+#: rounds to an infinite float32, as all above it
+_BEYOND_SINGLE = 2.0**128 - 2.0**103
 
 Starter = Callable[[tuple[int, int, int], list[Any], Any], None]
 
@@ -288,12 +290,17 @@ def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_g
     views = {name: view_type(host_array(value, name, from_gpu), name) for name, value in bound.tensors.items()}
     function = kernel.function(bound.types(views))
     integers = {name: dtype for name, dtype in bound.dtypes.items() if dtype.is_int}
+    singles = [name for name, dtype in bound.dtypes.items() if dtype.name == "f32"]
 
     def start(grid: tuple[int, int, int], values: list[Any], stream: Any) -> None:
         given = dict(zip(names, values, strict=True))
         for name, dtype in integers.items():
             if not fits(given[name], dtype):  # the interpreter's integers would wrap
                 raise ArgumentError(f"kernel '{kernel.__name__}': argument '{name}': {given[name]} is no {dtype}")
+        for name in singles:
+            value = given[name].item() if isinstance(given[name], np.generic) else given[name]
+            if _BEYOND_SINGLE <= abs(value) < float("inf"):  # a GPU's launch refuses it too
+                raise ArgumentError(f"kernel '{kernel.__name__}': argument '{name}': {given[name]} is no f32")
         arrays = {name: host_array(given[name], name, from_gpu) for name in views}
         with _located(kernel, function):
             run(function, {**given, **arrays}, grid=grid)
