@@ -274,6 +274,15 @@ def test_modes_transforms_and_autocast_are_seen(watched):
     assert any("linear" in event.name for event in profile.function_events)
 
 
+def test_forward_mode_differentiation_is_seen(watched):
+    table, x, w = watched
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        tangent = torch.autograd.forward_ad.unpack_dual(table.by_python(dual, w)).tangent
+    torch.testing.assert_close(tangent, x @ w.T)
+    table.quietly(x, w)
+
+
 def test_a_default_device_is_none(watched):
     table, x, w = watched
     with torch.device("cpu"):

@@ -301,6 +301,8 @@ def _refused():
         ("a mask of another dtype", attention, exact, [normal(1, 1, 5, 16).half()] * 3, {"attn_mask": mask.float()}),
         ("more queries", attention, exact, more, {"is_causal": True}),
         ("heads of 8", attention, exact, [normal(1, 1, 5, 8)] * 3, {}),
+        ("is not positive", attention, exact, [normal(1, 1, 5, 16)] * 3, {"scale": -0.5}),
+        ("scale or soft cap that is", attention, exact, [normal(1, 1, 5, 16)] * 3, {"scale": 0.0}),
         ("an empty tensor", twt.linear, F.linear, [normal(2, 0), normal(3, 0), normal(3)], {}),
         ("class weights", twt.cross_entropy, F.cross_entropy, [normal(4, 20), target(), normal(20).abs()], {}),
         ("no class indices", twt.cross_entropy, F.cross_entropy, [normal(4, 20), normal(4, 20)], {}),
@@ -315,6 +317,25 @@ def test_what_the_kernels_do_not_take_runs_in_torch(case):
     reason, operator, exact, args, options = case
     assert reason in refusal(operator, *args, **options)
     assert torch.equal(operator(*args, **options), exact(*args, **options))
+
+
+@pytest.mark.parametrize(
+    ("operator", "args", "message"),
+    [
+        (twt.matmul, [normal(2, 3), None], "must be Tensor, not NoneType"),
+        (twt.linear, [normal(2, 3), None], "must be Tensor, not NoneType"),
+        (twt.attention, [normal(1, 1, 5, 16), None, None], "must be Tensor, not NoneType"),
+        (twt.cross_entropy, [normal(4, 20), 3], "must be Tensor, not int"),
+        (twt.softmax, [normal(2, 3), 1.0], "must be int, not float"),
+    ],
+)
+def test_errors_of_arguments_are_torchs(operator, args, message):
+    with pytest.raises(TypeError, match=message):
+        operator(*args)
+
+
+def test_tensors_without_memory():
+    assert twt.matmul(torch.empty(2, 3, device="meta"), torch.empty(3, 4, device="meta")).shape == (2, 4)
 
 
 def test_attention_in_float32_on_a_gpu_is_left_to_torch():
@@ -486,6 +507,14 @@ def test_vmap(name):
 def test_gradients_by_torch_func_are_torchs():
     x = normal(2, 3)
     ours, theirs = (torch.func.grad(lambda x, f=f: f(x, -1)[0, 0])(x) for f in (twt.softmax, F.softmax))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_tangents_are_torchs():
+    x, tangent = normal(2, 3), normal(2, 3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        ours, theirs = (torch.autograd.forward_ad.unpack_dual(f(dual, -1)).tangent for f in (twt.softmax, F.softmax))
     torch.testing.assert_close(ours, theirs)
 
 

@@ -134,11 +134,11 @@ def attention(
 ) -> None:
     """q (B, H, M, D), k (B, G, N, D), v (B, G, N, DV), o (B, H, M, DV), H a multiple of G. Grid: (cdiv(M, BM), H, B).
 
-    ``scale`` includes log2(e): weights are powers of two. The last query is aligned with the last key: CAUSAL hides
-    the keys after a query's own place, ``left`` those more than ``left`` before it. Optional: ``lse`` (B, H, M)
-    float32 gets the logarithm of the sum of the exponentials, ``bias`` (B, H, M, N) is added to the scaled scores, or
-    hides those where it is False (any stride may be 0), ``lengths`` (B,) int32 says how many keys of a batch exist, CAP
-    bounds scores: cap * tanh(s / cap).
+    ``scale``, above 0, includes log2(e): weights are powers of two. The last query is aligned with the last key:
+    CAUSAL hides the keys after a query's own place, ``left`` those more than ``left`` before it. Optional: ``lse``
+    (B, H, M) float32 gets the logarithm of the sum of the exponentials, ``bias`` (B, H, M, N) is added to the scaled
+    scores, or hides those where it is False (any stride may be 0), ``lengths`` (B,) int32 says how many keys of a batch
+    exist, CAP bounds scores: cap * tanh(s / cap).
     A query that sees no key gets 0, its ``lse`` -inf. DV is D unless given.
     """
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
@@ -231,7 +231,7 @@ def sdpa(
 ) -> None:
     """``o = scaled_dot_product_attention(q, k, v)``; arrays of NumPy or torch, see `attention`.
 
-    ``scale`` is 1 / sqrt(D) by default.
+    ``scale``, above 0, is 1 / sqrt(D) by default.
     """
     batch, heads, rows, depth = q.shape
     factor = (depth**-0.5 if scale is None else scale) * LOG2E

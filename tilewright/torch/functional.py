@@ -32,10 +32,7 @@ def functional(
 
     def decorate(ours: Callable[..., Any]) -> Any:
         def choose(*args: Any, **kwargs: Any) -> Any:
-            try:
-                reason = refuse(*args, **kwargs)
-            except GuardOnDataDependentSymNode:  # AOTAutograd's sizes may be symbols where Dynamo's had values
-                reason = "sizes that depend on data"
+            reason = _reason(refuse, args, kwargs)
             if reason is None:
                 return ours(*args, **kwargs)
             if lowered and reason is IN_AUTOCAST:
@@ -54,9 +51,16 @@ def functional(
     return decorate
 
 
+def _reason(refuse: Callable[..., Refusal], args: Any, kwargs: Any) -> Refusal:
+    try:
+        return refuse(*args, **kwargs)
+    except GuardOnDataDependentSymNode:  # AOTAutograd's sizes may be symbols where Dynamo's had values
+        return "sizes that depend on data"
+
+
 def refusal(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     """Why a functional operator would leave these arguments to torch; None if the kernels take them."""
-    reason = _refusals[operator](*args, **kwargs)
+    reason = _reason(_refusals[operator], args, kwargs)
     if reason is IN_AUTOCAST and operator in _lowered:
         device = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).device.type
         args, kwargs = _cast((args, kwargs), device)

@@ -14,7 +14,7 @@ from tilewright.kernels.gemm_batched import batched
 from tilewright.kernels.rows import row_major_grid
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, as_rows, empty_rows, refuse_tensors, traced
+from tilewright.torch.support import NO_TENSOR, Refusal, as_rows, empty_rows, refuse_tensors, traced
 
 #: activation -> its step behind a product, (function, derivative) for the gradient, and torch's function
 ACTIVATIONS: dict[str, tuple[Any, Any, Any]] = {
@@ -153,7 +153,7 @@ _activation_backward = torch_op(
 
 
 def _refuse_matmul(input: Any, other: Any) -> Refusal:
-    reason = refuse_tensors(input, other)
+    reason = refuse_tensors(input, other) if other is not None else NO_TENSOR
     if reason:
         return reason
     if input.ndim < 2 or other.ndim < 2:
@@ -190,7 +190,7 @@ def _of_batches(input: Any, other: Any) -> Any:
 def _refuse_linear(
     input: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None
 ) -> Refusal:
-    reason = refuse_tensors(input, weight, bias, residual)
+    reason = refuse_tensors(input, weight, bias, residual) if weight is not None else NO_TENSOR
     if reason:
         return reason
     if input.ndim < 2 or weight.ndim != 2:

@@ -53,7 +53,7 @@ def _refuse(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any
     reason = refuse_tensors(input)
     if reason:
         return reason
-    if dim is None or input.ndim == 0 or dim not in (-1, input.ndim - 1):
+    if not isinstance(dim, int) or input.ndim == 0 or dim not in (-1, input.ndim - 1):
         return "not along the last dimension"
     if dtype not in (None, input.dtype):
         return "converts to another dtype"

@@ -11,7 +11,7 @@ from tilewright.kernels.attention import sdpa
 from tilewright.kernels.attention_backward import sdpa_backward
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.support import Refusal, refuse_place, refuse_tensors
+from tilewright.torch.support import NO_TENSOR, Refusal, refuse_place, refuse_tensors
 
 #: sizes of a head that the kernels have tiles for
 DEPTHS = (16, 32, 64, 96, 128, 192, 256)
@@ -133,7 +133,9 @@ def _refuse(
     lengths: Any = None,
     softcap: float | None = None,
 ) -> Refusal:
-    reason = refuse_tensors(query, key, value)
+    if key is None or value is None:
+        return NO_TENSOR
+    reason = refuse_tensors(query, key, value) or refuse_factors(scale, softcap)
     if reason:
         return reason
     if dropout_p != 0.0:
@@ -159,6 +161,12 @@ def _refuse_mask(mask: Any, query: Any, key: Any) -> Refusal:
     if any(have not in (1, want) for have, want in zip(mask.shape[::-1], wanted[::-1], strict=False)):
         return "a mask of another size"
     return None
+
+
+def refuse_factors(scale: float | None, softcap: float | None = None) -> Refusal:
+    """Why kernels do not take these factors: they seek the largest of the scores before they multiply."""
+    positive = all(factor is None or factor > 0 for factor in (scale, softcap))
+    return None if positive else "a scale or soft cap that is not positive"
 
 
 def refuse_lengths(lengths: Any, query: Any) -> Refusal:
@@ -297,4 +305,4 @@ def attention(
     return _attention(query, key, value, bias, lengths, window, is_causal, factor, softcap)[0]
 
 
-__all__ = ["DEPTHS", "attention", "refuse_heads", "refuse_lengths", "refuse_single", "spelled_out"]
+__all__ = ["DEPTHS", "attention", "refuse_factors", "refuse_heads", "refuse_lengths", "refuse_single", "spelled_out"]

@@ -12,7 +12,7 @@ from tilewright.kernels import attention_decode as decoding
 from tilewright.kernels.attention_backward import varlen_backward
 from tilewright.torch.functional import functional
 from tilewright.torch.operator import torch_op
-from tilewright.torch.sdpa import attention, refuse_heads, refuse_lengths, refuse_single, spelled_out
+from tilewright.torch.sdpa import attention, refuse_factors, refuse_heads, refuse_lengths, refuse_single, spelled_out
 from tilewright.torch.support import Refusal, refuse_place, refuse_tensors, trains
 
 # --- packed sequences -----------------------------------------------------------------------------
@@ -74,7 +74,16 @@ _varlen = torch_op(
 
 
 def _refuse_varlen(
-    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, **options: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    max_q: int,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    **options: Any,
 ) -> Refusal:
     reason = refuse_tensors(query, key, value) or refuse_place(query, cu_seq_q, cu_seq_k)
     if reason:
@@ -85,7 +94,7 @@ def _refuse_varlen(
         return "the sizes of query, key and value differ"
     if cu_seq_q.dtype != torch.int32 or cu_seq_k.dtype != torch.int32 or cu_seq_q.shape != cu_seq_k.shape:
         return "starts are no int32 of one size"
-    return refuse_heads(query, key, value) or refuse_single(query)
+    return refuse_heads(query, key, value) or refuse_single(query) or refuse_factors(scale, softcap)
 
 
 def _eager_varlen(
@@ -184,7 +193,7 @@ def _refuse_decode(
         return "the sizes of query, key and value differ"
     if pages is not None and (pages.dtype != torch.int32 or key.shape[2] < 16 or key.shape[2] & (key.shape[2] - 1)):
         return "pages are no int32, or their size is no power of two from 16"
-    reason = refuse_lengths(lengths, query) or refuse_heads(query, key, value)
+    reason = refuse_lengths(lengths, query) or refuse_heads(query, key, value) or refuse_factors(scale)
     return reason or ("gradients of decoding" if trains(query, key, value) else None)
 
 

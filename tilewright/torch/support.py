@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -17,38 +19,43 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Refusal = str | None
 #: the refusal that operators may answer by casting their arguments
 IN_AUTOCAST = "inside autocast"
+NO_TENSOR = "an argument is no tensor"
 
 
 def refuse_tensors(first: Any, *others: Any) -> Refusal:
     """Why the kernels do not take these tensors together (None among ``others``: an argument that is absent)."""
     tensors = [first, *(x for x in others if x is not None)]
     if not all(isinstance(x, torch.Tensor) for x in tensors):
-        return "an argument is no tensor"
+        return NO_TENSOR
     if first.dtype not in FLOATS:
         return f"dtype {_name(first.dtype)}"
     if any(x.dtype != first.dtype for x in tensors):
         return "the dtypes differ"
     if any(x.numel() == 0 for x in tensors):
         return "an empty tensor"
-    return refuse_place(*tensors)
+    return _refuse_place(tensors)
 
 
 def refuse_place(*tensors: Any) -> Refusal:
     """Why the kernels do not run where these tensors are."""
+    return _refuse_place(tensors) if all(isinstance(x, torch.Tensor) for x in tensors) else NO_TENSOR
+
+
+def _refuse_place(tensors: Sequence[Any]) -> Refusal:
     device = tensors[0].device
     if any(x.device != device for x in tensors):
         return "the devices differ"
     if any(x.layout != torch.strided or is_traceable_wrapper_subclass(x) for x in tensors):
         return "a tensor of another kind"  # sparse, distributed, nested, quantized
-    if torch.is_autocast_enabled(device.type):
+    if device.type not in ("cpu", "cuda", "meta"):
+        return f"device {device.type}"
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return IN_AUTOCAST
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
     if torch._C._functorch.peek_interpreter_stack() is not None and not _only_vmap():
         return "inside a transform of torch.func"
-    if device.type in ("cpu", "meta"):
-        return None
-    if device.type != "cuda":
-        return f"device {device.type}"
-    return _refuse_gpu(device.index or 0)
+    return _refuse_gpu(device.index or 0) if device.type == "cuda" else None
 
 
 def _only_vmap() -> bool:
@@ -92,6 +99,6 @@ def as_rows(x: Any) -> Any:
 
 
 __all__ = [
-    "FLOATS", "IN_AUTOCAST", "TARGETS", "Refusal", "as_rows", "empty_rows", "refuse_place", "refuse_tensors", "traced",
-    "trains",
+    "FLOATS", "IN_AUTOCAST", "NO_TENSOR", "TARGETS", "Refusal", "as_rows", "empty_rows", "refuse_place",
+    "refuse_tensors", "traced", "trains",
 ]  # fmt: skip

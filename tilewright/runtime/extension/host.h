@@ -38,6 +38,7 @@ typedef int (*GetContext)(void **);
 typedef struct {
   PyObject_HEAD
   PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *negated;
+  PyObject *forward;       /* attributes of torch.autograd.forward_ad, which knows of no function to ask */
   Exchange *exchange;
   LaunchKernel launch;
   EncodeMap encode;
@@ -49,18 +50,19 @@ typedef struct {
 } Host;
 
 static _Thread_local uint64_t *dispatch_state;
-static PyObject *name_requires_grad, *name_cuda_stream, *name_stream;
+static PyObject *name_requires_grad, *name_cuda_stream, *name_stream, *name_level;
 
 static int host_init(Host *self, PyObject *args, PyObject *keywords) {
-  static char *names[] = {"exchange", "types",  "allocate", "gradients", "plain",   "quiet", "harmless", "negated",
-                          "device_type", "launch", "encode", "context", "library", "state", "allowed", NULL};
-  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *negated, *state;
+  static char *names[] = {"exchange", "types",   "allocate",    "gradients", "plain",  "quiet",   "harmless", "negated",
+                          "forward",  "device_type", "launch", "encode",    "context", "library", "state",    "allowed",
+                          NULL};
+  PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *negated, *forward, *state;
   unsigned long long launch, encode, context, included, excluded;
   const char *library;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OOiKKKzO(KK)", names, &capsule, &PyTuple_Type, &types,
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OOO!iKKKzO(KK)", names, &capsule, &PyTuple_Type, &types,
                                    &allocate, &gradients, &plain, &PyTuple_Type, &quiet, &harmless, &negated,
-                                   &self->device_type, &launch, &encode, &context, &library, &state, &included,
-                                   &excluded))
+                                   &PyDict_Type, &forward, &self->device_type, &launch, &encode, &context, &library,
+                                   &state, &included, &excluded))
     return -1;
   Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!exchange) return -1;
@@ -82,6 +84,7 @@ static int host_init(Host *self, PyObject *args, PyObject *keywords) {
   Py_XSETREF(self->quiet, Py_NewRef(quiet));
   Py_XSETREF(self->harmless, Py_NewRef(harmless));
   Py_XSETREF(self->negated, Py_NewRef(negated));
+  Py_XSETREF(self->forward, Py_NewRef(forward));
   Py_XSETREF(self->state_name, Py_NewRef(state));
   return 0;
 }
@@ -95,6 +98,7 @@ static int host_traverse(Host *self, visitproc visit, void *arg) {
   Py_VISIT(self->quiet);
   Py_VISIT(self->harmless);
   Py_VISIT(self->negated);
+  Py_VISIT(self->forward);
   Py_VISIT(self->state_name);
   return 0;
 }
@@ -108,6 +112,7 @@ static int host_clear(Host *self) {
   Py_CLEAR(self->quiet);
   Py_CLEAR(self->harmless);
   Py_CLEAR(self->negated);
+  Py_CLEAR(self->forward);
   Py_CLEAR(self->state_name);
   return 0;
 }
@@ -144,8 +149,15 @@ static int is_false(PyObject *callable) {
   return truth < 0 ? -1 : !truth;
 }
 
+/* Whether tensors may have tangents: the level of forward-mode differentiation, -1 outside. */
+static int host_differentiates(Host *host) {
+  PyObject *level = PyDict_GetItemWithError(host->forward, name_level);
+  return level && PyLong_CheckExact(level) && PyLong_AsLong(level) >= 0;
+}
+
 /* Whether nothing watches or transforms calls of operators in this thread. */
 static int host_plain(Host *host) {
+  if (host_differentiates(host)) return 0;
   uint64_t *state = host_state(host);
   if (state) {
     if ((state[0] & ~host->allowed[0]) | (state[1] & ~host->allowed[1])) return 0;

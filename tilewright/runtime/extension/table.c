@@ -354,6 +354,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   name_requires_grad = PyUnicode_InternFromString("requires_grad");
   name_cuda_stream = PyUnicode_InternFromString("cuda_stream");
   name_stream = PyUnicode_InternFromString("stream");
+  name_level = PyUnicode_InternFromString("_current_level");
   name_table = PyUnicode_InternFromString("table");
   name_call = PyUnicode_InternFromString("call");
   PyObject *module = PyModule_Create(&definition);
