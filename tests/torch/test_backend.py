@@ -348,6 +348,18 @@ def test_a_size_that_dynamo_knows_and_aotautograd_does_not(reports):
         torch.testing.assert_close(compiled(f)(*arguments), f(*arguments))
 
 
+def test_transforms_inside_of_a_graph_are_torchs(reports):
+    """Weights of several models, mapped: in the graph their values have axes that it does not show."""
+
+    def f(weights, x):
+        mapped = torch.func.vmap(lambda w: F.linear(x, w).softmax(-1))(weights)
+        return mapped, torch.func.grad(lambda z: F.linear(z, weights[0]).square().sum())(x), x @ weights[1].T
+
+    weights, x = torch.randn(3, 5, 4), torch.randn(2, 4)
+    torch.testing.assert_close(compiled(f)(weights, x), f(weights, x))
+    assert reports[0].taken == ["matmul"]
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="fallback='triton'; it is one of inductor, eager"):
         backend.Options.read({"fallback": "triton"})

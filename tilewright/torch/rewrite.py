@@ -23,7 +23,7 @@ from tilewright.torch.candidates import Candidate
 from tilewright.torch.casting import autocast_regions, entered
 from tilewright.torch.functional import refusal
 from tilewright.torch.gate import COLLECTIVES, Gate, always, gate_of
-from tilewright.torch.graphs import CALLS, example, name_of, precede, quiet
+from tilewright.torch.graphs import CALLS, example, is_tensor, name_of, precede, quiet
 from tilewright.torch.report import Decision, Report, place
 from tilewright.torch.support import Refusal
 
@@ -176,6 +176,8 @@ def _refuse(
         return "values that the graph does not describe"
     if any(free_unbacked_symbols(example(n)) for n in (*stands_for, *nodes)):
         return "sizes that depend on data"
+    if any(map(_is_transformed, (*stands_for, *nodes))):
+        return "inside a transform of torch.func"
     values, named = torch.fx.node.map_arg((args, dict(kwargs)), example)
     if not any(isinstance(x, FakeTensor) for x in values):
         return "values that the graph does not describe"
@@ -187,6 +189,11 @@ def _refuse(
         results, expected[0] if len(expected) == 1 and isinstance(expected[0], tuple) else expected, strict=True
     )
     return next(filter(None, (_differs(result, wanted, any_order) for result, wanted in pairs)), None)
+
+
+def _is_transformed(node: Any) -> bool:
+    """Whether a node's value has axes or gradients that a transform of torch.func hides."""
+    return is_tensor(node) and torch._C._functorch.is_functorch_wrapped_tensor(example(node))
 
 
 def _fake(ours: Any, values: Any, named: Any) -> tuple[Any, ...]:
