@@ -360,6 +360,20 @@ def test_transforms_inside_of_a_graph_are_torchs(reports):
     assert reports[0].taken == ["matmul"]
 
 
+def test_tangents_inside_of_a_graph_are_torchs(reports):
+    twt, forward = import_module("tilewright.torch"), torch.autograd.forward_ad
+
+    def f(x, tangent, w):
+        with forward.dual_level():
+            y = twt.rms_norm(F.linear(forward.make_dual(x, tangent), w), (5,))
+            tangents = forward.unpack_dual(y).tangent
+        return tangents, F.linear(x, w)
+
+    x, tangent, w = torch.randn(2, 4), torch.randn(2, 4), torch.randn(5, 4)
+    torch.testing.assert_close(compiled(f)(x, tangent, w), f(x, tangent, w))
+    assert reports[0].taken == ["linear"]
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="fallback='triton'; it is one of inductor, eager"):
         backend.Options.read({"fallback": "triton"})

@@ -69,6 +69,11 @@ def refusal(operator: Any, *args: Any, **kwargs: Any) -> Refusal:
     return reason
 
 
+def is_functional(target: Any) -> bool:
+    """Whether something is a functional operator."""
+    return target in _eager
+
+
 def eager(operator: Any) -> Callable[..., Any]:
     """What a functional operator calls where the kernels do not take its arguments; it takes all of them."""
     return _eager[operator]
@@ -80,4 +85,4 @@ def _cast(values: Any, device: str) -> Any:
     return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x, values)
 
 
-__all__ = ["eager", "functional", "refusal"]
+__all__ = ["eager", "functional", "is_functional", "refusal"]

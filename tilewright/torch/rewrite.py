@@ -21,13 +21,15 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from tilewright.torch import candidates, cast_products, gated, grouped, losses, norms, products, rows, sdpa, spelled
 from tilewright.torch.candidates import Candidate
 from tilewright.torch.casting import autocast_regions, entered
-from tilewright.torch.functional import refusal
+from tilewright.torch.functional import eager, is_functional, refusal
 from tilewright.torch.gate import COLLECTIVES, Gate, always, gate_of
 from tilewright.torch.graphs import CALLS, example, is_tensor, name_of, precede, quiet
 from tilewright.torch.report import Decision, Report, place
-from tilewright.torch.support import Refusal
+from tilewright.torch.support import IN_FORWARD_MODE, Refusal
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+#: how calls in a graph change the level of forward-mode differentiation
+_DUAL_LEVELS = {"_enter_dual_level": 1, "_exit_dual_level": -1}
 
 
 def _softmax_call(input: Any, dim: Any, dtype: Any = None) -> Call:
@@ -87,11 +89,16 @@ OPERATORS = frozenset(operator.__name__ for operator in _OURS) | COLLECTIVES
 def rewrite(graph: Any, cost_gate: bool = True, only: Collection[str] | None = None) -> Report:
     """Rewrite a ``torch.fx.Graph`` from Dynamo in place; with ``only``, for these operators, whatever the gate says."""
     report, gate = Report(), gate_of(cost_gate, only)
-    regions = autocast_regions(graph)
+    regions, level = autocast_regions(graph), 0
     for node in list(graph.nodes):
         if node.op not in CALLS or node._erased:
             continue
-        if node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
+        level += _DUAL_LEVELS.get(name_of(node.target), 0)
+        if level and (is_functional(node.target) or _generator(node.target) is not None):
+            if is_functional(node.target):  # which would not see that its arguments have tangents
+                node.target = eager(node.target)
+            report.decisions.append(Decision(name_of(node.target), place(node), IN_FORWARD_MODE))
+        elif node.target in _OURS:  # the user's own calls stay; the operator itself chooses between kernels and torch
             bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
             with entered(regions[node]):
                 reason = _refuse((node,), node.target, bound.args, bound.kwargs, always)

@@ -19,6 +19,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Refusal = str | None
 #: the refusal that operators may answer by casting their arguments
 IN_AUTOCAST = "inside autocast"
+IN_FORWARD_MODE = "inside forward-mode differentiation"
 NO_TENSOR = "an argument is no tensor"
 
 
@@ -52,7 +53,7 @@ def _refuse_place(tensors: Sequence[Any]) -> Refusal:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return IN_AUTOCAST
     if forward_ad._current_level >= 0:
-        return "inside forward-mode differentiation"
+        return IN_FORWARD_MODE
     if torch._C._functorch.peek_interpreter_stack() is not None and not _only_vmap():
         return "inside a transform of torch.func"
     return _refuse_gpu(device.index or 0) if device.type == "cuda" else None
@@ -99,6 +100,6 @@ def as_rows(x: Any) -> Any:
 
 
 __all__ = [
-    "FLOATS", "IN_AUTOCAST", "NO_TENSOR", "TARGETS", "Refusal", "as_rows", "empty_rows", "refuse_place",
-    "refuse_tensors", "traced", "trains",
+    "FLOATS", "IN_AUTOCAST", "IN_FORWARD_MODE", "NO_TENSOR", "TARGETS", "Refusal", "as_rows", "empty_rows",
+    "refuse_place", "refuse_tensors", "traced", "trains",
 ]  # fmt: skip
