@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 #: of what the extension offers
-_VERSION = 6
+_VERSION = 7
 
 extension: Any = None
 try:
