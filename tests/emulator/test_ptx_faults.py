@@ -61,18 +61,19 @@ def test_faults(message: str) -> None:
 
 
 def tensor_load(
-    place: str = "%sm+128", rank: int = 2, at: int | None = None, junk: bool = False, rows: int = 8
+    place: str = "%sm+128", rank: int = 2, at: int | None = None, junk: bool = False, rows: int = 8, column: int = 0
 ) -> None:
     """Load a box of 4 x 16 bytes of an 8 x 16 tensor through a map, to ``place`` in shared memory.
 
-    ``at``: the address of the map, ``junk``: bytes that are none, ``rows``: of the tensor as the map has it.
+    ``at``: the address of the map, ``junk``: bytes that are none, ``rows``: of the tensor as the map has it,
+    ``column``: where the box begins.
     """
     memory = GlobalMemory()
     data = memory.allocate(np.zeros((8, 16), np.uint8), "data")
     map_ = encode_tensor_map("UINT8", data, (16, rows), (16,), (16, 4))
     places = ", ".join(f"%c{axis}" for axis in range(rank))
     body = f"""
-    .reg .b32 %c<3>, %to; .reg .b64 %m; mov.b32 %c0, 0; mov.b32 %c1, {rows - 4}; mov.b32 %c2, 0; {BARRIER}
+    .reg .b32 %c<3>, %to; .reg .b64 %m; mov.b32 %c0, {column}; mov.b32 %c1, {rows - 4}; mov.b32 %c2, 0; {BARRIER}
     {"mov.b64 %m, map; cvta.param.u64 %m, %m;" if at is None else f"mov.b64 %m, {at};"}
     add.u32 %to, {place.replace("+", ", ")};
     mbarrier.arrive.expect_tx.shared::cta.b64 _, [%sm], 64;
@@ -86,12 +87,14 @@ def tensor_load(
 
 def test_tensor_maps() -> None:
     tensor_load()
+    tensor_load(column=-16)
     for options, message in (
         ({"at": 96}, "no tensor map at 0x60"),
         ({"junk": True}, "is no tensor map"),
         ({"rows": 16}, "the tensor of the map does not lie in one allocation"),
         ({"rank": 3}, "a copy of 3 dimensions with a tensor map of 2"),
         ({"place": "%sm+144"}, "aligned to 128 bytes, not 1168"),
+        ({"column": 8}, "begins 8 bytes into the innermost dimension, no multiple of 16"),
     ):
         with pytest.raises(EmulatorFault, match=message):
             tensor_load(**options)

@@ -96,3 +96,20 @@ def test_assume():
     y = torch.empty_like(x)
     promised[(8,)](x, y)
     assert torch.equal(y, x * 2)
+
+
+@tw.kernel
+def product_behind(a: tw.Tensor, b: tw.Tensor, c: tw.Tensor, first: tw.int32):
+    m, acc = tw.program_id(0), tw.zeros((64, 64), tw.float32)
+    for k in tw.range(tw.cdiv(a.shape[1] - first, 32)):
+        acc = tw.dot(tw.load(a.offset(0, first), (m, k), (64, 32)), tw.load(b, (k, 0), (32, 64)), acc)
+    tw.store(c, (m, 0), acc)
+
+
+@pytest.mark.parametrize("first", [0, 4, 8, 13, 36])
+def test_products_begin_anywhere(first):
+    """The copy engine stops a GPU with an illegal instruction where lines begin at no multiple of 16 bytes."""
+    a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((64, 72), (96, 64)))
+    c = torch.empty(64, 64, device="cuda")
+    product_behind[(1,)](a, b, c, first)
+    torch.testing.assert_close(c, a[:, first:].float() @ b[: 72 - first].float(), rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tilewright.ir.core import Effect, Operation, Value, attribute, operand, operands, operation
+from tilewright.ir.tile_ops import Binary, Compare, Constant
 from tilewright.ir.types import ScalarType, TileType, element_type, i1
 
 
@@ -42,6 +43,20 @@ class Assume(Operation):
 
     def verify(self) -> None:
         self.require(self.condition.type == ScalarType(i1), "the condition is a scalar i1")
+
+
+def promised_multiple(condition: Value) -> tuple[Value, int] | None:
+    """(v, c) of a condition ``v % c == 0`` with a constant c > 0."""
+    compare = condition.op
+    if not isinstance(compare, Compare) or compare.fn != "eq":
+        return None
+    for side, other in ((compare.lhs, compare.rhs), (compare.rhs, compare.lhs)):
+        rest, zero = side.op, other.op
+        if isinstance(rest, Binary) and rest.fn == "mod" and isinstance(zero, Constant) and zero.value == 0:
+            divisor = rest.rhs.op
+            if isinstance(divisor, Constant) and isinstance(divisor.value, int) and divisor.value > 0:
+                return rest.lhs, divisor.value
+    return None
 
 
 def text_parts(text: str) -> list[str]:

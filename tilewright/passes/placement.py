@@ -19,10 +19,24 @@ from math import gcd
 from typing import TypeVar
 
 from tilewright.ir.builder import Builder
+from tilewright.ir.comm_ops import Peer, Put
 from tilewright.ir.core import Block, Function, Operation, Value, replace_uses, uses_of
+from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import SharedLayout, shared_candidates
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Cast, Dot, Element, For, Load, Pick, Transpose
+from tilewright.ir.tile_ops import (
+    Cast,
+    Dot,
+    Element,
+    For,
+    Load,
+    OffsetView,
+    PermuteView,
+    Pick,
+    Store,
+    Subview,
+    Transpose,
+)
 from tilewright.ir.types import ScalarType, TileType, ViewType, i32
 from tilewright.passes.analysis import (
     backward_slice,
@@ -34,6 +48,7 @@ from tilewright.passes.analysis import (
 )
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import ROLES, contiguous_axis, matrix_unit, schedule_of
+from tilewright.passes.multiples import power_of_two
 
 #: cuTensorMapEncodeTiled: base address and strides are multiples of 16 bytes, rank at most 5
 TMA_ALIGNMENT, TMA_MAX_RANK = 16, 5
@@ -171,7 +186,7 @@ def _is_copyable_element(element: Element, target: Target) -> bool:
     assert isinstance(view, ViewType)
     plain = element.pad == 0 and not element.after and view.dtype.bits >= 8
     fits = view.rank == 1 and element.index[0].type == ScalarType(i32)
-    return plain and fits and bulk_copyable(element.view, target)
+    return plain and fits and bulk_copyable(element, target)
 
 
 def _is_copyable_vector(load: Load, target: Target) -> bool:
@@ -226,7 +241,7 @@ def early_address(load: Load | Element, loops: dict[Block, Operation], written: 
 
 def copy_engine(load: Load, target: Target) -> str:
     """``tma`` where the bulk copy engine can fill the slot, else ``threads``."""
-    return "tma" if load.pad == 0 and bulk_copyable(load.view, target) else "threads"
+    return "tma" if load.pad == 0 and bulk_copyable(load, target) else "threads"
 
 
 def thread_engine(load: Load, target: Target) -> str:
@@ -244,19 +259,37 @@ def thread_engine(load: Load, target: Target) -> str:
     return "cp_async" if gcd(view.align, size * tile.shape[axis], *rows) >= CP_ASYNC_BYTES else "threads"
 
 
-def bulk_copyable(view: Value, target: Target) -> bool:
-    """Whether the copy engine can move tiles of a view: its tensor needs a descriptor (CUtensorMap)."""
-    root = view_root(view).type
-    assert isinstance(root, ViewType) and isinstance(view.type, ViewType)
+def bulk_copyable(op: Load | Element | Store | Put | Atomic, target: Target) -> bool:
+    """Whether the copy engine can move tiles of an operation's view: its tensor needs a descriptor (CUtensorMap)."""
+    view, root = op.view.type, view_root(op.view).type
+    assert isinstance(root, ViewType) and isinstance(view, ViewType)
     static = [s for s in root.strides if s is not None and s != 1]
     return (
         target.has("tma")
-        and view.type.contiguous_axis is not None
+        and view.contiguous_axis is not None
         and root.align % TMA_ALIGNMENT == 0
         and root.rank <= TMA_MAX_RANK
         and root.strides.count(1) == 1
         and all(s * root.dtype.bytes % TMA_ALIGNMENT == 0 for s in static)
+        and _keeps_alignment(op)
     )
+
+
+def _keeps_alignment(op: Load | Element | Store | Put | Atomic) -> bool:
+    """Whether every line that an engine copies begins at a multiple of 16 bytes of its tensor.
+
+    Otherwise the copy is an illegal instruction, although no document says so. Boxes are whole multiples wide: it is
+    for offsets along the contiguous dimension to be some too.
+    """
+    view = op.view
+    while isinstance(view.op, Subview | PermuteView | OffsetView | Peer):
+        if isinstance(view.op, OffsetView):
+            assert isinstance(view.type, ViewType) and view.type.contiguous_axis is not None
+            offset = view.op.offsets[view.type.contiguous_axis]
+            if power_of_two(offset, op) * view.type.dtype.bytes % TMA_ALIGNMENT:
+                return False
+        view = view.op.view
+    return True
 
 
 def _inverse(perm: tuple[int, ...]) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ def may_update(op: Atomic, target: Target, uses: dict[Value, list[Operation]]) -
     view, tile = op.view.type, op.value.type
     assert isinstance(view, ViewType) and isinstance(tile, TileType)
     kind = tile.dtype.name in BULK_UPDATES.get(op.fn, ()) and op.order == "relaxed" and not op.indices
-    fits = tile.rank == 2 and view.contiguous_axis == 1 and bulk_copyable(op.view, target)
+    fits = tile.rank == 2 and view.contiguous_axis == 1 and bulk_copyable(op, target)
     return kind and fits and not uses.get(op.result)
 
 
@@ -119,7 +119,7 @@ def may_stage(store: Store | Put, target: Target) -> bool:
     """Whether a store of a role may go through a slot; its layout decides in the end."""
     view, tile = store.view.type, store.value.type
     assert isinstance(view, ViewType) and isinstance(tile, TileType)
-    return tile.rank == 2 and view.contiguous_axis == 1 and bulk_copyable(store.view, target)
+    return tile.rank == 2 and view.contiguous_axis == 1 and bulk_copyable(store, target)
 
 
 def run_bytes(tile: TileType) -> int:

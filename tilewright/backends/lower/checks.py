@@ -10,8 +10,8 @@ from tilewright.backends.lower.memory import run_if
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import check_ops
 from tilewright.ir.async_ops import Role
-from tilewright.ir.core import Operation, Region, Value
-from tilewright.ir.tile_ops import Binary, Compare, Constant, For
+from tilewright.ir.core import Operation, Region
+from tilewright.ir.tile_ops import For
 from tilewright.ir.types import DType, TileType, element_type, f32, f64, i1, i32, i64
 
 _CONVERSION = {"i64": "%lld", "f64": "%g", "f32": "%g"}
@@ -72,24 +72,10 @@ def lower_assert(lw: Lowering, op: check_ops.Assert) -> None:
 def lower_assume(lw: Lowering, op: check_ops.Assume) -> None:
     condition = lw.scalar(op.condition)
     lw.fb.intrinsic("llvm.assume", None, [condition])
-    fact = _divisibility(op.condition)
+    fact = check_ops.promised_multiple(op.condition)
     if fact is not None and _always_runs(lw, op):
         value, divisor = fact
         lw.assume_multiple(lw.scalar(value), divisor)
-
-
-def _divisibility(condition: Value) -> tuple[Value, int] | None:
-    """(v, c) of ``v % c == 0``."""
-    compare = condition.op
-    if not isinstance(compare, Compare) or compare.fn != "eq":
-        return None
-    for side, other in ((compare.lhs, compare.rhs), (compare.rhs, compare.lhs)):
-        rest, zero = side.op, other.op
-        if isinstance(rest, Binary) and rest.fn == "mod" and isinstance(zero, Constant) and zero.value == 0:
-            divisor = rest.rhs.op
-            if isinstance(divisor, Constant) and isinstance(divisor.value, int) and divisor.value > 0:
-                return rest.lhs, divisor.value
-    return None
 
 
 def _always_runs(lw: Lowering, op: Operation) -> bool:

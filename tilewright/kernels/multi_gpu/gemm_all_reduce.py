@@ -9,7 +9,7 @@ import numpy as np
 import tilewright as tw
 from tilewright.kernels.gemm import configuration, product
 from tilewright.kernels.multi_gpu import copy_engine
-from tilewright.kernels.multi_gpu.gemm_reduce_scatter import send_or_add
+from tilewright.kernels.multi_gpu.gemm_reduce_scatter import multiple, send_or_add
 from tilewright.kernels.multi_gpu.workspace import flags, own, share, symmetric
 
 #: up to so many elements of c each rank sends its whole product to every other one, which takes one hop instead of two
@@ -28,6 +28,7 @@ def gemm_all_reduce(
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
+    MULTIPLE: tw.constexpr = 1,
 ) -> None:
     """``c``: the sum over ranks of ``a @ b``, rows summed by their owner. Grid: (cdiv(R, BM), cdiv(N, BN), world + 1).
 
@@ -38,6 +39,7 @@ def gemm_all_reduce(
     m, n, step = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     me, world = tw.rank(), tw.world_size()
     owner = (me + 1 + step) % world
+    tw.assume(parts.shape[1] % MULTIPLE == 0)
     if step < world:
         acc = product(a.offset(owner * parts.shape[1], 0), b, m, n, BM, BN, BK)
         total = send_or_add(acc, parts, sent, m, n, owner).to(c.dtype)
@@ -109,6 +111,7 @@ def gemm_ar(
     tiles = tw.cdiv(each, meta["BM"]), tw.cdiv(columns, meta["BN"])
     parts = symmetric(world, "gemm_rs", (size, each, columns), c.dtype)
     sent, done = flags(world, "gemm_rs", (size, *tiles)), flags(world, "gemm_ar", (*tiles, size))
+    meta = {"MULTIPLE": multiple(each), **meta}
     world.launch(gemm_all_reduce, (*tiles, size + 1), a, b, parts, sent, c, done, **meta)
 
 

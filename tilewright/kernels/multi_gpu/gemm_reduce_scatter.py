@@ -11,6 +11,9 @@ from tilewright.kernels.gemm import configuration, product
 from tilewright.kernels.multi_gpu import copy_engine
 from tilewright.kernels.multi_gpu.workspace import flags, own, share, symmetric
 
+#: elements of 16 bits that the copy engine's lines begin at a multiple of
+LINE = 8
+
 
 @tw.function
 def send_or_add(acc: Any, parts: Any, sent: Any, m: Any, n: Any, owner: Any) -> Any:
@@ -43,15 +46,18 @@ def gemm_reduce_scatter(
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
+    MULTIPLE: tw.constexpr = 1,
 ) -> None:
     """``c``: this rank's rows of the sum over ranks of ``a @ b``. Grid: (cdiv(R, BM), cdiv(N, BN), world).
 
     a (M, K) and b (K, N) with the rank's part of K, R = cdiv(M, world), c (up to R, N): rows from rank * R on.
     ``parts`` (world, R, N) gets what the peers send, in its dtype; ``sent`` (world, cdiv(R, BM), cdiv(N, BN)) flags.
     Peers' rows come first, own rows last, when all has arrived. Sums in float32, in an order that does not change.
+    R is a multiple of ``MULTIPLE``; the copy engine takes an ``a`` with contiguous columns where it is 8.
     """
     m, n = tw.program_id(0), tw.program_id(1)
     owner = (tw.rank() + 1 + tw.program_id(2)) % tw.world_size()
+    tw.assume(parts.shape[1] % MULTIPLE == 0)
     acc = product(a.offset(owner * parts.shape[1], 0), b, m, n, BM, BN, BK)
     total = send_or_add(acc, parts, sent, m, n, owner)
     if owner == tw.rank():
@@ -69,6 +75,7 @@ def gemm_reduce_scatter_any_order(
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
+    MULTIPLE: tw.constexpr = 1,
 ) -> None:
     """The same, where peers add to ``sums`` (R, N), which is zero before: less memory, but the rounding may differ.
 
@@ -77,6 +84,7 @@ def gemm_reduce_scatter_any_order(
     m, n = tw.program_id(0), tw.program_id(1)
     me = tw.rank()
     owner = (me + 1 + tw.program_id(2)) % tw.world_size()
+    tw.assume(sums.shape[0] % MULTIPLE == 0)
     acc = product(a.offset(owner * sums.shape[0], 0), b, m, n, BM, BN, BK)
     if owner != me:
         token = tw.reduce_put(sums.peer(owner), (m, n), acc.to(sums.dtype))
@@ -108,8 +116,8 @@ def gemm_rs(
     if copies or (copies is None and not any_order and not meta and copy_engine.pays(rows, columns, size)):
         copy_engine.gemm_reduce_scatter(world, a, b, c, **meta)
         return
-    meta = {**configuration(rows, columns), **meta}
     each = share(rows, size)
+    meta = {**configuration(rows, columns), "MULTIPLE": multiple(each), **meta}
     tiles = tw.cdiv(each, meta["BM"]), tw.cdiv(columns, meta["BN"])
     if any_order:
         sums = symmetric(world, "gemm_rs", (each, columns), "float32")
@@ -120,6 +128,11 @@ def gemm_rs(
     parts = symmetric(world, "gemm_rs", (size, each, columns), own(c).dtype)
     sent = flags(world, "gemm_rs", (size, *tiles))
     world.launch(gemm_reduce_scatter, (*tiles, size), a, b, parts, sent, c, **meta)
+
+
+def multiple(rows: int) -> int:
+    """``MULTIPLE`` for parts of so many rows: what the copy engine asks for, or nothing."""
+    return LINE if rows % LINE == 0 else 1
 
 
 def reference(a: list[np.ndarray[Any, Any]], b: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:

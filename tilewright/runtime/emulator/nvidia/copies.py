@@ -268,6 +268,13 @@ def _checked_map(state: State, warp: int, rank: int, values: dict[str, int]) -> 
     place = shared_place(values["shared"])
     if place % 128:
         state.fault(f"a tensor copy needs shared memory aligned to 128 bytes, not {place}", warp=warp)
+    first = values["c0"] * map_.dtype.itemsize
+    if first % 16:
+        state.fault(
+            f"a tensor copy begins {first} bytes into the innermost dimension, no multiple of 16: an illegal "
+            "instruction on a GPU",
+            warp=warp,
+        )
     return map_, tuple(values[f"c{axis}"] for axis in range(rank))
 
 
