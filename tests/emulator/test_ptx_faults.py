@@ -61,20 +61,28 @@ def test_faults(message: str) -> None:
 
 
 def tensor_load(
-    place: str = "%sm+128", rank: int = 2, at: int | None = None, junk: bool = False, rows: int = 8, column: int = 0
+    place: str = "%sm+128",
+    rank: int = 2,
+    at: int | None = None,
+    junk: bool = False,
+    rows: int = 8,
+    column: int = 0,
+    outside: str = "",
 ) -> None:
     """Load a box of 4 x 16 bytes of an 8 x 16 tensor through a map, to ``place`` in shared memory.
 
     ``at``: the address of the map, ``junk``: bytes that are none, ``rows``: of the tensor as the map has it,
-    ``column``: where the box begins.
+    ``column``: where the box begins, ``outside``: what comes before the use of a map in global memory.
     """
     memory = GlobalMemory()
     data = memory.allocate(np.zeros((8, 16), np.uint8), "data")
     map_ = encode_tensor_map("UINT8", data, (16, rows), (16,), (16, 4))
+    if outside:
+        at = memory.allocate(np.frombuffer(map_, np.uint8), "map")
     places = ", ".join(f"%c{axis}" for axis in range(rank))
     body = f"""
     .reg .b32 %c<3>, %to; .reg .b64 %m; mov.b32 %c0, {column}; mov.b32 %c1, {rows - 4}; mov.b32 %c2, 0; {BARRIER}
-    {"mov.b64 %m, map; cvta.param.u64 %m, %m;" if at is None else f"mov.b64 %m, {at};"}
+    {"mov.b64 %m, map; cvta.param.u64 %m, %m;" if at is None else f"mov.b64 %m, {at};"} {outside}
     add.u32 %to, {place.replace("+", ", ")};
     mbarrier.arrive.expect_tx.shared::cta.b64 _, [%sm], 64;
     cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes [%to], [%m, {{{places}}}], [%sm];
@@ -88,12 +96,14 @@ def tensor_load(
 def test_tensor_maps() -> None:
     tensor_load()
     tensor_load(column=-16)
+    tensor_load(outside="fence.proxy.tensormap::generic.acquire.sys [%m], 128;")
     for options, message in (
         ({"at": 96}, "no tensor map at 0x60"),
         ({"junk": True}, "is no tensor map"),
         ({"rows": 16}, "the tensor of the map does not lie in one allocation"),
         ({"rank": 3}, "a copy of 3 dimensions with a tensor map of 2"),
         ({"place": "%sm+144"}, "aligned to 128 bytes, not 1168"),
+        ({"outside": "fence.proxy.async;"}, "no fence.proxy.tensormap in the block before it uses the tensor map"),
         ({"column": 8}, "begins 8 bytes into the innermost dimension, no multiple of 16"),
     ):
         with pytest.raises(EmulatorFault, match=message):

@@ -107,6 +107,11 @@ def fence_async_proxy(fb: FunctionBuilder, space: str = "shared::cta") -> None:
     emit(fb, f"fence.proxy.async.{space};")
 
 
+def acquire_tensor_map(fb: FunctionBuilder, tensor_map: mlir.Value) -> None:
+    """``fence.proxy.tensormap``: what wrote a tensor map in global memory comes before its use by the block."""
+    emit(fb, "fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l", [tensor_map])
+
+
 def block_barrier(fb: FunctionBuilder) -> None:
     """``bar.sync 0``: all threads of the block meet."""
     emit(fb, "bar.sync 0;")

@@ -20,7 +20,7 @@ from tilewright.ir.async_ops import Acquire, Await, Barrier, Copy, Fence, LocalL
 from tilewright.ir.core import Value
 from tilewright.ir.types import RingType, SlotType, TokenType
 
-BARRIER_BYTES = 8
+BARRIER_BYTES, TENSOR_MAP_BYTES = 8, 128
 
 RING_LOWERINGS: Table = {}
 
@@ -66,10 +66,21 @@ def _initialise(lw: Lowering, rings: list[RingRef]) -> None:
                 ptx.init_barrier(fb, fb.add(ring.base, place * BARRIER_BYTES), arrivals)
         ptx.fence_barrier_init(fb)
         ptx.fence_async_proxy(fb)
+        _acquire_maps(lw)
     if any(ring.ctas > 1 for ring in rings):
         ptx.cluster_barrier(fb, release=False)
     else:
         ptx.block_barrier(fb)
+
+
+def _acquire_maps(lw: Lowering) -> None:
+    """Maps of all ranks' tensors lie in global memory: each block needs a fence (CUDA C++ Programming Guide, TMA)."""
+    for param, maps in zip(lw.entry.abi.tensor_maps, lw.entry.tensor_maps, strict=True):
+        if param.peers:
+            assert lw.entry.world is not None, "kernels that know no other ranks have no maps of theirs"
+            with lw.fb.for_loop(0, lw.entry.world.size, 1, unroll=False) as loop:
+                place = lw.index.mul(lw.index.wide(loop.index), TENSOR_MAP_BYTES)
+                ptx.acquire_tensor_map(lw.fb, lw.fb.gep(maps, lw.index.value(place, 64)))
 
 
 # --- where a count leads --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tilewright.backends.lower.memory import run_if
 from tilewright.backends.lower.views import index_operand
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import cp_async, ptx
-from tilewright.backends.nvidia.rings import announce, engine_alone, full_barrier, is_engine, ring
+from tilewright.backends.nvidia.rings import TENSOR_MAP_BYTES, announce, engine_alone, full_barrier, is_engine, ring
 from tilewright.backends.nvidia.state import WARPGROUP_WARPS, leader, state, warpgroup_index, warpgroup_leader
 from tilewright.backends.nvidia.thread_copies import copy_by_threads
 from tilewright.ir.abi import TensorMapParam
@@ -29,7 +29,7 @@ from tilewright.ir.layout import SharedLayout
 from tilewright.ir.tile_ops import OffsetView, PermuteView, Subview
 from tilewright.ir.types import SlotType, TokenType, ViewType
 
-MOST_BOX, TENSOR_MAP_BYTES = 256, 128
+MOST_BOX = 256
 
 TMA_LOWERINGS: Table = {}
 

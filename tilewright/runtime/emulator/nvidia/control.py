@@ -18,7 +18,7 @@ from tilewright.runtime.emulator.nvidia.clusters import complete
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.launch import NamedBarrier
 from tilewright.runtime.emulator.nvidia.mbarrier import publish
-from tilewright.runtime.emulator.nvidia.operands import dest, integer, source
+from tilewright.runtime.emulator.nvidia.operands import address, dest, integer, source
 from tilewright.runtime.emulator.nvidia.ordering import ASYNC_GLOBAL, ASYNC_SHARED, SCOPES
 from tilewright.runtime.emulator.nvidia.registry import Execute, instruction
 from tilewright.runtime.emulator.nvidia.spaces import LOCAL_WINDOW
@@ -108,6 +108,19 @@ def _sleep(inst: Instruction) -> Execute:
 # --- fences ----------------------------------------------------------------------------------------
 
 
+def _acquire_maps(inst: Instruction) -> Execute:
+    """What lies at an address is known to be a tensor map, in the block of the thread."""
+    place = address(inst, inst.operands[0])
+
+    def execute(state: State) -> None:
+        found = np.broadcast_to(place(state), state.lanes.shape)
+        for row, warp in enumerate(state.selected().tolist()):
+            block = int(state.block[warp])
+            state.launch.acquired_maps.update((block, int(at)) for at in found[row][state.lanes[row]])
+
+    return execute
+
+
 @instruction("fence", "membar")
 def _fence(inst: Instruction) -> Execute:
     """Memory is coherent here at all times: fences matter to the checks alone."""
@@ -122,6 +135,8 @@ def _fence(inst: Instruction) -> Execute:
             raise Problem(f"the modifier .{word} is not implemented")
     if "mbarrier_init" in words:
         return _publish_barriers
+    if "tensormap::generic" in words and "acquire" in words:
+        return _acquire_maps(inst)
     if "proxy" in words:
         return _proxy_fence(words) if "async" in words else lambda state: None
     scope = SCOPES[next((word for word in words if word in SCOPES), "sys")]

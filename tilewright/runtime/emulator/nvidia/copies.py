@@ -190,6 +190,10 @@ def _read_map(state: State, warp: int, address: int) -> TensorMap:
     found = decode_tensor_map(memory.data[offset : offset + 128].tobytes())
     if found is None:
         state.fault(f"what lies at {address:#x} is no tensor map", warp=warp)
+    launch = state.launch
+    parameters = range(launch.param_address, launch.param_address + launch.kernel.param_bytes)
+    if address not in parameters and (int(state.block[warp]), address) not in launch.acquired_maps:
+        state.fault(f"no fence.proxy.tensormap in the block before it uses the tensor map at {address:#x}", warp=warp)
     return found
 
 

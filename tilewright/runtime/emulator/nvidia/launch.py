@@ -175,6 +175,8 @@ class Launch:
         self.effects = 0
         #: mbarriers by (block, address)
         self.barriers: dict[tuple[int, int], Barrier] = {}
+        #: (block, address) of tensor maps in global memory behind a fence of the block
+        self.acquired_maps: set[tuple[int, int]] = set()
         self.named: dict[tuple[int, int], NamedBarrier] = {}
         #: copies into shared memory that have not landed, oldest first
         self.copies: list[Work] = []
