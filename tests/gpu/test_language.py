@@ -107,9 +107,11 @@ def product_behind(a: tw.Tensor, b: tw.Tensor, c: tw.Tensor, first: tw.int32):
 
 
 @pytest.mark.parametrize("first", [0, 4, 8, 13, 36])
-def test_products_begin_anywhere(first):
+def test_products_begin_and_end_anywhere(first):
     """The copy engine stops a GPU with an illegal instruction where lines begin at no multiple of 16 bytes."""
     a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((64, 72), (96, 64)))
-    c = torch.empty(64, 64, device="cuda")
-    product_behind[(1,)](a, b, c, first)
-    torch.testing.assert_close(c, a[:, first:].float() @ b[: 72 - first].float(), rtol=1e-4, atol=1e-4)
+    whole = torch.full((64, 64), 7.0, device="cuda")
+    product_behind[(1,)](a, b, whole[:, :61], first)
+    exact = a[:, first:].float() @ b[: 72 - first, :61].float()
+    torch.testing.assert_close(whole[:, :61], exact, rtol=1e-4, atol=1e-4)
+    assert (whole[:, 61:] == 7).all(), "it writes 16 bytes at once, also behind the end of a line"

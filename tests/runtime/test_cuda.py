@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,6 +174,13 @@ def test_a_tensor_that_does_not_fit_is_named(
     with pytest.raises(ArgumentError, match=text):
         device.launch(function, kernel(MATRIX), 1, [argument])
     assert driver.named("cuLaunchKernel") == []
+
+
+def test_what_the_copy_engine_writes_has_whole_lines(device: CudaDevice, function: cuda.CudaFunction) -> None:
+    abi = kernel(replace(MATRIX, whole_lines=True))
+    device.launch(function, abi, 1, [pointer(shape=(64, 32), strides=(64, 1))])
+    with pytest.raises(ArgumentError, match="lines of 33 elements are no multiple of the 16 bytes"):
+        device.launch(function, abi, 1, [pointer(shape=(64, 33), strides=(64, 1))])
 
 
 def test_static_dimensions_must_match(device: CudaDevice, function: cuda.CudaFunction) -> None:

@@ -13,14 +13,14 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilewright.compiler.arrays import give_back, host_array, view_type, where
+from tilewright.compiler.arrays import give_back, host_array, tensor_view, view_type, where
 from tilewright.compiler.environment import INTERPRET
 from tilewright.compiler.errors import ExecutionError
 from tilewright.compiler.options import CompileOptions
@@ -28,9 +28,10 @@ from tilewright.compiler.recording import launch_table, recordings
 from tilewright.frontend.arguments import BoundArguments, bind_arguments
 from tilewright.frontend.errors import ArgumentError, suggestion
 from tilewright.frontend.promotion import fits
+from tilewright.ir.abi import TensorParam
 from tilewright.ir.core import UNKNOWN, Function, IRError
 from tilewright.runtime import native
-from tilewright.runtime.arguments import Viewed
+from tilewright.runtime.arguments import Viewed, breaks_lines
 from tilewright.runtime.device import Device, open_device
 from tilewright.runtime.errors import DeviceError
 
@@ -274,13 +275,28 @@ def make_plan(kernel: Kernel, device: str | None, args: tuple[Any, ...], kwargs:
         starter = _interpreter(kernel, bound, names, from_gpu=INTERPRET.get())
     else:
         opened = open_device(place)
-        types = bound.types({name: view_type(value, name) for name, value in bound.tensors.items()})
-        artifact = kernel.artifact(types, opened.target, options)
+        artifact = _artifact(kernel, bound, opened.target, options)
         starter = partial(artifact.launch, opened)
     positions = {name: i for i, name in enumerate(kernel.positional_names[: len(args)])}
     sources = tuple(positions.get(name, name if name in kwargs else None) for name in names)
     defaults = tuple(bound.scalars.get(name) for name in names)
     return Plan(bound.constexprs, sources, defaults, starter, artifact, opened)
+
+
+def _artifact(kernel: Kernel, bound: BoundArguments, target: str, options: CompileOptions) -> Artifact:
+    """The artifact for the types of the arguments, as aligned as they are, if it may write to them so."""
+    views = {name: view_type(value, name) for name, value in bound.tensors.items()}
+    artifact = kernel.artifact(bound.types(views), target, options)
+    broken = [
+        p.name
+        for p in artifact.abi.params
+        if isinstance(p, TensorParam) and breaks_lines(p, tensor_view(bound.tensors[p.name], p.name))
+    ]
+    if not broken:
+        return artifact
+    for name in broken:
+        views[name] = replace(views[name], align=views[name].dtype.bytes)
+    return kernel.artifact(bound.types(views), target, options)
 
 
 def _interpreter(kernel: Kernel, bound: BoundArguments, names: list[str], from_gpu: bool) -> Starter:

@@ -83,6 +83,9 @@ class TensorParam:
     symmetric: bool = False
     #: (2, ...), of which launches use the halves in turn
     turns: bool = False
+    #: the copy engine writes it, in pieces of 16 bytes: lines of the contiguous dimension have a whole number of them,
+    #: or what follows a line would be overwritten
+    whole_lines: bool = False
 
 
 @dataclass(frozen=True)

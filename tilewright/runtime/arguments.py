@@ -23,6 +23,8 @@ from tilewright.runtime.peers import Endpoint, SymmetricPlace
 INT32_MAX = 2**31 - 1
 #: CUtensorMap: size and alignment of the value, in bytes
 TENSOR_MAP_BYTES, TENSOR_MAP_ALIGN = 128, 64
+#: bytes that the copy engine writes at once
+LINE_PIECE = 16
 
 _ALIASES = {
     "bool": "i1",
@@ -209,6 +211,11 @@ def check_tensor(param: TensorParam, view: TensorView, ordinal: int | None = Non
     if 0 not in view.shape:
         _check_strides(param, view)
         _check_alignment(param, view)
+        if breaks_lines(param, view):
+            raise ArgumentError(
+                f"Argument '{param.name}': lines of {_line(param, view)} elements are no multiple of the {LINE_PIECE} "
+                "bytes that the kernel writes at once. Compile for an alignment of one element, or pass whole lines."
+            )
 
 
 def _check_turns(param: TensorParam, view: TensorView) -> None:
@@ -284,6 +291,16 @@ def _check_alignment(param: TensorParam, view: TensorView) -> None:
                 f"Argument '{param.name}': dimension {axis} has a stride of {view.strides[axis]} elements, {step} "
                 f"bytes, no multiple of the {param.alignment} bytes that the kernel was compiled for."
             )
+
+
+def breaks_lines(param: TensorParam, view: TensorView) -> bool:
+    """Whether the copy engine would write behind the ends of a tensor's lines."""
+    return param.whole_lines and _line(param, view) * DTYPES[param.dtype].bytes % LINE_PIECE != 0
+
+
+def _line(param: TensorParam, view: TensorView) -> int:
+    """Elements of a line."""
+    return view.shape[param.strides.index(1)]
 
 
 # -- packing -------------------------------------------------------------------------------------

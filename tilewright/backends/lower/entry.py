@@ -12,8 +12,8 @@ from tilewright.backends.lower.target_ops import TargetOps
 from tilewright.backends.mlir_builder import FunctionBuilder, Module
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
-from tilewright.ir.async_ops import AsyncDot, Role
-from tilewright.ir.comm_ops import takes_turns
+from tilewright.ir.async_ops import AsyncDot, BulkStore, Role
+from tilewright.ir.comm_ops import takes_turns, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot
@@ -90,9 +90,10 @@ def declare_kernel(
 ) -> KernelEntry:
     """Begin the kernel's LLVM function and lower its parameters. ``llvm_attributes``: for LLVM's own target (AMD)."""
     threads, uses = block_threads(function, target), uses_of(function.body)
+    copied = {view_root(op.view) for op in function.walk() if isinstance(op, BulkStore)}
     abi = KernelABI(
         name=name or function.name,
-        params=tuple(_abi_param(p, uses) for p in function.params),
+        params=tuple(_abi_param(p, uses, p in copied) for p in function.params),
         threads=threads,
         shared_bytes=int(function.attributes.get("shared_bytes", 0)),
         tensor_maps=tuple(tensor_maps),
@@ -133,12 +134,12 @@ def _cluster(function: Function) -> tuple[int, int, int]:
 # --- parameters -----------------------------------------------------------------------------------
 
 
-def _abi_param(param: Value, uses: dict[Value, list[Operation]]) -> TensorParam | ScalarParam:
+def _abi_param(param: Value, uses: dict[Value, list[Operation]], copied: bool) -> TensorParam | ScalarParam:
     type_ = param.type
     if isinstance(type_, ViewType):
         turns = type_.symmetric and takes_turns(param, uses)
         return TensorParam(
-            param.hint, str(type_.dtype), type_.shape, type_.strides, type_.align, type_.symmetric, turns
+            param.hint, str(type_.dtype), type_.shape, type_.strides, type_.align, type_.symmetric, turns, copied
         )
     if isinstance(type_, ScalarType):
         return ScalarParam(param.hint, str(type_.dtype))

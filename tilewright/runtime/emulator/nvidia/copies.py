@@ -333,6 +333,12 @@ def _tensor_store(inst: Instruction, rank: int, function: str | None) -> Execute
     def execute(state: State) -> None:
         for warp, lane, values in operands.rows(state):
             map_, start = _checked_map(state, warp, rank, values)
+            line = map_.dims[0] * map_.dtype.itemsize
+            if line % 16 and 0 <= start[0] < map_.dims[0] < start[0] + map_.box[0]:
+                state.fault(
+                    f"a tensor copy stores to the end of lines of {line} bytes; a GPU goes on to a multiple of 16",
+                    warp=warp,
+                )
 
             def write(data: Array, map_: TensorMap = map_, start: tuple[int, ...] = start, warp: int = warp) -> None:
                 found = _view(state, map_, start, warp)
