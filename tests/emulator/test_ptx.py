@@ -143,6 +143,21 @@ def test_vectors_bytes_and_state_spaces() -> None:
     np.testing.assert_array_equal(got[:, 2:].copy().view(np.uint16), halves[:, [7, 6, 5, 4]])
 
 
+def test_bytes_that_nobody_uses_may_lie_behind_an_array() -> None:
+    """LLVM widens the load of five bytes, and says so in a pragma."""
+    body = """
+    .reg .b32 %r<2>; .pragma "used_bytes_mask 0x1f";
+    ld.global.v2.b32 {%r0, %r1}, [%ptr0];
+    st.global.b8 [%ptr0], %r1;
+    """
+    five = np.arange(5, dtype=np.uint8)
+    assert run(body, [five], threads=1)[0].tolist() == [4, 1, 2, 3, 4]
+    with pytest.raises(EmulatorFault, match="outside any allocation"):
+        run(body.replace("0x1f", "0x3f"), [five], threads=1)
+    with pytest.raises(EmulatorFault, match="never written"):
+        run(body.replace('.pragma "used_bytes_mask 0x1f";', ""), [five], threads=1)
+
+
 def test_parameters_and_module_variables() -> None:
     ptx = legal("""
 .version 8.0

@@ -155,7 +155,10 @@ def _load(inst: Instruction) -> Execute:
     if len(writes) != count:
         raise Problem(f"loads {count} elements into {len(writes)} registers")
     where, size = address(inst, inst.operands[1]), type_.bytes * count
-    used = used_lanes(inst)
+    used, mask = used_lanes(inst), inst.used_bytes
+    needed = type_.bytes if mask is None else mask.bit_length()
+    element = (1 << type_.bytes) - 1
+    unused = np.array([mask is None or not mask >> i * type_.bytes & element for i in range(count)])
 
     def execute(state: State) -> None:
         at = where(state)
@@ -166,7 +169,7 @@ def _load(inst: Instruction) -> Execute:
         behind = None
         for part, lanes, local in _placed(state, space, at):
             with state.restricted(lanes):
-                data, offsets = _bytes(state, part, local, size, "load", type_.bytes)
+                data, offsets = _bytes(state, part, local, size, "load", needed)
                 if not offsets.size:
                     continue
                 loaded = gather(data, offsets, type_, count)
@@ -178,14 +181,14 @@ def _load(inst: Instruction) -> Execute:
                     missing = beyond(state, offsets, type_.bytes, count)
                     if missing is not None:
                         behind = np.zeros(values.shape, np.bool_)
-                        behind[lanes] = missing
+                        behind[lanes] = missing & unused
                 if part in ("shared", "local"):
                     bad = _unwritten(state, part, offsets, size, how.strength)
                     if bad is not None:
                         undefined = np.zeros(lanes.shape, np.bool_) if undefined is None else undefined
                         undefined[lanes] = bad
                 if part == "global":
-                    _note_load(state, offsets, size if behind is None else type_.bytes, how, used)
+                    _note_load(state, offsets, size if behind is None and mask is None else needed, how, used)
                 _note_order(state, part, offsets, how, reads=True, writes=False)
         if undefined is not None:
             state.add_taint(undefined)

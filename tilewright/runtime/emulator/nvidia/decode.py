@@ -44,6 +44,8 @@ class Instruction:
     #: reads the membermask of an instruction that only some lanes of a warp gather for
     membermask: Callable[[State], Array] | None = None
     execute: Execute | None = None
+    #: a bit for each byte of a load that matters, where not all do
+    used_bytes: int | None = None
 
     def flag(self, name: str) -> bool:
         """Take a modifier; whether it was there."""
@@ -178,7 +180,7 @@ def _bind(kernel: Kernel, module: Text, statement: Statement) -> str | None:
     inst = Instruction(
         name, modifiers, statement.operands, statement.text, statement.line, _source(module, statement), kernel
     )
-    inst.ends_run, inst.gathers = row.ends_run, row.gathers
+    inst.ends_run, inst.gathers, inst.used_bytes = row.ends_run, row.gathers, statement.used_bytes
     try:
         _bind_guard(inst, statement)
         inst.execute = row.binder(inst)

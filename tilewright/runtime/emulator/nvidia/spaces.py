@@ -52,7 +52,7 @@ def global_offsets(state: State, address: Array, size: int, needed: int | Array 
     """Checked offsets into the bytes of global memory, of the active lanes (one-dimensional).
 
     Only the first ``needed`` bytes of each access must lie in an allocation (0: all). LLVM widens
-    vector loads within their alignment, where memory is there but no value: see `beyond`.
+    loads within their alignment, where memory is there but no value: see `beyond` and the pragma ``used_bytes_mask``.
     """
     state.require_defined("an address")
     check_alignment(state, address, size, "global access")

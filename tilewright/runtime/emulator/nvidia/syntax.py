@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tilewright.runtime.emulator.errors import DecodeError
 
@@ -89,7 +89,7 @@ Operand = Name | Number | Group | Memory | Pair | Negated
 
 @dataclass(frozen=True)
 class Statement:
-    """One instruction as written. ``guard``: (predicate's name, negated)."""
+    """One instruction as written. ``guard``: (predicate's name, negated). ``used_bytes``: the pragma of a load."""
 
     opcode: str
     operands: tuple[Operand, ...]
@@ -98,6 +98,8 @@ class Statement:
     line: int
     #: (file number, line, column) of the last ``.loc``
     location: tuple[int, int, int] | None
+    #: a bit for each loaded byte that matters, where not all do
+    used_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -399,6 +401,7 @@ class _Body:
         self.parser, self.entry = parser, entry
         self.scopes: list[dict[str, str]] = [{}]
         self.location: tuple[int, int, int] | None = None
+        self.used_bytes: int | None = None
         self.count = 0
         #: labels are seen after their uses: (scope chain) per statement
         self.chains: list[list[dict[str, str]]] = []
@@ -449,10 +452,20 @@ class _Body:
             self.entry.variables.append(
                 Variable(unique, space, variable.size, variable.align, variable.element, variable.initial)
             )
-        elif token.text in (".pragma", ".branchtargets", ".callprototype", ".calltargets"):
+        elif token.text == ".pragma":
+            self._pragma()
+        elif token.text in (".branchtargets", ".callprototype", ".calltargets"):
             parser._skip_to(";")
         else:
             raise DecodeError(f"line {token.line}: unknown directive {token.text!r}")
+
+    def _pragma(self) -> None:
+        """Chapter 12: ``used_bytes_mask`` speaks of the load behind it; others tune the assembler."""
+        parser = self.parser
+        while (token := parser._next()).text != ";":
+            words = token.text.strip('"').split()
+            if len(words) == 2 and words[0] == "used_bytes_mask":
+                self.used_bytes = int(words[1], 0)
 
     def _registers(self) -> None:
         parser = self.parser
@@ -488,7 +501,10 @@ class _Body:
                 raise DecodeError(f"line {token.line}: expected ',' or ';', found {token.text!r}")
         end = parser._expect(";")
         text = " ".join(parser.source[start.at : end.at + 1].split())
-        self.entry.statements.append(Statement(opcode.text, tuple(operands), guard, text, opcode.line, self.location))
+        self.entry.statements.append(
+            Statement(opcode.text, tuple(operands), guard, text, opcode.line, self.location, self.used_bytes)
+        )
+        self.used_bytes = None
         self.chains.append(self.scopes)
 
     def _rename(self) -> None:
@@ -498,9 +514,7 @@ class _Body:
                 continue
             guard = statement.guard and (_lookup(chain, statement.guard[0]), statement.guard[1])
             operands = tuple(_renamed(operand, chain) for operand in statement.operands)
-            self.entry.statements[index] = Statement(
-                statement.opcode, operands, guard, statement.text, statement.line, statement.location
-            )
+            self.entry.statements[index] = replace(statement, operands=operands, guard=guard)
 
 
 def _lookup(chain: list[dict[str, str]], name: str) -> str:
