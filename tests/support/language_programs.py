@@ -377,6 +377,19 @@ for _name, _a, _b, _axis in (
     )  # fmt: skip
 
 
+@tw.kernel
+def reshaped(x: tw.Tensor, y: tw.Tensor, *, SHAPE: tw.constexpr, OTHER: tw.constexpr):
+    tw.store(y, (0, 0), tw.load(x, (0, 0), SHAPE).reshape(OTHER))
+
+
+for _name, _a, _b in (("bf16", (256, 5), (5, 256)), ("i1", (7, 5), (5, 7))):  # no layout of one is one of the other
+    add(
+        f"reshape-{_name}-{_a[0]}x{_a[1]}", reshaped,
+        lambda n=_name, a=_a, b=_b: [numbers(n, *a), blank(n, *b)],
+        lambda x, y: (None, x.reshape(y.shape)), SHAPE=_a, OTHER=_b, slack=0,
+    )  # fmt: skip
+
+
 # --- gather and scatter ---------------------------------------------------------------------------------
 
 

@@ -7,11 +7,12 @@ lay the data out as described here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from tilewright.ir.core import IRError, Operation
 from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import ConversionPlan, LinearLayout, plan_conversion
-from tilewright.ir.tile_ops import Convert, Reduce, Scan
+from tilewright.ir.tile_ops import Convert, Reduce, Reshape, Scan
 from tilewright.ir.types import DType, ScalarType, TileType, Type
 
 #: what the scratch of any operation is aligned to
@@ -26,6 +27,8 @@ def scratch_bytes(op: Operation) -> int:
         return _reduce_bytes(op)
     if isinstance(op, Convert):
         return convert_plan(op).scratch_bytes
+    if isinstance(op, Reshape):
+        return _reshape_bytes(op)
     if isinstance(op, Scan):
         return _scan_bytes(op)
     if isinstance(op, Atomic):
@@ -126,7 +129,7 @@ def _atomic_bytes(op: Atomic) -> int:
 
 def _source_layout(op: Operation, type_: Type) -> tuple[LinearLayout, DType]:
     if not isinstance(type_, TileType) or type_.layout is None:
-        raise IRError(f"'{op.name}': the source has no layout", op.loc)
+        raise IRError(f"'{op.name}': a tile has no layout", op.loc)
     return type_.layout, type_.dtype
 
 
@@ -143,7 +146,25 @@ def convert_plan(op: Convert) -> ConversionPlan:
     return plan_conversion(source.layout, result.layout, max(8, source.dtype.bits), banks)
 
 
+# --- reshapes -------------------------------------------------------------------------------------
+
+
+def renames_registers(source: LinearLayout, result: LinearLayout) -> bool:
+    """Whether every thread holds the elements of a reshape's result already, as its source."""
+    try:
+        return source.reshape(result.tile_shape).register_permutation(result) is not None
+    except ValueError:
+        return False
+
+
+def _reshape_bytes(op: Reshape) -> int:
+    """The tile, row-major; bools take a byte each."""
+    layout, dtype = _source_layout(op, op.source.type)
+    result, _ = _source_layout(op, op.result.type)
+    return 0 if renames_registers(layout, result) else prod(layout.tile_shape) * dtype.bytes
+
+
 __all__ = [
     "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_plan", "distinct_totals",
-    "scan_bits", "scratch_bytes",
+    "renames_registers", "scan_bits", "scratch_bytes",
 ]  # fmt: skip

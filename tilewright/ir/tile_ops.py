@@ -103,9 +103,14 @@ class Broadcast(Operation):
 
 @operation("tile.reshape")
 class Reshape(Operation):
-    """The same elements in row-major order under another shape."""
+    """The same elements in row-major order under another shape.
+
+    ``scratch`` (bytes, set by the shared-memory plan) is where threads pass elements on between layouts of which
+    neither follows from the other.
+    """
 
     source: Value = operand()
+    scratch: int | None = attribute(default=None)
 
     def verify(self) -> None:
         self.require(tile_of(self.source).size == tile_of(self.result).size, "keeps the number of elements")

@@ -17,7 +17,7 @@ from tilewright.ir.async_ops import Alloc, AsyncDot, Copy, LocalLoad, MakeRing, 
 from tilewright.ir.builder import Builder
 from tilewright.ir.check_ops import Print
 from tilewright.ir.comm_ops import Put, ReducePut
-from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
+from tilewright.ir.core import Function, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
 from tilewright.ir.layout import LinearLayout, blocked, conversion_cost
 from tilewright.ir.packet_ops import Receive, Send, packed
@@ -459,12 +459,15 @@ class _Assignment:
             return
         derived = forward(op, held)
         if derived is None:
-            source_layout, derived = self._plain_layouts(op)
+            plain = self._plain_layouts(op)
+            if plain is None:
+                return  # a reshape that passes elements between threads, whatever the layouts are
+            source_layout, derived = plain
             op.groups[0] = [self._converted(op, source, source_layout)]
         self._result_from(op, derived)
 
-    def _plain_layouts(self, op: Operation) -> tuple[LinearLayout, LinearLayout]:
-        """Layouts of source and result between which the operation moves nothing, whatever theirs are."""
+    def _plain_layouts(self, op: Operation) -> tuple[LinearLayout, LinearLayout] | None:
+        """Layouts of source and result between which the operation moves nothing, whatever theirs are, if there are."""
         source, result = op.operands[0], op.result
         tile = tile_of(source)
         if isinstance(op, Extract):
@@ -477,7 +480,7 @@ class _Assignment:
             derived = forward(op, candidate) if candidate is not None else None
             if candidate is not None and derived is not None:
                 return candidate, derived
-        raise IRError(f"'{op.name}': no layout for the result of this shape", op.loc)
+        return None
 
     def _scannable(self, op: Scan) -> LinearLayout:
         """The source's layout, or a plain one where threads share coordinates along the axis."""

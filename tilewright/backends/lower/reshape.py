@@ -1,4 +1,7 @@
-"""Lowering of operations that rename registers: broadcast, expand_dims, reshape, transpose, extract."""
+"""Lowering of operations that rename registers: broadcast, expand_dims, reshape, transpose, extract.
+
+A reshape between layouts that are no linear map of each other goes through scratch memory.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from tilewright.backends.lower.context import Lowering, lowers
+from tilewright.backends.lower.coordinates import TileCoordinates, sole_holder
+from tilewright.backends.lower.elements import from_memory, memory_type, to_memory
+from tilewright.backends.lower.index import IntLike
+from tilewright.backends.lower.memory import run_if
+from tilewright.backends.lower.shared import shared_address, shared_pointer
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import tile_ops
 from tilewright.ir.core import Value
 from tilewright.ir.layout import LinearLayout
+from tilewright.ir.scratch import renames_registers
+from tilewright.ir.types import DType, element_type
 
 
 def rename(lw: Lowering, result: Value, source: Value, derived: LinearLayout, registers: Sequence[int]) -> None:
@@ -64,8 +74,43 @@ def lower_expand_dims(lw: Lowering, op: tile_ops.ExpandDims) -> None:
 
 @lowers(tile_ops.Reshape)
 def lower_reshape(lw: Lowering, op: tile_ops.Reshape) -> None:
-    derived = lw.layout(op.source).reshape(lw.layout(op.result).tile_shape)
-    rename(lw, op.result, op.source, derived, _same_order(derived))
+    source, result = lw.layout(op.source), lw.layout(op.result)
+    if renames_registers(source, result):
+        derived = source.reshape(result.tile_shape)
+        rename(lw, op.result, op.source, derived, _same_order(derived))
+    elif op.scratch is None:
+        raise lw.error("the reshape goes through shared memory, but no scratch is set: run the shared-memory plan")
+    else:
+        _reshape_through(lw, op, shared_address(lw, op.scratch))
+
+
+def _reshape_through(lw: Lowering, op: tile_ops.Reshape, base: mlir.Value) -> None:
+    """Elements lie in row-major order in scratch memory, which is that of both shapes."""
+    fb, dtype = lw.fb, element_type(op.source.type)
+    source, result = TileCoordinates(lw, lw.layout(op.source)), TileCoordinates(lw, lw.layout(op.result))
+    held, type_ = lw.registers(op.source), memory_type(lw, dtype)
+
+    def write() -> None:
+        places = _row_major(lw, source.fresh(), base, dtype)
+        for value, place in zip(held, places, strict=True):
+            fb.store(to_memory(lw, value, dtype), place, dtype.bytes)
+
+    lw.ops.barrier(lw, "role")  # whoever used the scratch before has read it
+    run_if(lw, sole_holder(lw, source.layout), write)
+    lw.ops.barrier(lw, "role")
+    places = _row_major(lw, result, base, dtype)
+    lw.define(op.result, [from_memory(lw, fb.load(place, type_, dtype.bytes), dtype) for place in places])
+
+
+def _row_major(lw: Lowering, coordinates: TileCoordinates, base: mlir.Value, dtype: DType) -> list[mlir.Value]:
+    """Pointers to the elements that the thread holds."""
+    index, places = lw.index, []
+    for register in range(len(coordinates.register)):
+        position: IntLike = 0
+        for axis, size in enumerate(coordinates.layout.tile_shape):
+            position = index.add(index.mul(position, size), coordinates.of(register, axis))
+        places.append(shared_pointer(lw, index.add(base, index.mul(position, dtype.bytes))))
+    return places
 
 
 @lowers(tile_ops.Transpose)
