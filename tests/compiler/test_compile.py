@@ -152,6 +152,8 @@ def test_too_much_shared_memory_lists_the_buffers():
 @pytest.mark.parametrize(
     ("kernel", "spec", "target", "warps", "message"),
     [
+        (scale, scale_spec() | {"B": 1 << 19}, "sm_90a", 4, r"has 524288 elements, a block holds at most 262144"),
+        (scale, scale_spec(), "gfx942", 32, r"num_warps=32: a block has at most 1024 threads(.|\n)*num_warps=16"),
         (scale, scale_spec(), "sm_90a", 3, r"num_warps=3 is not a power of two(.|\n)*num_warps=2 or num_warps=4"),
         (gemm, gemm_spec(16), "gfx942", 12, r"num_warps=12 is not a power of two(.|\n)*num_warps=8 or num_warps=16"),
         (

@@ -85,7 +85,7 @@ BAD = [
     ((A, "x", 2), {"B": 1}, "argument 'b' must be a tensor or scalar, got str", "tw.constexpr"),
     ((A, 1, 2, "x"), {"B": 1}, "argument 'scale' must be a scalar, got str", ""),
     ((A, 1, 2), {"B": 1, "flag": 3}, "argument 'flag' is tw.bool, and 3 does not fit", ""),
-    ((A, 1, 2**70), {"B": 1}, "argument 'n' must be a tensor or scalar", ""),
+    ((A, 1, 2**70), {"B": 1}, f"argument 'n' is {2**70}, which no integer dtype holds", ""),
     ((A, 1, 2), {"B": A}, "argument 'B' is a tensor, but the parameter is a tw.constexpr", "tw.Tensor"),
     ((A, 1, 2), {"B": {}}, "argument 'B' is not hashable", ""),
 ]

@@ -78,6 +78,22 @@ def unknown_attribute(x, y, n):
     tile.resape(2, 2)
 
 
+@case("a tile of shape (4096, 8192) has 33554432 elements", "a + tw.zeros((1, 8192))", "smaller tiles")
+def too_large(x, y, n):
+    a = tw.zeros((4096, 1))
+    a + tw.zeros((1, 8192))
+
+
+@case("'exp' cannot be called in a kernel", "np.exp(tw.load(x, 0, 4))", "tw.* functions")
+def numpy_function(x, y, n):
+    tw.store(y, 0, np.exp(tw.load(x, 0, 4)))
+
+
+@case("a tile has no attribute 'sum'", "tw.load(x, 0, 4).sum", "tw.sum(...)")
+def function_as_method(x, y, n):
+    tw.store(y, 0, tw.load(x, 0, 4).sum())
+
+
 @case("tw.load: missing a required argument: 'index'", "tw.load(x)", "tw.load(view, index, shape")
 def missing_argument(x, y, n):
     tw.load(x)

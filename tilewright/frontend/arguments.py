@@ -111,6 +111,8 @@ def _scalar(definition: KernelDefinition, parameter: Parameter, value: Any) -> t
     """A Python number and its dtype."""
     name, wanted = parameter.name, parameter.dtype
     given = _scalar_dtype(value)
+    if given is None and isinstance(value, int):
+        raise _error(definition, parameter, f"argument '{name}' is {value}, which no integer dtype holds", "")
     if given is None:
         message = f"argument '{name}' must be a {'scalar' if parameter.kind == 'scalar' else 'tensor or scalar'}"
         hint = "annotate the parameter tw.constexpr to pass a compile-time value"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tilewright.frontend import language as tw
-from tilewright.frontend.emitter import Emitter, broadcast_shapes, fold, require_operands, require_tile
+from tilewright.frontend.emitter import Emitter, broadcast_shapes, fold, require_operands, require_size, require_tile
 from tilewright.frontend.errors import CompileError
 from tilewright.frontend.markers import Builtin
 from tilewright.frontend.methods import require_dtype, require_shape
@@ -163,7 +163,12 @@ def require_pad(pad: Any, dtype: DType) -> int | float:
     """What elements outside a tensor read as: a compile-time number that the dtype holds."""
     if not is_number(pad):
         raise CompileError(f"pad must be a compile-time number, got {describe(pad)}", argument="pad")
-    value = literal_as(pad, dtype)
+    try:
+        value = literal_as(pad, dtype)
+    except CompileError as error:
+        raise CompileError(
+            f"pad: {error.message}", hint="pad with a number of the tensor's dtype", argument="pad"
+        ) from None
     return value if value != 0 and dtype != i1 else int(value != 0)
 
 
@@ -235,6 +240,7 @@ def arange(emit: Emitter, start: Any, end: Any, dtype: Any) -> Value:
     first, last = known_int(low, "the start of tw.arange", "start"), known_int(high, "the end of tw.arange", "end")
     if last <= first:
         raise CompileError(f"tw.arange({first}, {last}) is empty", hint="the end must be larger than the start")
+    require_size((last - first,))
     wanted = require_dtype(dtype, "dtype")
     if wanted.is_float or wanted == i1:
         return emit.cast(emit.builder.iota(last - first, first), wanted)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 from tilewright.frontend.errors import CompileError
@@ -34,6 +35,9 @@ from tilewright.ir.core import Value
 from tilewright.ir.types import DType, ScalarType, TileType, Type, f32, i1
 
 Shape = tuple[int, ...]
+
+#: of one tile: far more than any device holds in registers, little enough for the interpreter
+MOST_ELEMENTS = 1 << 24
 
 #: IR function -> (symbol, meaning at compile time)
 ARITHMETIC: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
@@ -256,6 +260,14 @@ def require_operands(symbol: str, *values: Any) -> None:
             raise CompileError(f"'{symbol}' does not apply to {describe(value)}", hint=hint)
 
 
+def require_size(shape: Shape, argument: str | None = None) -> Shape:
+    """The shape, or an error where a tile of it has too many elements for anybody."""
+    if prod(shape) > MOST_ELEMENTS:
+        message = f"a tile of shape {shape} has {prod(shape)} elements, more than {MOST_ELEMENTS}"
+        raise CompileError(message, hint="load smaller tiles, in a loop or in more programs", argument=argument)
+    return shape
+
+
 def broadcast_shapes(what: str, *shapes: Sequence[int]) -> Shape:
     """The common shape by NumPy's rules."""
     rank = max(len(s) for s in shapes)
@@ -269,7 +281,7 @@ def broadcast_shapes(what: str, *shapes: Sequence[int]) -> Shape:
                     hint="sizes must be equal or 1, aligned at the last axis; x[:, None] adds an axis",
                 )
             result[axis] = max(result[axis], size) if size != 1 else result[axis]
-    return tuple(result)
+    return require_size(tuple(result))
 
 
 def require_tile(value: Any, what: str, argument: str | None = None) -> Value:
@@ -286,4 +298,4 @@ def _converted(value: Any, dtype: DType) -> Any:
     return int(value) if dtype.is_int else bool(value) if dtype == i1 else value
 
 
-__all__ = ["ARITHMETIC", "COMPARISONS", "Emitter", "Shape", "broadcast_shapes", "fold", "require_tile"]
+__all__ = ["ARITHMETIC", "COMPARISONS", "Emitter", "Shape", "broadcast_shapes", "fold", "require_size", "require_tile"]

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from tilewright.frontend.emitter import Emitter, Shape
+from tilewright.frontend import language as tw
+from tilewright.frontend.emitter import Emitter, Shape, require_size
 from tilewright.frontend.errors import CompileError, suggestion
 from tilewright.frontend.markers import as_dtype
 from tilewright.frontend.subscripts import scalar_index
@@ -35,6 +36,8 @@ def attribute(emit: Emitter, value: Value, name: str) -> Any:
         return BoundMethod(value, name, METHODS[kind][name])
     known = [*PROPERTIES[kind], *METHODS[kind]]
     hint = suggestion(name, known) or f"a {kind} has " + ", ".join(f".{n}" for n in known)
+    if name in tw.BUILTINS:
+        hint = f"it is a function: tw.{name}(...)"
     raise CompileError(f"a {kind} has no attribute '{name}'", hint=hint)
 
 
@@ -70,7 +73,7 @@ def require_shape(emit: Emitter, value: Any, argument: str | None = "shape") -> 
         raise CompileError(message, hint=hint, argument=argument)
     if not items:
         raise CompileError("a tile has at least one dimension", hint="use a scalar", argument=argument)
-    return tuple(items)
+    return require_size(tuple(items), argument)
 
 
 def require_permutation(items: tuple[Any, ...], rank: int) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def literal_as(value: Any, dtype: DType) -> int | float | bool:
         raise CompileError(f"{value!r} is not an integer: {dtype_name(dtype)} cannot hold it", hint="use a float dtype")
     elif fits(int(value), dtype):
         return int(value)
-    raise CompileError(f"{value!r} does not fit {dtype_name(dtype)}", hint="convert the other operand to a wider dtype")
+    raise CompileError(f"{value!r} does not fit {dtype_name(dtype)}", hint="use a wider dtype")
 
 
 def arithmetic_dtype(dtype: DType) -> DType:

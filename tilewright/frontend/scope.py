@@ -7,6 +7,7 @@ import linecache
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,8 @@ def host_value(value: Any, what: str) -> Any:
     """A global or attribute as a compile-time value; NumPy scalars become Python numbers."""
     if isinstance(value, np.bool_ | np.integer | np.floating):
         return value.item()
+    if isinstance(value, ModuleType):  # NumPy has functions `shape` and `dtype`
+        return value
     if isinstance(value, np.ndarray) or (hasattr(value, "shape") and hasattr(value, "dtype")):
         raise CompileError(
             f"{what} is an array: a kernel cannot capture arrays", hint="pass it as a tw.Tensor parameter"

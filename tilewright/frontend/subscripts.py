@@ -151,7 +151,7 @@ def _view(emit: Emitter, view: Value, keys: tuple[Any, ...]) -> Value:
     if len(keys) >= type_.rank and not is_flag:
         raise CompileError(
             f"{len(keys)} indices leave nothing of a tensor of rank {type_.rank}",
-            hint="read elements with tw.load(t, index, shape)",
+            hint="tw.load(t, index) reads an element, tw.load(t, index, shape) a tile",
         )
     for key, size in zip(keys, type_.shape, strict=False):
         if isinstance(key, int) and (key < 0 or (size is not None and key >= size)):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.ir.core import Function, IRError
+from tilewright.ir.core import Function, IRError, Operation
 from tilewright.ir.tile_ops import Dot
+from tilewright.ir.types import TileType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import (
     ALTERNATE,
@@ -29,6 +30,8 @@ from tilewright.passes.matrix import (
 
 #: warps that issue one wgmma
 WARPGROUP = 4
+#: threads of a block, and elements that they may hold of one tile: 256 registers each
+MOST_THREADS, MOST_ELEMENTS = 1024, 1 << 18
 
 
 @register_pass("schedule")
@@ -47,6 +50,11 @@ class Schedule(FunctionPass):
             power = 1 << warps.bit_length() - 1
             hint = f"use num_warps={power} or num_warps={2 * power}"
             raise IRError(f"num_warps={warps} is not a power of two", function.loc, hint)
+        if warps is not None and warps * context.target.warp_size > MOST_THREADS:
+            hint = f"use num_warps={MOST_THREADS // context.target.warp_size} or fewer"
+            raise IRError(f"num_warps={warps}: a block has at most {MOST_THREADS} threads", function.loc, hint)
+        for op in function.walk():
+            check_sizes(op)
         if not dots:
             return
         obstacle = role_obstacle(function, context.target, warps) if wanted == ROLES else None
@@ -56,6 +64,14 @@ class Schedule(FunctionPass):
             function.attributes["schedule"] = wanted or default_schedule(function, context.target, warps)
         if warps is not None and function.attributes.get("schedule") == ROLES and context.options.schedule != ALTERNATE:
             check_rows(warps, dots)
+
+
+def check_sizes(op: Operation) -> None:
+    """Raise IRError for a tile that no block holds: to find out by compiling it takes minutes."""
+    for type_ in (result.type for result in op.results):
+        if isinstance(type_, TileType) and type_.size > MOST_ELEMENTS:
+            message = f"a tile of shape {type_.shape} has {type_.size} elements, a block holds at most {MOST_ELEMENTS}"
+            raise IRError(message, op.loc, "load smaller tiles, in a loop or in more programs")
 
 
 def check_rows(warps: int, dots: Sequence[Dot]) -> None:
