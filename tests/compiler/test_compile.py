@@ -292,7 +292,7 @@ def test_wrong_arguments(args, options, message):
 
 
 def test_wrong_target_and_wrong_kernel():
-    with pytest.raises(ValueError, match="unknown target 'sm_90'; did you mean 'sm_90a'"):
+    with pytest.raises(tw.ArgumentError, match="unknown target 'sm_90'; did you mean 'sm_90a'"):
         tw.compile(scale, "sm_90", scale_spec())
     with pytest.raises(TypeError, match=r"function under @tw\.kernel, got function"):
         tw.compile(lambda x: x, "sm_90a", {})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tilewright.frontend.language as tw
+from tilewright.frontend.errors import ArgumentError
 from tilewright.frontend.promotion import promote_dtypes
 
 
@@ -268,7 +269,14 @@ def test_spec():
     spec = tw.spec("bf16", ("M", 64, "K"), align=32)
     assert str(spec.view_type()) == "view<?x64x?xbf16, strides=[?, ?, 1], align=32>"
     assert tw.spec(tw.float32, (4, 8)).strides == (8, 1)
-    with pytest.raises(ValueError, match="unknown dtype"):
-        tw.spec("float33", (4,))
-    with pytest.raises(ValueError, match="strides"):
-        tw.spec("f32", (4,), strides=(1, 2))
+    wrong = [
+        (("float33", (4,)), {}, "unknown dtype"),
+        (("f32", (4,)), {"strides": (1, 2)}, "strides"),
+        (("f32", "M"), {}, "no tuple"),
+        (("f32", (-4,)), {}, "-4 is no size"),
+        (("f32", (2.0,)), {}, "2.0 is no size"),
+        (("f32", ("M",)), {"align": 3}, "power of two"),
+    ]
+    for args, options, message in wrong:
+        with pytest.raises(ArgumentError, match=message):
+            tw.spec(*args, **options)

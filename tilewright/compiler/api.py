@@ -12,6 +12,7 @@ from tilewright.compiler.launch import Grid
 from tilewright.compiler.lookup import obtain
 from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.errors import ArgumentError, suggestion
+from tilewright.ir.target import get_target
 
 if TYPE_CHECKING:
     from tilewright.runtime.emulated_group import EmulatedGroup
@@ -39,6 +40,10 @@ def compile(
         raise TypeError(f"tw.compile takes a function under @tw.kernel, got {type(kernel).__name__}")
     if name is not None and not name.isidentifier():
         raise ArgumentError(f"name={name!r} cannot name an entry point", hint="use letters, digits and underscores")
+    try:
+        get_target(target)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
     chosen, rest = CompileOptions.split(options)
     if rest:
         unknown, names = next(iter(rest)), CompileOptions.names()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tilewright.frontend.definition import FunctionDefinition, function
+from tilewright.frontend.errors import ArgumentError
 from tilewright.frontend.markers import Builtin, Symmetric, TensorSpec, as_dtype, row_major_strides
 from tilewright.frontend.markers import builtin as _builtin
 from tilewright.ir.types import DType, bf16, f8e4m3, f8e5m2, f16, f32, f64, i1, i8, i16, i32, i64
@@ -39,13 +40,25 @@ def spec(
     default to row-major; a name or None is known at run time. ``align`` (bytes): the address and
     every run-time stride are multiples of it; a launch checks that they are. Without it the binary
     serves every alignment: it has a fast entry for multiples of 16 bytes and a general one.
+    Raises ArgumentError.
     """
+    if isinstance(shape, int | str):
+        raise ArgumentError(f"spec: the shape {shape!r} is no tuple", hint=f"write ({shape!r},)")
+    for size in shape:
+        fits = size.isidentifier() if isinstance(size, str) else type(size) is int and size >= 0
+        if not fits:
+            raise ArgumentError(f"spec: {size!r} is no size", hint='a dimension is an integer or a name: (64, "N")')
+    if align is not None and (not isinstance(align, int) or align < 1 or align & (align - 1)):
+        raise ArgumentError(f"spec: align={align!r} is no power of two", hint="it counts bytes, as in align=16")
     known = tuple(n if isinstance(n, int) else None for n in shape)
     given = row_major_strides(known) if strides is None else strides
     steps = tuple(s if isinstance(s, int) else None for s in given)
     if len(steps) != len(known):
-        raise ValueError(f"spec: {len(steps)} strides for {len(known)} dimensions")
-    return TensorSpec(as_dtype(dtype), tuple(shape), steps, align)
+        raise ArgumentError(f"spec: {len(steps)} strides for {len(known)} dimensions")
+    try:
+        return TensorSpec(as_dtype(dtype), tuple(shape), steps, align)
+    except ValueError as error:
+        raise ArgumentError(f"spec: {error}") from None
 
 
 # --- the grid -----------------------------------------------------------------------------------
