@@ -331,9 +331,12 @@ def _use_slots(function: Function, slots: dict[Value, Value]) -> None:
     for op in list(function.walk()):
         if isinstance(op, Transpose) and op.source in block_of:
             assert op.parent is not None
+            slot, place = block_of[op.source], op.parent.ops.index(op)
+            if slot.op is not None and slot.op.parent is op.parent:  # which comes with the last load of its group
+                place = max(place, op.parent.ops.index(slot.op) + 1)
             b = Builder(op.parent, op.loc)
-            with b.at(op.parent, op.parent.ops.index(op)):
-                block_of[op.result] = b.transpose_slot(block_of[op.source], op.perm)
+            with b.at(op.parent, place):
+                block_of[op.result] = b.transpose_slot(slot, op.perm)
             doomed.append(op)
     replace_uses(function.body, block_of)
     for op in doomed:
