@@ -41,6 +41,34 @@ def test_literal_becomes_a_carried_scalar(body, view):
     assert any("iter(%count_1 = %count, %weight_1 = %weight) : i32, f32 {" in line for line in lines)
 
 
+@tw.function
+def collatz(n):
+    if n == 1:
+        return n, 0
+    if n % 2 == 0:
+        half = n // 2
+        return half, 1
+    return 3 * n + 1, 2
+
+
+def test_early_returns(execute):
+    def kernel(x, y):
+        i = tw.program_id(0)
+        n = tw.load(x, i)
+        if n > 8:
+            return
+        if n != 5:
+            if n == 4:
+                return
+            tw.store(y, i, 1)
+        value, kind = collatz(n)
+        tw.store(y, i, 10 * value + kind)
+
+    x, y = np.array([1, 2, 3, 4, 5, 9], "int32"), np.zeros(6, "int32")
+    execute(kernel, x, y, grid=(6,))
+    assert y.tolist() == [10, 11, 102, 0, 162, 0]
+
+
 def test_loop_numbers(execute):
     def kernel(x, y):
         total = 0.0

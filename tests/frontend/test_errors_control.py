@@ -15,7 +15,6 @@ case = Cases()
 def sometimes(n):
     if n > 0:
         return 1
-    return 2
 
 
 @case(
@@ -92,10 +91,11 @@ def loop_variable_after(x, y, n):
     tw.store(y, i, 1.0)
 
 
-@case("'return' inside a run-time 'if' or loop is not supported", "return", "at the end")
-def early_return(x, y, n):
-    if n > 0:
-        return
+@case("'return' out of a loop at run time is not supported", "return", "into a 'while'")
+def return_from_a_loop(x, y, n):
+    for i in range(n):
+        if i > 2:
+            return
     tw.store(y, 0, 1.0)
 
 
@@ -200,7 +200,7 @@ def endless(x, y, n):
         pass
 
 
-@case("'return' inside a run-time 'if' or loop is not supported", "return 1", "in every branch")
+@case("'the returned value' has different types in the two branches: the compile-time int 1 and None", "if")
 def return_in_a_branch(x, y, n):
     tw.store(y, 0, sometimes(n))
 

@@ -28,6 +28,8 @@ from tilewright.ir.tile_ops import For, If, Yield
 from tilewright.ir.types import DType, Type, i32, i64
 
 _MISSING = Undefined("", "")
+#: what a branch returns, beside its variables
+_RESULT = "the returned value"
 
 
 class Control(Statements):
@@ -57,7 +59,12 @@ class Control(Statements):
         names = stores([*node.body, *node.orelse])
         op = self.builder.if_else(condition)
         outcomes = [self._branch(block, body, names) for block, body in self._bodies(op, node)]
-        merged = self._merge(op, {n: (outcomes[0][n], outcomes[1][n]) for n in names if n in live}, node.lineno)
+        merging = [n for n in names if n in live]
+        if any(_RESULT in outcome for outcome in outcomes):
+            merging, outcomes = [_RESULT], [{_RESULT: None} | outcome for outcome in outcomes]
+        merged = self._merge(op, {n: (outcomes[0][n], outcomes[1][n]) for n in merging}, node.lineno)
+        if _RESULT in merging:  # nothing follows: see `returns`
+            self.frame.returned, self.frame.result = True, merged[_RESULT]
         for name in names:
             self.frame.locals[name] = merged.get(name, one_branch_only(name, node.lineno))
 
@@ -65,10 +72,12 @@ class Control(Statements):
         return [(op.then_body.block, node.body), (op.else_body.block, node.orelse)]
 
     def _branch(self, block: Block, body: Sequence[ast.stmt], names: Sequence[str]) -> dict[str, Any]:
-        """The values of ``names`` at the end of a branch."""
+        """The values of ``names`` at the end of a branch, and what it returns if it does."""
         with self.region(block):
             self.visit_block(body)
-            return {name: self.frame.locals.get(name, _MISSING) for name in names}
+            result = {_RESULT: self.frame.result} if self.frame.returned else {}
+            self.frame.returned, self.frame.result = False, None
+            return {name: self.frame.locals.get(name, _MISSING) for name in names} | result
 
     def _merge(self, op: If, outcomes: dict[str, tuple[Any, Any]], line: int) -> dict[str, Any]:
         """Yield what differs from both branches; the value of each name afterwards."""

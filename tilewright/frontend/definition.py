@@ -16,6 +16,7 @@ from typing import Any, cast
 from tilewright.frontend import markers
 from tilewright.frontend.errors import CompileError
 from tilewright.frontend.liveness import Liveness
+from tilewright.frontend.returns import last_returns, with_structured_returns
 from tilewright.frontend.source import source_lines
 from tilewright.ir.core import Location
 from tilewright.ir.types import DType, f32, i1
@@ -83,7 +84,7 @@ class Definition:
 
     @cached_property
     def tree(self) -> ast.FunctionDef:
-        """The syntax tree, with the file's own line and column numbers."""
+        """The syntax tree, with the file's own line and column numbers; nothing follows a return."""
         text, shift = self.source, self.first_line - 1
         if text[:1].isspace():  # nested definition: keep the columns
             text, shift = "if True:\n" + text, shift - 1
@@ -92,7 +93,13 @@ class Definition:
         ast.increment_lineno(node, shift)
         if not isinstance(node, ast.FunctionDef):
             raise CompileError(f"{self.what} '{self.name}' is not a plain 'def'", self._header, "write it with def")
+        node.body = with_structured_returns(node.body)
         return node
+
+    @cached_property
+    def last_returns(self) -> frozenset[ast.Return]:
+        """The returns that end a branch of the function."""
+        return frozenset(last_returns(self.tree.body))
 
     @cached_property
     def liveness(self) -> Liveness:

@@ -1,7 +1,7 @@
 """Which variables are read later: decides what loops carry and what branches merge.
 
-Control flow is structured (no break, continue or early return), so one backward walk over the
-syntax tree suffices; loops are iterated to a fixed point.
+Control flow is structured (no break or continue; nothing follows a return, see `returns`), so one
+backward walk over the syntax tree suffices; loops are iterated to a fixed point.
 """
 
 from __future__ import annotations

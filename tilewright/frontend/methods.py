@@ -60,7 +60,9 @@ def require_dtype(value: Any, argument: str | None = None) -> DType:
 
 def require_shape(emit: Emitter, value: Any, argument: str | None = "shape") -> Shape:
     """A tile shape: a positive compile-time integer, or a tuple of them."""
-    items = value.sizes if isinstance(value, ViewShape) else value if isinstance(value, tuple) else (value,)
+    items: tuple[Any, ...] = (
+        tuple(value.sizes) if isinstance(value, ViewShape) else value if isinstance(value, tuple) else (value,)
+    )
     for position, item in enumerate(items):
         if isinstance(item, int) and not isinstance(item, bool) and item > 0:
             continue
@@ -73,7 +75,7 @@ def require_shape(emit: Emitter, value: Any, argument: str | None = "shape") -> 
         raise CompileError(message, hint=hint, argument=argument)
     if not items:
         raise CompileError("a tile has at least one dimension", hint="use a scalar", argument=argument)
-    return require_size(tuple(items), argument)
+    return require_size(items, argument)
 
 
 def require_permutation(items: tuple[Any, ...], rank: int) -> tuple[int, ...]:

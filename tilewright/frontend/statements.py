@@ -85,10 +85,10 @@ class Statements(Expressions):
 
     def visit_Return(self, node: ast.Return) -> None:
         value = None if node.value is None else self.visit(node.value)
-        if self.frame.depth:
+        if self.frame.depth and node not in self.frame.definition.last_returns:
             raise CompileError(
-                "'return' inside a run-time 'if' or loop is not supported",
-                hint="assign the result to a variable in every branch and return it at the end",
+                "'return' out of a loop at run time is not supported",
+                hint="put the condition into a 'while', and return behind it",
             )
         if value is not None and isinstance(self.frame.definition, KernelDefinition):
             raise CompileError("a kernel returns nothing", hint="write results with tw.store(view, index, value)")
