@@ -61,6 +61,14 @@ def test_pairs_that_need_no_wait(first: str, second: str) -> None:
     check(f"{first}\n{second}")
 
 
+def test_the_last_writer_of_an_accumulator_counts() -> None:
+    product = "v_mfma_f32_16x16x16_bf16 {}, v[0:1], v[2:3], {}\n".format
+    chain = product("v[12:15]", "v[12:15]") + product("v[10:13]", "v[12:15]")
+    check(chain + product("v[10:13]", "v[10:13]"))  # as LLVM emits it: v[12:13] are the second one's
+    with pytest.raises(EmulatorFault, match="accumulates to the result"):
+        check(chain + product("v[12:15]", "v[12:15]"))
+
+
 def test_along_branches() -> None:
     """The second instruction stands before the first, in a loop."""
     loop = "again:\nv_add_u32_e32 v1, s8, v2\nv_readfirstlane_b32 s8, v0\ns_cbranch_scc1 again"

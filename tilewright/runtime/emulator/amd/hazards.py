@@ -148,6 +148,8 @@ def _after_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, str
             elif result & (third := registers(_addend(inst))):
                 needed = its.accumulate(third == result, _timing(inst, kernel.arch).unit)
                 what = "accumulates to the result"
+                if waited < needed and _renewed(kernel, index, inst, result & third):
+                    continue
         elif memory or inst.name.startswith("v_"):
             if result & registers(read_operands(inst)):
                 needed, what = its.result_read(kernel.arch, memory=memory), "reads the result"
@@ -158,6 +160,19 @@ def _after_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, str
         if waited < needed:
             text = f"{what} of `{producer.text}` (line {producer.line}) after {waited} wait states"
             yield inst, f"{text}, but {needed} are needed"
+
+
+def _renewed(kernel: Kernel, index: int, inst: Instruction, shared: frozenset[int]) -> bool:
+    """Whether a matrix instruction between the two has written these registers: then its result is accumulated to.
+
+    It is checked on its own, and came in order behind the first. LLVM looks at the last writer alone, too.
+    """
+    end = next(at for at, other in enumerate(kernel.instructions) if other is inst)
+    between = kernel.instructions[index + 1 : end]
+    entered = any(index < other.target <= end for other in kernel.instructions)
+    if entered or any(other.target >= 0 for other in between):
+        return False
+    return any(_is_matrix(other) and shared <= registers(written_operands(other)) for other in between)
 
 
 def _before_matrix(kernel: Kernel, index: int) -> Iterator[tuple[Instruction, str]]:
