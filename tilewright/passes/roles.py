@@ -162,16 +162,18 @@ def distribute_registers(
 def _count_arrivals(function: Function, consumers: int, target: Target) -> None:
     """How many arrivals fill and free a stage.
 
-    Full: one (the elected thread announces the bytes) where the engine copies everything, else every
-    producing thread. Free: one of each consumer warpgroup, of all blocks that share copies.
+    Full: one (the elected thread announces the bytes) where the engine copies everything, for all rings, else every
+    producing thread: all wait for every stage, and consumers may not give one back before all have got it.
+    Free: one of each consumer warpgroup, of all blocks that share copies.
     """
-    engines: dict[Value, set[str]] = {}
-    for op in function.walk():
-        if isinstance(op, Publish):
-            kinds = {t.type.kind for t in op.tokens if isinstance(t.type, TokenType)}
-            engines.setdefault(op.ring, set()).update(kinds)
+    kinds = {
+        t.type.kind
+        for op in function.walk()
+        if isinstance(op, Publish)
+        for t in op.tokens
+        if isinstance(t.type, TokenType)
+    }
     for op in function.walk():
         if isinstance(op, MakeRing):
-            by_engine = engines.get(op.result, set()) == {"tma"}
-            op.producers = 1 if by_engine else WARPGROUP * target.warp_size
+            op.producers = 1 if kinds == {"tma"} else WARPGROUP * target.warp_size
             op.consumers = consumers // WARPGROUP * op.ctas

@@ -185,8 +185,6 @@ def lower_publish(lw: Lowering, op: Publish) -> None:
     """Threads that filled the stage arrive; the copy engine's part was announced with its first copy."""
     ref = ring(lw, op.ring)
     if engine_alone(op):
-        if ref.producers != 1:
-            raise lw.error(f"the ring expects {ref.producers} arrivals, but only the copy engine fills it")
         return
     only_leader = leader(lw) if ref.producers == 1 else None
     ptx.arrive(lw.fb, full_barrier(lw, ref, lw.scalar(op.count)), only_leader)
@@ -198,8 +196,9 @@ def is_engine(token: Value) -> bool:
 
 
 def engine_alone(op: Publish) -> bool:
-    """Whether the copy engine does all copies that a publish announces."""
-    return bool(op.tokens) and all(is_engine(t) for t in op.tokens)
+    """Whether the copy engine does all copies that a publish announces, and nobody else arrives."""
+    arrives = not isinstance(op.ring.op, MakeRing) or op.ring.op.producers > 1
+    return not arrives and bool(op.tokens) and all(is_engine(t) for t in op.tokens)
 
 
 def slot_bytes(slot: Value) -> int:

@@ -316,8 +316,9 @@ def by_engine(token: Value) -> bool:
 
 
 def engine_alone(op: Publish) -> bool:
-    """The engine makes all copies that a publish announces: the first of them is its only arrival."""
-    return bool(op.tokens) and all(by_engine(token) for token in op.tokens)
+    """The engine makes all copies that a publish announces, and the first of them is its only arrival."""
+    arrives = not isinstance(op.ring.op, MakeRing) or op.ring.op.producers > 1
+    return not arrives and bool(op.tokens) and all(by_engine(token) for token in op.tokens)
 
 
 def split_axis(tile: Any, groups: int) -> int | None:
