@@ -37,7 +37,7 @@ def builtin(declaration: Callable[..., Any]) -> Builtin:
 
 
 class Tensor:
-    """Annotation of a parameter: a strided view of global memory, any rank, any strides."""
+    """Annotation of a parameter: a strided view of global memory, of rank one or more, any strides."""
 
 
 class Symmetric(Tensor):
