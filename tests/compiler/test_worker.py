@@ -239,6 +239,19 @@ def test_a_killed_program_takes_the_process_along():
     assert wait_until_gone(int(done.stdout))
 
 
+def test_a_killed_program_takes_a_process_along_that_works():
+    script = PRELUDE + (
+        "import threading, time\nfrom tilewright.compiler.worker import Request\n"
+        "class Endless(str):\n    def __reduce__(self): return time.sleep, (60,)\n"
+        "worker = shared_worker(); worker.start('sm_90a'); print(worker.pid, flush=True)\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+        "worker.compile(Request(Endless(), 'sm_90a'))"
+    )
+    done = python(script, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert wait_until_gone(int(done.stdout))
+
+
 def test_ctrl_c_reaches_the_program_alone():
     # the whole process group gets the signal, as from a terminal
     script = PRELUDE + (

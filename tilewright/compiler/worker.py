@@ -11,6 +11,7 @@ import contextlib
 import os
 import pickle
 import re
+import select
 import shlex
 import signal
 import struct
@@ -334,11 +335,20 @@ def _parsed(text: str) -> Module:
     return parse_module(text, "<scheduled>")
 
 
+def _end_with_requests(requests_from: int) -> None:
+    """End this process, and what it started, when nobody can send requests any more: also amid a long one."""
+    closed = select.poll()
+    closed.register(requests_from, 0)  # a hangup is told without being asked for
+    closed.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
 def serve(requests_from: int, answers_to: int, target: str) -> None:
     """Serve requests from one pipe, with answers on another, until the first closes; the first is for ``target``."""
     import faulthandler
     import gc
 
+    threading.Thread(target=_end_with_requests, args=(requests_from,), daemon=True).start()
     gc.disable()  # imports make no garbage worth the search
     faulthandler.enable(sys.stderr)
     for descriptor in (requests_from, answers_to):
