@@ -55,7 +55,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint $(TESTED)
-	@$(BIN)/python -m pytest -q -n 2
+	@$(BIN)/python -m pytest -q -n 2 --durations=20
 
 format: $(STAMP)
 	@$(BIN)/ruff check --quiet --fix .
