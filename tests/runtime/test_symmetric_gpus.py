@@ -497,6 +497,8 @@ def test_all_ranks_are_ready_before_any_starts(driver: FakeDriver, monkeypatch: 
     events: list[Any] = []
 
     class Artifact:
+        abi = SimpleNamespace(params=())
+
         def ready(self, device: CudaDevice, grid: Any, args: list[Any]) -> Callable[[Any], None]:
             events.append(("ready", device.name, args[0].rank, args[1].memory.name))
             return lambda stream: events.append(("start", device.name, stream))
