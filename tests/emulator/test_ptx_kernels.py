@@ -48,8 +48,10 @@ def multiply(shape: tuple[int, int, int], layout: str = "NN", dtype: Any = BF16,
     return relative(c, a.astype(np.float64) @ b.astype(np.float64))
 
 
-@pytest.mark.parametrize("dtype", [BF16, np.float16])
-@pytest.mark.parametrize("layout", ["NN", "NT", "TN", "TT"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("NN", BF16), ("NT", BF16), ("TN", BF16), ("TT", BF16), ("NN", np.float16), ("TT", np.float16)],
+)
 @pytest.mark.parametrize("shape", [(128, 256, 64), (200, 264, 136), (261, 511, 131), (1, 1, 1)])
 def test_gemm(shape: tuple[int, int, int], layout: str, dtype: Any) -> None:
     assert multiply(shape, layout, dtype) < (4e-3 if dtype is BF16 else 5e-4)
@@ -183,7 +185,7 @@ def run_text(artifact: Artifact, ptx: str, seed: int | None, aligned: bool = Tru
     ("aligned", "schedule", "ctas"),
     [(aligned, schedule, 1) for aligned in (True, False) for schedule in ("roles", "alternate")] + [(True, "roles", 2)],
 )
-@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+@pytest.mark.parametrize("seed", [None, 1, 2])
 def test_random_interleavings(aligned: bool, schedule: str, ctas: int, seed: int | None) -> None:
     artifact = compiled(aligned, schedule, ctas)
     assert run_text(artifact, artifact.asm["ptx"], seed, aligned) < 2e-3

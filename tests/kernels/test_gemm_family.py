@@ -78,7 +78,7 @@ CHAINS = [(), (add_bias, gelu), (add_bias, silu, add_residual), (multiply, relu)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("steps", CHAINS, ids=lambda steps: "-".join(step.name for step in steps))
 def test_steps(steps: tuple[Any, ...], device: str) -> None:
-    m, n, k = 200, 136, 72
+    m, n, k = 136, 136, 72
     a, b, vector, matrix = random(m, k), random(k, n), random(n), random(m, n, seed=1)
     out = poisoned(m, n)
     vector_used, matrix_used = add_bias in steps, add_residual in steps
@@ -103,7 +103,7 @@ def squared(x, m, n, vector, matrix, factor):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("merged", [False, True])
 def test_gate_up(merged: bool, device: str) -> None:
-    m, n, k = 130, 136, 136
+    m, n, k = 66, 136, 136
     x, weights, out = random(m, k), random(k, 2 * n), poisoned(m, n)
     gate, up = weights[:, :n], weights[:, n:]
     if not merged:
@@ -165,12 +165,14 @@ def test_scaled(left: Any, right: Any, parts: int | None, per_row: bool, bias: b
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [E4M3, np.int8])
 @pytest.mark.parametrize(
-    ("shape", "parts"),
-    [((136, 264, 272), 1), ((64, 96, 128), 1), ((19, 21, 7), 1), ((4, 256, 384), 1), ((72, 392, 272), 2)],
-)
-def test_block_scaled(shape: tuple[int, int, int], parts: int, dtype: Any, device: str) -> None:
+    ("dtype", "shape", "parts"),
+    [
+        (E4M3, (136, 264, 272), 1), (E4M3, (64, 96, 128), 1), (E4M3, (19, 21, 7), 1), (E4M3, (4, 256, 384), 1),
+        (E4M3, (72, 392, 272), 2), (np.int8, (72, 136, 272), 1), (np.int8, (72, 264, 272), 2),
+    ],
+)  # fmt: skip
+def test_block_scaled(dtype: Any, shape: tuple[int, int, int], parts: int, device: str) -> None:
     m, n, k = shape
     a, b, out = random(m, k, dtype=dtype), random(n, k, dtype=dtype).T, poisoned(m, n)
     scale_a, scale_b = positive(tw.cdiv(k, 128), m).T, positive(tw.cdiv(k, 128), tw.cdiv(n, 128))

@@ -41,7 +41,7 @@ def error(c: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("runs", [2, 4, 8])
 @pytest.mark.parametrize("device", ["cpu", "emulate:sm_90a", "emulate:sm_80", "emulate:gfx942", "emulate:gfx950"])
 def test_partial_sums(device: str, runs: int) -> None:
-    (m, n, k), (bm, bn) = (200, 136, 520), (64, 128)
+    (m, n, k), (bm, bn) = (72, 136, 520), (64, 128)
     a, b = operands(m, n, k)
     place, results = tw.device(device), []
     for _ in range(2):
