@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from language_programs import CASES, Case
+from products import product_behind
 
 import tilewright as tw
 from tilewright.compiler.options import CompileOptions
@@ -98,17 +99,9 @@ def test_assume():
     assert torch.equal(y, x * 2)
 
 
-@tw.kernel
-def product_behind(a: tw.Tensor, b: tw.Tensor, c: tw.Tensor, first: tw.int32):
-    m, acc = tw.program_id(0), tw.zeros((64, 64), tw.float32)
-    for k in tw.range(tw.cdiv(a.shape[1] - first, 32)):
-        acc = tw.dot(tw.load(a.offset(0, first), (m, k), (64, 32)), tw.load(b, (k, 0), (32, 64)), acc)
-    tw.store(c, (m, 0), acc)
-
-
 @pytest.mark.parametrize("first", [0, 4, 8, 13, 36])
 def test_products_begin_and_end_anywhere(first):
-    """The copy engine stops a GPU with an illegal instruction where lines begin at no multiple of 16 bytes."""
+    """Lines that begin at no multiple of 16 bytes are reported to be an illegal instruction of the copy engine."""
     a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((64, 72), (96, 64)))
     whole = torch.full((64, 64), 7.0, device="cuda")
     product_behind[(1,)](a, b, whole[:, :61], first)

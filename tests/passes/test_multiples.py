@@ -1,10 +1,11 @@
-"""The copy engine takes tiles whose lines begin at multiples of 16 bytes; others would be an illegal instruction."""
+"""The copy engine takes tiles whose lines begin at multiples of 16 bytes; others are said to stop a GPU."""
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
 import pytest
+from products import product_behind
 
 import tilewright as tw
 from tilewright.frontend.build import build_module
@@ -57,15 +58,6 @@ def test_the_copy_engine_begins_at_16_bytes(way: str) -> None:
 
 def test_a_promise_holds_where_it_is_made() -> None:
     assert engines("promised elsewhere", 8) == ["threads", "tma"]
-
-
-@tw.kernel
-def product_behind(a: tw.Tensor, b: tw.Tensor, c: tw.Tensor, first: tw.int32):
-    """The columns of ``a`` from ``first`` on, times ``b``."""
-    m, acc = tw.program_id(0), tw.zeros((64, 64), tw.float32)
-    for k in tw.range(tw.cdiv(a.shape[1] - first, 32)):
-        acc = tw.dot(tw.load(a.offset(0, first), (m, k), (64, 32)), tw.load(b, (k, 0), (32, 64)), acc)
-    tw.store(c, (m, 0), acc)
 
 
 def test_products_begin_and_end_anywhere() -> None:

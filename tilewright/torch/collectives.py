@@ -23,8 +23,8 @@ from tilewright.torch.worlds import finished, world_of
 
 _c10d = torch.ops._c10d_functional
 #: multiply-adds from which, and what sizes are multiples of, where the kernels have run on GPUs without a fault. On
-#: other sizes a reduce-scatter stopped with an illegal instruction there: a copy that began at no multiple of 16 bytes,
-#: as the emulator says now. It is made no more, but that has not run on GPUs yet
+#: other sizes a reduce-scatter stopped with an illegal instruction there, most likely a copy that began at no multiple
+#: of 16 bytes. Such are made no more, but that has not run on GPUs yet
 LEAST_PRODUCT, MULTIPLE = 2048**3, 256
 
 
