@@ -318,7 +318,7 @@ def number(text: str, unit: str) -> float | None:
 
 
 def summary(name: str, profiled: Row) -> Row:
-    """The row of a kernel that was profiled: its columns, stalls by their share, verdict, and all metrics."""
+    """The row of a kernel that was profiled: its columns, stalls by their share, verdict, and metrics."""
     metrics: dict[str, float] = profiled["metrics"]
     row: Row = {"case": name, "kernel": profiled["kernel"]}
     for column, names in COLUMNS.items():
@@ -328,7 +328,8 @@ def summary(name: str, profiled: Row) -> Row:
     # selected is work, and a warp that was not selected waits for one that works
     stalls = {reason: 100 * waits[reason] / whole for reason in waits if reason not in ("selected", "not_selected")}
     row["stalls"] = dict(sorted(stalls.items(), key=lambda item: -item[1]))
-    return row | {"verdict": verdict(row), "metrics": metrics}
+    # `ncu` adds what it knows of the device
+    return row | {"verdict": verdict(row), "metrics": {name: metrics[name] for name in METRICS if name in metrics}}
 
 
 def verdict(row: Row) -> str:

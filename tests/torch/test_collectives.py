@@ -257,6 +257,8 @@ def test_the_gate_knows_groups_and_sizes(pretended):
             assert "small" in not_worthwhile(operator, large, small, name)
             assert "last dimension" in not_worthwhile(operator, large, large, name, True)
             assert "another size" in not_worthwhile(operator, large, large, alone)
+            assert "multiples of 256" in not_worthwhile(operator, large[:-1], large, name)
+            assert not_worthwhile(operator, large.view(4, 1024, 4096), large, name) is None
 
 
 def test_symbols_and_groups_of_one_are_left(pretended, seen):

@@ -22,24 +22,13 @@ from tilewright.torch.support import refuse_tensors, trains
 from tilewright.torch.worlds import finished, world_of
 
 _c10d = torch.ops._c10d_functional
-#: multiply-adds from which, and what sizes are multiples of, where the kernels have run on GPUs without a fault. On
-#: other sizes a reduce-scatter stopped with an illegal instruction there, most likely a copy that began at no multiple
-#: of 16 bytes. Such are made no more, but that has not run on GPUs yet
-LEAST_PRODUCT, MULTIPLE = 2048**3, 256
 
 
 def _world(group: str, work: Any, x: Any, *others: Any) -> Any:
     """The world for a kind of work and its operands, None where torch does it. The same on all ranks."""
-    if x.dtype == torch.float32 or refuse_tensors(x, *others) is not None or not proven(work, x, *others):
+    if x.dtype == torch.float32 or refuse_tensors(x, *others) is not None:
         return None
     return world_of(group, work, x, *others)
-
-
-def proven(work: Any, x: Any, *others: Any) -> bool:
-    """Whether products of these sizes have been run on GPUs; along rows alone."""
-    sizes = [*x.shape, *(other.shape[1] for other in others)]
-    large = all(x.numel() * other.shape[1] >= LEAST_PRODUCT for other in others)
-    return work in (("gather", 0), ("scatter", 0), "reduce") and large and all(n % MULTIPLE == 0 for n in sizes)
 
 
 # --- all-gather and products ----------------------------------------------------------------------
@@ -269,7 +258,6 @@ __all__ = [
     "all_gather_matmul",
     "matmul_all_reduce",
     "matmul_reduce_scatter",
-    "proven",
     "ranks_in_front",
     "with_ranks_at",
 ]

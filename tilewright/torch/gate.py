@@ -30,8 +30,8 @@ MEASURED = (9, 0)
 Gate = Callable[..., Refusal]
 #: products with a collective of torch.distributed
 COLLECTIVES = frozenset({"all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce"})
-#: the size of the groups that were measured
-MEASURED_RANKS = 2
+#: the size of the groups that were measured, and what rows, depth and columns of their products were multiples of
+MEASURED_RANKS, MEASURED_MULTIPLE = 2, 256
 
 
 def gate_of(cost_gate: bool, only: Collection[str] | None) -> Gate:
@@ -67,7 +67,11 @@ def _collective(input: Any, other: Any, group: str, columns: bool = False) -> Re
         return "collectives along the last dimension were not measured"
     if torch.distributed.distributed_c10d._get_group_size_by_name(group) != MEASURED_RANKS:
         return "groups of another size were not measured"
-    return "a small product" if _elements(input) * _hint(other.shape[1]) < LEAST_PRODUCT else None
+    if _elements(input) * _hint(other.shape[1]) < LEAST_PRODUCT:
+        return "a small product"
+    sizes = prod(map(_hint, input.shape[:-1])), *map(_hint, other.shape)
+    even = all(size % MEASURED_MULTIPLE == 0 for size in sizes)
+    return None if even else f"sizes that are no multiples of {MEASURED_MULTIPLE} were not measured"
 
 
 def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = None, residual: Any = None) -> Refusal:

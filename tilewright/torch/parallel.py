@@ -93,19 +93,10 @@ def _refuse(found: Found, gate: Gate) -> Refusal:
     if distributed.distributed_c10d._get_group_size_by_name(found.group) == 1:
         return "a group of one"
     reason = refuse_tensors(rows, *factors)
-    if reason is None and rows.device.type == "cuda":
-        reason = _left_on_gpus(found, rows.reshape(-1, rows.shape[-1]), factors)
+    if reason is None and rows.device.type == "cuda" and rows.dtype == torch.float32:
+        reason = "dtype float32"
     widest = max(factors, key=lambda factor: factor.shape[1])
     return reason or gate(found.ours, rows, widest, found.group, found.columns)
-
-
-def _left_on_gpus(found: Found, rows: Any, factors: list[Any]) -> Refusal:
-    """Why the operator would leave it to torch there."""
-    if rows.dtype == torch.float32:
-        return "dtype float32"
-    works = {collectives.all_gather_matmul: "gather", collectives.matmul_reduce_scatter: "scatter"}
-    work = (works[found.ours], int(found.columns)) if found.ours in works else "reduce"
-    return None if collectives.proven(work, rows, *factors) else "sizes that have not been run on GPUs"
 
 
 # --- all-gather -----------------------------------------------------------------------------------
