@@ -251,14 +251,15 @@ def test_the_gate_knows_groups_and_sizes(pretended):
 
     name, alone = distributed.group.WORLD.group_name, distributed.new_group([0]).group_name
     with FakeTensorMode():
-        large, small = (torch.empty(n, n, device="cuda", dtype=torch.bfloat16) for n in (4096, 64))
+        shapes = (4096, 4096), (64, 64), (4095, 4096), (4, 1024, 4096)
+        large, small, uneven, batch = (torch.empty(x, device="cuda", dtype=torch.bfloat16) for x in shapes)
         for operator in (collectives.all_gather_matmul, collectives.matmul_all_reduce):
             assert not_worthwhile(operator, large, large, name) is None
             assert "small" in not_worthwhile(operator, large, small, name)
             assert "last dimension" in not_worthwhile(operator, large, large, name, True)
             assert "another size" in not_worthwhile(operator, large, large, alone)
-            assert "multiples of 256" in not_worthwhile(operator, large[:-1], large, name)
-            assert not_worthwhile(operator, large.view(4, 1024, 4096), large, name) is None
+            assert "multiples of 256" in not_worthwhile(operator, uneven, large, name)
+            assert not_worthwhile(operator, batch, large, name) is None
 
 
 def test_symbols_and_groups_of_one_are_left(pretended, seen):
