@@ -101,6 +101,9 @@ def test_parameters_keep_their_order_and_maps_come_last(
         second,
     ]
     assert [args[2] for args in driver.named("cuTensorMapEncodeTiled")] == [0x2000, 0x1000]
+    driver.current = 0  # a thread that has not used CUDA yet
+    device.launch(function, abi, (4,), [0.5, pointer(0x3000), 9, pointer(0x4000)])
+    assert driver.map_contexts == [CONTEXT] * 4
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class FakeDriver:
         self.current = CONTEXT
         self._stack: list[int] = []
         self.launch_contexts: list[int] = []
+        self.map_contexts: list[int] = []
         self.attributes = {
             "COMPUTE_CAPABILITY_MAJOR": 9,
             "COMPUTE_CAPABILITY_MINOR": 0,
@@ -116,6 +117,7 @@ class FakeDriver:
 
     def cuTensorMapEncodeTiled(self, *args: Any) -> tuple[CUresult, Any]:
         self.calls.append(("cuTensorMapEncodeTiled", args))
+        self.map_contexts.append(self.current)
         memory = ctypes.create_string_buffer(bytes([len(self.named("cuTensorMapEncodeTiled"))]) * 128, 128)
         value = SimpleNamespace(getPtr=lambda: ctypes.addressof(memory))
         return self.failures.get("cuTensorMapEncodeTiled", CUresult.CUDA_SUCCESS), value

@@ -173,6 +173,26 @@ def test_gradients_modes_and_autocast_go_their_way():
     assert isinstance(fake, torch._subclasses.FakeTensor)
 
 
+def test_autograds_threads(no_python):
+    """Backward passes on a GPU run in a thread of their own, whose dispatcher leaves out names of dimensions."""
+
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.t()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return twt.matmul(dy.t(), dy)
+
+    x, dy = normal(256, 256).requires_grad_(), normal(256, 256)
+    for turn in range(4):
+        if turn == 3:
+            no_python.forbid()
+        (dx,) = torch.autograd.grad(Turned.apply(x), x, dy)
+        same(dx, twt.matmul(dy.t(), dy).detach())
+
+
 def test_threads(no_python):
     """Each with its stream, at once."""
     a, b = normal(256, 4096), normal(4096, 256)

@@ -292,7 +292,8 @@ class CudaLauncher(Launcher):
             )
 
     def tensor_map(self, param: TensorMapParam, view: TensorView) -> bytes:
-        return self.device.tensor_maps.encode(param, view)
+        with self.device.current():  # a thread's first call may be this one: autograd has threads of its own
+            return self.device.tensor_maps.encode(param, view)
 
     def start(self, ready: ReadyLaunch, stream: int) -> None:
         status, context = self._get_current()

@@ -104,10 +104,17 @@ def _words(torch: Any) -> tuple[int, int]:
 
 
 def _harmless(torch: Any) -> tuple[int, int]:
-    """Bits of the dispatcher's state that change where gradients are not recorded."""
+    """Bits of the dispatcher's state that change where gradients are not recorded, and in autograd's threads.
+
+    Those leave out the names of dimensions, where torch knows such.
+    """
     plain = _words(torch)
     found = [0, 0]
-    for context in (torch._C._AutoDispatchBelowAutograd(), torch.inference_mode()):
+    contexts = [torch._C._AutoDispatchBelowAutograd(), torch.inference_mode()]
+    named = getattr(torch._C.DispatchKey, "Named", None)
+    if named is not None:
+        contexts.append(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(named)))
+    for context in contexts:
         with context:
             for i, (word, at_first) in enumerate(zip(_words(torch), plain, strict=True)):
                 found[i] |= word ^ at_first
