@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from tilewright.ir.abi import KernelABI, ScalarParam
 from tilewright.kernels.gemm import gemm
 from tilewright.kernels.softmax import softmax
 from tilewright.runtime.device import open_device
-from tilewright.runtime.emulated import EmulatedDevice
+from tilewright.runtime.emulated import EmulatedDevice, EmulationOptions
 from tilewright.runtime.errors import ArgumentError, DeviceError
 
 TARGETS = ("gfx942", "gfx950")
@@ -92,6 +95,24 @@ def test_torch_tensors_of_the_host() -> None:
     x, y = torch.randn(20, 70), torch.full((20, 70), float("nan"))
     tw.emulate("gfx950").launch(affine, (2, 2), x, y, 0.5, 4)
     assert torch.allclose(y, x * 0.5 + 4)
+
+
+def test_threads_open_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, together = EmulationOptions.parse, threading.Barrier(2, timeout=10)
+
+    def slow(text: str) -> Any:
+        time.sleep(0.05)
+        return parse(text)
+
+    monkeypatch.setattr(EmulationOptions, "parse", slow)
+
+    def work(_: int) -> Any:
+        together.wait()
+        return open_device("emulate:gfx942,seed=71")
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    assert first is second
 
 
 def test_nothing_to_do() -> None:

@@ -8,11 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from threading import RLock
 from typing import Any
 
 from tilewright.ir.abi import KernelABI
 from tilewright.runtime.arguments import TensorView, read_tensor
 from tilewright.runtime.errors import DeviceError
+
+#: held while a device is opened: threads that ask at once get one object
+_opening = RLock()
 
 
 class Module(ABC):
@@ -126,12 +130,14 @@ def open_device(name: str) -> Device:
     """The device called ``name`` ("cuda" means "cuda:0"), the same object at every call."""
     kind, _, index = name.partition(":")
     if kind == "emulate":
-        return _open_member(index) if "#" in index else _open_emulated(index)
+        with _opening:
+            return _open_member(index) if "#" in index else _open_emulated(index)
     if kind not in ("cuda", "hip"):
         raise DeviceError(f"No runtime opens the device '{name}'. This machine has: {_names()}.")
     if index and not index.isdecimal():
         raise DeviceError(f"'{name}' names no device: write {kind}:0, {kind}:1, ...")
-    return _open_cuda(int(index or 0)) if kind == "cuda" else _open_hip(int(index or 0))
+    with _opening:
+        return _open_cuda(int(index or 0)) if kind == "cuda" else _open_hip(int(index or 0))
 
 
 @cache
