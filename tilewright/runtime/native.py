@@ -104,21 +104,24 @@ def _words(torch: Any) -> tuple[int, int]:
 
 
 def _harmless(torch: Any) -> tuple[int, int]:
-    """Bits of the dispatcher's state that change where gradients are not recorded, and in autograd's threads.
-
-    Those leave out the names of dimensions, where torch knows such.
-    """
+    """Bits of the dispatcher's state that change where gradients are not recorded, and in autograd's threads."""
     plain = _words(torch)
     found = [0, 0]
-    contexts = [torch._C._AutoDispatchBelowAutograd(), torch.inference_mode()]
-    named = getattr(torch._C.DispatchKey, "Named", None)
-    if named is not None:
-        contexts.append(torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(named)))
-    for context in contexts:
+    for context in (torch._C._AutoDispatchBelowAutograd(), torch.inference_mode()):
         with context:
             for i, (word, at_first) in enumerate(zip(_words(torch), plain, strict=True)):
                 found[i] |= word ^ at_first
-    return found[0], found[1]
+    return found[0], found[1] | _names_of_dimensions(torch, found[1])
+
+
+def _names_of_dimensions(torch: Any, autograd: int) -> int:
+    """The bit of names of dimensions, which autograd's threads leave out; 0 where torch has none (from 2.13 on).
+
+    It lies below those of ``autograd``. The enumeration of keys leaves it out, their text does not.
+    """
+    keys = torch._C.DispatchKeySet
+    below = range((autograd & -autograd).bit_length() - 1 if hasattr(keys, "from_raw_repr") else 0)
+    return next((1 << i for i in below if str(keys.from_raw_repr(1 << i)) == "DispatchKeySet(Named)"), 0)
 
 
 def _sees_state(torch: Any, made: Any) -> bool:
