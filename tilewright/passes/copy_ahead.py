@@ -17,6 +17,8 @@ a group of its own, so that waits count copies. The other loads are left to `til
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from tilewright.ir.async_ops import Barrier
 from tilewright.ir.builder import Builder
@@ -57,9 +59,12 @@ class CopyAhead(FunctionPass):
             return
         warps, loops = int(function.attributes.get("num_warps", 0)), enclosing_operations(function)
         placed = [op for op in function.walk() if isinstance(op, Load) and op.shared is not None]
+        again = _repeats(placed)
         transits = [transit(load, warps, context.target) for load in placed]
-        mine = [g for g in find_groups([t for t in transits if t.load.engine == ENGINE], loops) if g.ahead]
-        theirs = find_groups([t for t in transits if not any(t in g.transits for g in mine)], loops)
+        wanted = [t for t in transits if t.load.engine == ENGINE and t.load not in again]
+        mine = [g for g in find_groups(wanted, loops) if g.ahead]
+        ours = {t.load for g in mine for t in g.transits}
+        theirs = find_groups([t for t in transits if again.get(t.load, t.load) not in ours], loops)
         self._choose_stages(function, mine, theirs, context)
         for group in mine:
             if group.stages < 2:
@@ -67,9 +72,9 @@ class CopyAhead(FunctionPass):
             loop = loops[group.block]
             assert isinstance(loop, For)
             allocate(function, [group])
-            _rotate(function, loop, group)
+            _rotate(function, loop, group, again)
         if not any(isinstance(op, Dot) for op in function.walk()):
-            for load in [t.load for t in transits]:
+            for load in placed:
                 load.shared = None  # where too few stages fit: into registers
 
     def _choose_stages(self, function: Function, mine: list[Group], theirs: list[Group], context: PassContext) -> None:
@@ -85,10 +90,27 @@ class CopyAhead(FunctionPass):
                 group.stages -= 1
 
 
-def _rotate(function: Function, loop: For, group: Group) -> None:
+def _repeats(loads: list[Load]) -> dict[Load, Load]:
+    """For each load that repeats another of its block, that one: they share a slot.
+
+    What is read again behind a reduction need not wait in registers. Nobody writes to these tensors.
+    """
+    first: dict[Any, Load] = {}
+    again: dict[Load, Load] = {}
+    for load in loads:
+        tile = load.result.type
+        key = (id(load.parent), load.view, tuple(load.index), tile, load.pad, load.evict, tuple(load.after))
+        earlier = first.setdefault(key, load)
+        if earlier is not load:
+            again[load] = earlier
+    return again
+
+
+def _rotate(function: Function, loop: For, group: Group, again: dict[Load, Load]) -> None:
     block, outer, stages = loop.body.block, loop.parent, group.stages
     assert outer is not None
     loads = [t.load for t in group.transits]
+    repeats = [replace(t, load=load) for t in group.transits for load, earlier in again.items() if earlier is t.load]
     slices = [op for op in block.ops if any(op in (address_slice(load) or []) for load in loads)]
     b = Builder(outer, loop.loc)
     with b.at(outer, outer.ops.index(loop)):
@@ -98,7 +120,8 @@ def _rotate(function: Function, loop: For, group: Group) -> None:
             index = b.add(index, loop.step)
     assert token is not None
     count, last = carry(loop, zero, "count"), carry(loop, token, "copied")
-    block.set_ops([op for op in block.ops if op not in loads])
+    taken = {*loads, *(t.load for t in repeats)}
+    block.set_ops([op for op in block.ops if op not in taken])
     with b.at(block, 0):
         b.wait([], last, pending=(stages - 2) * len(loads))
         b.insert(Barrier())
@@ -112,7 +135,7 @@ def _rotate(function: Function, loop: For, group: Group) -> None:
         b.wait([], loop.results[-1], pending=0)
         b.insert(Barrier())  # whoever fills the slots next may do so
     read = read_slots if any(isinstance(op, Dot) for op in function.walk()) else read_slot
-    for t in group.transits:
+    for t in [*group.transits, *repeats]:
         read(function, t, block, count)
 
 
