@@ -22,7 +22,7 @@ from tilewright.kernels.column_sum import column_sums, workspace_shapes
 from tilewright.kernels.layernorm import layer_rows
 from tilewright.kernels.norm_backward import gradient_programs, norm_gradients
 from tilewright.kernels.rmsnorm import rms_rows
-from tilewright.kernels.rows import block_tiles, row_major_grid, row_tiles
+from tilewright.kernels.rows import activation_tiles, block_tiles, row_major_grid, row_tiles
 from tilewright.kernels.softmax import softmax_rows, softmax_rows_backward
 from tilewright.runtime.bench import compare
 
@@ -282,16 +282,16 @@ def gelu_math(x: Tensor) -> Tensor:
 
 
 def gelu_case(m: int, n: int, dtype: torch.dtype) -> Case:
-    x, y, meta = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), block_tiles(n, 2048)
-    grid = row_major_grid(m, n, **meta)
+    x, y, meta = normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype), activation_tiles(m, n)
+    grid = row_major_grid(m, n, meta["BM"], meta["BN"])
     ours = lambda: activations.activation[grid](x, y, FN=activations.gelu, **meta)  # noqa: E731
     return Case(ours, [y], gelu_math, [x], 2 * x.nbytes)
 
 
 def swiglu_case(m: int, n: int, dtype: torch.dtype) -> Case:
     x, up, y = normal(m, n, dtype=dtype), normal(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
-    meta = block_tiles(n, 2048)
-    grid = row_major_grid(m, n, **meta)
+    meta = activation_tiles(m, n)
+    grid = row_major_grid(m, n, meta["BM"], meta["BN"])
     return Case(lambda: activations.activation[grid](x, y, up, **meta), [y], swiglu_math, [x, up], 3 * x.nbytes)
 
 

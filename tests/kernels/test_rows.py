@@ -22,10 +22,22 @@ from tilewright.kernels import softmax as softmax_module
 from tilewright.kernels import transpose as transpose_module
 from tilewright.kernels.column_sum import column_sum, column_sums, plan, workspace_shapes
 from tilewright.kernels.rmsnorm import rmsnorm
-from tilewright.kernels.rows import row_tiles
+from tilewright.kernels.rows import (
+    LONG_TILES,
+    MIDDLE,
+    WIDEST,
+    layer_tiles,
+    long_tiles,
+    norm_tiles,
+    pair_tiles,
+    read_once,
+    row_tiles,
+    softmax_tiles,
+)
 from tilewright.kernels.softmax import (
     softmax,
     softmax_backward_long,
+    softmax_backward_twice,
     softmax_long,
     softmax_rows,
     softmax_rows_backward,
@@ -96,13 +108,16 @@ def test_softmax_of_long_rows(device, dtype):
     x[1, :70] = -np.inf
     launch(device, softmax_long, (3,), x, y, BN=64)
     assert_close(y, softmax_module.reference(x), dtype)
-    launch(device, softmax_backward_long, (3,), dy, y, dx, BN=64)
-    assert_close(dx, softmax_module.reference_backward(dy, y), dtype)
+    for backward in (softmax_backward_long, softmax_backward_twice):
+        dx[...] = np.nan
+        launch(device, backward, (3,), dy, y, dx, BN=64)
+        assert_close(dx, softmax_module.reference_backward(dy, y), dtype)
 
 
-@pytest.mark.parametrize("columns", [16384, 20000])
+@pytest.mark.parametrize("columns", [200, 1024, 3000, 16384, 20000, 70000])
 def test_softmax_functions_take_rows_of_any_length(columns):
-    x, dy, y, dx = (normal(2, columns, dtype="f32", seed=s) for s in range(4))
+    x, dy = (normal(2, columns, dtype="f32", seed=s) for s in range(2))
+    y, dx = (poisoned(2, columns, dtype="f32") for _ in range(2))
     softmax_rows(x, y)
     assert_close(y, softmax_module.reference(x), "f32")
     softmax_rows_backward(dy, y, dx)
@@ -125,6 +140,41 @@ def hot_path(kernel, **args) -> str:
     """PTX of the whole kernel for the H100."""
     function = amd.scheduled(amd.module_of(kernel, **args), "sm_90a")
     return compile_function(function, get_target("sm_90a")).asm["ptx"]
+
+
+def test_what_is_read_once_leaves_the_cache_first_where_that_holds_much_of_the_matrix():
+    x = amd.matrix("bf16")
+    assert "L2::evict_first" in hot_path(softmax, x=x, y=x, BN=1024, **read_once(16384, 1024))
+    assert "L2::evict" not in hot_path(softmax, x=x, y=x, BN=8192, **read_once(8192, 8192))
+
+
+def test_long_rows_stay_in_the_cache_until_they_are_read_again():
+    matrix = amd.matrix("bf16")
+    for kernel, args in ((softmax_long, {"x": matrix}), (softmax_backward_twice, {"dy": matrix, "dx": matrix})):
+        ptx = hot_path(kernel, y=matrix, BN=2048, **args)
+        assert "L2::evict_last" in ptx and "L2::evict_first" in ptx
+
+
+def test_short_rows_have_a_warp_of_their_own():
+    for choose in (softmax_tiles, layer_tiles):
+        assert choose(16384, 1024).items() >= {"BM": 1, "BN": 1024, "num_warps": 1}.items()
+        assert choose(16384, 200).items() >= {"BM": 4, "BN": 256, "num_warps": 1}.items()
+
+
+@pytest.mark.parametrize(("columns", "meta"), [
+    (200, {"BM": 4, "BN": 256, "num_warps": 2}), (1024, {"BM": 1, "BN": 1024, "num_warps": 2}),
+    (4096, {"BM": 1, "BN": 4096, "num_warps": 8}), (16384, {"BM": 1, "BN": 16384, "num_warps": 16}),
+])  # fmt: skip
+def test_threads_hold_sixteen_elements_of_each_of_two_matrices(columns, meta):
+    assert pair_tiles(16384, columns) == norm_tiles(16384, columns, residual=True) == meta
+
+
+def test_long_rows_have_tiles_of_their_length():
+    for kernel in LONG_TILES:
+        for columns in (WIDEST + 1, MIDDLE, MIDDLE + 1):
+            meta = long_tiles(kernel, columns)
+            assert meta["BN"] <= WIDEST and meta["num_warps"] * 64 <= 1024  # the wider warps are AMD's
+    assert long_tiles("softmax", MIDDLE) != long_tiles("softmax", MIDDLE + 1)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])

@@ -49,7 +49,13 @@ from tilewright.kernels.precise_gemm import precise_gemm
 from tilewright.kernels.quantize import quantize_blocks, quantize_rows
 from tilewright.kernels.rmsnorm import rmsnorm, rmsnorm_long
 from tilewright.kernels.rotary import rotary
-from tilewright.kernels.softmax import softmax, softmax_backward, softmax_backward_long, softmax_long
+from tilewright.kernels.softmax import (
+    softmax,
+    softmax_backward,
+    softmax_backward_long,
+    softmax_backward_twice,
+    softmax_long,
+)
 from tilewright.kernels.transpose import transpose
 
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -237,6 +243,9 @@ def _norms() -> Iterator[Launch]:
     yield Launch("rmsnorm backward", norm_backward, (8,), arguments, tiles, exact=False)
     arguments = [dy, x, weight, inverse, poisoned(m, n), poisoned(8, 2, n), normal(m, n, seed=5), mean]
     yield Launch("layernorm backward", norm_backward, (8,), arguments, {**tiles, "BIAS": True}, exact=False)
+    arguments = [dy, x, weight, inverse, poisoned(m, n), poisoned(8, 2, n), None, mean]
+    meta = {"BN": 1024, "BIAS": True, "AGAIN": True}
+    yield Launch("layernorm backward, rows read again", norm_backward, (8,), arguments, meta, exact=False)
     arguments = [dy, x, weight, inverse, poisoned(2, m), mean]
     yield Launch("layernorm backward, sums", norm_backward_sums, (m,), arguments, {"BN": 512}, exact=False)
     arguments = [dy, x, weight, inverse, poisoned(m, n), poisoned(8, 1, n), None, mean, normal(2, m)]
@@ -254,6 +263,8 @@ def _rows() -> Iterator[Launch]:
     yield Launch("softmax backward", softmax_backward, (m,), [dy, y, poisoned(m, n)], {"BN": 1024}, exact=False)
     arguments = [dy, y, poisoned(m, n)]
     yield Launch("softmax backward, long rows", softmax_backward_long, (m,), arguments, {"BN": 512}, exact=False)
+    arguments = [dy, y, poisoned(m, n)]
+    yield Launch("softmax backward, twice", softmax_backward_twice, (m,), arguments, {"BN": 512}, exact=False)
     yield Launch("gelu", activation, grid, [x, poisoned(m, n)], {"FN": gelu, **tiles}, exact=False)
     arguments = [dy, x, poisoned(m, n), normal(m, n, seed=2), poisoned(m, n)]
     yield Launch("silu backward, gated", activation_backward, grid, arguments, tiles, exact=False)

@@ -74,17 +74,18 @@ def activation(
     FN: tw.constexpr = silu,
     BM: tw.constexpr = 4,
     BN: tw.constexpr = 1024,
+    READ: tw.constexpr = None,
 ) -> None:
     """``y = FN(x) * up`` (without ``up``: FN(x)), all (M, N), computed in float32. Grid: `row_major_grid`.
 
-    x and up may be the halves of one matrix: strided views.
+    x and up may be the halves of one matrix: strided views. READ: a hint to the cache for them.
     """
     m, n = row_major(x.shape[1], BN)
-    gate = tw.load(x, (m, n), (BM, BN))
+    gate = tw.load(x, (m, n), (BM, BN), eviction_policy=READ)
     if up is None:
         value, _ = FN(gate.to(tw.float32))
     else:
-        factor = tw.load(up, (m, n), (BM, BN))
+        factor = tw.load(up, (m, n), (BM, BN), eviction_policy=READ)
         value, _ = FN(gate.to(tw.float32))
         value = value * factor.to(tw.float32)
     tw.store(y, (m, n), value.to(y.dtype))

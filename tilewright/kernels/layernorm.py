@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, LONG_TILES, WIDEST, layer_tiles, store_weighted, sum_of
+from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, layer_tiles, long_tiles, store_weighted, sum_of
 
 #: elements whose mean stands for that of the row while its sums are taken: so few that each warp has them all
 NEAR = 8
@@ -27,6 +27,7 @@ def layernorm(
     *,
     BM: tw.constexpr = 1,
     BN: tw.constexpr = 4096,
+    READ: tw.constexpr = None,
 ) -> None:
     """``y = (t - mean(t)) / sqrt(var(t) + eps) * weight + bias`` with ``t = x + residual``. Grid: (cdiv(M, BM),).
 
@@ -34,13 +35,14 @@ def layernorm(
     Writes t to ``total``, the mean and 1 / sqrt(...), which `norm_backward` needs, to ``mean`` and ``inverse``;
     all from residual on may be absent. Sums of the row and of its squares are taken of its distance from the mean of
     the first NEAR elements, in float32: threads meet once, and rows far from zero keep their variance. Its relative
-    error is about 1e-7 times the square of that mean's distance from the row's, in standard deviations.
+    error is about 1e-7 times the square of that mean's distance from the row's, in standard deviations. READ: a hint to
+    the cache for x and the residual.
     """
     m = tw.program_id(0)
-    row = sum_of(x, residual, m, 0, BM, BN)
+    row = sum_of(x, residual, m, 0, BM, BN, READ)
     if total is not None:
         tw.store(total, (m, 0), row.to(total.dtype))
-    near = tw.sum(sum_of(x, residual, m, 0, BM, NEAR), axis=1) / tw.minimum(x.shape[1], NEAR)
+    near = tw.sum(sum_of(x, residual, m, 0, BM, NEAR, None), axis=1) / tw.minimum(x.shape[1], NEAR)
     row = row - near[:, None]
     if x.shape[1] < BN:
         row = tw.where((tw.arange(BN) < x.shape[1])[None, :], row, 0.0)
@@ -77,7 +79,7 @@ def layernorm_long(
     blocks = tw.cdiv(columns, BN)
     middle, spread = 0.0, 0.0
     for j in tw.range(blocks):
-        row = sum_of(x, residual, m, j, 1, BN)
+        row = sum_of(x, residual, m, j, 1, BN, None)
         if total is not None:
             tw.store(total, (m, j), row.to(total.dtype))
         before = (j * BN).to(tw.float32)
@@ -93,14 +95,14 @@ def layernorm_long(
     if inverse is not None:
         tw.store(inverse, m, scale)
     for j in tw.range(blocks):
-        row = (sum_of(x, residual, m, j, 1, BN) - middle) * scale
+        row = (sum_of(x, residual, m, j, 1, BN, None) - middle) * scale
         store_weighted(y, m, j, row, weight, bias, BN)
 
 
 def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
     """`layernorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name."""
     if x.shape[1] > WIDEST:
-        layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional, **LONG_TILES)
+        layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional, **long_tiles("layernorm", x.shape[1]))
         return
     meta = layer_tiles(*x.shape)
     layernorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)

@@ -12,11 +12,11 @@ _workspace = Workspace()
 
 
 @tw.function
-def centred(x, mean, m, j, BM, BN):
-    """The tile (m, j) of x, minus the rows' means where there are any."""
-    row = tw.load(x, (m, j), (BM, BN)).to(tw.float32)
-    if mean is not None:
-        row = row - tw.load(mean, m, BM)[:, None]
+def centred(x, centre, m, j, BM, BN, hint):
+    """The tile (m, j) of x, minus the rows' means ``centre`` (BM,) where there are any."""
+    row = tw.load(x, (m, j), (BM, BN), eviction_policy=hint).to(tw.float32)
+    if centre is not None:
+        row = row - centre[:, None]
     return row
 
 
@@ -44,6 +44,8 @@ def norm_backward(
     BIAS: tw.constexpr = False,
     BM: tw.constexpr = 1,
     BN: tw.constexpr = 4096,
+    READ: tw.constexpr = None,
+    AGAIN: tw.constexpr = False,
 ) -> None:
     """``dx`` of a norm, and sums over rows for the gradients of the weight and, with BIAS, of the bias.
 
@@ -52,6 +54,8 @@ def norm_backward(
     to dx. partial (P, 1 + BIAS, N) float32: the sums of each program's rows, for `column_sums` to add up.
 
     Grid: (P,), any P, for rows up to BN elements; (P, cdiv(N, BN)) where ``sums`` from `norm_backward_sums` are given.
+    READ: a hint to the cache for matrices. AGAIN: rows do not wait in registers for their sums but are read once more,
+    on Hopper from the copies in shared memory that they came through.
     """
     p, j = tw.program_id(0), tw.program_id(1)
     columns = x.shape[1]
@@ -59,8 +63,10 @@ def norm_backward(
     dweight, dbias = tw.zeros((BN,), tw.float32), tw.zeros((BN,), tw.float32)
     for m in tw.range(p, tw.cdiv(x.shape[0], BM), tw.num_programs(0)):
         factor = tw.load(inverse, m, BM)[:, None]
-        normal = centred(x, mean, m, j, BM, BN) * factor
-        gradient = tw.load(dy, (m, j), (BM, BN)).to(tw.float32)  # 0 outside: what x reads there is of no account
+        centre = None if mean is None else tw.load(mean, m, BM)
+        normal = centred(x, centre, m, j, BM, BN, READ) * factor
+        gradient = tw.load(dy, (m, j), (BM, BN), eviction_policy=READ).to(tw.float32)
+        # 0 outside: what x reads there is of no account
         dweight = dweight + tw.sum(gradient * normal, axis=0)
         if BIAS:
             dbias = dbias + tw.sum(gradient, axis=0)
@@ -70,12 +76,15 @@ def norm_backward(
         else:
             along = tw.load(sums[0], m, BM)
             middle = None if mean is None else tw.load(sums[1], m, BM)
+        if AGAIN:
+            normal = centred(x, centre, m, j, BM, BN, READ) * factor
+            gradient = tw.load(dy, (m, j), (BM, BN), eviction_policy=READ).to(tw.float32) * scale
         out = gradient - normal * along[:, None]
         if mean is not None:
             out = out - middle[:, None]
         out = out * factor
         if dtotal is not None:
-            out = out + tw.load(dtotal, (m, j), (BM, BN)).to(tw.float32)
+            out = out + tw.load(dtotal, (m, j), (BM, BN), eviction_policy=READ).to(tw.float32)
         tw.store(dx, (m, j), out.to(dx.dtype))
     tw.store(partial, (p, 0, j), dweight[None, None, :])
     if BIAS:
@@ -99,10 +108,11 @@ def norm_backward_sums(
     """
     m = tw.program_id(0)
     factor = tw.load(inverse, m, 1)[:, None]
+    centre = None if mean is None else tw.load(mean, m, 1)
     along, middle = tw.zeros((1, BN), tw.float32), tw.zeros((1, BN), tw.float32)
     for j in tw.range(tw.cdiv(x.shape[1], BN)):
         gradient = tw.load(dy, (m, j), (1, BN)).to(tw.float32) * tw.load(weight, j, BN).to(tw.float32)
-        along = along + gradient * centred(x, mean, m, j, 1, BN) * factor
+        along = along + gradient * centred(x, centre, m, j, 1, BN, None) * factor
         if mean is not None:
             middle = middle + gradient
     tw.store(sums[0], m, tw.sum(along, axis=1) / x.shape[1])
@@ -122,7 +132,7 @@ def norm_gradients(
     rows, columns = x.shape
     bias = partial.shape[1] == 2
     if columns <= WIDEST:
-        meta, programs = gradient_tiles(rows, columns)
+        meta, programs = gradient_tiles(rows, columns, mean is not None)
         norm_backward[(programs,)](dy, x, weight, inverse, dx, partial, dtotal, mean, BIAS=bias, **meta)
         return
     sums = _workspace.take(x, (2, rows))

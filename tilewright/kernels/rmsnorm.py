@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, LONG_TILES, WIDEST, norm_tiles, store_weighted, sum_of
+from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, long_tiles, norm_tiles, store_weighted, sum_of
 
 
 @tw.kernel
@@ -23,15 +23,16 @@ def rmsnorm(
     *,
     BM: tw.constexpr = 1,
     BN: tw.constexpr = 4096,
+    READ: tw.constexpr = None,
 ) -> None:
     """``y = t / sqrt(mean(t ** 2) + eps) * weight + bias`` with ``t = x + residual``. Grid: (cdiv(M, BM),).
 
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), inverse (M,) float32. Writes t to
     ``total`` and 1 / sqrt(...), which `norm_backward` needs, to ``inverse``; each of the last four may be absent.
-    Computes in float32, reads and writes each element once.
+    Computes in float32, reads and writes each element once. READ: a hint to the cache for x and the residual.
     """
     m = tw.program_id(0)
-    row = sum_of(x, residual, m, 0, BM, BN)
+    row = sum_of(x, residual, m, 0, BM, BN, READ)
     if total is not None:
         tw.store(total, (m, 0), row.to(total.dtype))
     scale = tw.rsqrt(tw.sum(row * row, axis=1) / x.shape[1] + eps)
@@ -53,29 +54,40 @@ def rmsnorm_long(
     *,
     BN: tw.constexpr = LONG_COLUMNS,
 ) -> None:
-    """`rmsnorm` of rows of any length, BN elements at a time. Grid: (M,). Reads each element twice."""
-    m = tw.program_id(0)
-    blocks = tw.cdiv(x.shape[1], BN)
+    """`rmsnorm` of rows of any length, BN elements at a time. Grid: (M,).
+
+    The last block waits in registers; the others are read again, the latest first: those are in the cache still.
+    """
+    m, columns = tw.program_id(0), x.shape[1]
+    last = tw.cdiv(columns, BN) - 1
     squares = tw.zeros((1, BN), tw.float32)
-    for j in tw.range(blocks):
-        row = sum_of(x, residual, m, j, 1, BN)
+    for j in tw.range(last):
+        row = sum_of(x, residual, m, j, 1, BN, "evict_last")
         if total is not None:
             tw.store(total, (m, j), row.to(total.dtype))
         squares = squares + row * row
-    scale = tw.rsqrt(tw.sum(squares, axis=1) / x.shape[1] + eps)
+    row = sum_of(x, residual, m, last, 1, BN, "evict_first")
+    if total is not None:
+        tw.store(total, (m, last), row.to(total.dtype))
+    squares = squares + row * row
+    scale = tw.rsqrt(tw.sum(squares, axis=1) / columns + eps)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    for j in tw.range(blocks):
-        store_weighted(y, m, j, sum_of(x, residual, m, j, 1, BN) * scale[:, None], weight, bias, BN)
+    store_weighted(y, m, last, row * scale[:, None], weight, bias, BN)
+    for k in tw.range(last):
+        again = sum_of(x, residual, m, last - 1 - k, 1, BN, "evict_first")
+        store_weighted(y, m, last - 1 - k, again * scale[:, None], weight, bias, BN)
 
 
 def rms_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
     """`rmsnorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name."""
-    if x.shape[1] > WIDEST:
-        rmsnorm_long[(x.shape[0],)](x, weight, y, eps, **optional, **LONG_TILES)
+    (rows, columns), residual = x.shape, optional.get("residual") is not None
+    if columns > WIDEST:
+        meta = long_tiles("rmsnorm with a residual" if residual else "rmsnorm", columns)
+        rmsnorm_long[(rows,)](x, weight, y, eps, **optional, **meta)
         return
-    meta = norm_tiles(*x.shape)
-    rmsnorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)
+    meta = norm_tiles(rows, columns, residual)
+    rmsnorm[(tw.cdiv(rows, meta["BM"]),)](x, weight, y, eps, **optional, **meta)
 
 
 def reference(

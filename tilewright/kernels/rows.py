@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import tilewright as tw
 
 #: elements that one program should move at least, and the widest row
 ELEMENTS, WIDEST = 4096, 16384
-#: columns that kernels for longer rows work on at a time, and their warps; tiles of those that hold few values for each
+#: columns that kernels for longer rows work on at a time, and the warps of those for gradients
 LONG_COLUMNS, LONG_WARPS = 4096, 8
-LONG_TILES = {"BN": 2 * LONG_COLUMNS, "num_warps": LONG_WARPS}
-#: the widest rows of which a warp of `softmax` takes whole ones, and a program of the norms eight
+#: columns at a time and warps of kernels for longer rows: for up to `MIDDLE` columns, and for more
+MIDDLE = 65536
+LONG_TILES = {
+    "rmsnorm": ((8192, 16), (8192, 16)), "rmsnorm with a residual": ((8192, 16), (4096, 16)),
+    "layernorm": ((8192, 8), (8192, 8)),
+    "softmax": ((2048, 8), (8192, 16)), "softmax backward": ((4096, 16), (8192, 16)),
+}  # fmt: skip
+#: tiles of `softmax_backward_twice`: many small programs on an SM
+TWICE_TILES = {"BN": 2048, "num_warps": 4}
+#: elements of a matrix of which the cache holds much: there what is read once makes room for what is written
+CACHED = 2**24
+#: the widest rows of which a warp of `softmax` and `layernorm` takes whole ones; narrower ones are taken together
 SHORT = 1024
+#: elements that a thread holds of the rows of each of two matrices, and the most warps for that
+PAIR_ELEMENTS, PAIR_WARPS = 16, 16
 #: elements that a thread of `layernorm` holds of one row, and how many long rows a program has
 LAYER_ELEMENTS, LAYER_ROWS = 32, 2
 #: columns that a thread of `norm_backward` adds up: few of rows that share a program with another, else more
@@ -44,32 +57,68 @@ def row_tiles(rows: int, columns: int, least: int = ELEMENTS) -> dict[str, int]:
     return {"BM": height, "BN": width}
 
 
-def norm_tiles(rows: int, columns: int) -> dict[str, int]:
-    """Tile sizes of `rmsnorm`: more short rows, which share what is read of the weight."""
-    return row_tiles(rows, columns, 2 * ELEMENTS if columns <= SHORT else ELEMENTS)
+def read_once(rows: int, columns: int) -> dict[str, str | None]:
+    """``READ``: the hint to the cache for elements of (rows, columns) that a kernel reads, and nobody soon after it."""
+    return {"READ": "evict_first" if rows * columns <= CACHED else None}
 
 
-def layer_tiles(rows: int, columns: int) -> dict[str, int]:
-    """Tile sizes and warps of `layernorm`: two long rows in a program, with twice the elements in a thread."""
-    meta, elements = norm_tiles(rows, columns), LAYER_ELEMENTS
+def activation_tiles(rows: int, columns: int) -> dict[str, Any]:
+    """Tile sizes of `activation`."""
+    return {**block_tiles(columns, 2048), **read_once(rows, columns)}
+
+
+def norm_tiles(rows: int, columns: int, residual: bool = False) -> dict[str, Any]:
+    """Tile sizes of `rmsnorm`: a program for each row that is not narrow."""
+    return pair_tiles(rows, columns) if residual else {**row_tiles(rows, columns, SHORT), **read_once(rows, columns)}
+
+
+def pair_tiles(rows: int, columns: int) -> dict[str, int]:
+    """Tile sizes and warps of kernels that hold rows of two matrices: fewer elements a thread than of one."""
+    meta = row_tiles(rows, columns, SHORT)
+    warps = meta["BM"] * meta["BN"] // (32 * PAIR_ELEMENTS)
+    return {**meta, "num_warps": max(1, min(PAIR_WARPS, warps))}
+
+
+def long_tiles(kernel: str, columns: int) -> dict[str, int]:
+    """``BN`` and warps of a kernel of `LONG_TILES` for rows that are wider than `WIDEST`."""
+    width, warps = LONG_TILES[kernel][columns > MIDDLE]
+    return {"BN": width, "num_warps": warps}
+
+
+def layer_tiles(rows: int, columns: int) -> dict[str, Any]:
+    """Tile sizes and warps of `layernorm`: a warp alone has short rows, a program two long ones.
+
+    There a thread has twice the elements.
+    """
+    if columns <= SHORT:
+        return softmax_tiles(rows, columns)
+    meta, elements = row_tiles(rows, columns), LAYER_ELEMENTS
     if meta["BN"] >= ELEMENTS and rows > 2048:
         meta["BM"], elements = LAYER_ROWS, 2 * LAYER_ELEMENTS
-    return {**meta, "num_warps": max(4, min(16, meta["BM"] * meta["BN"] // (32 * elements)))}
+    warps = max(4, min(16, meta["BM"] * meta["BN"] // (32 * elements)))
+    return {**meta, "num_warps": warps, **read_once(rows, columns)}
 
 
-def softmax_tiles(rows: int, columns: int) -> dict[str, int]:
+def softmax_tiles(rows: int, columns: int) -> dict[str, Any]:
     """Tile sizes of `softmax`: a warp alone where it can hold whole rows."""
-    return {**row_tiles(rows, columns, SHORT), "num_warps": 1} if columns <= SHORT else row_tiles(rows, columns)
+    meta = {**row_tiles(rows, columns, SHORT), "num_warps": 1} if columns <= SHORT else row_tiles(rows, columns)
+    return {**meta, **read_once(rows, columns)}
 
 
-def gradient_tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
-    """Tile sizes and number of programs of `norm_backward`; no two warps have the same columns."""
+def gradient_tiles(rows: int, columns: int, centred: bool = False) -> tuple[dict[str, Any], int]:
+    """Tile sizes and number of programs of `norm_backward`; no two warps have the same columns.
+
+    ``centred``: of `layernorm`, whose wide rows have no registers left to wait in and are read again.
+    """
     width = row_tiles(rows, columns)["BN"]
     each = GRADIENT_COLUMNS if width <= SHORT else WIDE_GRADIENT_COLUMNS
     warps = max(1, min(32, width // (32 * each)))
     height = GRADIENT_ROWS if width <= SHORT and rows > GRADIENT_ROWS else 1
     programs = SMS * max(1, GRADIENT_THREADS // (32 * warps))
-    return {"BM": height, "BN": width, "num_warps": warps}, min(programs, tw.cdiv(rows, height))
+    meta = {"BM": height, "BN": width, "num_warps": warps, **read_once(rows, columns)}
+    if centred and width > ELEMENTS:
+        meta |= {"AGAIN": True, "READ": "evict_first"}
+    return meta, min(programs, tw.cdiv(rows, height))
 
 
 def long_gradient_tiles(rows: int) -> tuple[dict[str, int], int]:
@@ -87,7 +136,7 @@ def row_major(columns, BN):
 def block_tiles(columns: int, elements: int = 4096) -> dict[str, int]:
     """``BM`` and ``BN`` of kernels that call `row_major`: about ``elements`` that lie together in memory.
 
-    2048 suit `activation`, 1024 its backward pass, 4096 what computes more (`dropout`).
+    1024 suit the backward pass of `activation`, 4096 what computes more (`dropout`).
     """
     width = 1
     while width < min(columns, elements):
@@ -101,11 +150,11 @@ def row_major_grid(rows: int, columns: int, BM: int, BN: int) -> tuple[int]:
 
 
 @tw.function
-def sum_of(x, residual, m, j, BM, BN):
-    """The tile (m, j) of ``x + residual`` in float32; ``residual`` may be None."""
-    row = tw.load(x, (m, j), (BM, BN)).to(tw.float32)
+def sum_of(x, residual, m, j, BM, BN, hint):
+    """The tile (m, j) of ``x + residual`` in float32; ``residual`` may be None. ``hint``: to the cache."""
+    row = tw.load(x, (m, j), (BM, BN), eviction_policy=hint).to(tw.float32)
     if residual is not None:
-        row = row + tw.load(residual, (m, j), (BM, BN)).to(tw.float32)
+        row = row + tw.load(residual, (m, j), (BM, BN), eviction_policy=hint).to(tw.float32)
     return row
 
 

@@ -7,75 +7,124 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LEAST, LOG2_E, LONG_COLUMNS, LONG_TILES, LONG_WARPS, WIDEST, softmax_tiles
+from tilewright.kernels.rows import (
+    LEAST,
+    LOG2_E,
+    LONG_COLUMNS,
+    SHORT,
+    TWICE_TILES,
+    WIDEST,
+    long_tiles,
+    pair_tiles,
+    read_once,
+    softmax_tiles,
+)
 
 
 @tw.kernel
-def softmax(x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 1, BN: tw.constexpr = 4096) -> None:
+def softmax(
+    x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 1, BN: tw.constexpr = 4096, READ: tw.constexpr = None
+) -> None:
     """``y = softmax(x)`` along rows of up to BN elements; x and y (M, N). Grid: (cdiv(M, BM),).
 
-    Computes in float32 and reads and writes each element once.
+    Computes in float32 and reads and writes each element once. READ: a hint to the cache for x.
     """
     m = tw.program_id(0)
-    row = tw.load(x, (m, 0), (BM, BN), pad=float("-inf")).to(tw.float32)
+    row = tw.load(x, (m, 0), (BM, BN), pad=float("-inf"), eviction_policy=READ).to(tw.float32)
     e = tw.exp2((row - tw.max(row, axis=1)[:, None]) * LOG2_E)
     tw.store(y, (m, 0), (e * (1.0 / tw.sum(e, axis=1))[:, None]).to(y.dtype))
 
 
 @tw.kernel
 def softmax_backward(
-    dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BM: tw.constexpr = 1, BN: tw.constexpr = 4096
+    dy: tw.Tensor,
+    y: tw.Tensor,
+    dx: tw.Tensor,
+    *,
+    BM: tw.constexpr = 1,
+    BN: tw.constexpr = 4096,
+    READ: tw.constexpr = None,
 ) -> None:
     """``dx = y * (dy - sum(y * dy))`` along rows of up to BN elements, y = softmax(x); all (M, N).
 
-    Grid: (cdiv(M, BM),). Computes in float32 and reads and writes each element once.
+    Grid: (cdiv(M, BM),). Computes in float32 and reads and writes each element once. READ: a hint to the cache.
     """
     m = tw.program_id(0)
-    row = tw.load(y, (m, 0), (BM, BN)).to(tw.float32)
-    gradient = tw.load(dy, (m, 0), (BM, BN)).to(tw.float32)
+    row = tw.load(y, (m, 0), (BM, BN), eviction_policy=READ).to(tw.float32)
+    gradient = tw.load(dy, (m, 0), (BM, BN), eviction_policy=READ).to(tw.float32)
     along = tw.sum(row * gradient, axis=1)
     tw.store(dx, (m, 0), (row * (gradient - along[:, None])).to(dx.dtype))
 
 
 @tw.kernel
 def softmax_long(x: tw.Tensor, y: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS) -> None:
-    """`softmax` of rows of any length, BN elements at a time. Grid: (M,). Reads each element twice.
+    """`softmax` of rows of any length, BN elements at a time. Grid: (M,).
 
     Each of BN columns keeps a maximum and a sum of its own, so that no block waits for an exchange between threads.
+    Then reads the row again from its beginning.
     """
     m = tw.program_id(0)
     blocks = tw.cdiv(x.shape[1], BN)
     top, total = tw.full((1, BN), LEAST, tw.float32), tw.zeros((1, BN), tw.float32)
     for j in tw.range(blocks):
-        row = tw.load(x, (m, j), (1, BN), pad=float("-inf")).to(tw.float32)
-        higher = tw.maximum(top, row)
-        total = total * tw.exp2((top - higher) * LOG2_E) + tw.exp2((row - higher) * LOG2_E)
+        part = tw.load(x, (m, j), (1, BN), pad=float("-inf"), eviction_policy="evict_last").to(tw.float32)
+        higher = tw.maximum(top, part)
+        total = total * tw.exp2((top - higher) * LOG2_E) + tw.exp2((part - higher) * LOG2_E)
         top = higher
     highest = tw.max(top, axis=1)[:, None]
     share = 1.0 / tw.sum(total * tw.exp2((top - highest) * LOG2_E), axis=1)[:, None]
     for j in tw.range(blocks):
-        row = tw.load(x, (m, j), (1, BN)).to(tw.float32)
-        tw.store(y, (m, j), (tw.exp2((row - highest) * LOG2_E) * share).to(y.dtype))
+        part = tw.load(x, (m, j), (1, BN), eviction_policy="evict_first").to(tw.float32)
+        tw.store(y, (m, j), (tw.exp2((part - highest) * LOG2_E) * share).to(y.dtype))
 
 
 @tw.kernel
-def softmax_backward_long(dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS) -> None:
-    """`softmax_backward` of rows of any length, BN elements at a time. Grid: (M,). Reads each element twice."""
+def softmax_backward_twice(dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS) -> None:
+    """`softmax_backward` of rows of any length, BN elements at a time, twice. Grid: (M,).
+
+    For rows that stay in the cache between both times: nothing waits in registers, so that many programs share an SM.
+    """
     m = tw.program_id(0)
     blocks = tw.cdiv(y.shape[1], BN)
     products = tw.zeros((1, BN), tw.float32)
     for j in tw.range(blocks):
-        products = products + tw.load(y, (m, j), (1, BN)).to(tw.float32) * tw.load(dy, (m, j), (1, BN)).to(tw.float32)
+        part = tw.load(y, (m, j), (1, BN), eviction_policy="evict_last").to(tw.float32)
+        products = products + part * tw.load(dy, (m, j), (1, BN), eviction_policy="evict_last").to(tw.float32)
     along = tw.sum(products, axis=1)[:, None]
     for j in tw.range(blocks):
-        row, gradient = tw.load(y, (m, j), (1, BN)).to(tw.float32), tw.load(dy, (m, j), (1, BN)).to(tw.float32)
-        tw.store(dx, (m, j), (row * (gradient - along)).to(dx.dtype))
+        part = tw.load(y, (m, j), (1, BN), eviction_policy="evict_first").to(tw.float32)
+        above = tw.load(dy, (m, j), (1, BN), eviction_policy="evict_first").to(tw.float32)
+        tw.store(dx, (m, j), (part * (above - along)).to(dx.dtype))
+
+
+@tw.kernel
+def softmax_backward_long(dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS) -> None:
+    """`softmax_backward` of rows of any length, BN elements at a time. Grid: (M,).
+
+    The last block waits in registers; the others are read again, the latest first: those are in the cache still.
+    """
+    m = tw.program_id(0)
+    last = tw.cdiv(y.shape[1], BN) - 1
+    products = tw.zeros((1, BN), tw.float32)
+    for j in tw.range(last):
+        part = tw.load(y, (m, j), (1, BN), eviction_policy="evict_last").to(tw.float32)
+        products = products + part * tw.load(dy, (m, j), (1, BN), eviction_policy="evict_last").to(tw.float32)
+    row = tw.load(y, (m, last), (1, BN), eviction_policy="evict_first").to(tw.float32)
+    gradient = tw.load(dy, (m, last), (1, BN), eviction_policy="evict_first").to(tw.float32)
+    products = products + row * gradient
+    along = tw.sum(products, axis=1)[:, None]
+    tw.store(dx, (m, last), (row * (gradient - along)).to(dx.dtype))
+    for k in tw.range(last):
+        j = last - 1 - k
+        part = tw.load(y, (m, j), (1, BN), eviction_policy="evict_first").to(tw.float32)
+        above = tw.load(dy, (m, j), (1, BN), eviction_policy="evict_first").to(tw.float32)
+        tw.store(dx, (m, j), (part * (above - along)).to(dx.dtype))
 
 
 def softmax_rows(x: Any, y: Any) -> None:
     """`softmax` of rows of any length. Arrays of NumPy or torch."""
     if x.shape[1] > WIDEST:
-        softmax_long[(x.shape[0],)](x, y, num_warps=LONG_WARPS)
+        softmax_long[(x.shape[0],)](x, y, **long_tiles("softmax", x.shape[1]))
         return
     meta = softmax_tiles(*x.shape)
     softmax[(tw.cdiv(x.shape[0], meta["BM"]),)](x, y, **meta)
@@ -83,11 +132,14 @@ def softmax_rows(x: Any, y: Any) -> None:
 
 def softmax_rows_backward(dy: Any, y: Any, dx: Any) -> None:
     """`softmax_backward` of rows of any length. Arrays of NumPy or torch."""
-    if y.shape[1] > WIDEST:
-        softmax_backward_long[(y.shape[0],)](dy, y, dx, **LONG_TILES)
-        return
-    meta = softmax_tiles(*y.shape)
-    softmax_backward[(tw.cdiv(y.shape[0], meta["BM"]),)](dy, y, dx, **meta)
+    rows, columns = y.shape
+    if columns > WIDEST:
+        softmax_backward_long[(rows,)](dy, y, dx, **long_tiles("softmax backward", columns))
+    elif columns > SHORT:
+        softmax_backward_twice[(rows,)](dy, y, dx, **TWICE_TILES)
+    else:
+        meta = pair_tiles(rows, columns)
+        softmax_backward[(tw.cdiv(rows, meta["BM"]),)](dy, y, dx, **meta, **read_once(rows, columns))
 
 
 def reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
