@@ -151,6 +151,7 @@ BACKWARD: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((1, 1, 1, 70, 100, 96, 32), {"causal": True}),
     ((1, 1, 1, 70, 100, 192, 128), {}),
     ((1, 2, 1, 100, 200, 64, 64), {"causal": True, "BN": 128, "num_warps": 8}),
+    ((1, 2, 1, 100, 200, 64, 64), {"causal": True, "BN": 64, "num_warps": 4, "persistent": False}),
     ((1, 1, 1, 100, 300, 128, 128), {"causal": True, "persistent": False}),
 ]
 
@@ -196,11 +197,10 @@ def check_backward(
 
 
 def test_backward_tiles_by_size() -> None:
-    """Two blocks share a multiprocessor where rows are short, unless causal programs are few iterations long."""
-    paired = [
-        backward_configuration(64, 64, causal=c, keys=n).get("num_warps") for c, n in ((False, 100), (True, 8192))
-    ]
-    assert paired == [4, 4] and "num_warps" not in backward_configuration(64, 64, causal=True, keys=4096)
+    """Two blocks share a multiprocessor where rows are short; causal programs are handed out by the hardware."""
+    pairs = [backward_configuration(64, 64, causal=c) for c in (False, True)]
+    assert [(x["BN"], x["num_warps"], x.get("persistent")) for x in pairs] == [(64, 4, None), (64, 4, False)]
+    assert "num_warps" not in backward_configuration(64, 64, causal=True, plain=False)
     assert "num_warps" not in backward_configuration(64, 64, aligned=False)
     assert [backward_configuration(128, 128, causal=c).get("persistent") for c in (False, True)] == [None, False]
 

@@ -26,8 +26,6 @@ from tilewright.kernels.workspace import temporary
 #: added to a float below 2^30: its upper part in units of 512, and what is left of it in units of 1, are the last bits
 #: of the sums. (bits of UPPER << 9) + bits of LOWER is a multiple of 2^32.
 UPPER, LOWER = 7327449088.0, 12582912.0
-#: keys from which on two blocks on a multiprocessor are faster with CAUSAL too, of those that were measured
-LONG = 8192
 #: what a walk needs of each query: the logarithm to base 2, delta, steps in 1, 1 in steps
 ROWS = 4
 
@@ -279,23 +277,22 @@ def attention_sum_heads(parts: tw.Tensor, total: tw.Tensor, k_starts: tw.Tensor 
 
 
 def configuration(
-    depth: int, width: int, aligned: bool = True, causal: bool = False, keys: int = 0, plain: bool = True
+    depth: int, width: int, aligned: bool = True, causal: bool = False, plain: bool = True
 ) -> dict[str, int]:
     """Compile-time values and options of `attention_gradients` for head dimensions of q and k, and of v.
 
     Tiles are wider than rows of other lengths than 64, 128 and 256: what they read beyond is 0. Not ``aligned``: where
     the rows of some array do not start at multiples of 16 bytes threads copy them, and need registers. Rows of 64 leave
-    room for two blocks of one warpgroup, which CAUSAL with few ``keys`` has too little work for; what is not ``plain``
-    (biases, lengths, caps, packed sequences) was not measured with them. Else CAUSAL programs, of different lengths,
-    are handed out by the hardware.
+    room for two blocks of one warpgroup; what is not ``plain`` (biases, lengths, caps, packed sequences) was not
+    measured with them. CAUSAL programs, of different lengths, are handed out by the hardware where that was measured.
     """
     sizes = {"D": 64 << (depth > 64) << (depth > 128), "DV": 64 << (width > 64) << (width > 128)}
+    handed_out = {"persistent": False} if causal else {}
     if max(depth, width) > 128:
         return {**sizes, "BM": 32, "BN": 64}
     if max(depth, width) <= 64:
-        paired = aligned and plain and (keys >= LONG or not causal)
-        return {**sizes, "BM": 64, **({"BN": 64, "num_warps": 4} if paired else {"BN": 128})}
-    handed_out = {"persistent": False} if causal else {}
+        paired = {"BN": 64, "num_warps": 4, **handed_out} if aligned and plain else {"BN": 128}
+        return {**sizes, "BM": 64, **paired}
     return {**sizes, "BM": 64, "BN": 128 if aligned else 64, **handed_out}
 
 
@@ -411,7 +408,7 @@ def _backward(
     factor = depth**-0.5 if scale is None else scale
     aligned = all(map(_aligned, (q, k, v, do)))
     plain = meta["CAP"] is None and not any(value is not None for name, value in options.items() if name != "left")
-    meta = {**meta, **configuration(depth, width, aligned, meta["CAUSAL"], longest_k, plain)}
+    meta = {**meta, **configuration(depth, width, aligned, meta["CAUSAL"], plain)}
     wide, grid = {"D": meta["D"], "DV": meta["DV"]}, (tw.cdiv(longest_q, TILE), heads, batch)
     rows = temporary(q, (ROWS, entries, heads, blocks * TILE))
     sums = temporary(q, (entries, heads, blocks * TILE, depth), "int32" if deterministic else "float32")
