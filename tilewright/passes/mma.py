@@ -14,8 +14,9 @@ from tilewright.ir.async_ops import Alloc, AsyncDot, Await, Barrier, LocalStore,
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, IRError, Operation, Value, replace_uses, uses_of
 from tilewright.ir.target import Target
-from tilewright.ir.tile_ops import Constant, Dot, For, Yield
+from tilewright.ir.tile_ops import Constant, Dot, For, While, Yield
 from tilewright.ir.types import BufferType, RingType, SlotType, TileType
+from tilewright.passes.analysis import enclosing_operations
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import MatrixUnit, matrix_unit
 
@@ -48,6 +49,7 @@ class Mma(FunctionPass):
                     slots = 2 if _loop_of(dot) is not None and _leaves_room(function, slot, context.target) else 1
                     buffers[slot, number] = top.alloc(slot, hint=dot.b.hint, stages=slots)
             _share_operand(dot, buffers[slot, number])
+        _share_kept_rows(function, unit, context.target)
         for block in list({id(d.parent): d.parent for d in dots}.values()):
             assert block is not None
             loop = _accumulating_loop(function, block) if self.in_flight else None
@@ -101,6 +103,50 @@ def _share_operand(dot: Dot, buffer: Value) -> None:
         b.insert(LocalStore(dot.b, slot))
         b.insert(Barrier(scope="role"))
     dot.b = slot
+
+
+def _share_kept_rows(function: Function, unit: MatrixUnit, target: Target) -> None:
+    """Write operands a that loops of several dots keep in registers to shared memory, in front of the loops.
+
+    ptxas 13.0 was seen to give the registers of such an operand to the accumulators of the loop's next dot, which the
+    second iteration then read. What each iteration makes anew is safe.
+    """
+    loops, warps = enclosing_operations(function), int(function.attributes["num_warps"])
+    shared: dict[tuple[Value, Operation], Value] = {}
+    for dot in [op for op in function.walk() if isinstance(op, Dot) and isinstance(op.a.type, TileType)]:
+        loop, tile = _outermost_that_keeps(dot.a, dot, loops), dot.a.type
+        if loop is None or sum(isinstance(op, Dot) for op in loop.walk()) == 1:
+            continue
+        layout = unit.shared("a", dot, None, warps)
+        if layout is None:
+            continue
+        if (dot.a, loop) not in shared:
+            assert isinstance(tile, TileType) and loop.parent is not None
+            slot = SlotType(tile.shape, tile.dtype, layout)
+            if not _leaves_room(function, slot, target):
+                continue
+            top, b = Builder(function.body.block, dot.loc), Builder(loop.parent, dot.loc)
+            with top.at(function.body.block, 0):
+                buffer = top.alloc(slot, hint=dot.a.hint, stages=1)
+            with b.at(loop.parent, loop.parent.ops.index(loop)):
+                shared[dot.a, loop] = b.slot(buffer, b.index(0))
+                b.insert(Barrier(scope="role"))  # an earlier round's readers have finished
+                b.insert(LocalStore(dot.a, shared[dot.a, loop]))
+                b.insert(Barrier(scope="role"))
+        dot.a = shared[dot.a, loop]
+
+
+def _outermost_that_keeps(value: Value, dot: Dot, loops: dict[Block, Operation]) -> Operation | None:
+    """The outermost loop around a dot that ``value`` comes from before of."""
+    found, block = None, dot.parent
+    while block is not None and block in loops:
+        op = loops[block]
+        if value in block.args or (value.op is not None and value.op.parent is block):
+            break
+        if isinstance(op, For | While):
+            found = op
+        block = op.parent
+    return found
 
 
 @dataclass
