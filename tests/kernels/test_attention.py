@@ -13,19 +13,17 @@ from tilewright.kernels.attention import LOG2E, attention, attention_varlen, con
 from tilewright.kernels.attention_backward import (
     ROWS,
     TILE,
-    attention_bound,
     attention_dq,
     attention_gradients,
-    attention_largest,
     attention_rows,
     attention_sum_heads,
-    nearest_integer,
     sdpa_backward,
 )
 from tilewright.kernels.attention_backward import configuration as backward_configuration
 from tilewright.kernels.attention_backward import reference as gradients
 from tilewright.kernels.attention_decode import attention_decode, attention_merge, splits
 from tilewright.kernels.attention_decode import reference as decoded
+from tilewright.kernels.attention_exact import attention_bound, attention_largest, nearest_integer
 
 #: tiles that fit into 64 KiB
 SMALL = {"BM": 64, "BN": 32}

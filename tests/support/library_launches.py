@@ -15,15 +15,19 @@ from tilewright.kernels.activations import activation, activation_backward, gelu
 from tilewright.kernels.attention import LOG2E, attention, attention_varlen, reference
 from tilewright.kernels.attention_backward import (
     ROWS,
-    attention_bound,
     attention_dq,
     attention_gradients,
-    attention_largest,
     attention_rows,
     attention_sum_heads,
 )
 from tilewright.kernels.attention_bias_gradient import TILE, attention_bias_gradient
 from tilewright.kernels.attention_decode import attention_decode, attention_merge
+from tilewright.kernels.attention_exact import (
+    attention_bound,
+    attention_dq_again,
+    attention_guess,
+    attention_largest,
+)
 from tilewright.kernels.column_sum import column_sum, column_sum_at_once
 from tilewright.kernels.cross_entropy import cross_entropy, cross_entropy_backward
 from tilewright.kernels.dropout import dropout
@@ -200,6 +204,8 @@ def _gradients(q: Array, k: Array, v: Array, do: Array) -> Iterator[Launch]:
     yield Launch("attention largest", attention_largest, (tw.cdiv(n, TILE), g, b), [k, v, largest], sizes)
     arguments = [np.abs(normal(2, b, g, tw.cdiv(n, TILE))), poisoned(b, g)]
     yield Launch("attention bound", attention_bound, (g, b), arguments, exact=False)
+    flags = np.full((b + 1, g), 7, np.int32)
+    yield Launch("attention guess", attention_guess, (g, b), [k, v, poisoned(b, g), flags], sizes, exact=False)
     arguments = [o, do, lse, poisoned(*shape), np.zeros(q.shape, np.int32), bound]
     yield Launch("attention rows", attention_rows, (tiles, h, b), arguments, sizes, exact=False)
     rows = np.zeros(shape, np.float32)
@@ -221,6 +227,9 @@ def _gradients(q: Array, k: Array, v: Array, do: Array) -> Iterator[Launch]:
     steps = np.random.default_rng(8).integers(-(1 << 20), 1 << 20, q.shape).astype(np.int32)
     arguments = [steps, rows, poisoned(*q.shape, dtype="bf16"), d**-0.5]
     yield Launch("attention dq", attention_dq, (tiles, h, b), arguments, {"D": d})
+    arguments = [q, k, v, do, rows, np.ones((b + 1, g), np.int32), poisoned(*q.shape, dtype="bf16"), d**-0.5]
+    meta = sizes | {"CAUSAL": True}
+    yield Launch("attention dq again", attention_dq_again, (2,), arguments, meta, exact=False)
     arguments = [normal(b, h, n, d, dtype="bf16"), poisoned(b, g, n, d, dtype="bf16")]
     yield Launch("attention sum of heads", attention_sum_heads, (tw.cdiv(n, TILE), g, b), arguments, {"D": d})
 

@@ -4,8 +4,8 @@ With P = exp(S - lse), dP = do v^T and delta the row sums of do * o: dv = P^T do
 dk = dS^T q, times the scale (FlashAttention, algorithm 4). A program walks over the queries for a tile of keys; what
 programs contribute to dq is added up by atomic updates.
 
-Sums of integers have one value in any order. So the contributions are rounded to multiples of a step, one for each
-query, that is 2^-29 of a bound of what can come together: |dq| <= 2 |do| max|v| max|k|, since the weights add up to 1.
+Sums of integers have one value in any order, so contributions are rounded to multiples of a step, one for each query:
+`tilewright.kernels.attention_exact` has the two forms and shows why runs agree in every bit.
 
 Packed sequences, behind one another along the rows of q, k, v and what belongs to them, are one entry of a batch here:
 q (1, H, T, D), k (1, G, S, D). ``q_starts`` and ``k_starts`` (B + 1,) int32 say where they begin, and the last axis of
@@ -21,11 +21,21 @@ import numpy as np
 import tilewright as tw
 from tilewright.kernels.attention import LOG2E, biased, visible_scores
 from tilewright.kernels.attention_bias_gradient import TILE, bias_gradient
+from tilewright.kernels.attention_exact import (
+    AGAIN,
+    MOST_ADDED,
+    SMALLEST,
+    SPACING,
+    any_bits,
+    attention_bound,
+    attention_dq_again,
+    attention_guess,
+    attention_largest,
+    nearest_integer,
+    note_beyond,
+)
 from tilewright.kernels.workspace import temporary
 
-#: added to a float below 2^30: its upper part in units of 512, and what is left of it in units of 1, are the last bits
-#: of the sums. (bits of UPPER << 9) + bits of LOWER is a multiple of 2^32.
-UPPER, LOWER = 7327449088.0, 12582912.0
 #: what a walk needs of each query: the logarithm to base 2, delta, steps in 1, 1 in steps
 ROWS = 4
 
@@ -44,47 +54,6 @@ def place(q: Any, q_starts: Any, b: Any) -> Any:
 
 
 @tw.kernel
-def attention_largest(
-    k: tw.Tensor,
-    v: tw.Tensor,
-    largest: tw.Tensor,
-    lengths: tw.Tensor = None,
-    k_starts: tw.Tensor = None,
-    *,
-    D: tw.constexpr,
-    DV: tw.constexpr,
-) -> None:
-    """Of each tile of keys the largest element of k and the largest square of a row of v.
-
-    k (B, G, N, D), v (B, G, N, DV), largest (2, B, G, cdiv(N, TILE)) float32, lengths as of `attention`. Rows before
-    the first packed sequence and behind the last do not count. Grid: (cdiv(N, TILE), G, B).
-    """
-    n, g, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
-    keys = tw.load(k[b, g], (n, 0), (TILE, D)).to(tw.float32)
-    values = tw.load(v[b, g], (n, 0), (TILE, DV)).to(tw.float32)
-    if lengths is not None:
-        exist = (n * TILE + tw.arange(0, TILE) < tw.load(lengths, b))[:, None]
-        keys, values = tw.where(exist, keys, 0.0), tw.where(exist, values, 0.0)
-    if k_starts is not None:
-        rows = n * TILE + tw.arange(0, TILE)
-        exist = (rows >= tw.load(k_starts, 0)) & (rows < tw.load(k_starts, k_starts.shape[0] - 1))
-        keys, values = tw.where(exist[:, None], keys, 0.0), tw.where(exist[:, None], values, 0.0)
-    tw.store(largest[0, b, g], n, tw.max(tw.max(tw.abs(keys), axis=1)[None, :], axis=1))
-    tw.store(largest[1, b, g], n, tw.max(tw.sum(values * values, axis=1)[None, :], axis=1))
-
-
-@tw.kernel
-def attention_bound(largest: tw.Tensor, bound: tw.Tensor) -> None:
-    """max|v| max|k| of a group of heads. largest as in `attention_largest`, bound (B, G) float32. Grid: (G, B)."""
-    g, b = tw.program_id(0), tw.program_id(1)
-    key, value = tw.zeros((1, 128), tw.float32), tw.zeros((1, 128), tw.float32)
-    for j in tw.range(tw.cdiv(largest.shape[3], 128)):
-        key = tw.maximum(key, tw.load(largest[0, b, g], j, (128,))[None, :])
-        value = tw.maximum(value, tw.load(largest[1, b, g], j, (128,))[None, :])
-    tw.store(bound[b], g, tw.max(key, axis=1) * tw.sqrt(tw.max(value, axis=1)))
-
-
-@tw.kernel
 def attention_rows(
     o: tw.Tensor,
     do: tw.Tensor,
@@ -93,14 +62,19 @@ def attention_rows(
     sums: tw.Tensor,
     bound: tw.Tensor = None,
     q_starts: tw.Tensor = None,
+    keys: tw.int32 = None,
     *,
     D: tw.constexpr,
     DV: tw.constexpr,
+    BM: tw.constexpr = 64,
+    BN: tw.constexpr = 128,
+    CAUSAL: tw.constexpr = False,
 ) -> None:
     """What a walk needs of each query, and zeros to add to.
 
     o, do (B, H, M, DV), lse (B, H, M), rows (ROWS, B, H, M rounded up to TILE) float32, sums (B, H, M, D); with
-    ``bound`` of `attention_bound` sums are int32, else float32. Grid: (cdiv(M, TILE), H, B).
+    ``bound`` of `attention_bound` sums are int32, else float32. ``keys``, N, is given with a bound that is a guess: BM
+    and BN are the tiles of the walk then, whose programs add to sums. Grid: (cdiv(M, TILE), H, B).
     Packed: as many TILEs of rows and sums as of `tiles`, and M of the grid is the longest sequence.
     """
     m, h, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
@@ -117,22 +91,27 @@ def attention_rows(
         hidden = tw.where(logarithm == float("-inf"), float("inf"), logarithm * LOG2E)
         tw.store(rows[0, entry, h], tile + m, hidden)
         tw.store(rows[1, entry, h], tile + m, delta)
-        tw.store(sums[entry, h], (tile + m, 0), tw.zeros((TILE, D), sums.dtype))
+        start = tw.zeros((TILE, D), sums.dtype)
+        if keys is not None:
+            programs = tw.full((TILE,), 0, tw.int32) + tw.cdiv(keys, BN)
+            if CAUSAL:
+                beyond = ((m * TILE + tw.arange(0, TILE)) // BM + 1) * BM + keys - count
+                programs = tw.minimum(programs, tw.maximum(beyond + BN - 1, 0) // BN)
+            start = start - (programs << 23)[:, None]
+        tw.store(sums[entry, h], (tile + m, 0), start)
         if bound is not None:
             most = tw.load(bound[entry], h // (lse.shape[1] // bound.shape[1]))
             most = tw.sqrt(tw.sum(gradients * gradients, axis=1)) * most
             # integers have no NaN: what is not finite in the other sums of a query makes its step NaN
             spoiled = (delta + tw.where(logarithm == float("-inf"), 0.0, logarithm)) * 0.0
-            tw.store(rows[2, entry, h], tile + m, 2.0**29 / most)
-            tw.store(rows[3, entry, h], tile + m, most * 2.0**-29 + spoiled)
-
-
-@tw.function
-def nearest_integer(x: Any) -> Any:
-    """Floats below 2^30 as int32, rounded: by additions, since conversions share a slow unit with exp2."""
-    upper = x + UPPER
-    lower = x + (UPPER + LOWER - upper)
-    return (tw.bitcast(upper, tw.int32) << 9) + tw.bitcast(lower, tw.int32)
+            if keys is None:
+                tw.store(rows[2, entry, h], tile + m, 2.0**29 / most)
+                tw.store(rows[3, entry, h], tile + m, most * 2.0**-29 + spoiled)
+            else:
+                steps = tw.bitcast(tw.minimum(2.0**25 / most, 2.0**96), tw.int32) & 0x7F800000
+                steps = tw.maximum(tw.bitcast(steps, tw.float32), 1.0)  # powers of two: products with them are exact
+                tw.store(rows[2, entry, h], tile + m, steps * SPACING)
+                tw.store(rows[3, entry, h], tile + m, 1.0 / steps + spoiled)
 
 
 @tw.kernel
@@ -151,6 +130,7 @@ def attention_gradients(
     lengths: tw.Tensor = None,
     q_starts: tw.Tensor = None,
     k_starts: tw.Tensor = None,
+    flags: tw.Tensor = None,
     *,
     D: tw.constexpr = 128,
     DV: tw.constexpr = 128,
@@ -164,8 +144,8 @@ def attention_gradients(
     """Gradients of a tile of keys and values, and what it adds to ``sums``, the gradients of q without the scale.
 
     Shapes as in `attention` and `attention_rows`, but dk and dv (B, P, N, ...) with P a multiple of G: each for
-    H / P heads. EXACT: sums are int32, in steps. ``scale`` without log2(e). Without RAGGED the last tile of keys is
-    full. Grid: (cdiv(N, BN), P, B); packed, N is the longest sequence.
+    H / P heads. EXACT: sums are int32, in steps, with ``flags`` of `attention_guess` checked ones. ``scale`` without
+    log2(e). Without RAGGED the last tile of keys is full. Grid: (cdiv(N, BN), P, B); packed, N is the longest sequence.
     """
     n, part, b = tw.program_id(0), tw.program_id(1), tw.program_id(2)
     g = part // (dk.shape[1] // k.shape[1])
@@ -190,6 +170,7 @@ def attention_gradients(
         end = tw.minimum(end, tw.cdiv(tw.maximum((n + 1) * BN + left - shift, 0), BM))
     dkeys = tw.zeros((BN, D), tw.float32)
     dvalues = tw.zeros((BN, DV), tw.float32)
+    worst = tw.zeros((D // 16, 8, 4), tw.int32)
     for h in tw.range(part * shared, (part + 1) * shared):
         for m in tw.range(begin, end):
             row = tile * (TILE // BM) + m
@@ -221,9 +202,14 @@ def attention_gradients(
             ds = (slope * (dp - delta[None, :])).to(q.dtype)
             dqueries = tw.dot(keys.T, ds)
             dkeys = tw.dot(ds, queries, dkeys)
-            if EXACT:
+            if flags is not None:
+                dqueries = tw.bitcast(dqueries * steps[None, :] + SMALLEST, tw.int32)
+                worst = worst | any_bits(dqueries)
+            elif EXACT:
                 dqueries = nearest_integer(dqueries * steps[None, :])
             tw.atomic_add(sums[entry, h], (row, 0), dqueries.T)
+    if flags is not None:
+        note_beyond(flags, worst, b, g, q.shape[0])
     if k_starts is None:
         tw.store(dk[b, part], (n, 0), (dkeys * scale).to(dk.dtype))
         tw.store(dv[b, part], (n, 0), dvalues.to(dv.dtype))
@@ -412,25 +398,38 @@ def _backward(
     wide, grid = {"D": meta["D"], "DV": meta["DV"]}, (tw.cdiv(longest_q, TILE), heads, batch)
     rows = temporary(q, (ROWS, entries, heads, blocks * TILE))
     sums = temporary(q, (entries, heads, blocks * TILE, depth), "int32" if deterministic else "float32")
-    bound, starts = None, options.get("q_starts")
-    if deterministic:
-        largest = temporary(q, (2, entries, groups, tw.cdiv(keys, TILE)))
-        bound = temporary(q, (entries, groups))
-        exist = options.get("lengths"), options.get("k_starts")
-        attention_largest[tw.cdiv(keys, TILE), groups, entries](k, v, largest, *exist, **wide)
-        attention_bound[groups, entries](largest, bound)
-    attention_rows[grid](o, do, lse, rows, sums, bound, starts, **wide)
     parts = [dk, dv]
     if meta["CAUSAL"] and groups != heads:
         parts = [temporary(q, (entries, heads, keys, x.shape[3]), q.dtype) for x in (k, v)]
+    walked: dict[str, Any] = {}
+    starts, bound, flags = options.get("q_starts"), None, None
+    if deterministic:
+        bound = temporary(q, (entries, groups))
+    # programs that walk several heads take longer where contributions are checked, which was measured and not explained
+    quick = plain and options["left"] is None and parts[0].shape[1] == heads
+    if deterministic and quick and keys <= MOST_ADDED * meta["BN"]:
+        flags = temporary(q, (entries + 1, groups), "int32")
+        attention_guess[groups, entries](k, v, bound, flags, **wide)
+        walked = {"keys": keys, "BM": meta["BM"], "BN": meta["BN"], "CAUSAL": meta["CAUSAL"]}
+    elif deterministic:
+        largest = temporary(q, (2, entries, groups, tw.cdiv(keys, TILE)))
+        exist = options.get("lengths"), options.get("k_starts")
+        attention_largest[tw.cdiv(keys, TILE), groups, entries](k, v, largest, *exist, **wide)
+        attention_bound[groups, entries](largest, bound)
+    attention_rows[grid](o, do, lse, rows, sums, bound, starts, **walked, **wide)
     attention_gradients[tw.cdiv(longest_k, meta["BN"]), parts[0].shape[1], batch](
         *(q, k, v, do, rows, sums, *parts, factor),
         **options,
+        flags=flags,
         RAGGED=keys % meta["BN"] != 0,
         EXACT=deterministic,
         **meta,
     )
     attention_dq[grid](sums, rows, dq, factor, starts, D=meta["D"])
+    if flags is not None:
+        again = {**wide, "BN": 64 if max(wide.values()) <= 128 else 32, "CAUSAL": meta["CAUSAL"]}
+        count = min(AGAIN, grid[0] * heads * entries)
+        attention_dq_again[count,](q, k, v, do, rows, flags, dq, factor, **again)
     if dbias is not None:
         bias_gradient(q, k, v, do, rows, dbias, factor, options, meta)
     for part, total, size in zip(parts, (dk, dv), (meta["D"], meta["DV"]), strict=True):

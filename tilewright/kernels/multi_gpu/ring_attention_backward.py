@@ -15,15 +15,14 @@ import tilewright as tw
 from tilewright.kernels.attention_backward import (
     ROWS,
     TILE,
-    attention_bound,
     attention_dq,
     attention_gradients,
-    attention_largest,
     attention_rows,
     attention_sum_heads,
     configuration,
 )
 from tilewright.kernels.attention_backward import reference as whole_reference
+from tilewright.kernels.attention_exact import attention_bound, attention_largest
 from tilewright.kernels.multi_gpu.ring_attention import divided, joined, own_chunk
 from tilewright.kernels.multi_gpu.workspace import own, symmetric
 
