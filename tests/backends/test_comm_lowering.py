@@ -42,7 +42,7 @@ def test_warps_wait_together(name: str) -> None:
     ptx = text(name, "sm_90a")
     polls = ptx.count("nanosleep")
     assert polls >= 2 and ptx.count("vote.sync.all") >= 3 * polls
-    assert "fence.acq_rel.sys" in ptx and "ld.relaxed.sys" in ptx and "ld.acquire" not in ptx
+    assert "ld.acquire.sys" in ptx, "which costs less than a fence behind a relaxed load"
 
 
 def test_signals_release_to_the_system() -> None:

@@ -11,9 +11,10 @@ tells all others that it has entered the launch, and nobody touches its memory, 
       %put = comm.put %there, [...], %tile, after(%entered)
       comm.signal %flag, %r, after(%put, %entered) }
 
-There is one credit, for all ranks, in front of the loop or conditional with the first such access: ranks begin a launch
-at about the same time, and waiting for each other anew at every tile costs more than it hides. Where all such accesses
-are to tensors of which launches use the halves in turn, ranks need not have come further than the launch before.
+Loads from the rank's own tensors that a program begins with are issued before it enters, and come meanwhile. There is
+one credit, for all ranks, in front of the loop or conditional with the first such access: ranks begin a launch at about
+the same time, and waiting for each other anew at every tile costs more than it hides. Where all such accesses are to
+tensors of which launches use the halves in turn, ranks need not have come further than the launch before.
 
 Where ranks read each other's memory, none ends the launch before all have come to its end, which blocks count
 themselves out for: what runs next may overwrite what others still read.
@@ -30,14 +31,16 @@ from tilewright.ir.comm_ops import (
     Put,
     ReducePut,
     Signal,
+    Turn,
     peer_of,
     takes_turns,
     view_root,
 )
-from tilewright.ir.core import Function, Operation, Value, uses_of
+from tilewright.ir.core import Block, Effect, Function, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Gather
 from tilewright.ir.packet_ops import Send
 from tilewright.ir.tile_ops import Element, Load
+from tilewright.ir.types import ViewType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 
 #: operations that read through a view
@@ -56,10 +59,24 @@ class Communicate(FunctionPass):
         body = function.body.block
         _add_credit(function)
         b = Builder(body, function.loc)
-        with b.at(body, 0):
+        with b.at(body, _before_ranks(body)):
             b.insert(Enter())
         if reads_peers:
             b.insert(Leave())
+
+
+def _before_ranks(body: Block) -> int:
+    """Behind loads from the rank's own tensors that a body begins with: they are on their way while it enters."""
+    for place, op in enumerate(body.ops):
+        of_own = isinstance(op, Load) and not _is_symmetric(op.view)
+        if op.regions or isinstance(op, Turn) or not (of_own or op.effect == Effect.PURE):
+            return place
+    return len(body.ops)
+
+
+def _is_symmetric(view: Value) -> bool:
+    type_ = view_root(view).type
+    return isinstance(type_, ViewType) and type_.symmetric
 
 
 def _add_credit(function: Function) -> None:

@@ -103,9 +103,9 @@ class _Plan:
             size = 2 * _stages(ring) * BARRIER_BYTES
             areas[ring] = Area(ring, end, size)
             end += size
-        for enter in self.enters:  # nobody else is at work yet, but the copy engine knows of no barrier
-            areas[enter] = Area(enter, 0 if self.in_one_order else end, NUMBER_BYTES)
-            end = max(end, areas[enter].first + NUMBER_BYTES)
+        for enter in self.enters:  # a place of its own, so that nobody has to wait until all have read it
+            areas[enter] = Area(enter, end, NUMBER_BYTES)
+            end += NUMBER_BYTES
         return areas, end
 
     def commit(self, areas: dict[Operation, Area]) -> None:

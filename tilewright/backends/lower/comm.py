@@ -3,8 +3,9 @@
 A flag and the words of control blocks hold the number of the last launch that set them, so nothing is ever reset; a
 wait polls until the difference to this launch's number, which may wrap, is not negative (`tilewright.ir.abi.Control`).
 
-Order: a signal is a store with release semantics among all GPUs by one thread, a wait polls without order and then has
-a fence. What makes that the order of all threads is in the IR already (`tilewright.passes.rank_order`).
+Order: a signal is a store with release semantics among all GPUs by one thread. A wait polls with acquiring loads, or,
+where one thread does, without order and then has a fence. What makes that the order of all threads is in the IR
+already (`tilewright.passes.rank_order`).
 
 A wait that takes longer than the control block's limit writes a fault record and stops the kernel.
 """
@@ -159,16 +160,39 @@ def _learn_number(lw: Lowering, op: comm_ops.Enter) -> WorldRef:
         raise lw.error("a launch's number has no place: the shared-memory plan must run first")
     place, word = shared_pointer(lw, shared_address(lw, op.place)), _control(lw, Control.EPOCH)
     blocks = reduce(fb.mul, [lw.ops.num_blocks(lw, axis) for axis in range(3)])
-    with fb.if_then(fb.icmp("eq", lw.scope.thread, 0)):
-        before = fb.atomicrmw("add", word, fb.i64(1 << 32), "monotonic", lw.ops.device_scope, 2 * WORD)
+    warp = lw.target.warp_size  # the last one counts while the first one looks at who has entered
+    first = fb.icmp("eq", lw.scope.thread, lw.scope.num_threads(warp) - warp)
+
+    def count() -> list[mlir.Value]:
+        return [fb.atomicrmw("add", word, fb.i64(1 << 32), "monotonic", lw.ops.device_scope, 2 * WORD)]
+
+    (before,) = fb.if_else(first, [i64], count, lambda: [fb.i64(0)])
+    entered = _entered_early(lw)
+    with fb.if_then(first):
         begun, number = fb.trunc(fb.lshr(before, 32), i32), fb.add(fb.trunc(before, i32), 1)
         fb.store(number, place, WORD)
         with fb.if_then(fb.icmp("eq", begun, fb.sub(blocks, 1))):
             fb.store(fb.zext(number, i64), word, 2 * WORD, ordering="monotonic")
     lw.ops.barrier(lw, "block")
-    lw.entry.world = replace(world, launch=fb.load(place, i32, WORD))
-    lw.ops.barrier(lw, "block")  # others may use the place from here on
+    lw.entry.world = replace(world, launch=fb.load(place, i32, WORD), entered=entered)
     return lw.entry.world
+
+
+def _entered_early(lw: Lowering) -> mlir.Value | None:
+    """What the first ranks have told, one in each lane of the first warp, for a credit that seldom has to wait.
+
+    None where no such credit is to come: of the whole block, and for the launch before.
+    """
+    fb, size = lw.fb, _world(lw).size
+    credits = [op for op in lw.function.body.block.ops if isinstance(op, comm_ops.Credit)]
+    if not any(op.in_turn and op.peer is None for op in credits):
+        return None
+
+    def look() -> list[mlir.Value]:
+        word = _control(lw, Control.ENTERED, fb.smin(lw.scope.lane, fb.sub(size, 1)))
+        return [fb.load(word, fb.types.i32, WORD, ordering="acquire")]
+
+    return fb.if_else(fb.icmp("eq", lw.scope.warp, 0), [fb.types.i32], look, lambda: [fb.i32(0)])[0]
 
 
 @lowers(comm_ops.Turn)
@@ -184,7 +208,12 @@ def lower_credit(lw: Lowering, op: comm_ops.Credit) -> None:
     def entry(peer: mlir.Value) -> Awaited:
         return Awaited(_control(lw, Control.ENTERED, peer), fb.i32(Fault.ENTRY), peer, line_of(op.loc), number=number)
 
-    if op.peer is None:
+    if op.peer is None and op.in_turn and world.entered is not None:
+        assert number is not None
+        known = fb.and_(_is_reached(lw, world.entered, number), fb.icmp("sle", world.size, lw.target.warp_size))
+        with fb.if_then(fb.icmp("eq", lw.scope.warp, 0)), fb.if_then(fb.not_(lw.ops.all_lanes(lw, known))):
+            _poll_each(lw, world.size, entry)
+    elif op.peer is None:
         _poll_each(lw, world.size, entry)
     else:
         peer = lw.scalar(op.peer)
@@ -257,13 +286,15 @@ def _poll_each(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], Awaite
             _poll_alone(lw, count, lambda number: word(fb.smin(number, last)))
         fb.fence("acquire")
         return
+    # acquiring loads cost less than a fence, which waits for what the thread has written too
     with fb.if_then(fb.icmp("eq", lw.scope.warp, 0)):
         if isinstance(count, int) and 0 < count <= warp:
-            _poll(lw, word(fb.i32(0) if count == 1 else fb.umin(lw.scope.lane, count - 1)))
+            _poll(lw, word(fb.i32(0) if count == 1 else fb.umin(lw.scope.lane, count - 1)), "acquire")
         else:
             own = lw.scope.lane
-            _each(lw, fb.i32(0), count, warp, lambda first: _poll(lw, word(fb.smin(fb.add(first, own), last))))
-        fb.fence("acquire")
+            _each(
+                lw, fb.i32(0), count, warp, lambda first: _poll(lw, word(fb.smin(fb.add(first, own), last)), "acquire")
+            )
 
 
 def _poll_alone(lw: Lowering, count: IntLike, word: Callable[[mlir.Value], Awaited]) -> None:
@@ -283,16 +314,20 @@ def _each(lw: Lowering, first: mlir.Value, count: IntLike, step: int, body: Call
         body(loop.index)
 
 
-def _reached(lw: Lowering, awaited: Awaited) -> mlir.Value:
-    """i1: the number of this launch, or of a later one, is there. Orders nothing: a fence comes behind."""
-    word = lw.fb.load(awaited.pointer, lw.fb.types.i32, WORD, ordering="monotonic")
-    number = launch_number(lw) if awaited.number is None else awaited.number
+def _reached(lw: Lowering, awaited: Awaited, ordering: str = "monotonic") -> mlir.Value:
+    """i1: the number of this launch, or of a later one, is there. Behind a monotonic look there must be a fence."""
+    word = lw.fb.load(awaited.pointer, lw.fb.types.i32, WORD, ordering=ordering)
+    return _is_reached(lw, word, launch_number(lw) if awaited.number is None else awaited.number)
+
+
+def _is_reached(lw: Lowering, word: mlir.Value, number: mlir.Value) -> mlir.Value:
+    """i1: a word is of the launch ``number`` or of a later one."""
     return lw.fb.icmp("sge", lw.fb.sub(word, number), 0)
 
 
-def _poll(lw: Lowering, awaited: Awaited, alone: bool | None = None) -> None:
+def _poll(lw: Lowering, awaited: Awaited, ordering: str = "monotonic", alone: bool | None = None) -> None:
     """Look at a word until it is `_reached`."""
-    poll(lw, lambda: (_reached(lw, awaited), []), awaited, alone)
+    poll(lw, lambda: (_reached(lw, awaited, ordering), []), awaited, alone)
 
 
 def poll(

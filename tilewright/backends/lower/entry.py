@@ -40,6 +40,8 @@ class WorldRef:
     controls: mlir.Value
     #: the number of this launch, behind `tilewright.ir.comm_ops.Enter`
     launch: mlir.Value | None = None
+    #: and what a credit is likely to ask for: a rank's `Control.ENTERED` in each lane of the first warp
+    entered: mlir.Value | None = None
 
 
 @dataclass
