@@ -24,9 +24,8 @@ import torch
 
 import tilewright as tw
 from tilewright.kernels.multi_gpu.all_reduce import all_reduce
-from tilewright.kernels.multi_gpu.copy_engine import all_to_all, gemm_reduce_scatter, meet
+from tilewright.kernels.multi_gpu.copy_engine import all_to_all, gemm_all_reduce, gemm_reduce_scatter, let_meet
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
-from tilewright.kernels.multi_gpu.workspace import flags
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
 
@@ -169,19 +168,25 @@ class Product(Work):
 
     def __init__(self, world: Any) -> None:
         super().__init__(world)
-        self.a, self.b, self.inputs, self.results = {}, {}, {}, {}
+        self.a, self.b, self.inputs, self.results, self.factors = {}, {}, {}, {}, {}
         each = self.WIDTH // world.size
         for rank, place in self.places.items():
             places = torch.arange(self.WIDTH * self.DEPTH, device=place).view(self.WIDTH, self.DEPTH)
             factors = [(places * 31 % 1009 + 13 * r) % self.PERIOD for r in range(world.size)]
             left = [torch.stack([(f + n) % self.PERIOD - 3.0 for n in range(self.PERIOD)]) for f in factors]
             right = [(f * 5 % self.PERIOD - 3.0).T.contiguous() for f in factors]
-            rows = slice(rank * each, (rank + 1) * each)
-            sums = [x[:, rows] @ y for x, y in zip(left, right, strict=True)]
-            sent = sum(part.to(BF16).float() for r, part in enumerate(sums) if r != rank)
-            self.inputs[rank], self.results[rank] = left[rank].to(BF16), (sums[rank] + sent).to(BF16)
+            self.factors[rank] = left, right
+            self.inputs[rank], self.results[rank] = left[rank].to(BF16), self.sums_of(rank, rank)
             self.a[rank], self.b[rank] = torch.empty_like(self.inputs[rank][0]), right[rank].to(BF16)
             self.outputs[rank] = torch.full((each, self.WIDTH), float("nan"), device=place, dtype=BF16)
+
+    def sums_of(self, owner: int, rank: int) -> torch.Tensor:
+        """The rows that a rank owns, of all values, on the GPU of another one."""
+        each = self.WIDTH // self.world.size
+        rows = slice(owner * each, (owner + 1) * each)
+        sums = [x[:, rows] @ y for x, y in zip(*self.factors[rank], strict=True)]
+        sent = sum(part.to(BF16).float() for r, part in enumerate(sums) if r != owner)
+        return (sums[owner] + sent).to(BF16)
 
     def picked(self, table: torch.Tensor, number: Any) -> torch.Tensor:
         if isinstance(number, int):
@@ -203,6 +208,20 @@ class ProductByCopies(Product):
 
     def launch(self) -> None:
         gemm_reduce_scatter(self.world, *(list(arrays.values()) for arrays in (self.a, self.b, self.outputs)))
+
+
+class SumByCopies(Product):
+    """The same for everybody: owners' sums go to all, by the copy engines too."""
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.c = world.empty((world.size, self.WIDTH // world.size, self.WIDTH), "bf16")
+        for rank in self.places:
+            self.results[rank] = torch.cat([self.sums_of(owner, rank) for owner in range(world.size)], 1)
+            self.outputs[rank] = self.c[rank].view(self.WIDTH, self.WIDTH)
+
+    def launch(self) -> None:
+        gemm_all_reduce(self.world, *(list(arrays.values()) for arrays in (self.a, self.b)), self.c)
 
 
 class Pushed(Work):
@@ -240,19 +259,18 @@ class Fetched(Pushed):
         self.outputs[rank][rank].copy_(self.value(rank, rank, number)[rank])
 
     def launch(self) -> None:
-        here = flags(self.world, "meet", (self.world.size,))
-        self.world.launch(meet, (1,), here)
+        let_meet(self.world)
         others = {rank: [p for p in range(self.world.size) if p != rank] for rank in self.world.ranks}
         copies = self.world.pull(lambda rank: [(self.y, peer, (peer,)) for peer in others[rank]])
         copies.join()
         copies.rejoin()
-        self.world.launch(meet, (1,), here)
+        let_meet(self.world)
 
     def expected(self, rank: int, number: Any) -> torch.Tensor:
         return torch.stack([self.value(rank, of, number)[of] for of in range(self.world.size)])
 
 
-WORKS = (ByHand, AllReduce, Packets, Halves, Product, ProductByCopies, Pushed, Fetched)
+WORKS = (ByHand, AllReduce, Packets, Halves, Product, ProductByCopies, SumByCopies, Pushed, Fetched)
 
 
 # --- scenarios: a function of the world and the number of iterations --------------------------------------

@@ -33,7 +33,9 @@ def main(kind: str) -> None:
     memory.clear(address, size)
     memory.write(address, bytes(range(8)))
     print(DeviceArray(memory, address, (3,), "i32").numpy().tolist())
-    for done in memory.start_copies([(address + 64, address, 8), (address + 128, address + 4, 4)], 0x77, ordered=True):
+    for done in memory.start_copies(
+        [[(address + 64, address, 8)], [(address + 128, address + 4, 4)]], 0x77, ordered=True
+    ):
         memory.wait_event(0x77, done)
     print(DeviceArray(memory, address + 128, (1,), "i32").numpy().tolist())
     table = memory.place(b"12345678")

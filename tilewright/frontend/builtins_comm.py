@@ -105,7 +105,15 @@ def signal(emit: Emitter, flag: Any, peer: Any, after: Any) -> None:
 
 
 @implements(tw.wait)
-def wait(emit: Emitter, flags: Any, when: Any) -> Value:
+def wait(emit: Emitter, flags: Any, when: Any, earlier: Any) -> Value:
+    if earlier is not None:
+        if when is not True:
+            hint = "put it into an if"
+            raise CompileError("tw.wait takes no condition for flags of an earlier launch", hint=hint, argument="when")
+        if isinstance(earlier, int) and earlier < 1:
+            raise CompileError(f"tw.wait(earlier={earlier}): it is at least 1", argument="earlier")
+        launches = scalar_index(emit, earlier, "a number of launches", "earlier")
+        return emit.builder.wait_earlier(_flags(flags, "flags"), launches)
     condition = emit.truth(when, "the condition of a wait")
     if condition is False:
         condition = emit.constant(False, i1)

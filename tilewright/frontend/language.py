@@ -476,11 +476,14 @@ def signal(flag, peer, after=None):
 
 
 @_builtin
-def wait(flags, when=True):
+def wait(flags, when=True, earlier=None):
     """Wait until a flag of the own rank is set, or all flags of a view; gives the token that `load` takes as ``after``.
 
     Where ``when``, a scalar, is false the token is there at once: of a symmetric tensor the part that the own rank has
     written before the launch needs no waiting.
+
+    ``earlier``, a positive integer: wait for flags that the launch so many launches of the world before this one has
+    set, and that have been copied to this rank behind data (`World.start_push`, ``tell``).
 
     A program may wait for signals of programs before it along grid axis 2 and for those that it sends itself.
     """

@@ -274,6 +274,10 @@ class Builder:
         """The token that says that all flags of a view are set, or that ``when`` is false."""
         return self.insert(comm_ops.WaitFlags(flags, when, types=[TokenType("flag")])).result
 
+    def wait_earlier(self, flags: Value, launches: Value) -> Value:
+        """The token that says that all flags of a view are those of the launch so many ``launches`` ago."""
+        return self.insert(comm_ops.WaitEarlier(flags, launches, types=[TokenType("flag")])).result
+
     # --- checks -------------------------------------------------------------------------------
 
     def print_(self, text: str, values: Sequence[Value]) -> None:

@@ -155,6 +155,23 @@ class WaitFlags(Operation):
         self.require(self.result.type == FLAG, "gives token<flag>")
 
 
+@operation("comm.wait_earlier", effect=Effect.SYNC)
+class WaitEarlier(Operation):
+    """Wait until all flags of a view of the own rank's tensor hold the number of the launch so many ``launches`` ago.
+
+    For flags that are copied behind data (`tilewright.runtime.symmetric.SymmetricHeap.start_push`) from those that the
+    earlier launch has set: nothing that this launch signals.
+    """
+
+    flags: Value = operand()
+    launches: Value = operand()
+
+    def verify(self) -> None:
+        _verify_flags(self, self.flags)
+        self.require(self.launches.type == ScalarType(i32), "the number of launches is i32")
+        self.require(self.result.type == FLAG, "gives token<flag>")
+
+
 # --- generated ----------------------------------------------------------------------------------
 
 

@@ -193,6 +193,14 @@ def _wait(frame: Frame, op: c.WaitFlags) -> Steps:
     return op
 
 
+@rule(c.WaitEarlier)
+def _wait_earlier(frame: Frame, op: c.WaitEarlier) -> c.WaitEarlier:
+    """Copies have happened when they have been started, and an earlier launch's flags are not kept."""
+    if int(frame.read(op.launches)) < 1:
+        raise Trap(f"waits for flags of {int(frame.read(op.launches))} launches ago: there is 1 at least")
+    return op
+
+
 def flag_address(flag: np.ndarray) -> int:
     return int(flag.ctypes.data)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from tilewright.ir.async_ops import Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.comm_ops import FLAG, PUT, Put, ReducePut, Signal, WaitFlags, view_root
+from tilewright.ir.comm_ops import FLAG, PUT, Put, ReducePut, Signal, WaitEarlier, WaitFlags, view_root
 from tilewright.ir.core import Block, Effect, Function, Operation, Region, Value
 from tilewright.ir.indexed_ops import Atomic, Scatter
 from tilewright.ir.packet_ops import Receive, Send
@@ -35,7 +35,7 @@ from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.prefetch import carry
 
 #: what may wait for other ranks, and what comes after a signal of the iteration before
-WAITS = WaitFlags | Receive
+WAITS = WaitFlags | WaitEarlier | Receive
 LATER = Put | ReducePut | Send | Signal | WAITS | Store | Scatter | Atomic
 
 

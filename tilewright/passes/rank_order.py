@@ -19,10 +19,13 @@ from __future__ import annotations
 
 from tilewright.ir.async_ops import Barrier, BulkStore, Copy, Fence, Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.comm_ops import Credit, Leave, Signal, WaitFlags
+from tilewright.ir.comm_ops import Credit, Leave, Signal, WaitEarlier, WaitFlags
 from tilewright.ir.core import Block, Function, Operation, uses_of
 from tilewright.ir.types import TokenType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
+
+#: behind these a program sees what others have written
+WAITS = WaitFlags | WaitEarlier | Credit
 
 
 @register_pass("rank-order")
@@ -33,7 +36,7 @@ class RankOrder(FunctionPass):
         if not function.attributes.get("communicates"):
             return
         uses = uses_of(function.body)
-        waits = [op for op in function.walk() if isinstance(op, WaitFlags | Credit)]
+        waits = [op for op in function.walk() if isinstance(op, WAITS)]
         for_engines: set[Operation] = {op for op in waits if any(map(_is_engine_copy, uses.get(op.result, [])))}
         _Order(for_engines, each_thread=context.target.vendor == "amd").block(function.body.block, alone=False)
 
@@ -57,7 +60,7 @@ class _Order:
                 self._fence(b, "release")
                 b.insert(Barrier(scope="role" if isinstance(op, Signal) else "block"))
             b.insert(op)
-            if isinstance(op, WaitFlags | Credit):
+            if isinstance(op, WAITS):
                 if not alone:
                     b.insert(Barrier(scope="role"))
                     self._fence(b, "acquire")

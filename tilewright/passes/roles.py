@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tilewright.ir.async_ops import Acquire, Alloc, Barrier, Copy, MakeRing, Publish, Role
 from tilewright.ir.builder import Builder
-from tilewright.ir.comm_ops import Credit, Enter, Leave, WaitFlags
+from tilewright.ir.comm_ops import Credit, Enter, Leave, WaitEarlier, WaitFlags
 from tilewright.ir.core import Block, Effect, Function, Operation, Region, Value, uses_of
 from tilewright.ir.target import Target
 from tilewright.ir.tile_ops import Dot, For
@@ -74,7 +74,7 @@ def is_producer(op: Operation) -> bool:
 
 def is_wait(op: Operation) -> bool:
     """Waits for other ranks, which belong to the roles that take their tokens, or else to the consumers."""
-    return isinstance(op, WaitFlags | Credit)
+    return isinstance(op, WaitFlags | WaitEarlier | Credit)
 
 
 def _slice(program: Region, keep: Callable[[Operation], bool]) -> tuple[Region, set[Operation]]:

@@ -19,7 +19,7 @@ from tilewright.ir.interpreter_numerics import NUMPY
 from tilewright.ir.types import DTYPES
 from tilewright.runtime.arguments import TensorView, Viewed, row_major
 from tilewright.runtime.cuda import CudaDevice
-from tilewright.runtime.symmetric_memory import SharedWords
+from tilewright.runtime.symmetric_memory import Run, SharedWords
 
 #: bytes of device memory that tables and tensor maps are cut from, and what their addresses are multiples of
 _ARENA_BYTES, _ARENA_ALIGNMENT = 64 * 1024, 128
@@ -151,20 +151,21 @@ class GpuMemory(ABC):
     def destroy_event(self, event: Any) -> None:
         """Undo `new_event`."""
 
-    def start_copies(self, copies: Sequence[tuple[int, int, int]], stream: int, ordered: bool) -> list[Any]:
-        """Start copies (target, source, bytes) behind what ``stream`` has been given; an event for the end of each.
+    def start_copies(self, runs: Sequence[Run], stream: int, ordered: bool) -> list[Any]:
+        """Start runs of copies behind what ``stream`` has been given; an event for the end of each run.
 
-        They run beside the stream, and beside each other unless ``ordered``. Within a capture they become part of the
+        They go beside the stream, and beside each other unless ``ordered``. Within a capture they become part of the
         graph, if the stream waits for all events.
         """
         # ordered ones have a side even where there is no copy: `side_stream` has what follows
-        sides = [self._side(0 if ordered else i) for i in range(max(len(copies), ordered))]
+        sides = [self._side(0 if ordered else i) for i in range(max(len(runs), ordered))]
         with self._lock:
             self._pass_on(stream, [side.stream for side in (sides[:1] if ordered else sides)])
             done = []
-            for side, (target, source, nbytes) in zip(sides, copies, strict=False):
+            for side, run in zip(sides, runs, strict=False):
                 end = side.end(self.new_event)
-                self.start_copy(target, source, nbytes, side.stream)
+                for target, source, nbytes in run:
+                    self.start_copy(target, source, nbytes, side.stream)
                 self.record(end, side.stream)
                 done.append(end)
         return done

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ from tilewright.runtime.emulated import host_view
 from tilewright.runtime.errors import ArgumentError, DeviceError
 from tilewright.runtime.fault_record import FaultRecord
 from tilewright.runtime.peers import Endpoint, SymmetricPlace, address_table
-from tilewright.runtime.symmetric_memory import Allocation, Copy, SymmetricMemory
+from tilewright.runtime.symmetric_memory import Allocation, Copy, Run, SymmetricMemory
 
 #: bytes of the smallest allocation, so that empty tensors have an address too
 _LEAST_BYTES = 16
@@ -115,6 +116,10 @@ class SymmetricTensor(Viewed):
 
 #: a tensor, the rank whose it is, and an index of leading dimensions
 Part = tuple[SymmetricTensor, int, tuple[int, ...]]
+#: flags, where ranks are told what they hold, a tensor (n, world, *flags.shape), and an index into that
+Tell = tuple[SymmetricTensor, SymmetricTensor, int]
+#: a rank of this process, the stream that its copies begin behind, and these
+Started = tuple[int, Any, Sequence[Run]]
 
 
 class BoundTensor(Viewed):
@@ -140,7 +145,10 @@ class BoundTensor(Viewed):
 
 @dataclass(frozen=True)
 class Copies:
-    """Copies in progress: for each rank of this process its stream, and the copies in their order."""
+    """Copies in progress: for each rank of this process its stream, and the copies in their order.
+
+    What ranks are told behind a copy belongs to it.
+    """
 
     memory: SymmetricMemory
     started: Sequence[tuple[int, Any, list[Any]]]
@@ -281,59 +289,91 @@ class SymmetricHeap:
 
     # --- copies by the GPUs' copy engines -----------------------------------------------------------------
 
-    def push(self, source: Any, target: SymmetricTensor, stream: Any = None) -> None:
+    def push(self, source: Any, target: SymmetricTensor, stream: Any = None, tell: Tell | None = None) -> None:
         """Copy parts to all ranks: ``target[r]`` of rank p becomes ``source[p]`` of rank r.
 
         ``source``: an array of this process's rank, a list of one for each, or a symmetric tensor; of the target's
         shape (world, ...) and dtype, row-major. It is queued on ``stream`` like a launch, with no wait for other
         ranks: kernels before and behind must see to it that all may write and that all have
-        (`tilewright.kernels.multi_gpu.copy_engine`).
+        (`tilewright.kernels.multi_gpu.copy_engine`). ``tell``: as of `start_push`.
         """
-        started = self._pushes(source, target, stream, range(1, self.size + 1))
-        others = self._start([(rank, queue, copies[1:]) for rank, queue, copies in started], ordered=False)
-        for rank, queue, copies in started:
-            for copy in copies[:1]:  # in the stream itself, which costs less than waiting for another one
+        started = self._pushes(source, target, stream, range(1, self.size + 1), tell=tell)
+        others = self._start([(rank, queue, runs[1:]) for rank, queue, runs in started], ordered=False)
+        for rank, queue, runs in started:
+            for copy in chain.from_iterable(runs[:1]):  # in the stream itself: costs less than to wait for another one
                 self.memory.copy(rank, copy, queue)
         others.join()
 
-    def start_push(self, source: Any, target: SymmetricTensor, stream: Any = None) -> Copies:
+    def start_push(
+        self,
+        source: Any,
+        target: SymmetricTensor,
+        stream: Any = None,
+        rows: tuple[int, int] | None = None,
+        tell: Tell | None = None,
+    ) -> Copies:
         """Start what `push` does with the parts for other ranks, beside what ``stream`` is given from now on.
 
-        `Copies.join` lets the stream wait.
+        `Copies.join` lets the stream wait. ``rows``: of each part only those from the first to before the last.
+        ``tell``: behind each copy the rank's ``flags`` go to ``places[index, rank]`` of the rank that it is for, where
+        kernels may wait for them (`tw.wait`, ``earlier``).
         """
-        return self._start(self._pushes(source, target, stream, range(1, self.size)), ordered=False)
+        return self._start(self._pushes(source, target, stream, range(1, self.size), rows, tell), ordered=False)
 
     def _pushes(
-        self, source: Any, target: SymmetricTensor, stream: Any, hops: Sequence[int]
-    ) -> list[tuple[int, Any, list[Copy]]]:
+        self,
+        source: Any,
+        target: SymmetricTensor,
+        stream: Any,
+        hops: Sequence[int],
+        rows: tuple[int, int] | None = None,
+        tell: Tell | None = None,
+    ) -> list[Started]:
         """Of each rank of this process its stream and the copies to ranks so many ``hops`` behind it."""
-        part, started = target.nbytes // self.size, []
         if target.shape[0] != self.size:
             raise ArgumentError(f"{target!r} cannot be pushed to: its shape must be (world, ...).")
+        part, started = target.nbytes // self.size, list[Started]()
+        first, nbytes = _of_part(target, rows)
         for i, (rank, array) in enumerate(zip(self.ranks, self._by_process(source), strict=True)):
-            address = self._dense(array, target.shape, target.dtype, f"pushed to {target!r}")
-            peers = [(rank + hop) % self.size for hop in hops]
-            copies = [(target.addresses[peer] + rank * part, address + peer * part, part) for peer in peers if part]
-            started.append((rank, self._of(stream, i), copies))
+            address, runs = self._dense(array, target.shape, target.dtype, f"pushed to {target!r}"), []
+            for peer in [(rank + hop) % self.size for hop in hops if nbytes]:
+                copy = (target.addresses[peer] + rank * part + first, address + peer * part + first, nbytes)
+                runs.append([copy, *self._told(rank, peer, tell)])
+            started.append((rank, self._of(stream, i), runs))
         return started
 
-    def spread(self, tensor: SymmetricTensor, stream: Any = None, rows: tuple[int, int] | None = None) -> Copies:
+    def spread(
+        self,
+        tensor: SymmetricTensor,
+        stream: Any = None,
+        rows: tuple[int, int] | None = None,
+        tell: Tell | None = None,
+    ) -> Copies:
         """Start copying each rank's own part, ``tensor[rank]`` of (world, ...), to the same place of all others.
 
         To the next rank first, then to the one behind it, beside what ``stream`` is given from now on: `Copies.join`
-        lets it wait. As with `push` nobody waits for other ranks. ``rows``: of the part only those from the first to
-        before the last.
+        lets it wait. As with `push` nobody waits for other ranks. ``rows``, ``tell``: as of `start_push`.
         """
         if tensor.shape[0] != self.size:
             raise ArgumentError(f"{tensor!r} cannot be spread: its shape must be (world, ...).")
-        part, started = tensor.nbytes // self.size, []
-        first, end = (0, part) if rows is None else (row * part // tensor.shape[1] for row in rows)
+        part, started = tensor.nbytes // self.size, list[Started]()
+        first, nbytes = _of_part(tensor, rows)
         for i, rank in enumerate(self.ranks):
-            places = [address + rank * part + first for address in tensor.addresses]
-            peers = [(rank + hop) % self.size for hop in range(1, self.size)]
-            copies = [(places[p], places[rank], end - first) for p in peers if end > first]
-            started.append((rank, self._of(stream, i), copies))
+            places, runs = [address + rank * part + first for address in tensor.addresses], []
+            for peer in [(rank + hop) % self.size for hop in range(1, self.size) if nbytes]:
+                runs.append([(places[peer], places[rank], nbytes), *self._told(rank, peer, tell)])
+            started.append((rank, self._of(stream, i), runs))
         return self._start(started, ordered=True)
+
+    def _told(self, rank: int, peer: int, tell: Tell | None) -> list[Copy]:
+        """The copy of a rank's flags to another one."""
+        if tell is None or peer == rank:
+            return []
+        flags, places, index = tell
+        start, nbytes = places.part((index, rank))
+        if nbytes != flags.nbytes:
+            raise ArgumentError(f"{flags!r} cannot be told in {places!r}: its shape must be (n, world, *flags.shape).")
+        return [(places.addresses[peer] + start, flags.addresses[rank], nbytes)]
 
     def fetch(self, source: SymmetricTensor, target: Any, stream: Any = None) -> Copies:
         """Start copying every rank's ``source`` to ``target[r]``, the next rank's first and the own one last.
@@ -342,12 +382,13 @@ class SymmetricHeap:
         rank, or a list of one for each, in any memory, row-major, of shape (world, *source.shape) and the source's
         dtype. Nobody waits until what is read is there: a kernel before must.
         """
-        started = []
+        started: list[Started] = []
         for i, (rank, array) in enumerate(zip(self.ranks, self._by_process(target), strict=True)):
             address = self._dense(array, (self.size, *source.shape), source.dtype, f"filled from {source!r}")
             peers = [(rank + 1 + hop) % self.size for hop in range(self.size)]
-            copies = [(address + p * source.nbytes, source.addresses[p], source.nbytes) for p in peers if source.nbytes]
-            started.append((rank, self._of(stream, i), copies))
+            size = source.nbytes
+            runs = [[(address + p * size, source.addresses[p], size)] for p in peers if size]
+            started.append((rank, self._of(stream, i), runs))
         return self._start(started, ordered=True)
 
     def fill_own(self, target: SymmetricTensor, source: Any, stream: Any = None) -> None:
@@ -355,11 +396,11 @@ class SymmetricHeap:
 
         Both have one shape and dtype, and the array is row-major. ``source`` may be a list of one for each rank.
         """
-        started = []
+        started: list[Started] = []
         for i, (rank, array) in enumerate(zip(self.ranks, self._by_process(source), strict=True)):
             address = self._dense(array, target.shape, target.dtype, f"copied to {target!r}")
-            copies = [(target.addresses[rank], address, target.nbytes)] if target.nbytes else []
-            started.append((rank, self._of(stream, i), copies))
+            runs = [[(target.addresses[rank], address, target.nbytes)]] if target.nbytes else []
+            started.append((rank, self._of(stream, i), runs))
         self._start(started, ordered=True).join()
 
     def pull(self, wanted: Callable[[int], Sequence[Part]], stream: Any = None, ordered: bool = True) -> Copies:
@@ -370,19 +411,19 @@ class SymmetricHeap:
         with an ``index`` of leading dimensions. The copies run beside what ``stream`` is given from now on. As with
         `push` nobody waits for other ranks.
         """
-        started = []
+        started: list[Started] = []
         for i, rank in enumerate(self.ranks):
-            copies = []
+            runs = []
             for tensor, peer, index in wanted(rank):
                 start, nbytes = tensor.part(index)
                 if nbytes:
-                    copies.append((tensor.addresses[rank] + start, tensor.addresses[peer] + start, nbytes))
-            started.append((rank, self._of(stream, i), copies))
+                    runs.append([(tensor.addresses[rank] + start, tensor.addresses[peer] + start, nbytes)])
+            started.append((rank, self._of(stream, i), runs))
         return self._start(started, ordered)
 
-    def _start(self, started: Sequence[tuple[int, Any, list[Copy]]], ordered: bool) -> Copies:
+    def _start(self, started: Sequence[Started], ordered: bool) -> Copies:
         memory = self.memory
-        events = [(rank, stream, memory.start_copies(rank, all_, stream, ordered)) for rank, stream, all_ in started]
+        events = [(rank, stream, memory.start_copies(rank, runs, stream, ordered)) for rank, stream, runs in started]
         return Copies(memory, events, ordered)
 
     def _of(self, stream: Any, index: int) -> Any:
@@ -436,6 +477,13 @@ class SymmetricHeap:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _of_part(tensor: SymmetricTensor, rows: tuple[int, int] | None) -> tuple[int, int]:
+    """Where rows of each part of a tensor (world, R, ...) begin, and their size, in bytes; None: all of the part."""
+    part = tensor.nbytes // tensor.shape[0]
+    first, end = (0, part) if rows is None else (row * part // tensor.shape[1] for row in rows)
+    return first, end - first
 
 
 def tensor_view(array: Any) -> TensorView:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tilewright.ir.interpreter_numerics import NUMPY
 from tilewright.ir.types import DTYPES
 from tilewright.runtime.emulated_group import EmulatedGroup
 from tilewright.runtime.host_arrays import array_bytes
-from tilewright.runtime.symmetric_memory import Allocation, Copy, SymmetricMemory, check_size
+from tilewright.runtime.symmetric_memory import Allocation, Copy, Run, SymmetricMemory, check_size
 
 #: what the emulators and vector accesses want of an address (bytes)
 _ALIGNMENT = 256
@@ -56,10 +57,10 @@ class HostMemory(SymmetricMemory):
     def copy(self, rank: int, copy: Copy, stream: Any) -> None:
         ctypes.memmove(*copy)
 
-    def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
-        for copy in copies:
+    def start_copies(self, rank: int, runs: Sequence[Run], stream: Any, ordered: bool) -> list[Any]:
+        for copy in chain.from_iterable(runs):
             ctypes.memmove(*copy)
-        return [None] * len(copies)
+        return [None] * len(runs)
 
     def join(self, rank: int, copy: Any, stream: Any) -> None:
         """Copies have happened when they have been started."""

@@ -11,7 +11,7 @@ from tilewright.runtime.errors import DeviceError
 from tilewright.runtime.gpu_memory import GpuMemory, gpu_array, torch_with_gpus
 from tilewright.runtime.host_arrays import array_bytes
 from tilewright.runtime.launching import stream_handle
-from tilewright.runtime.symmetric_memory import Allocation, Copy, SharedWords, SymmetricMemory, check_size
+from tilewright.runtime.symmetric_memory import Allocation, Copy, Run, SharedWords, SymmetricMemory, check_size
 
 
 class GpuRanks(SymmetricMemory):
@@ -40,8 +40,8 @@ class GpuRanks(SymmetricMemory):
     def copy(self, rank: int, copy: Copy, stream: Any) -> None:
         self.gpus[rank].start_copy(*copy, self._stream(rank, stream))
 
-    def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
-        return self.gpus[rank].start_copies(copies, self._stream(rank, stream), ordered)
+    def start_copies(self, rank: int, runs: Sequence[Run], stream: Any, ordered: bool) -> list[Any]:
+        return self.gpus[rank].start_copies(runs, self._stream(rank, stream), ordered)
 
     def join(self, rank: int, copy: Any, stream: Any) -> None:
         self.gpus[rank].wait_event(self._stream(rank, stream), copy)

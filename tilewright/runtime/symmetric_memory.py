@@ -20,6 +20,8 @@ from tilewright.runtime.errors import DeviceError
 
 #: target and source address, bytes
 Copy = tuple[int, int, int]
+#: copies that follow one another
+Run = Sequence[Copy]
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ class SymmetricMemory(ABC):
         """Give a stream of the rank's device a copy."""
 
     @abstractmethod
-    def start_copies(self, rank: int, copies: Sequence[Copy], stream: Any, ordered: bool) -> list[Any]:
-        """Start copies behind what a stream of the rank's device has been given; something to `join` for each.
+    def start_copies(self, rank: int, runs: Sequence[Run], stream: Any, ordered: bool) -> list[Any]:
+        """Start runs of copies behind what a stream of the rank's device has been given; something to `join` for each.
 
-        They run beside the stream, and beside each other unless ``ordered``.
+        They go beside the stream, and beside each other unless ``ordered``.
         """
 
     @abstractmethod

@@ -97,6 +97,18 @@ def lower_signal(lw: Lowering, op: comm_ops.Signal) -> None:
 
 @lowers(comm_ops.WaitFlags)
 def lower_wait(lw: Lowering, op: comm_ops.WaitFlags) -> None:
+    run_if(lw, None if op.when is None else lw.scalar(op.when), lambda: _wait_for(lw, op))
+    lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
+
+
+@lowers(comm_ops.WaitEarlier)
+def lower_wait_earlier(lw: Lowering, op: comm_ops.WaitEarlier) -> None:
+    _wait_for(lw, op, lw.fb.sub(launch_number(lw), lw.scalar(op.launches)))
+    lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
+
+
+def _wait_for(lw: Lowering, op: comm_ops.WaitFlags | comm_ops.WaitEarlier, launch: mlir.Value | None = None) -> None:
+    """Until all flags of a view are those of a ``launch``, by default of this one."""
     fb, math, view = lw.fb, lw.index, lw.view(op.flags)
     count = math.narrow(reduce(math.mul, view.shape, 1))
     param = lw.function.params.index(comm_ops.view_root(op.flags))
@@ -104,10 +116,9 @@ def lower_wait(lw: Lowering, op: comm_ops.WaitFlags) -> None:
     def flag(number: mlir.Value) -> Awaited:
         offset = _element(lw, view, number)
         pointer = fb.gep(view.base, math.value(math.mul(offset, WORD), 64))
-        return Awaited(pointer, math.value(math.narrow(offset)), fb.i32(-1), line_of(op.loc), param)
+        return Awaited(pointer, math.value(math.narrow(offset)), fb.i32(-1), line_of(op.loc), param, launch)
 
-    run_if(lw, None if op.when is None else lw.scalar(op.when), lambda: _poll_each(lw, count, flag))
-    lw.define(op.result, TokenRef(comm_ops.FLAG.kind))
+    _poll_each(lw, count, flag)
 
 
 def _element(lw: Lowering, view: ViewRef, number: mlir.Value) -> IntLike:

@@ -1,12 +1,13 @@
 """All-to-all, and products with communication, by the GPUs' copy engines, which leave the SMs to others.
 
-Ranks meet before the copies, so that nobody writes to what another one still reads, and behind them, so that nobody
-reads what has not arrived.
+Ranks meet before the copies, so that nobody writes to what another one still reads. Behind them they meet again, or are
+told by a copy of flags that follows the data, so that nobody reads what has not arrived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import tilewright as tw
@@ -27,8 +28,26 @@ LARGE = 64 << 20
 
 @tw.kernel
 def meet(here: tw.Symmetric) -> None:
-    """Ends when all ranks have begun it. ``here`` flags (world,). Grid: (1,)."""
-    tw.barrier(here)
+    """Ends when all ranks have begun it. ``here`` flags (2, world). Grid: (1,)."""
+    tw.barrier(here[tw.turn()])
+
+
+def let_meet(world: Any, stream: Any = None) -> Any:
+    """Launch `meet`: what ``stream`` is given from now on begins when all ranks have come here. Gives the flags."""
+    here = flags(world, "meet", (2, world.size))
+    world.launch(meet, (1,), here, stream=stream)
+    return here
+
+
+@tw.kernel
+def arrive(told: tw.Symmetric, earlier: tw.int32) -> None:
+    """Ends when all other ranks have told this one that their copies are here. Grid: (1,).
+
+    ``told`` flags (1, world, 2, world): those of all ranks where they met ``earlier`` launches ago, copied behind data.
+    """
+    me, world, turn = tw.rank(), tw.world_size(), (tw.turn() + earlier) % 2
+    for hop in tw.range(1, world):
+        tw.wait(told[0, (me + hop) % world, turn], earlier=earlier)
 
 
 def all_to_all(world: Any, x: Any, y: Any, stream: Any = None, copies: bool | None = None) -> None:
@@ -40,10 +59,9 @@ def all_to_all(world: Any, x: Any, y: Any, stream: Any = None, copies: bool | No
     if not (y.nbytes >= LARGE * world.size if copies is None else copies):
         exchange(world, x, y, 0, 0, stream)
         return
-    here = flags(world, "meet", (world.size,))
-    world.launch(meet, (1,), here, stream=stream)
-    world.push(x, y, stream)
-    world.launch(meet, (1,), here, stream=stream)
+    here, told = let_meet(world, stream), flags(world, "told", (1, world.size, 2, world.size))
+    world.push(x, y, stream, (here, told, 0))
+    world.launch(arrive, (1,), told, 1, stream=stream)
 
 
 def all_gather_gemm(world: Any, a: Any, b: Any, c: Any, stream: Any = None, **meta: int) -> None:
@@ -56,18 +74,37 @@ def all_gather_gemm(world: Any, a: Any, b: Any, c: Any, stream: Any = None, **me
     columns = own(b).shape[1]
     meta = {**configuration(each, columns), **meta}
     grid = tw.cdiv(each, meta["BM"]), tw.cdiv(columns, meta["BN"])
-    results = c if isinstance(c, list) else [c] * len(world.ranks)
-    here = flags(world, "meet", (size,))
-    world.launch(meet, (1,), here, stream=stream)
-    sent = world.spread(a, stream)
-    for hop in range(size):
-        if hop:
-            sent.join(hop)
-            world.launch(meet, (1,), here, stream=stream)
-        sources = [(rank - hop) % size for rank in world.ranks]
-        rows = [a[rank][source] for rank, source in zip(world.ranks, sources, strict=True)]
-        products = [result[source] for result, source in zip(results, sources, strict=True)]
-        world.launch(gemm, grid, rows, b, products, stream=stream, **meta)
+    here, told = let_meet(world, stream), flags(world, "told", (1, size, 2, size))
+    sent = world.spread(a, stream, tell=(here, told, 0))
+    own_rows = [a[rank][rank] for rank in world.ranks]
+    own_products = [result[rank] for rank, result in zip(world.ranks, _by_rank(world, c), strict=True)]
+    world.launch(gemm, grid, own_rows, b, own_products, stream=stream, **meta)
+    for hop in range(1, size):
+        world.launch(gemm_of_arrived, grid, a, told, b, c, hop, hop, stream=stream, **meta)
+    sent.join()
+
+
+@tw.kernel
+def gemm_of_arrived(
+    a: tw.Symmetric,
+    told: tw.Symmetric,
+    b: tw.Tensor,
+    c: tw.Tensor,
+    hop: tw.int32,
+    earlier: tw.int32,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 256,
+    BK: tw.constexpr = 64,
+) -> None:
+    """``c[p] = a[p] @ b`` for rank p, ``hop`` ranks before this one, when that has told of a[p]: `arrive` has ``told``.
+
+    a (world, R, K), b (K, N), c (world, R, N). Grid: (cdiv(R, BM), cdiv(N, BN)).
+    """
+    m, n, world = tw.program_id(0), tw.program_id(1), tw.world_size()
+    source = (tw.rank() + world - hop) % world
+    arrived = tw.wait(told[0, source, (tw.turn() + earlier) % 2], earlier=earlier)
+    tw.store(c[source], (m, n), product(a[source], b, m, n, BM, BN, BK, arrived).to(c.dtype))
 
 
 def gather_gemms(world: Any, x: Any, whole: Any, factors: Sequence[Any], products: Sequence[Any], **meta: int) -> None:
@@ -107,15 +144,15 @@ def _arriving(world: Any, x: Any, whole: Any) -> Iterator[tuple[list[int], Any]]
 
     Everybody has fetched everything when the last ones are: the staging buffer is free for the next call.
     """
-    here, staged = flags(world, "meet", (world.size,)), symmetric(world, "gather", own(x).shape, own(x).dtype)
+    staged = symmetric(world, "gather", own(x).shape, own(x).dtype)
     world.fill_own(staged, x)
-    world.launch(meet, (1,), here)
+    let_meet(world)
     fetched = world.fetch(staged, whole)
     for hop in range(world.size):
         if hop:
             fetched.join(hop)
         if hop == world.size - 1:
-            world.launch(meet, (1,), here)
+            let_meet(world)
         sources = [(rank + hop) % world.size for rank in world.ranks]
         yield sources, [each[p] for each, p in zip(_each(whole), sources, strict=True)] if hop else _each(x)
     fetched.join()
@@ -133,26 +170,56 @@ def _each(arrays: Any) -> list[Any]:
 
 
 @tw.kernel
-def gemm_plus_parts(
+def gemm_and_meet(
     a: tw.Tensor,
     b: tw.Tensor,
-    parts: tw.Tensor,
     c: tw.Tensor,
-    me: tw.int32,
+    here: tw.Symmetric,
     *,
     BM: tw.constexpr = 128,
     BN: tw.constexpr = 256,
     BK: tw.constexpr = 64,
 ) -> None:
-    """``c = a @ b + sum of parts[p] for p != me``: parts (world, M, N). Grid: (cdiv(M, BM), cdiv(N, BN)).
+    """``c = a @ b``; ends when all ranks have begun it, as `meet`. Grid: (cdiv(M, BM), cdiv(N, BN), 2).
 
-    Sums in float32, the parts in the order of ranks behind ``me``.
+    The program that meets the others comes last: few tiles leave SMs over, and those of many come meanwhile.
     """
     m, n = tw.program_id(0), tw.program_id(1)
+    if tw.program_id(2) == 0:
+        tw.store(c, (m, n), product(a, b, m, n, BM, BN, BK).to(c.dtype))
+    elif m == 0 and n == 0:
+        tw.barrier(here[tw.turn()])
+
+
+@tw.kernel
+def gemm_plus_parts(
+    a: tw.Tensor,
+    b: tw.Tensor,
+    parts: tw.Symmetric,
+    told: tw.Symmetric,
+    c: tw.Tensor,
+    first: tw.int32,
+    chunk: tw.int32,
+    earlier: tw.int32,
+    *,
+    BM: tw.constexpr = 128,
+    BN: tw.constexpr = 256,
+    BK: tw.constexpr = 64,
+) -> None:
+    """``c = a @ b + sum of the other ranks' parts``: a (M, K), parts (world, R, N). Grid: (cdiv(M, BM), cdiv(N, BN)).
+
+    The first row is row ``first * BM`` of the parts. They come in chunks of ``chunk`` row tiles, of whose arrival the
+    flags ``told`` (chunks, world, 2, world) tell: those of the launch ``earlier`` launches ago in which all ranks met.
+    Sums in float32, the parts in the order of ranks behind the own one.
+    """
+    m, n = tw.program_id(0), tw.program_id(1)
+    me, world, row = tw.rank(), tw.world_size(), first + tw.program_id(0)
+    turn = (tw.turn() + earlier) % 2
     total = product(a, b, m, n, BM, BN, BK)
-    for hop in tw.range(1, parts.shape[0]):
-        source = (me + hop) % parts.shape[0]
-        total = total + tw.load(parts[source], (m, n), (BM, BN)).to(tw.float32)
+    for hop in tw.range(1, world):
+        source = (me + hop) % world
+        arrived = tw.wait(told[row // chunk, source, turn], earlier=earlier)
+        total = total + tw.load(parts[source], (row, n), (BM, BN), after=arrived).to(tw.float32)
     tw.store(c, (m, n), total.to(c.dtype))
 
 
@@ -160,10 +227,12 @@ def gemm_reduce_scatter(world: Any, a: Any, b: Any, c: Any, stream: Any = None, 
     """``c`` of each rank: its rows of the sum of the ranks' ``a @ b``. As `gemm_rs`, with rows that divide evenly.
 
     a (M, K) and b (K, N) with the rank's part of K, c (M / world, N); of NumPy or torch. The rows of others are
-    multiplied first, in chunks that the copy engines send while the next one is multiplied.
+    multiplied first, in chunks that the copy engines send while the next one is multiplied; the own ones then get
+    what arrives meanwhile.
     """
-    for _ in _product_of_own_rows(world, a, b, _by_rank(world, c), stream, meta):
-        pass
+    sums = _Sums.start(world, a, b, own(_by_rank(world, c)).dtype, stream, meta)
+    sums.finish(_by_rank(world, c), 0, sums.rows)
+    sums.join()
 
 
 def gemm_all_reduce(world: Any, a: Any, b: Any, c: Any, stream: Any = None, **meta: int) -> None:
@@ -172,13 +241,90 @@ def gemm_all_reduce(world: Any, a: Any, b: Any, c: Any, stream: Any = None, **me
     As `gemm_reduce_scatter`; sums are sent to all while the next rows are multiplied, in chunks that become smaller, so
     that little is left to send behind the last one.
     """
-    results = [c[rank][rank] for rank in world.ranks]
-    sent = [
-        world.spread(c, stream, rows) for rows in _product_of_own_rows(world, a, b, results, stream, meta, halving=True)
-    ]
+    sums = _Sums.start(world, a, b, c.dtype, stream, meta)
+    size, least = world.size, max(UNITS // sums.across, 1) * sums.meta["BM"]
+    told, sent = flags(world, "told", (1, size, 2, size)), []
+    for first, end in _halves(0, sums.rows, least, sums.meta["BM"]):
+        sums.finish([c[rank][rank] for rank in world.ranks], first, end)
+        tell = (sums.here, told, 0) if end == sums.rows else None
+        sent.append(world.spread(c, stream, (first, end), tell))
+    world.launch(arrive, (1,), told, sums.launches, stream=stream)
     for copies in sent:
         copies.join()
-    world.launch(meet, (1,), flags(world, "meet", (world.size,)), stream=stream)
+    sums.join()
+
+
+@dataclass
+class _Sums:
+    """Products of others' rows that are on their way to them, and own rows that get what others have sent.
+
+    ``rows`` of each rank and ``chunk`` of them that are told of together; ``launches`` that communicate since that in
+    which the ranks met at the flags ``here``.
+    """
+
+    world: Any
+    factors: tuple[list[Any], list[Any]]
+    stream: Any
+    meta: dict[str, int]
+    rows: int
+    across: int
+    chunk: int
+    parts: Any
+    told: Any
+    here: Any
+    sent: list[Any] = field(default_factory=list)
+    launches: int = 1
+
+    @classmethod
+    def start(cls, world: Any, a: Any, b: Any, dtype: Any, stream: Any, given: dict[str, int]) -> _Sums:
+        """Multiply the rows of others, chunk after chunk, and send them, in the ``dtype`` of the result.
+
+        The first launch lets the ranks meet too: its products are of no use to others before it has ended anyway.
+        """
+        size, (rows, _), columns = world.size, own(a).shape, own(b).shape[1]
+        if rows % size:
+            raise ValueError(f"{rows} rows do not divide among {size} ranks: gemm_rs and gemm_ar take any")
+        each, shape = rows // size, (size, rows // size, columns)
+        meta = {**configuration(each, columns), **given}
+        chunk = tw.cdiv(tw.cdiv(each, CHUNKS), meta["BM"]) * meta["BM"]
+        source, parts = (symmetric(world, f"gemm_rs {way}", shape, dtype) for way in ("out", "in"))
+        told = flags(world, "gemm_rs told", (tw.cdiv(each, chunk), size, 2, size))
+        here = flags(world, "meet", (2, size))
+        factors, across = (_by_rank(world, a), _by_rank(world, b)), tw.cdiv(columns, meta["BN"])
+        sums = cls(world, factors, stream, meta, each, across, chunk, parts, told, here)
+        for number, first in enumerate(range(0, each, chunk)):
+            end = min(first + chunk, each)
+            for hop in range(1, size):
+                owners = [(rank + hop) % size for rank in world.ranks]
+                theirs = sums._rows_of(owners, first, end)
+                products = [source[rank][owner][first:end] for rank, owner in zip(world.ranks, owners, strict=True)]
+                grid = tw.cdiv(end - first, meta["BM"]), across
+                if number == 0 and hop == 1:
+                    world.launch(gemm_and_meet, (*grid, 2), theirs, factors[1], products, here, stream=stream, **meta)
+                else:
+                    world.launch(gemm, grid, theirs, factors[1], products, stream=stream, **meta)
+            sums.sent.append(world.start_push(source, parts, stream, (first, end), (here, told, number)))
+        return sums
+
+    def finish(self, c: Sequence[Any], first: int, end: int) -> None:
+        """Make own rows from ``first``, a multiple of tiles, to before ``end`` of each rank's ``c`` (R, N)."""
+        tile = self.meta["BM"]
+        mine, results = self._rows_of(self.world.ranks, first, end), [x[first:end] for x in c]
+        numbers = first // tile, self.chunk // tile, self.launches
+        grid, arrived = (tw.cdiv(end - first, tile), self.across), (self.parts, self.told)
+        given = mine, self.factors[1], *arrived, results, *numbers
+        self.world.launch(gemm_plus_parts, grid, *given, stream=self.stream, **self.meta)
+        self.launches += 1
+
+    def join(self) -> None:
+        """Let the stream wait until what this rank has sent may be written again."""
+        for copies in self.sent:
+            copies.join()
+
+    def _rows_of(self, owners: Sequence[int], first: int, end: int) -> list[Any]:
+        """Of each rank's ``a`` some of the rows for the rank ``owners`` names."""
+        places = [(owner * self.rows + first, owner * self.rows + end) for owner in owners]
+        return [x[start:stop] for x, (start, stop) in zip(self.factors[0], places, strict=True)]
 
 
 def pays(rows: int, columns: int, size: int) -> bool:
@@ -189,43 +335,6 @@ def pays(rows: int, columns: int, size: int) -> bool:
     meta = configuration(tw.cdiv(rows, size), columns)
     tiles = tw.cdiv(rows // size // CHUNKS, meta["BM"]) * tw.cdiv(columns, meta["BN"])
     return size > 1 and rows % size == 0 and tiles >= LEAST_ROUNDS * UNITS
-
-
-def _product_of_own_rows(
-    world: Any, a: Any, b: Any, c: Sequence[Any], stream: Any, given: dict[str, int], halving: bool = False
-) -> Iterator[tuple[int, int]]:
-    """Launch products and copies that make ``c`` each rank's rows of the sum; gives the rows that each launch makes."""
-    size, (rows, _), columns = world.size, own(a).shape, own(b).shape[1]
-    if rows % size:
-        raise ValueError(f"{rows} rows do not divide among {size} ranks: gemm_rs and gemm_ar take any")
-    each, a_of, b_of = rows // size, _by_rank(world, a), _by_rank(world, b)
-    meta = {**configuration(each, columns), **given}
-    across, dtype = tw.cdiv(columns, meta["BN"]), own(list(c)).dtype
-    step = tw.cdiv(tw.cdiv(each, CHUNKS), meta["BM"]) * meta["BM"]
-    chunks = [(first, min(first + step, each)) for first in range(0, each, step)]
-    here, under_way = flags(world, "meet", (size,)), []
-    world.launch(meet, (1,), here, stream=stream)
-    for number, (first, end) in enumerate(chunks):
-        shape = size, end - first, columns
-        source, target = (symmetric(world, f"gemm_rs {way} {number}", shape, dtype) for way in ("out", "in"))
-        grid = tw.cdiv(end - first, meta["BM"]), across
-        for hop in range(1, size):
-            owners = [(rank + hop) % size for rank in world.ranks]
-            theirs = [x[owner * each + first : owner * each + end] for x, owner in zip(a_of, owners, strict=True)]
-            products = [source[rank][owner] for rank, owner in zip(world.ranks, owners, strict=True)]
-            world.launch(gemm, grid, theirs, b_of, products, stream=stream, **meta)
-        under_way.append((target, world.start_push(source, target, stream)))
-    for (first, end), (parts, copies) in zip(chunks, under_way, strict=True):
-        copies.join()
-        world.launch(meet, (1,), here, stream=stream)
-        least = UNITS // across * meta["BM"] if halving and end == each else end - first
-        for start, stop in _halves(first, end, max(least, meta["BM"]), meta["BM"]):
-            mine = [x[rank * each + start : rank * each + stop] for x, rank in zip(a_of, world.ranks, strict=True)]
-            arrived = [parts[rank][:, start - first : stop - first] for rank in world.ranks]
-            results = [result[start:stop] for result in c]
-            grid = tw.cdiv(stop - start, meta["BM"]), across
-            world.launch(gemm_plus_parts, grid, mine, b_of, arrived, results, list(world.ranks), stream=stream, **meta)
-            yield start, stop
 
 
 def _halves(first: int, end: int, least: int, step: int) -> Iterator[tuple[int, int]]:
@@ -245,5 +354,5 @@ def _by_rank(world: Any, arrays: Any) -> list[Any]:
 
 __all__ = [
     "all_gather_gemm", "all_to_all", "gather_columns_gemms", "gather_gemms", "gemm_all_reduce", "gemm_reduce_scatter",
-    "meet", "pays",
+    "let_meet", "meet", "pays",
 ]  # fmt: skip

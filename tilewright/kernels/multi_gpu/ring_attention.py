@@ -16,7 +16,7 @@ import numpy as np
 import tilewright as tw
 from tilewright.kernels.attention import LN2, LOG2E, attend, configuration, weigh
 from tilewright.kernels.attention import reference as whole_reference
-from tilewright.kernels.multi_gpu.copy_engine import meet
+from tilewright.kernels.multi_gpu.copy_engine import let_meet
 from tilewright.kernels.multi_gpu.pushing import load_parts, put_parts
 from tilewright.kernels.multi_gpu.workspace import flags, own
 
@@ -215,15 +215,14 @@ def _by_copies(world: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, factor: flo
         head = begin * shared
         world.launch(chunk_attention, grid, q, keys, values, o, lse, factor, head, *places, stream=stream, **meta)
 
-    here = flags(world, "meet", (size,))
-    world.launch(meet, (1,), here)
+    let_meet(world)
     world.pull(lambda rank: parts(rank, 0, 1), ordered=False).join()
     others = world.pull(lambda rank: parts(rank, 1, groups))
     attend_heads(0, 1, None)
     if groups > 1:
         attend_heads(1, groups, others.streams)
     others.rejoin()
-    world.launch(meet, (1,), here)  # nobody overwrites what others still copy
+    let_meet(world)  # nobody overwrites what others still copy
 
 
 def reference(
