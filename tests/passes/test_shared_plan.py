@@ -6,8 +6,10 @@ import amd_programs as amd
 import numpy as np
 import pytest
 
+from tests.support.comm_cases import scheduled
 from tilewright.ir.async_ops import Alloc, Barrier, LocalLoad, LocalStore
 from tilewright.ir.builder import Builder
+from tilewright.ir.comm_ops import Enter
 from tilewright.ir.core import Block, Function, IRError, Module, Region, Value
 from tilewright.ir.layout import SharedLayout, blocked
 from tilewright.ir.target import get_target
@@ -156,3 +158,11 @@ def test_chained_products_fit_a_small_lds_with_default_tiles():
     amd.emulate(amd.compiled(function, "gfx942"), "gfx942", [x, w1, w2, y], (1,))
     exact = reference(x, w1, w2)
     assert np.linalg.norm(y.astype(np.float64) - exact) < 5e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("name", "lent"), [("small GEMM + reduce-scatter", True), ("small all-reduce", False)])
+def test_the_number_of_a_launch_takes_a_place_of_its_own_where_there_is_one(name: str, lent: bool) -> None:
+    """Else that of a buffer that is used behind it."""
+    function = scheduled(name, "gfx942").functions[0]
+    (enter,) = [op for op in function.walk() if isinstance(op, Enter)]
+    assert enter.lent == lent and (function.attributes["shared_bytes"] == 65536) == lent

@@ -180,10 +180,12 @@ class Enter(Operation):
     """The begin of a block. It learns the launch's number, and the last one to begin makes the next launch's known.
 
     The first block tells every rank that this one has begun the launch: its tensors may be accessed. ``place``: where
-    in shared memory the number is handed to all threads (bytes, set by the shared-memory plan).
+    in shared memory the number is handed to all threads (bytes, set by the shared-memory plan); ``lent``: others use
+    the place behind it.
     """
 
     place: int | None = attribute(default=None)
+    lent: bool = attribute(default=False)
 
 
 @operation("comm.credit", effect=Effect.SYNC)

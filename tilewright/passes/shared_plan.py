@@ -42,11 +42,11 @@ class SharedPlan(FunctionPass):
         while growing:
             ring = growing.pop(0)
             _set_stages(ring, plan.allocs, _stages(ring) + 1)
-            if plan.place()[1] > limit:
+            if plan.place(limit)[1] > limit:
                 _set_stages(ring, plan.allocs, _stages(ring) - 1)
             elif _stages(ring) < min(self.max_stages, ring.most or self.max_stages):
                 growing.append(ring)
-        areas, total = plan.place()
+        areas, total = plan.place(limit)
         if total > limit:
             raise IRError(
                 f"'{function.name}' needs {total} bytes of shared memory, {context.target.name} has {limit}:\n"
@@ -64,7 +64,7 @@ def _limit(function: Function, plan: _Plan, target: Target) -> int:
     """What a block may use: a part of a multiprocessor's memory, where as many blocks as asked for can do with it."""
     blocks = int(function.attributes.get("blocks_per_unit", 1))
     limit = (target.shared_bytes + RESERVED_BYTES) // blocks - RESERVED_BYTES
-    if plan.place()[1] <= limit:
+    if plan.place(limit)[1] <= limit:
         return limit
     function.attributes.pop("blocks_per_unit", None)
     return target.shared_bytes
@@ -83,27 +83,36 @@ class _Plan:
         self.in_one_order = not any(isinstance(op, Role | MakeRing | BulkStore) for op in ops)
         self.groups = _roles_of(self.users)
         lifetimes = Lifetimes(function) if self.in_one_order else None
-        self.lives = {op: lifetimes.of(op) for op in [*self.allocs, *self.users]} if lifetimes else {}
+        self.lives = {op: lifetimes.of(op) for op in [*self.allocs, *self.users, *self.enters]} if lifetimes else {}
 
-    def items(self) -> list[Item]:
-        """Buffers, most aligned and then largest first, then scratch."""
+    def items(self, enters: bool) -> list[Item]:
+        """Buffers, most aligned and then largest first, then scratch; with ``enters`` the numbers of launches too."""
         buffers = [Item(a, _buffer(a).bytes, _buffer(a).slot.layout.alignment, self.lives.get(a)) for a in self.allocs]
         scratch = [
             Item(op, size, SCRATCH_ALIGNMENT, self.lives.get(op), self.groups[op]) for op, size in self.scratch.items()
         ]
         keep_order = not self.in_one_order
         buffers.sort(key=lambda item: (-item.alignment, 0 if keep_order else -item.size))
-        return buffers + sorted(scratch, key=lambda item: -item.size)
+        numbers = [Item(op, NUMBER_BYTES, NUMBER_BYTES, self.lives[op]) for op in self.enters if enters]
+        return buffers + sorted(scratch, key=lambda item: -item.size) + numbers
 
-    def place(self) -> tuple[dict[Operation, Area], int]:
-        """Buffers and scratch as low as they go, then the rings' barriers and the number of a launch."""
-        areas = lowest_places(self.items())
+    def place(self, limit: int) -> tuple[dict[Operation, Area], int]:
+        """Buffers and scratch as low as they go, then the rings' barriers and the number of a launch.
+
+        The number has a place of its own, so that nobody has to wait until all have read it, unless that passes the
+        ``limit`` and memory can be shared.
+        """
+        areas, end = self._place(False)
+        return self._place(True) if end > limit and self.enters and self.in_one_order else (areas, end)
+
+    def _place(self, shares: bool) -> tuple[dict[Operation, Area], int]:
+        areas = lowest_places(self.items(shares))
         end = round_up(max((a.first + a.size for a in areas.values()), default=0), BARRIER_BYTES)
         for ring in self.rings:
             size = 2 * _stages(ring) * BARRIER_BYTES
             areas[ring] = Area(ring, end, size)
             end += size
-        for enter in self.enters:  # a place of its own, so that nobody has to wait until all have read it
+        for enter in self.enters if not shares else ():
             areas[enter] = Area(enter, end, NUMBER_BYTES)
             end += NUMBER_BYTES
         return areas, end
@@ -115,6 +124,8 @@ class _Plan:
             ring.offset = areas[ring].first
         for enter in self.enters:
             enter.place = areas[enter].first
+            others = [area for owner, area in areas.items() if owner is not enter]
+            enter.lent = any(areas[enter].overlaps(area) for area in others)
         for user in self.users:
             user.attributes["scratch"] = areas[user].first
 

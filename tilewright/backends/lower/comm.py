@@ -186,6 +186,8 @@ def _learn_number(lw: Lowering, op: comm_ops.Enter) -> WorldRef:
             fb.store(fb.zext(number, i64), word, 2 * WORD, ordering="monotonic")
     lw.ops.barrier(lw, "block")
     lw.entry.world = replace(world, launch=fb.load(place, i32, WORD), entered=entered)
+    if op.lent:
+        lw.ops.barrier(lw, "block")
     return lw.entry.world
 
 
