@@ -157,9 +157,12 @@ def test_sums_of_products_by_copies(target: str, size: int) -> None:
 
 
 def test_where_copies_pay() -> None:
-    """Where a chunk has several tiles for each SM, of rows that divide evenly among several ranks."""
-    assert [pays(n, n, 2) for n in (4096, 8192, 16384)] == [False, True, True]
+    """Where a chunk fills the SMs, of rows that divide evenly among several ranks."""
+    assert [pays(n, n, 2) for n in (2048, 3072, 4096, 8192, 16384)] == [False, False, True, True, True]
+    assert pays(8192, 2048, 2) and not pays(8192, 1024, 2), "what counts is the whole chunk"
+    assert pays(8192, 4096, 4) and not pays(8192, 2048, 4), "and each rank has rows of its own"
     assert not pays(8193, 8192, 2) and not pays(8192, 8192, 1)
+    assert not pays(64, 1 << 18, 2), "rows that make no tile each leave nothing to send beside"
 
 
 def test_rows_that_become_fewer() -> None:

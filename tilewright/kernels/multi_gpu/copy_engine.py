@@ -20,8 +20,8 @@ from tilewright.kernels.workspace import temporary
 UNITS = 132
 #: in how many chunks the rows for others are multiplied and sent
 CHUNKS = 2
-#: tiles for each SM in a chunk from which on `pays`
-LEAST_ROUNDS = 3
+#: elements in a chunk from which on `pays`: a large tile for nearly each SM
+LEAST_CHUNK = 128 * 128 * 256
 #: bytes for each rank from which on copy engines are faster in an all-to-all
 LARGE = 64 << 20
 
@@ -328,13 +328,15 @@ class _Sums:
 
 
 def pays(rows: int, columns: int, size: int) -> bool:
-    """Whether sums of products had better be sent by the copy engines: a chunk's tiles take several rounds on the SMs.
+    """Whether sums of products of (rows, columns) over ``size`` ranks had better be sent by the copy engines.
 
-    Each chunk is a launch, and ranks meet before it (docs/performance.md).
+    They gain what stores to a peer cost between the products. Each chunk is a launch, which has to keep the SMs busy
+    while the copy before it is under way: chunks are at least as large as the smallest that were measured
+    (docs/performance.md).
     """
-    meta = configuration(tw.cdiv(rows, size), columns)
-    tiles = tw.cdiv(rows // size // CHUNKS, meta["BM"]) * tw.cdiv(columns, meta["BN"])
-    return size > 1 and rows % size == 0 and tiles >= LEAST_ROUNDS * UNITS
+    tile = configuration(tw.cdiv(rows, size), columns)["BM"]
+    chunk = rows // size // CHUNKS // tile * tile
+    return size > 1 and rows % size == 0 and chunk * columns >= LEAST_CHUNK
 
 
 def _halves(first: int, end: int, least: int, step: int) -> Iterator[tuple[int, int]]:
