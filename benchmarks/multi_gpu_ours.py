@@ -57,10 +57,10 @@ def all_reduce(world: Any, inputs: Inputs, algorithm: str | None = None, **meta:
     return lambda: reduced.all_reduce(world, x, y, algorithm=algorithm, **meta), y.local
 
 
-def all_to_all(world: Any, inputs: Inputs) -> Ours:
+def all_to_all(world: Any, inputs: Inputs, copies: bool | None = None) -> Ours:
     x = inputs["x"].view(world.size, -1)
     y = world.empty(x.shape, BF16)
-    return lambda: copy_engine.all_to_all(world, x, y), y.local
+    return lambda: copy_engine.all_to_all(world, x, y, copies=copies), y.local
 
 
 def chunks_of(world: Any, x: torch.Tensor) -> Any:
@@ -108,16 +108,15 @@ def ulysses(world: Any, inputs: Inputs, causal: bool = False) -> Ours:
 ulysses_causal = partial(ulysses, causal=True)
 
 
+#: whether copy engines send
+WAYS = {"in_kernel": False, "copies": True}
 #: other ways to do a work, measured beside ours
 OTHERS: dict[str, dict[str, Callable[[Any, Inputs], Ours]]] = {
     "all_gather_gemm": {"in_kernel": all_gather_gemm_in_kernel},
-    "gemm_reduce_scatter": {
-        name: partial(gemm_reduce_scatter, copies=way) for name, way in (("in_kernel", False), ("copies", True))
-    },
-    "gemm_all_reduce": {
-        name: partial(gemm_all_reduce, copies=way) for name, way in (("in_kernel", False), ("copies", True))
-    },
+    "gemm_reduce_scatter": {name: partial(gemm_reduce_scatter, copies=way) for name, way in WAYS.items()},
+    "gemm_all_reduce": {name: partial(gemm_all_reduce, copies=way) for name, way in WAYS.items()},
     "all_reduce": {name: partial(all_reduce, algorithm=name) for name in ("packets", "push", "pull")},
+    "all_to_all": {name: partial(all_to_all, copies=way) for name, way in WAYS.items()},
 }
 
 
