@@ -23,6 +23,7 @@ class Mirrored:
     def __init__(self, tensor: Any, arrays: list[np.ndarray]) -> None:
         self.tensor, self.arrays = tensor, arrays
         self.shape, self.dtype, self.addresses = tensor.shape, tensor.dtype, tensor.addresses
+        self.nbytes = arrays[0].nbytes
 
     def __getitem__(self, rank: int) -> np.ndarray:
         return self.arrays[rank]
@@ -106,6 +107,7 @@ def on_host(tensor: Any) -> np.ndarray:
     return tensor.numpy().copy()
 
 
+@pytest.mark.filterwarnings("ignore::tilewright.compiler.limits.PerformanceWarning")  # tiles for tests, not for speed
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_two_gpus(case: str, tiles: Tiles) -> None:

@@ -234,7 +234,7 @@ def ring_full(world: Any, seed: int, tiles: Tiles) -> None:
 
 
 def ring_copied(world: Any, seed: int, tiles: Tiles) -> None:
-    ring(world, seed, tiles, causal=bool(seed % 2), communicators=0)
+    ring(world, seed, tiles, causal=bool(seed % 2), communicators=0, num_warps=max(4, tiles.bm // 16))
 
 
 def ring_causal(world: Any, seed: int, tiles: Tiles) -> None:
