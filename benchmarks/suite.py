@@ -265,12 +265,16 @@ def _test(name: str, arguments: str, seconds: float = 60, gpus: int = 1) -> Job:
 
 
 def _sanitizer(tool: str, share: int, shares: int) -> Job:
-    command = f"compute-sanitizer --tool {tool} --error-exitcode 9 python tests/gpu/launch_library.py"
+    # NVIDIA's bindings ask for functions that drivers may lack: such errors of calls tell nothing
+    options = f"--tool {tool} --report-api-errors no --error-exitcode 9"
+    command = f"compute-sanitizer {options} python tests/gpu/launch_library.py --share {share}/{shares}"
+    seconds = 30 if tool == "memcheck" else 120
     settings = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1"
-    return Job(f"{tool}_{share}", f"{settings} {command} --share {share}/{shares}", 120, timed=False, priority=6)
+    return Job(f"{tool}_{share}", f"{settings} {command}", seconds, timed=False, priority=6)
 
 
-#: what docs/performance.md rests on, limiters, and tests that need GPUs. The seconds are guesses, none was measured
+#: what docs/performance.md rests on, limiters, and tests that need GPUs. The seconds are guesses, but for those of
+#: limiters (7 for each case), Llama's layers, memcheck and the tests of torch and of several GPUs
 JOBS = (
     _bench("multi_gpu", "multi_gpu.py --repeats 15", 240, gpus=2, priority=1, few="--repeats 1 --together"),
     _bench("torch_parallel", "torch_parallel.py", 150, gpus=2, priority=1),
@@ -288,20 +292,20 @@ JOBS = (
     _bench("attention_backward", "attention_backward.py", 90, priority=2),
     _bench("attention_masks", "attention_masks.py", 120, priority=3, few="--repeats 0"),
     _bench("torch_llama", "torch_llama.py", 120, priority=3, few="--repeats 1 --no-check"),
-    _bench("torch_llama_host", "torch_llama.py --host --layers 2 --take attention,gated_linear", 60),
+    _bench("torch_llama_host", "torch_llama.py --host --layers 2 --take attention,gated_linear", 25),
     _bench("torch_operators", "torch_operators.py", 30),
     _bench("host", "host.py", 40, few=""),
     _bench("compile_time", "compile_time.py", 60, few=""),
-    _limiters("limiters_attention", "attention", 210),
-    _limiters("limiters_rows", "norm softmax", 210),
-    _limiters("limiters_others", "cross swiglu embedding column fp8", 150),
+    _limiters("limiters_attention", "attention", 100),
+    _limiters("limiters_rows", "norm softmax", 110),
+    _limiters("limiters_others", "cross swiglu embedding column fp8", 80),
     *(_test(f"test_{x}", f"tests/gpu/test_{x}.py") for x in ("kernels", "language", "rows", "fallback", "gemm_split")),
     _test("test_tools", "tests/gpu/test_tools.py"),
     _test("test_emulator", "tests/gpu/test_emulator.py", 120),
-    _test("test_torch", "tests/torch/test_gpu.py tests/torch/test_gpu_repeats.py", 120),
+    _test("test_torch", "tests/torch/test_gpu.py tests/torch/test_gpu_repeats.py", 95),
     _test("test_symmetric", "tests/gpu/test_symmetric.py", 120, gpus=2),
-    _test("test_multi_gpu_kernels", "tests/gpu/test_multi_gpu_kernels.py", 120, gpus=2),
-    _test("test_torch_collectives", "tests/gpu/test_torch_collectives.py", 120, gpus=2),
+    _test("test_multi_gpu_kernels", "tests/gpu/test_multi_gpu_kernels.py", 60, gpus=2),
+    _test("test_torch_collectives", "tests/gpu/test_torch_collectives.py", 80, gpus=2),
     *(_sanitizer(tool, share, 3) for tool in ("memcheck", "racecheck") for share in range(3)),
 )
 

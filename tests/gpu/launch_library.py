@@ -1,7 +1,7 @@
 """Launch the library's kernels in small on this machine's GPU, for compute-sanitizer to watch.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/launch_library.py
-        [--share K/N] [WORD ...]
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no
+        python tests/gpu/launch_library.py [--share K/N] [WORD ...]
 
 Without torch's pool every array is an allocation of its own, whose end memcheck knows. The words pick kernels whose
 names contain one of them, a share every Nth of these, from number K on.
