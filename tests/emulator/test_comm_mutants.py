@@ -32,9 +32,10 @@ def gather(target: str, seed: int | None) -> None:
 MUTANTS = {
     "signal among one GPU": (all_reduce, "sm_90a", r"st\.release\.sys", "st.release.gpu"),
     "signal without order": (all_reduce, "sm_90a", r"st\.release\.sys", "st.relaxed.sys"),
-    "wait among one GPU": (all_reduce, "sm_90a", r"ld\.relaxed\.sys", "ld.relaxed.gpu"),
-    "fence among one GPU": (all_reduce, "sm_90a", r"fence\.acq_rel\.sys", "fence.acq_rel.gpu"),
-    "no fence": (all_reduce, "sm_90a", r"fence\.acq_rel\.sys;", ""),
+    "wait among one GPU": (all_reduce, "sm_90a", r"ld\.acquire\.sys", "ld.acquire.gpu"),
+    "wait without order": (all_reduce, "sm_90a", r"ld\.acquire\.sys", "ld.relaxed.sys"),
+    "fence among one GPU": (gather, "sm_90a", r"fence\.acq_rel\.sys", "fence.acq_rel.gpu"),
+    "no fence": (gather, "sm_90a", r"fence\.acq_rel\.sys;", ""),
     "puts not waited for": (reduce_scatter, "sm_90a", r"cp\.async\.bulk\.wait_group 0;", ""),
     "puts waited for as reads": (
         reduce_scatter, "sm_90a", r"cp\.async\.bulk\.wait_group 0;", "cp.async.bulk.wait_group.read 0;"
