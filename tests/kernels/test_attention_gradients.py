@@ -30,7 +30,7 @@ class On:
         return partial(tw.device(self.device).launch, self.kernel, grid)
 
 
-@pytest.fixture(params=["cpu", HOPPER])
+@pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every kernel of the backward pass runs there."""
     for module in (attention_backward, attention_bias_gradient):
@@ -71,15 +71,13 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 ]
 
 
-#: of the cases those that are emulated, with every option and width of tiles among them: it is slow
-EMULATED = [CASES[i] for i in (0, 1, 3, 5, 7)]
+#: on the interpreter all cases; emulated, which is slow, the default way to sum, with every option and width of tiles
+RUNS = [("cpu", *case, deterministic) for case in CASES for deterministic in (True, False)]
+RUNS += [(HOPPER, *CASES[i], True) for i in (0, 1, 3, 5, 7)]
 
 
-@pytest.mark.parametrize(("shape", "options"), CASES)
-@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("device", "shape", "options", "deterministic"), RUNS, indirect=["device"])
 def test_gradients(device: str, shape: tuple[int, ...], options: dict[str, Any], deterministic: bool) -> None:
-    if device != "cpu" and not (deterministic and (shape, options) in EMULATED):
-        pytest.skip("the sums of dq have nothing to do with options, and this is slow")
     given, named = arrays(shape, **options)
     q, k, v, _, do, _ = given
     results = [poisoned(*x.shape, dtype="bf16") for x in (q, k, v)]
@@ -125,11 +123,12 @@ SEQUENCES: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize("case", SEQUENCES)
-@pytest.mark.parametrize("deterministic", [True, False])
+PACKED = [("cpu", case, deterministic) for case in SEQUENCES for deterministic in (True, False)]
+PACKED += [(HOPPER, SEQUENCES[i], True) for i in (0, 2)]
+
+
+@pytest.mark.parametrize(("device", "case", "deterministic"), PACKED, indirect=["device"])
 def test_gradients_of_packed_sequences(device: str, case: tuple[Any, ...], deterministic: bool) -> None:
-    if device != "cpu" and not (deterministic and case[-1].get("causal")):
-        pytest.skip("places of sequences have nothing to do with sums, and this is slow")
     rows, keys, heads, groups, options = case
     made = packed(rows, keys, heads, groups, **options)
     q, k, v = made["arrays"][:3]
@@ -168,12 +167,13 @@ def beyond_range(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], causal
     return (q, k, v, o.astype(q.dtype), do, lse.astype(np.float32)), taken
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("depth", [64, 96, 128, 256])
+BEYOND = [("cpu", causal, depth) for causal in (False, True) for depth in (64, 96, 128, 256)]
+BEYOND += [(HOPPER, True, 64), (HOPPER, False, 128)]
+
+
+@pytest.mark.parametrize(("device", "causal", "depth"), BEYOND, indirect=["device"])
 def test_contributions_beyond_the_range(device: str, monkeypatch: pytest.MonkeyPatch, causal: bool, depth: int) -> None:
     """Of one group of heads: its dq is calculated again. Others are what sums in two parts come to."""
-    if device != "cpu" and (depth, causal) not in ((64, True), (128, False)):
-        pytest.skip("slow, and the kernels differ in masks and tiles alone")
     entries = 2 if device == "cpu" else 1
     given, taken = beyond_range(monkeypatch, (entries, 4 if causal else 2, 2, 130, 150, depth, depth), causal)
     results = gradients_of(given, causal=causal)

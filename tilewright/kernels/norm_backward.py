@@ -65,8 +65,8 @@ def norm_backward(
         factor = tw.load(inverse, m, BM)[:, None]
         centre = None if mean is None else tw.load(mean, m, BM)
         normal = centred(x, centre, m, j, BM, BN, READ) * factor
+        # 0 outside, so that it is of no account what `centred` gives there
         gradient = tw.load(dy, (m, j), (BM, BN), eviction_policy=READ).to(tw.float32)
-        # 0 outside: what x reads there is of no account
         dweight = dweight + tw.sum(gradient * normal, axis=0)
         if BIAS:
             dbias = dbias + tw.sum(gradient, axis=0)
