@@ -26,6 +26,8 @@ import tilewright as tw
 from tilewright.kernels.multi_gpu.all_reduce import all_reduce
 from tilewright.kernels.multi_gpu.copy_engine import all_to_all, gemm_all_reduce, gemm_reduce_scatter, let_meet
 from tilewright.kernels.multi_gpu.gemm_reduce_scatter import gemm_rs
+from tilewright.kernels.multi_gpu.moe import moe
+from tilewright.kernels.multi_gpu.ring_attention import ring_sdpa
 from tilewright.runtime.device import open_device
 from tilewright.runtime.errors import DeviceError
 
@@ -188,19 +190,14 @@ class Product(Work):
         sent = sum(part.to(BF16).float() for r, part in enumerate(sums) if r != owner)
         return (sums[owner] + sent).to(BF16)
 
-    def picked(self, table: torch.Tensor, number: Any) -> torch.Tensor:
-        if isinstance(number, int):
-            return table[number % self.PERIOD]
-        return table.index_select(0, (number % self.PERIOD).view(1))[0]
-
     def fill(self, rank: int, number: Any) -> None:
-        self.a[rank].copy_(self.picked(self.inputs[rank], number))
+        self.a[rank].copy_(picked(self.inputs[rank], number))
 
     def launch(self) -> None:
         gemm_rs(self.world, *(list(arrays.values()) for arrays in (self.a, self.b, self.outputs)))
 
     def expected(self, rank: int, number: Any) -> torch.Tensor:
-        return self.picked(self.results[rank], number)
+        return picked(self.results[rank], number)
 
 
 class ProductByCopies(Product):
@@ -270,7 +267,144 @@ class Fetched(Pushed):
         return torch.stack([self.value(rank, of, number)[of] for of in range(self.world.size)])
 
 
-WORKS = (ByHand, AllReduce, Packets, Halves, Product, ProductByCopies, SumByCopies, Pushed, Fetched)
+class Remembered(Work):
+    """Work whose bits are not known beforehand: those of each value's first launch, whose error is small."""
+
+    #: values come again after as many launches
+    PERIOD = 5
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        #: for each own rank the tensors that change, and all values of each
+        self.changing: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.make()
+        found: dict[int, list[torch.Tensor]] = {rank: [] for rank in self.places}
+        for number in range(self.PERIOD):
+            for rank in self.places:
+                self.fill(rank, number)
+            self.launch()
+            world.synchronize()
+            for rank in self.places:
+                output, exact = self.outputs[rank].clone(), self.exact(rank, number).double()
+                error = float((output.double() - exact).norm() / exact.norm())
+                assert error < 1e-2, f"{type(self).__name__}, rank {rank}: an error of {error}"
+                found[rank].append(output)
+        self.results = {rank: torch.stack(outputs) for rank, outputs in found.items()}
+
+    @abstractmethod
+    def make(self) -> None:
+        """All tensors; those of ``outputs`` begin as NaN."""
+
+    @abstractmethod
+    def exact(self, rank: int, number: int) -> torch.Tensor:
+        """The rank's output in float32."""
+
+    def random(self, rank: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """What a rank has of ``name`` for all values, on this process's first GPU: the same in each process."""
+        place = next(iter(self.places.values()))
+        generator = torch.Generator(place).manual_seed(1000 * rank + sum(name.encode()))
+        return torch.randn(self.PERIOD, *shape, device=place, generator=generator)
+
+    def fill(self, rank: int, number: Any) -> None:
+        for place, values in self.changing[rank]:
+            place.copy_(picked(values, number))
+
+    def expected(self, rank: int, number: Any) -> torch.Tensor:
+        return picked(self.results[rank], number)
+
+
+def picked(values: torch.Tensor, number: Any) -> torch.Tensor:
+    if isinstance(number, int):
+        return values[number % len(values)]
+    return values.index_select(0, (number % len(values)).view(1))[0]
+
+
+class Ring(Remembered):
+    """Attention over a sequence divided among the ranks, whose keys the copy engines bring."""
+
+    BATCH, HEADS, GROUPS, LENGTH, DEPTH, CHUNKS, CAUSAL = 2, 8, 2, 640, 128, 1, False
+
+    def make(self) -> None:
+        size, shape = self.world.size, (self.LENGTH, self.DEPTH)
+        queries, own = (self.CHUNKS, self.BATCH, self.HEADS, *shape), (self.CHUNKS, self.BATCH, self.GROUPS, *shape)
+        whole = (self.BATCH, self.GROUPS, self.CHUNKS * size, *shape)
+        self.q = {rank: torch.empty(queries, device=place, dtype=BF16) for rank, place in self.places.items()}
+        self.outputs = {rank: torch.full_like(q, float("nan")) for rank, q in self.q.items()}
+        self.lse = {rank: q.new_empty(q.shape[:-1], dtype=F32) for rank, q in self.q.items()}
+        self.k, self.v = self.world.empty(whole, "bf16"), self.world.empty(whole, "bf16")
+        self.values = {
+            name: [self.random(rank, name, queries if name == "q" else own).to(BF16) for rank in range(size)]
+            for name in "qkv"
+        }
+        for rank, place in self.places.items():
+            given = [(self.q[rank], self.values["q"][rank].to(place))]
+            for name, x in (("k", self.k), ("v", self.v)):
+                values = self.values[name][rank].to(place)
+                given += [(x[rank][:, :, p], values[:, chunk]) for chunk, p in enumerate(self.chunks_of(rank))]
+            self.changing[rank] = given
+
+    def chunks_of(self, rank: int) -> list[int]:
+        return [rank, 2 * self.world.size - 1 - rank][: self.CHUNKS]
+
+    def launch(self) -> None:
+        q, o, lse = (list(arrays.values()) for arrays in (self.q, self.outputs, self.lse))
+        ring_sdpa(self.world, q, self.k, self.v, o, lse, self.CAUSAL)
+
+    def exact(self, rank: int, number: int) -> torch.Tensor:
+        places = [self.chunks_of(r) for r in range(self.world.size)]
+        order = sorted((place, r, chunk) for r, own in enumerate(places) for chunk, place in enumerate(own))
+        q, k, v = (torch.cat([x[r][number, chunk] for _, r, chunk in order], 2).float() for x in self.values.values())
+        attention = torch.nn.functional.scaled_dot_product_attention
+        whole = attention(q, k, v, is_causal=self.CAUSAL, enable_gqa=True).split(self.LENGTH, 2)
+        return torch.stack([whole[place] for place in places[rank]]).to(self.places[rank])
+
+
+class CausalRing(Ring):
+    """The same with two chunks for each rank, whose keys blocks of the kernel bring."""
+
+    CHUNKS, CAUSAL = 2, True
+
+
+class Experts(Remembered):
+    """Tokens that go to experts of all ranks and back."""
+
+    TOKENS, DEPTH, WIDTH, EXPERTS, CHOICES = 300, 256, 256, 16, 4
+
+    def make(self) -> None:
+        size = self.world.size
+        tokens, chosen = (self.TOKENS, self.DEPTH), (self.TOKENS, self.EXPERTS)
+        self.tokens = [self.random(r, "tokens", tokens).to(BF16) for r in range(size)]
+        self.chosen = [self.random(r, "chosen", chosen).topk(self.CHOICES).indices.int() for r in range(size)]
+        self.shares = [self.random(r, "shares", (self.TOKENS, self.CHOICES)).softmax(-1) for r in range(size)]
+        shape = self.EXPERTS // size, self.DEPTH, self.WIDTH
+        self.matrices = [self.random(r, "matrices", shape)[0].to(BF16) for r in range(size)]
+        self.x, self.given = self.world.empty((size, *tokens), "bf16"), {}
+        for rank, place in self.places.items():
+            choices, shares = (values[rank].to(place) for values in (self.chosen, self.shares))
+            matrices = self.matrices[rank].to(place)
+            self.given[rank] = torch.empty_like(choices[0]), torch.empty_like(shares[0]), matrices
+            self.outputs[rank] = torch.full((self.TOKENS, self.WIDTH), float("nan"), device=place, dtype=BF16)
+            own, weights, _ = self.given[rank]
+            self.changing[rank] = [
+                (self.x[rank][rank], self.tokens[rank].to(place)), (own, choices), (weights, shares),
+            ]  # fmt: skip
+
+    def launch(self) -> None:
+        experts, weights, matrices = (list(arrays) for arrays in zip(*self.given.values(), strict=True))
+        moe(self.world, self.x, experts, weights, matrices, list(self.outputs.values()))
+
+    def exact(self, rank: int, number: int) -> torch.Tensor:
+        matrices, total = torch.cat(self.matrices).float(), 0.0
+        for choice in range(self.CHOICES):
+            rows = self.tokens[rank][number].float()[:, None] @ matrices[self.chosen[rank][number, :, choice].long()]
+            total = total + rows[:, 0] * self.shares[rank][number, :, choice, None]
+        return total.to(self.places[rank])
+
+
+WORKS = (
+    *(ByHand, AllReduce, Packets, Halves, Product, ProductByCopies, SumByCopies, Pushed, Fetched),
+    *(Ring, CausalRing, Experts),
+)
 
 
 # --- scenarios: a function of the world and the number of iterations --------------------------------------

@@ -37,7 +37,7 @@ class MirroredWorld:
 
     def __init__(self, world: Any) -> None:
         self.world, self.size, self.ranks = world, world.size, world.ranks
-        self.flags, self.workspaces = world.flags, {}
+        self.flags, self.zeros, self.workspaces = world.flags, world.zeros, {}  # which stay on the GPUs
 
     def empty(self, shape: Any, dtype: Any) -> Mirrored:
         tensor = self.world.empty(shape, dtype)

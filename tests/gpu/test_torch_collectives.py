@@ -16,7 +16,7 @@ from tilewright.torch import collectives, worlds  # noqa: E402
 
 SHAPES = [
     *(((4096, 2048), 1024), ((4, 1024, 2048), 2048), ((256, 512), 384), ((4, 128, 512), 256)),
-    *(((2, 264, 2, 520), 136), ((1000, 1024), 1000)),
+    *(((2, 264, 2, 520), 136), ((1000, 1024), 1000), ((4096, 512), 4096)),  # the last by the copy engines
 ]
 #: of bfloat16 results, whose parts have been rounded on the way
 ROUNDED = 6e-3
@@ -95,7 +95,16 @@ def check_scatter(x, w, dim, rank, size):
 
 def check_replays(rank, size):
     """Graph replays and launches on another stream take turns with ordinary calls: the same bits."""
-    x, w = (torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    replay(2048)
+
+
+def check_large_replays(rank, size):
+    """The same where the copy engines carry sums."""
+    replay(4096)
+
+
+def replay(width):
+    x, w = (torch.randn(width, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
     def works():
         h = collectives.all_gather_matmul(x, w)
@@ -126,6 +135,6 @@ def check_end(rank, size):
     assert collectives.all_gather_matmul(x, w).shape == (2048 * size, 2048)
 
 
-@pytest.mark.parametrize("check", [check_values, check_replays, check_end])
+@pytest.mark.parametrize("check", [check_values, check_replays, check_large_replays, check_end])
 def test_two_gpus(check):
     torch.multiprocessing.spawn(in_group, (check, 2, free_port()), nprocs=2)

@@ -67,7 +67,11 @@ E4M3 = ml_dtypes.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its grid and arguments. ``exact``: it uses no function that the GPU only approximates."""
+    """A kernel with its grid and arguments. ``exact``: it uses no function that the GPU only approximates.
+
+    ``tolerance``: else the largest relative difference. ``unordered``: positions of arrays that hold the same values
+    after every run, in any order.
+    """
 
     name: str
     kernel: Any
@@ -75,6 +79,8 @@ class Launch:
     arguments: list[Any]
     meta: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
+    tolerance: float = 2e-2
+    unordered: tuple[int, ...] = ()
 
     def arrays(self) -> list[tuple[int, Array]]:
         """The arrays among the arguments, with their positions."""
@@ -144,9 +150,11 @@ def _eight_bits() -> Iterator[Launch]:
         yield Launch(f"block scaled gemm e4m3{name}", gemm_block_scaled, (2, 2 // parts), arguments, {"PARTS": parts})
     x = normal(200, 400, dtype="bf16")
     arguments = [x, np.zeros(x.shape, E4M3), poisoned(200)]
-    yield Launch("quantize", quantize_rows, (100,), arguments, {"BM": 2, "BN": 512}, exact=False)
+    # a quotient in the middle between two numbers may be rounded to either: one in the last place
+    last_place = 2.0**-3
+    yield Launch("quantize", quantize_rows, (100,), arguments, {"BM": 2, "BN": 512}, False, last_place)
     arguments = [x, np.zeros(x.shape, E4M3), poisoned(200, 4)]
-    yield Launch("quantize blocks", quantize_blocks, (26,), arguments, exact=False)
+    yield Launch("quantize blocks", quantize_blocks, (26,), arguments, exact=False, tolerance=last_place)
 
 
 def _groups() -> Iterator[Launch]:
@@ -303,10 +311,10 @@ def _tables() -> Iterator[Launch]:
     tiles = {"BM": 4, "BN": 256}
     table, dy = normal(40, 264), normal(100, 264, seed=1)
     yield Launch("embedding", embedding, (50,), [table, tokens, poisoned(100, 264)], tiles)
-    # one value of tokens, so that the order in which blocks come changes nothing
+    # one value of tokens: in whichever order threads come, they take the same tickets
     same, empty = np.full(100, 5, np.int32), np.zeros(40, np.int32)
     arguments = [same, empty.copy(), np.zeros(100, np.int32)]
-    yield Launch("tickets", take_tickets, (1,), arguments)
+    yield Launch("tickets", take_tickets, (1,), arguments, unordered=(2,))
     counts, order = np.bincount(tokens, minlength=40).astype(np.int32), np.argsort(tokens, kind="stable")
     first, order = (np.cumsum(counts) - counts).astype(np.int32), order.astype(np.int32)
     yield Launch("places", share_places, (1,), [counts, np.zeros(1, np.int32), empty.copy()], {"BV": 64})

@@ -116,9 +116,9 @@ def _scatter_launch(out: Any, x: Any, other: Any, dim: int, ranks: int, group: s
         out.copy_(_c10d.wait_tensor(_c10d.reduce_scatter_tensor(parts, "sum", ranks, group)))
         return
     if dim == 0:
-        gemm_rs(world, x, other, out, copies=False)
+        gemm_rs(world, x, other, out)
     else:
-        gemm_rs(world, other.t(), x.t(), out.t(), copies=False)
+        gemm_rs(world, other.t(), x.t(), out.t())
     finished(group)
 
 
@@ -150,7 +150,7 @@ def _reduce_launch(out: Any, x: Any, other: Any, ranks: int, group: str) -> None
     rows, columns = out.shape
     # in one hop the sums could go to any memory, but more rows than there are would have no place
     sums = symmetric(world, "all_reduce", (ranks, share(rows, ranks), columns), out.dtype)
-    gemm_ar(world, x, other, sums, copies=False)
+    gemm_ar(world, x, other, sums)
     out.copy_(torch.as_tensor(sums.local).view(-1, columns)[:rows])
     finished(group)
 
