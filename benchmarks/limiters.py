@@ -132,6 +132,9 @@ def cases() -> dict[str, Case]:
                 mask, mode = "causal" if causal else "full", "exact" if exact else "any order"
                 name = f"attention backward D{shape[4]} S{shape[3]} {mask} {mode}"
                 add(name, "attention_gradients", _attention_backward, shape, causal, exact)
+    for exact in (True, False):
+        name = f"attention backward D128 S8192 grouped {'exact' if exact else 'any order'}"
+        add(name, "attention_gradients", _attention_backward, (2, 64, 8, 8192, 128), False, exact)
     for rows in (4096, 8192):
         shape = (32768 // rows, 16, 16, rows, 128)
         add(f"attention D128 S{rows} causal", "attention", _attention, shape, True)

@@ -7,9 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-# Compiled kernels stay in their modules: millions of objects, which Python would search fifty times in a run, for a
-# twelfth of its time.
 gc.set_threshold(10_000, 20, 100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_objects() -> Iterator[None]:
+    """Compiled kernels stay: millions of objects, which Python would search again and again, a quarter of its time."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

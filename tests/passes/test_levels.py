@@ -5,7 +5,7 @@ GEMM, two chained dots and row softmax take the same pipelines; nothing here is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,20 +224,31 @@ def levels(module: Module, target: str, options: PassOptions) -> Iterator[str]:
         yield str(pass_)
 
 
+def check_levels(entry: Case, module: Module, target: str, options: PassOptions, run_after: Container[str]) -> str:
+    """The text behind all passes; behind each that changed something, validity, its text and the bits.
+
+    ``run_after``: names of the passes after which the program is run.
+    """
+    expected = execute(module, entry)
+    assert not np.isnan(expected.view(BF16).astype(np.float32)).any()
+    text = ""
+    for level in levels(module, target, options):
+        before, text = text, print_module(module, locations=True)
+        if text == before:
+            continue
+        verify(module)
+        assert print_module(parse_module(text), locations=True) == text, level
+        if level.split("{")[0] in run_after:
+            np.testing.assert_array_equal(execute(module, entry), expected, err_msg=f"after {level}")
+    return text
+
+
 @pytest.mark.parametrize("align", [16, 2])
 @pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_level_gives_the_same_bits(name: str, target: str, align: int) -> None:
     entry = CASES[name]
-    module = build(entry, align)
-    expected = execute(module, entry)
-    assert not np.isnan(expected.view(BF16).astype(np.float32)).any()
-    for level in levels(module, target, PassOptions()):
-        verify(module)
-        text = print_module(module, locations=True)
-        assert print_module(parse_module(text), locations=True) == text, level
-        if level.split("{")[0] in CHANGES_SCHEDULE:
-            np.testing.assert_array_equal(execute(module, entry), expected, err_msg=f"after {level}")
+    check_levels(entry, build(entry, align), target, PassOptions(), CHANGES_SCHEDULE)
 
 
 #: the passes after which the program is run again; the others are covered by their own tests
@@ -254,14 +265,7 @@ CHANGES_SCHEDULE = {
 def test_clusters_give_the_same_bits(name: str, ctas: int) -> None:
     """Grids that are no multiple of the cluster, too: blocks without a program of their own take part."""
     entry = CASES[name]
-    module = build(entry, 16)
-    expected = execute(module, entry)
-    for level in levels(module, "sm_90a", PassOptions(num_ctas=ctas)):
-        verify(module)
-        text = print_module(module, locations=True)
-        assert print_module(parse_module(text), locations=True) == text, level
-        if level.split("{")[0] in CHANGES_SCHEDULE:
-            np.testing.assert_array_equal(execute(module, entry), expected, err_msg=f"after {level}")
+    text = check_levels(entry, build(entry, 16), "sm_90a", PassOptions(num_ctas=ctas), CHANGES_SCHEDULE)
     assert f"ctas = {ctas}" in text and "multicast" in text
 
 
@@ -287,13 +291,9 @@ def test_consumers_take_turns(name: str, schedule: str, align: int, ctas: int) -
     """On tiles, or with their products: the bits stay those of the program, and the checker agrees."""
     entry = of_two_warpgroups(name) if schedule == "turns" else CASES[name]
     entry = replace(entry, meta={**entry.meta, "BN": 128}, grid=(2, 3, 1)) if name == "gemm" else entry
-    module = build(entry, align)
-    expected = execute(module, entry)
-    for level in levels(module, "sm_90a", PassOptions(schedule=schedule, num_ctas=ctas)):
-        text = print_module(module)
-        assert print_module(parse_module(text)) == text, level
-        if level.split("{")[0] in ("alternate", "mma", "turns", "shared-plan"):
-            np.testing.assert_array_equal(execute(module, entry), expected, err_msg=f"after {level}")
+    options = PassOptions(schedule=schedule, num_ctas=ctas)
+    run_after = "alternate", "mma", "turns", "shared-plan"
+    text = check_levels(entry, build(entry, align), "sm_90a", options, run_after)
     assert ("@consumer_1" in text) == (schedule == "alternate")
     assert ("async.take_turn" in text) == (schedule == "turns")
 
