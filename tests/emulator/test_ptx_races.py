@@ -427,3 +427,42 @@ def test_gpus_that_wait_for_each_other() -> None:
     wait = "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%sm], 0; @!done bra wait; }"
     with pytest.raises(EmulatorFault, match=r"deadlock(?s:.*)rank 0, kernel k(?s:.*)rank 1, block 0, warp 0"):
         on_two_gpus([init + wait, init + wait])
+
+
+# --- launches that begin while the one before them runs --------------------------------------------------
+
+#: one thread waits, or all; then every thread stores
+EARLY = """
+    .reg .pred %first; .reg .b64 %out; setp.eq.u32 %first, %thread, 0;
+    mul.wide.u32 %out, %thread, 4; add.u64 %out, %out, %ptr0;
+    BEFORE
+    WAIT
+    st.global.u32 [%out], %thread;
+"""
+
+
+def early(wait: str, before: str = "") -> str:
+    return EARLY.replace("BEFORE", before).replace("WAIT", wait)
+
+
+def test_global_memory_is_touched_behind_the_wait_for_the_launch_before() -> None:
+    found = clean(early("griddepcontrol.wait; griddepcontrol.launch_dependents;"))
+    assert np.array_equal(found[0], np.arange(64))
+    clean(early(""))  # a kernel that never waits is launched behind the one before
+    message = "comes to global memory without having waited for the launch before"
+    racy(early("@%first griddepcontrol.wait;"), message)
+    racy(early("griddepcontrol.wait;", ".reg .b32 %v; ld.global.u32 %v, [%out];"), message)
+    fetch = """
+    .reg .b32 %bar; add.u32 %bar, %sm, 256;
+    @%first mbarrier.init.shared::cta.b64 [%bar], 1; fence.proxy.async;
+    bar.sync 0;
+    @%first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%sm], [%ptr1], 64, [%bar];
+    """
+    racy(early("griddepcontrol.wait;", fetch), message)
+    racy(early("griddepcontrol.wait;", "cp.async.ca.shared.global [%sm], [%out], 4;"), message)
+    racy(early("griddepcontrol.wait;", "red.relaxed.gpu.global.add.u32 [%out], 1;"), message)
+
+
+def test_a_block_that_never_waits_tells_nothing_of_earlier_launches() -> None:
+    skipped = "setp.eq.u32 %first, %thread, 99; @%first griddepcontrol.wait; ret;"
+    racy(early(skipped), "ends without having waited for the launch before")

@@ -246,6 +246,27 @@ def test_blocks_of_a_grid(
     assert driver.arguments([4, 4, 4]) == ints(*counts)
 
 
+def test_kernels_that_wait_for_the_one_before_start_early(
+    device: CudaDevice, driver: FakeDriver, function: cuda.CudaFunction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_KEPT_CONFIGS", 3)
+    abi = kernel(MATRIX, shared_bytes=1000, awaits_grid=True)
+    for stream in (5, 6, 5):
+        device.launch(function, abi, (7, 2), [pointer()], stream=stream)
+    assert [args[1:9] for args in driver.named("cuLaunchKernel")] == [(7, 2, 1, 128, 1, 1, 1000, s) for s in (5, 6, 5)]
+    configs = [args[0] for args in driver.named("cuLaunchKernelEx")]
+    for config in configs:
+        (attribute,) = config.attrs
+        assert config.numAttrs == 1 and attribute.id == "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+        assert attribute.value.programmaticStreamSerializationAllowed == 1
+    assert configs[0] is configs[2] is not configs[1]  # made once for a grid and a stream
+    for stream in range(7, 20):
+        device.launch(function, abi, (7, 2), [pointer()], stream=stream)
+    assert len(function.launcher(abi)._configs) <= 3
+    device.launch(function, replace(abi, awaits_grid=False), (7, 2), [pointer()])
+    assert len(driver.named("cuLaunchKernelEx")) == 16 and len(driver.named("cuLaunchKernel")) == 17
+
+
 @pytest.mark.parametrize(
     ("grid", "cluster", "blocks"),
     [

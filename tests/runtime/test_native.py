@@ -81,6 +81,18 @@ def test_the_third_call_repeats(launches, kernel):
     assert seen == [False, False, False, True]
 
 
+def test_kernels_that_wait_for_the_one_before_start_early(launches):
+    x, y = torch.randn(48), torch.empty(48)
+    first, second = Kernel(scaled), Kernel(scaled)  # the stand-in makes the first of two wait for what is before it
+    for kernel in (first, second):
+        warm(kernel, x, y, 2.0, 1)
+        kernel[(3,)](x, y, 2.0, 1)
+    assert len(launches.started) == 2 and launches.early == launches.started[:1]
+    stream = 0x1_2345_6789
+    first[(3,)](x, y, 3.0, 1, stream=stream)
+    assert launches.early[-1] == ("scaled", stream) and torch.equal(y, x * 3 + 1)
+
+
 def test_addresses_and_numbers_change(launches, kernel):
     warm(kernel, torch.randn(48), torch.empty(48), 1.0, 1)
     for i, step in enumerate((0.0, 0.25, -3.0)):
@@ -329,7 +341,7 @@ def test_a_table_needs_a_whole_host():
 
 def test_programs_are_checked():
     program = native.extension.Program
-    start = (1, (1, 1, 1), 128, 0, bytes(16), (0, 8), ((0, 0, 0, 0),), ())
+    start = (1, (1, 1, 1), 128, 0, True, bytes(16), (0, 8), ((0, 0, 0, 0),), ())
 
     def make(start):
         return program(context=1, ordinal=0, starts=(start,), allocations=(), results=(), single=False, keep=None)
@@ -337,8 +349,8 @@ def test_programs_are_checked():
     make(start)
     beyond = ((9, 0, 0, 0),), ((13, 1, 0, 0),), ((2**32 - 4, 0, 0, 0),), ((0, 0, 99, 0),)
     maps = (0, 0, 0, 1, (8,), (), (8,), 0), (2**32 - 64, 0, 0, 1, (8,), (), (8,), 0)
-    wrong = [(6, patches) for patches in beyond] + [(7, (each,)) for each in maps]
-    for index, value in [*wrong, (5, (0, 16)), (4, bytes(9000))]:
+    wrong = [(7, patches) for patches in beyond] + [(8, (each,)) for each in maps]
+    for index, value in [*wrong, (6, (0, 16)), (5, bytes(9000))]:
         with pytest.raises(ValueError):
             make((*start[:index], value, *start[index + 1 :]))
     for index in (-1, 1):

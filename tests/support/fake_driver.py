@@ -55,7 +55,7 @@ class FakeDriver:
             setattr(self, names, _Names())
         for names in ("CUmemAllocationGranularity_flags", "CUstream_flags", "CUstreamCaptureMode", "CUevent_flags"):
             setattr(self, names, _Names())
-        for names in ("CUtensorMapSwizzle", "CUtensorMapL2promotion", "CUtensorMapFloatOOBfill"):
+        for names in ("CUtensorMapSwizzle", "CUtensorMapL2promotion", "CUtensorMapFloatOOBfill", "CUlaunchAttributeID"):
             setattr(self, names, _Names())
         self.values: dict[str, Any] = {
             "cuDeviceGetCount": 2,
@@ -162,6 +162,15 @@ class FakeDriver:
 
     def cuLaunchCooperativeKernel(self, *args: Any) -> tuple[CUresult]:
         return self.cuLaunchKernel(*args)
+
+    def CUlaunchAttribute(self) -> Any:
+        return SimpleNamespace(value=SimpleNamespace())
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, pointers: int, extra: int) -> tuple[CUresult]:
+        self.calls.append(("cuLaunchKernelEx", (config, function, pointers, extra)))
+        c = config
+        grid, block = (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ)
+        return self.cuLaunchKernel(function, *grid, *block, c.sharedMemBytes, c.hStream, pointers, extra)
 
     def cuLaunchKernel(self, *args: Any) -> tuple[CUresult]:
         self.calls.append(("cuLaunchKernel", args))

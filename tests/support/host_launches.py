@@ -30,6 +30,22 @@ _POINTER = ctypes.c_void_p
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, _POINTER, *[ctypes.c_uint] * 7, _POINTER, ctypes.POINTER(_POINTER), ctypes.POINTER(_POINTER)
 )
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", _POINTER),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+_EARLY = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(_Config), _POINTER, ctypes.POINTER(_POINTER), ctypes.POINTER(_POINTER)
+)
 _ENCODE = ctypes.CFUNCTYPE(
     ctypes.c_int, _POINTER, ctypes.c_int, ctypes.c_uint, _POINTER, ctypes.POINTER(ctypes.c_uint64),
     *[_POINTER] * 3, *[ctypes.c_int] * 4,
@@ -51,20 +67,25 @@ class _Numbers:
 
 
 class HostLaunches:
-    """``started``: (kernel, stream) of each start that the extension made; ``python``: kernels that Python launched."""
+    """``started``: (kernel, stream) of each start that the extension made; ``python``: kernels that Python launched.
+
+    Every second kernel waits for the launch before it, and ``early`` has their starts again.
+    """
 
     def __init__(self) -> None:
         self.started: list[tuple[str, int]] = []
+        self.early: list[tuple[str, int]] = []
         self.python: list[str] = []
         self.errors: list[BaseException] = []
         self.encoded = 0
         self.context = CONTEXT
         self.failing = False
         self._artifacts: list[HostArtifact] = []
-        self._callbacks = _LAUNCH(self._launch), _ENCODE(self._encode), _CONTEXT(self._current)
+        launches = _LAUNCH(self._launch), _EARLY(self._launch_early)
+        self._callbacks = *launches, _ENCODE(self._encode), _CONTEXT(self._current)
         driver = FakeDriver()
         driver.CUtensorMapDataType = driver.CUtensorMapSwizzle = _Numbers()
-        names = "cuLaunchKernel", "cuTensorMapEncodeTiled", "cuCtxGetCurrent"
+        names = "cuLaunchKernel", "cuLaunchKernelEx", "cuTensorMapEncodeTiled", "cuCtxGetCurrent"
         addresses = [int(ctypes.cast(c, _POINTER).value or 0) for c in self._callbacks]
         driver.entry_points = dict(zip(names, addresses, strict=True))
         self.device = CudaDevice(0, driver)
@@ -107,12 +128,26 @@ class HostLaunches:
         return 0
 
     def _launch(self, function: int, x: int, y: int, z: int, *rest: Any) -> int:
+        *block, _, stream, pointers, _ = rest
+        return self._run(function, (x, y, z), block, stream, pointers, False)
+
+    def _launch_early(self, config: Any, function: int, pointers: Any, extra: Any) -> int:
+        given = config[0]
+        attributes = [(a.id, a.value[0]) for a in given.attributes[: given.count]]
+        if attributes != [(6, 1)]:  # programmatic stream serialization, allowed
+            self.errors.append(AssertionError(f"launched with the attributes {attributes}"))
+        return self._run(function, tuple(given.grid), list(given.block), given.stream, pointers, True)
+
+    def _run(self, function: int, grid: Any, block: list[int], stream: int | None, pointers: Any, early: bool) -> int:
         try:
             if self.failing:
                 return 1
             artifact = self._artifacts[function - 1]
-            artifact.decoded((x, y, z), rest[-2])
-            self.started.append((artifact.name, rest[-3] or 0))
+            assert block == [artifact.abi.threads, 1, 1] and early == artifact.abi.awaits_grid
+            artifact.decoded(grid, pointers)
+            self.started.append((artifact.name, stream or 0))
+            if early:
+                self.early.append(self.started[-1])
             return 0
         except BaseException as error:
             self.errors.append(error)
@@ -135,7 +170,7 @@ class HostArtifact:
                     maps.append(TensorMapParam(name, (8, 16 // kind.dtype.bytes), (1, 0), 0))
             elif isinstance(kind, DType):
                 params.append(ScalarParam(name, kind.name))
-        self.abi = KernelABI(self.name, tuple(params), 128, 0, tuple(maps))
+        self.abi = KernelABI(self.name, tuple(params), 128, 0, tuple(maps), awaits_grid=handle % 2 == 1)
         self.launcher = CudaFunction(owner.device, self.name, handle).make_launcher(self.abi)
 
     def launch(self, device: Any, grid: Any, args: Sequence[Any], stream: Any) -> None:

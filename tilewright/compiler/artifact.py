@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tilewright.compiler.environment import LAUNCH_OVERLAP
 from tilewright.ir.abi import KernelABI
 from tilewright.ir.resources import Resources
 from tilewright.runtime.device import Device
@@ -129,7 +130,10 @@ class Artifact:
 
     def _load(self, device: Device) -> list[tuple[KernelABI, Any]]:
         module = device.load(self.binary, self.asm)
-        loaded = [(e.abi, module.function(e.abi.name)) for e in self.entries]
+        overlap = LAUNCH_OVERLAP.get()
+        loaded = [
+            (e.abi if overlap else replace(e.abi, awaits_grid=False), module.function(e.abi.name)) for e in self.entries
+        ]
         self._loaded[device.name] = loaded
         return loaded
 

@@ -102,6 +102,9 @@ DUMP_DIR: Variable[Path | None] = Variable(
 INTERPRET: Variable[bool] = Variable(
     "INTERPRET", _flag, False, "run every launch in the NumPy interpreter, whatever device its arrays live on"
 )
+LAUNCH_OVERLAP: Variable[bool] = Variable(
+    "LAUNCH_OVERLAP", _flag, True, "let launches begin while the one before them in their stream ends; 0 never does"
+)
 PRINT_AUTOTUNING: Variable[bool] = Variable(
     "PRINT_AUTOTUNING", _flag, False, "print what the autotuner measured of each configuration, and its choice"
 )
@@ -111,6 +114,7 @@ TUNING_FILE: Variable[Path | None] = Variable(
 WAIT_TIMEOUT: Variable[float] = Variable(
     "WAIT_TIMEOUT", _seconds, 30.0, "seconds after which a kernel that waits for another GPU gives up; 0: never"
 )
+OVERLAP_OPTIONS: Variable[str] = Variable("OVERLAP_OPTIONS", str, "", "options of the pass launch-overlap")
 PTXAS: Variable[str | None] = Variable("PTXAS", _text, None, "the ptxas program to use")
 
 VARIABLES: tuple[Variable[Any], ...] = (
@@ -120,6 +124,8 @@ VARIABLES: tuple[Variable[Any], ...] = (
     CHECK_SCHEDULE,
     DUMP_DIR,
     INTERPRET,
+    LAUNCH_OVERLAP,
+    OVERLAP_OPTIONS,
     PRINT_AUTOTUNING,
     PTXAS,
     TUNING_FILE,

@@ -93,7 +93,7 @@ def _launch_program(plan: Any, grid: Any, args: tuple[Any, ...], kwargs: Mapping
 
 
 def _start(form: Any, patches: Iterable[Any], maps: Iterable[Any]) -> tuple[Any, ...]:
-    launch = form.function, tuple(form.blocks), form.threads, form.shared_bytes, form.image, form.offsets
+    launch = form.function, tuple(form.blocks), form.threads, form.shared_bytes, form.early, form.image, form.offsets
     return (*launch, tuple(patches), tuple(maps))
 
 

@@ -129,6 +129,9 @@ class KernelABI:
     cluster: tuple[int, int, int] = (1, 1, 1)
     #: the ranks of a world launch this kernel together
     communicates: bool = False
+    #: every thread waits for the launch before this one ahead of its first access to global memory, so that the
+    #: blocks may start while that one still runs
+    awaits_grid: bool = False
     #: the file of the kernel's source, for messages
     source: str = ""
 

@@ -424,6 +424,12 @@ def _fence(frame: Frame, op: a.Fence) -> None:
     """Nothing: the interpreter sees one memory; missing fences are the schedule checker's to find."""
 
 
+@rule(a.AwaitGrid)
+@rule(a.ReleaseGrid)
+def _grid(frame: Frame, op: a.AwaitGrid | a.ReleaseGrid) -> None:
+    """Nothing: the interpreter runs one launch after the other."""
+
+
 @rule(a.Barrier)
 def _barrier(frame: Frame, op: a.Barrier) -> Steps:
     """A block's barrier waits for all roles, a cluster's for all blocks. The threads of one role meet at once."""

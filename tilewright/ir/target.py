@@ -42,6 +42,7 @@ class Target:
         """Whether the hardware has a feature, and tilewright uses it there.
 
         tma, wgmma, mbarrier, setmaxnreg, clusters (blocks that reach each other's shared memory, multicast copies);
+        dependent_launch (a launch that begins while the one before it runs);
         cp_async, mma_sync, mma_fp8 (fp8 operands of mma.sync), mma_f64 (its larger f64 shapes), stmatrix; mfma,
         mfma_long (twice the K), mfma_xf32, fp8_ocp (the 8-bit formats are OCP's), permlane_swap.
         """
@@ -53,7 +54,7 @@ _NVIDIA: dict[str, Any] = dict(
 )
 #: what all NVIDIA targets have, and what came with Hopper and stayed; PTX ISA, "Target ISA Notes" of mma and stmatrix
 _AMPERE = frozenset({"cp_async", "mma_sync"})
-_HOPPER = _AMPERE | {"mma_fp8", "mma_f64", "stmatrix"}
+_HOPPER = _AMPERE | {"mma_fp8", "mma_f64", "stmatrix", "dependent_launch"}
 _AMD: dict[str, Any] = dict(
     vendor="amd", warp_size=64, registers_per_thread=512, triple="amdgcn-amd-amdhsa", llvm_features="",
     registers_per_unit=131072, chiplets=8,

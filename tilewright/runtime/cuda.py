@@ -27,6 +27,8 @@ __all__ = ["CudaDevice", "CudaFunction", "CudaLauncher", "CudaModule", "DevicePo
 #: dynamic shared memory that a kernel may have without asking, in bytes
 _DEFAULT_SHARED_BYTES = 48 * 1024
 _MAX_GRID_YZ = 65535
+#: grids and streams of one function for which the driver's structure is kept
+_KEPT_CONFIGS = 64
 
 _ADVICE = {
     "CUDA_ERROR_NO_DEVICE": "No NVIDIA GPU is visible: look at nvidia-smi and CUDA_VISIBLE_DEVICES.",
@@ -248,7 +250,7 @@ class CudaModule(DriverModule[CudaDevice, CudaFunction]):
 
 
 class CudaLauncher(Launcher):
-    """Launches one function with one ABI through cuLaunchKernel."""
+    """Launches one function with one ABI through cuLaunchKernel, or cuLaunchKernelEx where it may begin early."""
 
     device: CudaDevice
 
@@ -260,7 +262,11 @@ class CudaLauncher(Launcher):
         cooperative = abi.communicates and abi.persistent
         driver = self.device._driver
         self._cu_launch_kernel = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
+        self._cu_launch_early = driver.cuLaunchKernelEx
         self._extra = () if cooperative else (0,)
+        self._call = self._launch_early if abi.awaits_grid else self._launch_behind
+        #: CUlaunchConfig by grid and stream, which nobody changes: several threads may launch at once
+        self._configs: dict[tuple[tuple[int, int, int], int], Any] = {}
         if abi.communicates:  # else the driver may load it at its first launch, behind a kernel that waits for it
             with self.device.current():
                 self.device.call("cuFuncLoad", function.handle)
@@ -311,15 +317,13 @@ class CudaLauncher(Launcher):
             return None
         if ready.arguments is None:
             return lambda stream: None
-        launch, ordinal, handle = self._cu_launch_kernel, self.ordinal, self.function.handle
-        (x, y, z), threads, shared = ready.blocks, self.abi.threads, self.abi.shared_bytes
+        call, ordinal, blocks = self._call, self.ordinal, ready.blocks
         pointers, device_of_thread = ready.arguments.pointers, torch._C._cuda_getDevice
-        extra = self._extra
 
         def start(stream: Any) -> None:
             where = raw_stream(ordinal) if stream is None else stream_handle(stream, torch, ordinal)
             if device_of_thread() == ordinal:
-                (status,) = launch(handle, x, y, z, threads, 1, 1, shared, where, pointers, *extra)
+                (status,) = call(blocks, where, pointers)
                 if not status:
                     return
             self.start(ready, where)  # another device or no context is current in this thread; or it reports the error
@@ -350,6 +354,7 @@ class CudaLauncher(Launcher):
             ready.blocks,
             self.abi.threads,
             self.abi.shared_bytes,
+            self.abi.awaits_grid,
             ready.arguments.image(self.layout.size),
             self.layout.offsets,
             tuple((offset, i) for offset, i, p in placed if isinstance(p, TensorParam)),
@@ -358,27 +363,43 @@ class CudaLauncher(Launcher):
         )
 
     def _launch(self, ready: ReadyLaunch, stream: int) -> None:
-        x, y, z = ready.blocks
         assert ready.arguments is not None
-        (status,) = self._cu_launch_kernel(
-            self.function.handle,
-            x,
-            y,
-            z,
-            self.abi.threads,
-            1,
-            1,
-            self.abi.shared_bytes,
-            stream,
-            ready.arguments.pointers,
-            *self._extra,
-        )
+        (status,) = self._call(ready.blocks, stream, ready.arguments.pointers)
         if status:
+            x, y, z = ready.blocks
             self.device.fail(
                 status,
                 f"Launching '{self.abi.name}' on {self.device.name} with {x}x{y}x{z} blocks of {self.abi.threads} "
                 f"threads and {self.abi.shared_bytes} bytes of shared memory",
             )
+
+    def _launch_behind(self, blocks: tuple[int, int, int], stream: int, pointers: int) -> Any:
+        """Start behind what is in the stream."""
+        abi = self.abi
+        return self._cu_launch_kernel(
+            self.function.handle, *blocks, abi.threads, 1, 1, abi.shared_bytes, stream, pointers, *self._extra
+        )
+
+    def _launch_early(self, blocks: tuple[int, int, int], stream: int, pointers: int) -> Any:
+        """Start as soon as the kernel before lets others begin; this one waits itself for its end."""
+        config = self._configs.get((blocks, stream)) or self._config(blocks, stream)
+        return self._cu_launch_early(config, self.function.handle, pointers, 0)
+
+    def _config(self, blocks: tuple[int, int, int], stream: int) -> Any:
+        """What cuLaunchKernelEx takes for a grid and a stream, kept for the next launch."""
+        driver = self.device._driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.abi.threads, 1, 1
+        config.sharedMemBytes, config.hStream = self.abi.shared_bytes, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        if len(self._configs) >= _KEPT_CONFIGS:
+            self._configs.clear()
+        self._configs[blocks, stream] = config
+        return config
 
     def wait_for(self, stream: int) -> None:
         with self.device.current():

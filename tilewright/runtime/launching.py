@@ -43,7 +43,7 @@ class ReadyLaunch:
 class LaunchForm:
     """A launch as data: what it hands to the driver, and where in that the addresses and numbers of its arguments are.
 
-    ``tensors``, ``scalars``: (offset in ``image``, parameter) and, for scalars, their dtype. ``maps``: (offset,
+    ``early``: the launch may begin while the one before it runs. ``tensors``, ``scalars``: (offset in ``image``, parameter) and, for scalars, their dtype. ``maps``: (offset,
     parameter, element type, dims, strides, box, swizzle) with the driver's numbers and orders.
     """
 
@@ -52,6 +52,7 @@ class LaunchForm:
     blocks: tuple[int, int, int]
     threads: int
     shared_bytes: int
+    early: bool
     image: bytes
     offsets: tuple[int, ...]
     tensors: tuple[tuple[int, int], ...]

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 #: of what the extension offers
-_VERSION = 7
+_VERSION = 8
 
 extension: Any = None
 try:
@@ -45,7 +45,7 @@ def _host(device: Any, torch: ModuleType) -> Any:
     allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
     if exchange is None or allocate is None:  # a torch before 2.11
         return None
-    names = "cuLaunchKernel", "cuTensorMapEncodeTiled", "cuCtxGetCurrent"
+    names = "cuLaunchKernel", "cuLaunchKernelEx", "cuTensorMapEncodeTiled", "cuCtxGetCurrent"
     try:
         addresses = [device.entry_point(name) for name in names]
     except (OSError, AttributeError):  # a stand-in for the driver, of tests
@@ -54,7 +54,7 @@ def _host(device: Any, torch: ModuleType) -> Any:
 
 
 def make_host(
-    torch: Any, exchange: Any, allocate: Any, device_type: int, launch: int, encode: int, context: int
+    torch: Any, exchange: Any, allocate: Any, device_type: int, launch: int, early: int, encode: int, context: int
 ) -> Any:
     """A Host for torch tensors of a kind of device, with the addresses of the driver's functions."""
     functions = torch._C._functorch, torch.is_autocast_enabled
@@ -86,6 +86,7 @@ def make_host(
         "forward": vars(torch.autograd.forward_ad),
         "device_type": device_type,
         "launch": launch,
+        "launch_early": early,
         "encode": encode,
         "context": context,
         "state": _STATE,

@@ -12,7 +12,7 @@ from tilewright.backends.lower.target_ops import TargetOps
 from tilewright.backends.mlir_builder import FunctionBuilder, Module
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir.abi import KernelABI, ScalarParam, TensorMapParam, TensorParam
-from tilewright.ir.async_ops import AsyncDot, BulkStore, Role
+from tilewright.ir.async_ops import AsyncDot, AwaitGrid, BulkStore, Role
 from tilewright.ir.comm_ops import takes_turns, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value, uses_of
 from tilewright.ir.target import Target
@@ -103,6 +103,7 @@ def declare_kernel(
         blocks_per_unit=int(function.attributes.get("blocks_per_unit", 1)),
         cluster=_cluster(function),
         communicates=bool(function.attributes.get("communicates", False)),
+        awaits_grid=any(isinstance(op, AwaitGrid) for op in function.body.block.ops),
         source=function.loc.file,
     )
     module = Module(target.triple, function.loc.file, function.loc.line)

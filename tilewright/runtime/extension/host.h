@@ -29,6 +29,15 @@ typedef struct {
 
 typedef int (*LaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                             void **);
+/* CUlaunchConfig, and the CUlaunchAttribute of launches that may begin while the one before them in the stream runs */
+typedef struct { int id, pad, value[16]; } LaunchAttribute;
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  void *stream;
+  const LaunchAttribute *attributes;
+  unsigned attribute_count;
+} LaunchConfig;
+typedef int (*LaunchEarly)(const LaunchConfig *, void *, void **, void **);
 typedef int (*EncodeMap)(void *, int, unsigned, void *, const uint64_t *, const uint64_t *, const uint32_t *,
                          const uint32_t *, int, int, int, int);
 typedef int (*GetContext)(void **);
@@ -41,6 +50,7 @@ typedef struct {
   PyObject *forward;       /* attributes of torch.autograd.forward_ad, which knows of no function to ask */
   Exchange *exchange;
   LaunchKernel launch;
+  LaunchEarly launch_early;
   EncodeMap encode;
   GetContext context;
   int device_type;
@@ -53,16 +63,16 @@ static _Thread_local uint64_t *dispatch_state;
 static PyObject *name_requires_grad, *name_cuda_stream, *name_stream, *name_level;
 
 static int host_init(Host *self, PyObject *args, PyObject *keywords) {
-  static char *names[] = {"exchange", "types",   "allocate",    "gradients", "plain",  "quiet",   "harmless", "negated",
-                          "forward",  "device_type", "launch", "encode",    "context", "library", "state",    "allowed",
-                          NULL};
+  static char *names[] = {"exchange", "types",       "allocate", "gradients",    "plain",  "quiet",   "harmless", "negated",
+                          "forward",  "device_type", "launch",   "launch_early", "encode", "context", "library",  "state",
+                          "allowed",  NULL};
   PyObject *capsule, *types, *allocate, *gradients, *plain, *quiet, *harmless, *negated, *forward, *state;
-  unsigned long long launch, encode, context, included, excluded;
+  unsigned long long launch, early, encode, context, included, excluded;
   const char *library;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OOO!iKKKzO(KK)", names, &capsule, &PyTuple_Type, &types,
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!OOOO!OOO!iKKKKzO(KK)", names, &capsule, &PyTuple_Type, &types,
                                    &allocate, &gradients, &plain, &PyTuple_Type, &quiet, &harmless, &negated,
-                                   &PyDict_Type, &forward, &self->device_type, &launch, &encode, &context, &library,
-                                   &state, &included, &excluded))
+                                   &PyDict_Type, &forward, &self->device_type, &launch, &early, &encode, &context,
+                                   &library, &state, &included, &excluded))
     return -1;
   Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!exchange) return -1;
@@ -72,6 +82,7 @@ static int host_init(Host *self, PyObject *args, PyObject *keywords) {
   }
   self->exchange = exchange;
   self->launch = (LaunchKernel)(uintptr_t)launch;
+  self->launch_early = (LaunchEarly)(uintptr_t)early;
   self->encode = (EncodeMap)(uintptr_t)encode;
   self->context = (GetContext)(uintptr_t)context;
   self->allowed[0] = included, self->allowed[1] = excluded;

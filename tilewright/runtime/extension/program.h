@@ -26,6 +26,7 @@ typedef struct {
 typedef struct {
   void *function;
   unsigned grid[3], threads, shared;
+  int early;       /* may begin while the kernel before it runs, which it waits for itself */
   uint32_t size, parameters, patch_count, map_count;
   uint32_t room;   /* bytes for the arguments and, at their end, the addresses of them */
   uint32_t *offsets;
@@ -94,8 +95,8 @@ static int read_start(PyObject *given, Start *start) {
   PyObject *offsets, *patches, *maps;
   const char *image;
   Py_ssize_t size;
-  if (!PyArg_ParseTuple(given, "K(III)IIy#O!O!O!", &function, &start->grid[0], &start->grid[1], &start->grid[2],
-                        &start->threads, &start->shared, &image, &size, &PyTuple_Type, &offsets, &PyTuple_Type, &patches,
+  if (!PyArg_ParseTuple(given, "K(III)IIpy#O!O!O!", &function, &start->grid[0], &start->grid[1], &start->grid[2],
+                        &start->threads, &start->shared, &start->early, &image, &size, &PyTuple_Type, &offsets, &PyTuple_Type, &patches,
                         &PyTuple_Type, &maps))
     return -1;
   Py_ssize_t count = PyTuple_GET_SIZE(offsets), patch_count = PyTuple_GET_SIZE(patches), map_count = PyTuple_GET_SIZE(maps);
@@ -270,6 +271,16 @@ static int fill(Host *host, Start *start, const uint64_t *values, uint8_t *image
   return 0;
 }
 
+static int start_one(Host *host, const Start *start, void **arguments, void *stream) {
+  static const LaunchAttribute overlap = {.id = 6 /* CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION */, .value = {1}};
+  const unsigned *grid = start->grid;
+  if (!start->early)
+    return host->launch(start->function, grid[0], grid[1], grid[2], start->threads, 1, 1, start->shared, stream, arguments,
+                        NULL);
+  LaunchConfig config = {{grid[0], grid[1], grid[2]}, {start->threads, 1, 1}, start->shared, stream, &overlap, 1};
+  return host->launch_early(&config, start->function, arguments, NULL);
+}
+
 /* All arguments first, so that the interpreter's lock is given back once for all kernels. */
 static int start_all(Host *host, Program *program, const uint64_t *values, void *stream) {
   uint8_t few[2 * MOST_IMAGE], *memory = few;
@@ -286,8 +297,7 @@ static int start_all(Host *host, Program *program, const uint64_t *values, void 
     Py_BEGIN_ALLOW_THREADS;
     image = aligned(memory);
     for (Start *start = first; start < last && !failed; image += start->room, start++)
-      failed = host->launch(start->function, start->grid[0], start->grid[1], start->grid[2], start->threads, 1, 1,
-                            start->shared, stream, (void **)(image + start->room) - start->parameters, NULL);
+      failed = start_one(host, start, (void **)(image + start->room) - start->parameters, stream);
     Py_END_ALLOW_THREADS;
   }
   if (memory != few) PyMem_Free(memory);

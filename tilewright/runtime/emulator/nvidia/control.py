@@ -73,6 +73,8 @@ def _warp_ended(state: State, warp: int) -> None:
     of_block = slice(block * state.warps_per_block, (block + 1) * state.warps_per_block)
     if not state.exited[of_block].all():
         return
+    if launch.ordering is not None:
+        launch.ordering.grid_awaited(state, of_block, warp)
     for work in launch.copies:
         if work.block == block:
             state.instruction = work.instruction
@@ -89,7 +91,18 @@ def _trap(inst: Instruction) -> Execute:
     return lambda state: state.fault("the kernel trapped")
 
 
-@instruction("brkpt", "pmevent", "griddepcontrol.wait", "griddepcontrol.launch_dependents")
+@instruction("griddepcontrol.wait")
+def _await_grid(inst: Instruction) -> Execute:
+    """Launches come one after the other; the race detector notes who has waited for the one before (9.7.13.13)."""
+
+    def execute(state: State) -> None:
+        if state.launch.ordering is not None:
+            state.launch.ordering.await_grid(state)
+
+    return execute
+
+
+@instruction("brkpt", "pmevent", "griddepcontrol.launch_dependents")
 def _nothing(inst: Instruction) -> Execute:
     inst.modifiers.clear()
     return lambda state: None

@@ -62,6 +62,9 @@ class Ordering:
         slots = min(_SLOTS, 2 * warps_per_block)
         self.shared = Shadow(blocks * pitch, slots, lambda offset: f"shared memory at {offset % pitch}")
         self._groups: dict[int, tuple[int, int]] = {}
+        #: of a kernel that may begin while the launch before it runs: the lanes that have waited for that
+        waits = any(inst.name == "griddepcontrol.wait" for inst in launch.kernel.instructions)
+        self._awaited = np.zeros((blocks * warps_per_block, LANES), np.bool_) if waits else None
 
     def shadow(self, space: str) -> Shadow:
         """The shadow of "shared" or "global"."""
@@ -70,6 +73,25 @@ class Ordering:
     def _site(self, inst: Instruction | None) -> int:
         assert inst is not None
         return self.races.site(inst, inst.text, inst.line, inst.source)
+
+    # ---- the launch before -----------------------------------------------------------------------
+
+    def await_grid(self, state: State) -> None:
+        """The active lanes have waited for the launch before this one (griddepcontrol.wait)."""
+        assert self._awaited is not None
+        self._awaited[state.w] |= state.lanes
+
+    def _require_grid(self, state: State, space: str) -> None:
+        """Fault where active lanes come to global memory that the launch before may still use."""
+        if space == "global" and self._awaited is not None:
+            early = state.lanes & ~self._awaited[state.w]
+            if early.any():
+                state.fault("comes to global memory without having waited for the launch before", early)
+
+    def grid_awaited(self, state: State, warps: slice, warp: int) -> None:
+        """A block ends: who waits for its launch must be able to rely on those before it."""
+        if self._awaited is not None and not self._awaited[warps].any():
+            state.fault("the block ends without having waited for the launch before", warp=warp)
 
     # ---- accesses of lanes -----------------------------------------------------------------------
 
@@ -93,6 +115,7 @@ class Ordering:
         same: tuple[Array, Array] | None = None,
     ) -> None:
         """The active lanes access ``size`` bytes at their offsets. Faults on a race. ``same``: see `Team.write`."""
+        self._require_grid(state, space)
         warps, lanes = self._who(state)
         shadow, site = self.shadow(space), self._site(state.instruction)
         if writes:
@@ -118,6 +141,7 @@ class Ordering:
 
     def start(self, state: State, space: str, offsets: Array, size: int, *, writes: bool) -> dict[int, int]:
         """Like `touch`, of copies in flight: a record by warp."""
+        self._require_grid(state, space)
         warps, lanes = self._who(state)
         site = self._site(state.instruction)
         records, conflict = self.team.start(self.shadow(space), warps, lanes, offsets, size, site, writes=writes)
@@ -153,6 +177,7 @@ class Ordering:
         strength: int = WEAK,
     ) -> int:
         """The async proxy will access these bytes for a lane, or for warps together (lane -1): the record."""
+        self._require_grid(state, space)
         proxy = ASYNC_SHARED if space == "shared" else ASYNC_GLOBAL
         record, conflict = self.team.issue(
             self.shadow(space), warps, lane, offsets, size, self._site(state.instruction), writes=writes, proxy=proxy,
