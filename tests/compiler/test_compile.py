@@ -7,6 +7,7 @@ import re
 
 import pytest
 from compiler_programs import add, double_exponential, gemm, scale
+from fake_driver import FakeDriver
 
 import tilewright as tw
 from tilewright.compiler.driver import alignment_variants, compile_text, run_passes
@@ -14,6 +15,7 @@ from tilewright.compiler.errors import BackendFailure, PassFailure
 from tilewright.compiler.options import CompileOptions
 from tilewright.ir.core import IRError
 from tilewright.ir.parser import parse_module
+from tilewright.runtime.cuda import CudaDevice, DevicePointer
 
 TARGETS = {"sm_90a": "ptx", "gfx942": "amdgcn", "gfx950": "amdgcn"}
 
@@ -296,3 +298,16 @@ def test_wrong_target_and_wrong_kernel():
         tw.compile(scale, "sm_90", scale_spec())
     with pytest.raises(TypeError, match=r"function under @tw\.kernel, got function"):
         tw.compile(lambda x: x, "sm_90a", {})
+
+
+@pytest.mark.parametrize("overlap", ["0", "1", None])
+def test_launches_overlap_unless_told_otherwise(monkeypatch, overlap):
+    if overlap is not None:
+        monkeypatch.setenv("TILEWRIGHT_LAUNCH_OVERLAP", overlap)
+    artifact = tw.compile(scale, "sm_90a", scale_spec())
+    driver = FakeDriver()
+    x, y = (DevicePointer(0x1000 * i, (256,), (1,), "f32") for i in (1, 2))
+    artifact.launch(CudaDevice(0, driver), 2, [x, y, 1.0], stream=5)
+    assert len(driver.named("cuLaunchKernel")) == 1
+    assert len(driver.named("cuLaunchKernelEx")) == (overlap != "0")
+    assert artifact.abi.awaits_grid, "the artifact is the same"

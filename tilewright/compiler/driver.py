@@ -154,7 +154,8 @@ def _artifact(
 def schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument] = ()) -> Module:
     """Run the target's pipeline in place. Raises PassError."""
     context = PassContext(target, options.pass_options())
-    return PassManager(default_pipeline(target, CHECK_SCHEDULE.get(), OVERLAP_OPTIONS.get()), context, instruments).run(module)
+    pipeline = default_pipeline(target, CHECK_SCHEDULE.get(), OVERLAP_OPTIONS.get())
+    return PassManager(pipeline, context, instruments).run(module)
 
 
 def _schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument]) -> None:

@@ -43,8 +43,9 @@ class ReadyLaunch:
 class LaunchForm:
     """A launch as data: what it hands to the driver, and where in that the addresses and numbers of its arguments are.
 
-    ``early``: the launch may begin while the one before it runs. ``tensors``, ``scalars``: (offset in ``image``, parameter) and, for scalars, their dtype. ``maps``: (offset,
-    parameter, element type, dims, strides, box, swizzle) with the driver's numbers and orders.
+    ``early``: the launch may begin while the one before it runs. ``tensors``, ``scalars``: (offset in ``image``,
+    parameter) and, for scalars, their dtype. ``maps``: (offset, parameter, element type, dims, strides, box, swizzle)
+    with the driver's numbers and orders.
     """
 
     device: Any
