@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from tilewright.compiler.artifact import Artifact, Entry, dump_folder, variant_of
-from tilewright.compiler.environment import CHECK_SCHEDULE, DUMP_DIR, OVERLAP_OPTIONS
+from tilewright.compiler.environment import CHECK_SCHEDULE, DUMP_DIR
 from tilewright.compiler.errors import PassFailure, write_reproducer
 from tilewright.compiler.limits import check_spills, warn_of
 from tilewright.compiler.options import CompileOptions
@@ -154,8 +154,7 @@ def _artifact(
 def schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument] = ()) -> Module:
     """Run the target's pipeline in place. Raises PassError."""
     context = PassContext(target, options.pass_options())
-    pipeline = default_pipeline(target, CHECK_SCHEDULE.get(), OVERLAP_OPTIONS.get())
-    return PassManager(pipeline, context, instruments).run(module)
+    return PassManager(default_pipeline(target, CHECK_SCHEDULE.get()), context, instruments).run(module)
 
 
 def _schedule(module: Module, target: Target, options: CompileOptions, instruments: Sequence[Instrument]) -> None:

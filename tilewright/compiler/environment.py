@@ -114,7 +114,6 @@ TUNING_FILE: Variable[Path | None] = Variable(
 WAIT_TIMEOUT: Variable[float] = Variable(
     "WAIT_TIMEOUT", _seconds, 30.0, "seconds after which a kernel that waits for another GPU gives up; 0: never"
 )
-OVERLAP_OPTIONS: Variable[str] = Variable("OVERLAP_OPTIONS", str, "", "options of the pass launch-overlap")
 PTXAS: Variable[str | None] = Variable("PTXAS", _text, None, "the ptxas program to use")
 
 VARIABLES: tuple[Variable[Any], ...] = (
@@ -125,7 +124,6 @@ VARIABLES: tuple[Variable[Any], ...] = (
     DUMP_DIR,
     INTERPRET,
     LAUNCH_OVERLAP,
-    OVERLAP_OPTIONS,
     PRINT_AUTOTUNING,
     PTXAS,
     TUNING_FILE,

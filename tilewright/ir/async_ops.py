@@ -255,16 +255,8 @@ class Barrier(Operation):
 class AwaitGrid(Operation):
     """Wait until the launch before this one has ended and all that it wrote can be seen ("griddepcontrol.wait").
 
-    A launch may begin while the one before it still runs; every thread passes here before it touches global memory.
-    With ``maps`` the tensor maps among the kernel's arguments are fetched in front.
+    A launch may begin before the one before it has ended; every thread passes here before it touches global memory.
     """
-
-    maps: bool = attribute(default=False)
-
-
-@operation("async.release_grid", effect=Effect.SYNC)
-class ReleaseGrid(Operation):
-    """The next launch may begin, once all blocks of this one have come here or ended ("launch_dependents")."""
 
 
 @operation("async.take_turn", effect=Effect.SYNC)

@@ -425,8 +425,7 @@ def _fence(frame: Frame, op: a.Fence) -> None:
 
 
 @rule(a.AwaitGrid)
-@rule(a.ReleaseGrid)
-def _grid(frame: Frame, op: a.AwaitGrid | a.ReleaseGrid) -> None:
+def _await_grid(frame: Frame, op: a.AwaitGrid) -> None:
     """Nothing: the interpreter runs one launch after the other."""
 
 

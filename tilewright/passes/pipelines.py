@@ -22,10 +22,9 @@ PREFETCH = (
 )
 
 
-def default_pipeline(target: Target, check: bool = True, overlap: str = "") -> str:
+def default_pipeline(target: Target, check: bool = True) -> str:
     """The textual pipeline from a frontend's module to scheduled IR for ``target``; ``check``: prove the schedule."""
     middle = ROLES if target.has("setmaxnreg") else PREFETCH
     proofs = ",check-schedule,check-protocol" if check else ""
-    launch = f",launch-overlap{{{overlap}}}" if overlap else ",launch-overlap"
-    launch = launch if target.has("dependent_launch") else ""
+    launch = ",launch-overlap" if target.has("dependent_launch") else ""
     return f"collectives,{middle},rank-order,shared-plan,cse,dce{launch}{proofs}"

@@ -44,16 +44,6 @@ def await_grid(fb: FunctionBuilder) -> None:
     emit(fb, "griddepcontrol.wait;")
 
 
-def release_grid(fb: FunctionBuilder) -> None:
-    """Let the grids begin that depend on this one, once all its blocks have said so or ended."""
-    emit(fb, "griddepcontrol.launch_dependents;")
-
-
-def prefetch_tensor_map(fb: FunctionBuilder, tensor_map: mlir.Value) -> None:
-    """Bring a tensor map, of the kernel's parameters, to where the copy engine reads it."""
-    emit(fb, "prefetch.tensormap [$0];", "l", [tensor_map])
-
-
 # --- mbarrier: "Parallel Synchronization and Communication Instructions: mbarrier" ---------------------------
 
 

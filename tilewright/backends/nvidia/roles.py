@@ -18,7 +18,7 @@ from tilewright.backends.nvidia.state import (
     warpgroup_count,
     warpgroup_index,
 )
-from tilewright.ir.async_ops import AwaitGrid, Fence, PassTurn, ReleaseGrid, Role, TakeTurn
+from tilewright.ir.async_ops import AwaitGrid, Fence, PassTurn, Role, TakeTurn
 from tilewright.ir.core import Function
 
 #: ptxas allots registers in steps of 8; one thread can have 255
@@ -100,17 +100,7 @@ def lower_fence(lw: Lowering, op: Fence) -> None:
 
 @lowers(AwaitGrid, table=ROLE_LOWERINGS)
 def lower_await_grid(lw: Lowering, op: AwaitGrid) -> None:
-    maps = [map_ for param, map_ in zip(lw.entry.abi.tensor_maps, lw.entry.tensor_maps, strict=True) if not param.peers]
-    if op.maps and maps:
-        with lw.fb.if_then(lw.fb.icmp("eq", lw.scope.thread, lw.fb.i32(0))):
-            for map_ in maps:
-                ptx.prefetch_tensor_map(lw.fb, map_)
     ptx.await_grid(lw.fb)
-
-
-@lowers(ReleaseGrid, table=ROLE_LOWERINGS)
-def lower_release_grid(lw: Lowering, op: ReleaseGrid) -> None:
-    ptx.release_grid(lw.fb)
 
 
 # --- turns: each warpgroup has a barrier, where it meets the arrivals of the one before it ------------------------
