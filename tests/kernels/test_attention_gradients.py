@@ -94,12 +94,13 @@ def test_gradients(device: str, shape: tuple[int, ...], options: dict[str, Any],
 
 
 def packed(rows: list[int], keys: list[int], heads: int, groups: int, **options: Any) -> dict[str, Any]:
-    """Arguments of `varlen_backward`, some rows belonging to no sequence, and what must come out."""
-    d, spare = 64, 5
-    q_starts, k_starts = (np.cumsum([0, *n]).astype(np.int32) for n in (rows, keys))
+    """Arguments of `varlen_backward`, rows at both ends belonging to no sequence, and what must come out."""
+    d, ahead, spare = 64, 3, 5
+    q_starts, k_starts = (np.cumsum([ahead, *n]).astype(np.int32) for n in (rows, keys))
     q, do = (normal(q_starts[-1] + spare, heads, d, dtype="bf16", seed=s) for s in (0, 1))
     k, v = (normal(k_starts[-1] + spare, groups, d, dtype="bf16", seed=s) for s in (2, 3))
-    k[k_starts[-1] :] = v[k_starts[-1] :] = 1e4  # no bound of a gradient knows them
+    for nobodys in (slice(ahead), slice(k_starts[-1], None)):
+        k[nobodys] = v[nobodys] = 1e4  # no bound of a gradient knows them
     o, lse = np.zeros_like(q), np.zeros((heads, len(q)), np.float32)
     wanted = [np.full(x.shape, np.nan) for x in (q, k, v)]
     for i in range(len(rows)):

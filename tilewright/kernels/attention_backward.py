@@ -258,8 +258,8 @@ def attention_sum_heads(parts: tw.Tensor, total: tw.Tensor, k_starts: tw.Tensor 
         tw.store(total[b, g], (n, 0), added.to(total.dtype))
     else:
         rows = n * TILE + tw.arange(0, TILE)
-        rows = tw.where(rows < tw.load(k_starts, k_starts.shape[0] - 1), rows, -1)
-        tw.scatter(total[b, g], rows, added.to(total.dtype), 0)
+        exist = (rows >= tw.load(k_starts, 0)) & (rows < tw.load(k_starts, k_starts.shape[0] - 1))
+        tw.scatter(total[b, g], tw.where(exist, rows, -1), added.to(total.dtype), 0)
 
 
 def configuration(
