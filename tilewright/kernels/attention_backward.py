@@ -315,8 +315,8 @@ def sdpa_backward(
     ``dbias``, if given, gets the gradient of the bias: see `tilewright.kernels.attention_bias_gradient`. Keys from a
     batch's length on get 0, and need finite values.
     Bitwise equal from run to run, unless ``deterministic`` is False: then dq is added up in float32, in any order.
-    With CAUSAL grouped heads get gradients of keys and values for each query head first, in the dtype of q: programs
-    of a head run side by side and share what they read, which programs that walk several heads lose.
+    Grouped heads get gradients of keys and values for each query head first, in the dtype of q: programs of a head run
+    side by side and share what they read, which programs that walk several heads lose.
     """
     batch, _, length, _ = q.shape
     _backward(
@@ -399,15 +399,13 @@ def _backward(
     rows = temporary(q, (ROWS, entries, heads, blocks * TILE))
     sums = temporary(q, (entries, heads, blocks * TILE, depth), "int32" if deterministic else "float32")
     parts = [dk, dv]
-    if meta["CAUSAL"] and groups != heads:
+    if groups != heads:
         parts = [temporary(q, (entries, heads, keys, x.shape[3]), q.dtype) for x in (k, v)]
     walked: dict[str, Any] = {}
     starts, bound, flags = options.get("q_starts"), None, None
     if deterministic:
         bound = temporary(q, (entries, groups))
-    # programs that walk several heads take longer where contributions are checked, which was measured and not explained
-    quick = plain and options["left"] is None and parts[0].shape[1] == heads
-    if deterministic and quick and keys <= MOST_ADDED * meta["BN"]:
+    if deterministic and plain and options["left"] is None and keys <= MOST_ADDED * meta["BN"]:
         flags = temporary(q, (entries + 1, groups), "int32")
         attention_guess[groups, entries](k, v, bound, flags, **wide)
         walked = {"keys": keys, "BM": meta["BM"], "BN": meta["BN"], "CAUSAL": meta["CAUSAL"]}
