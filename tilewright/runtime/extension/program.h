@@ -96,8 +96,8 @@ static int read_start(PyObject *given, Start *start) {
   const char *image;
   Py_ssize_t size;
   if (!PyArg_ParseTuple(given, "K(III)IIpy#O!O!O!", &function, &start->grid[0], &start->grid[1], &start->grid[2],
-                        &start->threads, &start->shared, &start->early, &image, &size, &PyTuple_Type, &offsets, &PyTuple_Type, &patches,
-                        &PyTuple_Type, &maps))
+                        &start->threads, &start->shared, &start->early, &image, &size, &PyTuple_Type, &offsets,
+                        &PyTuple_Type, &patches, &PyTuple_Type, &maps))
     return -1;
   Py_ssize_t count = PyTuple_GET_SIZE(offsets), patch_count = PyTuple_GET_SIZE(patches), map_count = PyTuple_GET_SIZE(maps);
   if (size > MOST_IMAGE || count > MOST_PARAMETERS) return PyErr_SetString(PyExc_ValueError, "too many arguments"), -1;
