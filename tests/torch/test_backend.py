@@ -280,9 +280,15 @@ def test_the_gate_on_a_gpu():
         assert gate(twt.attention, *[(1, 8, 4096, 128)] * 3, grad=True, **capped) is None
         assert gate(twt.attention, *[(1, 8, 4096, 128)] * 3, **capped, window=1024) is None
         assert "4096" in gate(twt.attention, *[(1, 8, 2048, 128)] * 3, **capped)
-        assert "short heads" in gate(twt.attention, *[(1, 8, 4096, 256)] * 3, **capped)
+        assert gate(twt.attention, *[(1, 8, 4096, 256)] * 3, **capped) is None
+        assert "short heads" in gate(twt.attention, *[(1, 8, 4096, 512)] * 3, **capped)
         assert "short heads" in gate(twt.attention, *[(1, 8, 4096, 128)] * 3, softcap=50.0)
         assert "casts" in gate(twt.cast_linear, (4096, 4096), (4096, 4096))
+        for tokens, taken in ((1, False), (16, True), (64, True), (512, False)):
+            x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="cuda")
+            w = torch.empty(14336, 4096, dtype=torch.float8_e4m3fn, device="cuda")
+            assert (not_worthwhile(twt.cast_linear, x, w) is None) == taken
+        assert "casts" in gate(twt.cast_linear, (64, 4096), (14336, 4096))
         assert gate(twt.softmax, (4096, 4096), grad=True) is None
 
 

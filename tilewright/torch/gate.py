@@ -21,7 +21,9 @@ LEAST_TALL, LEAST_WIDE = 16384, 1024
 #: queries from which attention is ahead of cuDNN: without and with the causal mask
 LEAST_QUERIES, LEAST_CAUSAL_QUERIES = 1024, 2048
 #: queries from which attention with a soft cap was measured ahead of its formulas, and the longest heads
-LEAST_CAPPED_QUERIES, MOST_CAPPED_DEPTH = 4096, 128
+LEAST_CAPPED_QUERIES, MOST_CAPPED_DEPTH = 4096, 256
+#: tokens and elements of a weight that is cast for which the product was measured ahead of the cast and a product
+CAST_TOKENS, LEAST_CAST = range(16, 65), 4096**2
 #: the compute capability of the measured GPU
 MEASURED = (9, 0)
 
@@ -87,8 +89,12 @@ def _linear(input: Any, weight: Any, bias: Any = None, activation: str | None = 
     return "a small product" if size < LEAST_PRODUCT else None
 
 
-def _cast(*args: Any, **kwargs: Any) -> Refusal:
-    return "casts before products were not measured to cost more"
+def _cast(input: Any, weight: Any, *rest: Any, **named: Any) -> Refusal:
+    """Few tokens leave the time of a pass over the weight, which is read narrow here and written by no one."""
+    if _trains(input, weight) or weight.dtype in cast_products.HALVES:
+        return "casts of inputs, or with gradients, were not measured to cost more"
+    few = _elements(input) // max(1, _hint(weight.shape[1])) in CAST_TOKENS and _elements(weight) >= LEAST_CAST
+    return None if few else "casts before products were not measured to cost more with so many tokens or so few"
 
 
 def _gated(input: Any, gate: Any, up: Any, activation: str = "silu") -> Refusal:
