@@ -23,7 +23,7 @@ def kernel(fn: Callable[..., Any]) -> Kernel:
 
     It runs where its arrays live: NumPy arrays and CPU tensors in the interpreter, CUDA tensors on
     their GPU. Options by name: ``num_warps``, ``num_stages``, ``num_ctas``, ``schedule``, ``persistent``,
-    ``stream``.
+    ``maxnreg``, ``stream``.
     """
     return Kernel(fn)
 

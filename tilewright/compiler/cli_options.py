@@ -41,6 +41,7 @@ SCHEDULE = click.option("--schedule", type=click.Choice(SCHEDULES), default=None
 PERSISTENT = click.option(
     "--persistent", type=click.BOOL, default=None, help="whether blocks walk over programs (true or false)"
 )
+REGISTERS = click.option("--maxnreg", type=click.IntRange(min=1), default=None, help="most registers of a thread")
 JSON = click.option("--json", "as_json", is_flag=True, help="machine-readable output")
 
 
@@ -54,12 +55,13 @@ def compile_options(command: Callable[..., None]) -> Callable[..., None]:
         num_ctas: str | None,
         schedule: str | None,
         persistent: bool | None,
+        maxnreg: int | None,
         **kwargs: Any,
     ) -> None:
         ctas = None if num_ctas is None else int(num_ctas)
-        command(**kwargs, options=CompileOptions(num_warps, num_stages, ctas, schedule, persistent))
+        command(**kwargs, options=CompileOptions(num_warps, num_stages, ctas, schedule, persistent, maxnreg))
 
-    with_options: Callable[..., None] = WARPS(STAGES(CTAS(SCHEDULE(PERSISTENT(wrapped)))))
+    with_options: Callable[..., None] = WARPS(STAGES(CTAS(SCHEDULE(PERSISTENT(REGISTERS(wrapped))))))
     return with_options
 
 

@@ -23,6 +23,7 @@ class Config:
     num_ctas: int | None = None
     schedule: str | None = None
     persistent: bool | None = None
+    maxnreg: int | None = None
 
     def options(self) -> dict[str, Any]:
         """The compile options that are given."""

@@ -28,6 +28,8 @@ class CompileOptions:
     ``num_ctas``: blocks of a cluster, whose copies of common tiles are shared; for tensors that the copy engine cannot
     read, blocks stay alone.
     ``persistent``: whether each block walks over programs, one after the other, or the hardware hands them out.
+    ``maxnreg``: most registers of a thread, so that more blocks share a multiprocessor; not for roles, which divide
+    registers among themselves.
     """
 
     num_warps: int | None = None
@@ -35,15 +37,16 @@ class CompileOptions:
     num_ctas: int | None = None
     schedule: str | None = None
     persistent: bool | None = None
+    maxnreg: int | None = None
 
     def pass_options(self) -> PassOptions:
         """The same choices, for the pass manager."""
         from tilewright.passes.manager import PassOptions  # a cache hit needs the options, but no passes
 
-        return PassOptions(self.num_warps, self.num_stages, self.num_ctas, self.schedule, self.persistent)
+        return PassOptions(**{f.name: getattr(self, f.name) for f in fields(PassOptions)})
 
     def __post_init__(self) -> None:
-        for name in ("num_warps", "num_stages", "num_ctas"):
+        for name in ("num_warps", "num_stages", "num_ctas", "maxnreg"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ArgumentError(f"{name} must be a positive integer, got {value!r}")

@@ -24,6 +24,7 @@ class Target:
     warp_size: int
     shared_bytes: int  # most that one block may use
     registers_per_thread: int
+    least_registers: int  # to which a compiler can hold a thread
     units: int
     triple: str
     cpu: str
@@ -50,14 +51,15 @@ class Target:
 
 
 _NVIDIA: dict[str, Any] = dict(
-    vendor="nvidia", warp_size=32, registers_per_thread=255, triple="nvptx64-nvidia-cuda", banks="nvidia"
+    vendor="nvidia", warp_size=32, registers_per_thread=255, least_registers=24, triple="nvptx64-nvidia-cuda",
+    banks="nvidia",
 )
 #: what all NVIDIA targets have, and what came with Hopper and stayed; PTX ISA, "Target ISA Notes" of mma and stmatrix
 _AMPERE = frozenset({"cp_async", "mma_sync"})
 _HOPPER = _AMPERE | {"mma_fp8", "mma_f64", "stmatrix", "dependent_launch"}
 _AMD: dict[str, Any] = dict(
-    vendor="amd", warp_size=64, registers_per_thread=512, triple="amdgcn-amd-amdhsa", llvm_features="",
-    registers_per_unit=131072, chiplets=8,
+    vendor="amd", warp_size=64, registers_per_thread=512, least_registers=64, triple="amdgcn-amd-amdhsa",
+    llvm_features="", registers_per_unit=131072, chiplets=8,
 )  # fmt: skip
 
 TARGETS: dict[str, Target] = {

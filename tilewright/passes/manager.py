@@ -37,6 +37,7 @@ class PassOptions:
     num_ctas: int | None = None
     schedule: str | None = None
     persistent: bool | None = None
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)

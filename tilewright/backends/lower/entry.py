@@ -27,6 +27,8 @@ SHARED_OUT = {1024: range(24, 33), 512: range(48, 105)}
 PAIRED_THREADS = 256
 #: with more threads two blocks on an SM leave a thread fewer than 64 registers
 MOST_PAIRED_THREADS = 512
+#: AMD allots registers in such steps (LLVM, "User Guide for AMDGPU Backend", granulated_workitem_vgpr_count)
+REGISTER_GRANULE = 8
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _lower_param(fb: FunctionBuilder, param: Value, arguments: Any) -> Any:
 def _kernel_attributes(function: Function, target: Target, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
     if target.vendor == "nvidia":
         return _nvidia_attributes(function, threads)
-    return _amd_attributes(target, threads, extra)
+    return _amd_attributes(function, target, threads, extra)
 
 
 def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
@@ -212,10 +214,12 @@ def _nvidia_attributes(function: Function, threads: int) -> dict[str, str]:
     ctas = int(function.attributes.get("num_ctas", 1))
     if ctas > 1:
         attributes["nvvm.cluster_dim"] = f"array<i32: {ctas}, 1, 1>"
+    if (limit := function.attributes.get("maxnreg")) is not None:
+        attributes["nvvm.maxnreg"] = f"{limit} : i32"
     if any(isinstance(op, Role) and op.registers for op in function.walk()):
         # setmaxnreg needs a launch bound, from which ptxas takes the registers at entry
         attributes["nvvm.minctasm"] = f"{function.attributes.get('blocks_per_unit', 1)} : i32"
-    elif threads <= PAIRED_THREADS and (wanted := _shared_out(function)) is not None:
+    elif limit is None and threads <= PAIRED_THREADS and (wanted := _shared_out(function)) is not None:
         # one block's loads run while another waits at its barriers
         attributes["nvvm.minctasm"] = f"{wanted // threads} : i32"
     elif threads > MOST_PAIRED_THREADS or any(isinstance(op, Dot) for op in function.walk()):
@@ -232,9 +236,15 @@ def _shared_out(function: Function) -> int | None:
     return next((threads for threads, fitting in SHARED_OUT.items() if words in fitting), None)
 
 
-def _amd_attributes(target: Target, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
-    """A fixed block size; as few waves as a block needs on each of the CU's four SIMDs, so that registers are free."""
+def _amd_attributes(function: Function, target: Target, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
+    """A fixed block size; as few waves as a block needs on each of the CU's four SIMDs, so that registers are free.
+
+    More where ``maxnreg`` bounds a thread's registers: the compiler leaves room for the waves that it is told of.
+    """
     waves = max(1, threads // target.warp_size // 4)
+    if limit := function.attributes.get("maxnreg"):
+        while target.registers_per_thread // waves // REGISTER_GRANULE * REGISTER_GRANULE > limit:
+            waves += 1
     passed = {"uniform-work-group-size": "true", "amdgpu-no-hostcall-ptr": "", **extra}
     return {
         "rocdl.kernel": "unit",
