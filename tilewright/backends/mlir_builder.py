@@ -47,6 +47,7 @@ class FunctionBuilder(Arithmetic):
 
     def __init__(self, module: Module, operation: Any, argument_types: Sequence[Type]):
         super().__init__(module, operation)
+        self._places: dict[Value, tuple[Value, int]] = {}
         entry = self.block(*argument_types)
         self.arguments = list(entry.arguments)
         body = self.block()
@@ -192,7 +193,14 @@ class FunctionBuilder(Arithmetic):
 
     def extractelement(self, vector: Value, index: Value | int) -> Value:
         position = self.i32(index) if isinstance(index, int) else index
-        return self._value("llvm.extractelement", vector.type.element_type, [vector, position], {})
+        element = self._value("llvm.extractelement", vector.type.element_type, [vector, position], {})
+        if isinstance(index, int):
+            self._places[element] = vector, index
+        return element
+
+    def place_in_vector(self, element: Value) -> tuple[Value, int] | None:
+        """(vector, number) of what `extractelement` has taken out with a known number, else None."""
+        return self._places.get(element)
 
     def insertelement(self, vector: Value, value: Value, index: Value | int) -> Value:
         position = self.i32(index) if isinstance(index, int) else index

@@ -118,7 +118,7 @@ def widen(lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
     """Floats of 16 and 8 bits as f32; everything else as it is."""
     if is_fp8(dtype):
         return lw.ops.widen_fp8(lw, value, dtype)
-    return lw.fb.fpext(value, lw.fb.types.f32) if is_small_float(dtype) else value
+    return lw.ops.widen_half(lw, value) if is_small_float(dtype) else value
 
 
 def round_to(lw: Lowering, values: Sequence[mlir.Value], dtype: DType) -> list[mlir.Value]:

@@ -154,6 +154,10 @@ class TargetOps(ABC):
         """The i32 nearest to an f32 or f64 towards zero, NaN as 0."""
         return lw.fb.fptosi_sat(x, lw.fb.types.i32)
 
+    def widen_half(self, lw: Lowering, value: mlir.Value) -> mlir.Value:
+        """An f16 or bf16 as f32."""
+        return lw.fb.fpext(value, lw.fb.types.f32)
+
     def widen_fp8(self, lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
         """An 8-bit float as f32."""
         return fp8.widen(lw, value, dtype)

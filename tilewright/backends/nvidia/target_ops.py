@@ -214,6 +214,21 @@ class NvidiaOps(TargetOps):
         text = "cvt.rzi.s32.f32 $0, $1;"
         return lw.fb.inline_asm(lw.fb.types.i32, text, "=r,f", [x], side_effects=False)
 
+    def widen_half(self, lw: Lowering, value: mlir.Value) -> mlir.Value:
+        """The upper bf16 of a word is its f32 when the lower one is cut off, the lower one when it moves up.
+
+        One instruction each, where LLVM and ptxas take a word apart first.
+        """
+        fb, types = lw.fb, lw.fb.types
+        place = fb.place_in_vector(value) if value.type == types.bf16 else None
+        if place is None or place[0].type.shape[0] % 2:
+            return super().widen_half(lw, value)
+        vector, number = place
+        count = vector.type.shape[0] // 2
+        whole = fb.bitcast(vector, types.vec(count, types.i32) if count > 1 else types.i32)
+        word = fb.extractelement(whole, number // 2) if count > 1 else whole
+        return fb.bitcast(fb.and_(word, -65536) if number % 2 else fb.shl(word, 16), types.f32)
+
     def widen_fp8(self, lw: Lowering, value: mlir.Value, dtype: DType) -> mlir.Value:
         """cvt.rn.f16x2.e4m3x2 and e5m2x2 (sm_89 and later): f16 holds every 8-bit float."""
         fb, types = lw.fb, lw.fb.types
