@@ -237,6 +237,7 @@ def test_keys_change_with_everything_else(kernels: Any, monkeypatch: pytest.Monk
         key_of(kernel, num_warps=8),
         key_of(kernel, num_stages=8),
         key_of(kernel, num_ctas=2),
+        key_of(kernel, maxnreg=64),
         key_of(kernel, args=bf16),
         key_of(kernel, args={**SPEC, "x": tw.spec("f32", (128,))}),
         key_of(kernel, args={**SPEC, "x": tw.spec("f32", ("N",), align=4)}),

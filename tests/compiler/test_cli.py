@@ -135,6 +135,7 @@ def test_options_of_passes():
     for walks in ("true", "false"):
         found = "persistent = true" in ok("opt", "--persistent", walks, "-p", "tile-order", input=source)
         assert found == (walks == "true")
+    assert "maxnreg = 40" in ok("opt", "--maxnreg", 40, "-p", "register-limit", input=source)
     assert "'3' is not one of" in misused("dump", SCALE, *NAMED, "--num-ctas", 3)
 
 

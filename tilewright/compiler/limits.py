@@ -31,7 +31,7 @@ def check_spills(entries: Iterable[tuple[Any, Resources]], target: str, loc: Loc
                 f"'{abi.name}' needs too many registers: a thread of {target} has {machine.registers_per_thread}, and "
                 f"{used.spills} {unit} would go to memory and back (at most {limit})",
                 loc,
-                "use smaller tiles, or more warps (num_warps=)",
+                "use smaller tiles, more warps (num_warps=), or a larger maxnreg= where one is given",
                 stage="registers",
                 kernel=abi.name,
                 target=target,
