@@ -51,7 +51,11 @@ class Target:
 
 
 _NVIDIA: dict[str, Any] = dict(
-    vendor="nvidia", warp_size=32, registers_per_thread=255, least_registers=24, triple="nvptx64-nvidia-cuda",
+    vendor="nvidia",
+    warp_size=32,
+    registers_per_thread=255,
+    least_registers=24,
+    triple="nvptx64-nvidia-cuda",
     banks="nvidia",
 )
 #: what all NVIDIA targets have, and what came with Hopper and stayed; PTX ISA, "Target ISA Notes" of mma and stmatrix
