@@ -71,7 +71,8 @@ def _reduce_bytes(op: Reduce) -> int:
     warps = len(axis_bits(type_.layout, op.axis).warp)
     left = op.result.type.size if isinstance(op.result.type, TileType) else 1
     assert isinstance(op.result.type, TileType | ScalarType)
-    return (left << warps) * accumulator(type_.dtype) if warps else 0
+    places = 1 if op.turn is None else 2
+    return places * (left << warps) * accumulator(type_.dtype) if warps else 0
 
 
 # --- scans and atomic updates -------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tilewright.ir.core import (
     operand,
     operands,
     operation,
+    optional,
     region,
 )
 from tilewright.ir.layout import SharedLayout
@@ -225,11 +226,14 @@ class Bitcast(Operation):
 class Reduce(Operation):
     """Reduce over ``axis``. A rank-one tile gives a scalar. The order of additions is fixed by the layout.
 
-    ``scratch`` (bytes, set by the shared-memory plan) is where warps exchange partial results.
+    ``scratch`` (bytes, set by the shared-memory plan) is where warps exchange partial results. With ``turn``, an i32
+    that counts the exchanges, there are two such places, for even and odd turns: threads that meet in between need not
+    meet before they write.
     """
 
     fn: str = attribute()
     source: Value = operand()
+    turn: Value | None = optional()
     axis: int = attribute()
     scratch: int | None = attribute(default=None)
 

@@ -120,8 +120,11 @@ def _across_warps(
     lw = reduction.lw
     if op.scratch is None:
         raise lw.error("warps exchange partial results, but no scratch is set: the shared-memory plan must run first")
-    exchange = _Exchange(reduction, sliced, bits, op.scratch)
-    if not _nobody_reads_scratch(lw, op):
+    place: IntLike = op.scratch
+    if op.turn is not None:
+        place = lw.index.add(place, lw.index.mul(lw.fb.and_(lw.scalar(op.turn), 1), scratch_bytes(op) // 2))
+    exchange = _Exchange(reduction, sliced, bits, place)
+    if op.turn is None and not _nobody_reads_scratch(lw, op):
         lw.ops.barrier(lw, "role")  # whoever used the scratch before has read it
     with lw.fb.if_then(exchange.is_writer()):
         exchange.write(partial)
@@ -157,9 +160,9 @@ def _may_use(op: Operation, area: range) -> bool:
 class _Exchange:
     """The scratch memory of one reduction."""
 
-    def __init__(self, reduction: Reduction, sliced: LinearLayout, bits: AxisBits, scratch: int):
+    def __init__(self, reduction: Reduction, sliced: LinearLayout, bits: AxisBits, scratch: IntLike):
         self.lw, self.reduction, self.bits, self.sliced = reduction.lw, reduction, bits, sliced
-        self.base = shared_address(self.lw, scratch)
+        self.base = self.lw.fb.add(self.lw.ops.shared_base(self.lw), self.lw.index.value(scratch))
         self.warps = 1 << len(bits.warp)
         self.bytes = reduction.dtype.bytes
         self.coordinates = TileCoordinates(self.lw, sliced)
