@@ -79,3 +79,13 @@ def test_an_unknown_policy_is_refused() -> None:
     x = np.zeros((4, 256), np.float32)
     with pytest.raises(CompileError, match=r"'evict_first', 'evict_last', got 'first'"):
         doubled[(1,)](x, x, POLICY="first")
+
+
+def test_addresses_of_hinted_copies_have_no_uniform_part() -> None:
+    """ptxas 13.0 puts a uniform part into the registers of the hint's policy, which ends in an illegal instruction."""
+    shapes = {"a": (64, 192), "b": (192, 64), "c": (64, 64)}
+    specs = {name: tw.spec("bf16", shape) for name, shape in shapes.items()}
+    ptx = tw.compile(product, "sm_90a", specs, schedule="prefetch").asm["ptx"]
+    addresses = re.findall(r"cp\.async\.\S*L2::cache_hint \[(%r\d+)\+", ptx)
+    assert addresses
+    assert all(re.search(rf"and\.b32\s+{address}, %r\d+, 167772\d\d;", ptx) for address in addresses)

@@ -23,7 +23,7 @@ from typing import Any
 from tilewright.ir.async_ops import Barrier
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Function, Operation, Value
-from tilewright.ir.tile_ops import Dot, For, Load, Reduce, Yield
+from tilewright.ir.tile_ops import Dot, For, Load, Yield
 from tilewright.passes.analysis import enclosing_operations
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import PREFETCH, schedule_of
@@ -46,8 +46,6 @@ ENGINE = "cp_async"
 MOST_STAGES = 4
 #: threads of a block that may have all shared memory, where no products share it out
 ROOMY_THREADS = 512
-#: for measurements: whether threads meet behind their copies, and whether reductions of rows take turns with scratch
-MEET, ALTERNATE = [True], [False]
 
 
 @register_pass("copy-ahead")
@@ -126,13 +124,9 @@ def _rotate(function: Function, loop: For, group: Group, again: dict[Load, Load]
     block.set_ops([op for op in block.ops if op not in taken])
     with b.at(block, 0):
         b.wait([], last, pending=(stages - 2) * len(loads))
-        if MEET[0]:
-            b.insert(Barrier())
+        b.insert(Barrier())
         distance = b.mul(loop.step, b.index(stages - 1))
         token = _start(b, group, slices, {loop.index: b.add(loop.index, distance)}, b.add(count, b.index(stages - 1)))
-    rows = [op for op in block.ops if isinstance(op, Reduce) and op.axis]
-    if ALTERNATE[0] and len(rows) == 1:
-        rows[0].turn = count
     terminator = block.terminator
     assert isinstance(terminator, Yield)
     with b.at(block, len(block.ops) - 1):

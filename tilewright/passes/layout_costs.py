@@ -21,8 +21,6 @@ from tilewright.passes.copy_layouts import copy_layouts
 MAX_VECTOR_BYTES = 16
 #: a shuffle and what combines its result; two barriers around a round trip through shared memory
 SHUFFLE_CYCLES, MEETING_CYCLES = 3, 100
-#: what a warp pays to read what another warp of the block reads too, of what the first one pays: it is in the L1
-REPEATED_SHARE = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,6 @@ class Access:
         ordered = layout if self.contiguous is None else vectors_first(layout, self.contiguous)
         return access_cost(ordered, self.contiguous, self.bits, self.vector_bytes)
 
-    def cached(self, layout: LinearLayout) -> float:
-        """Of the access with the registers as they are, where warps that read the same elements find them cached."""
-        cost = access_cost(layout, self.contiguous, self.bits, self.vector_bytes)
-        once = cost / 2 ** sum(1 for vector in layout.basis("warp") if not any(vector))
-        return once + (cost - once) * REPEATED_SHARE if isinstance(self.op, Load) else cost
-
     def ideal(self) -> float:
         return self.cost(self.coalesced())
 
@@ -118,7 +110,7 @@ def best_access(access: Access, held: LinearLayout, borrow: int) -> tuple[float,
 
     ``borrow``: bytes of scratch memory that a conversion may take; with 0 only those inside warps count.
     """
-    best = access.cached(held), held
+    best = access_cost(held, access.contiguous, access.bits, access.vector_bytes), held
     if best[0] <= access.ideal():
         return best
     options = [access.coalesced()]

@@ -14,6 +14,8 @@ from tilewright.backends.mlir_builder import ir as mlir
 MEMORY = "~{memory}"
 #: constraint letters of words of so many bits; bytes lie in 32-bit registers
 KIND = {8: "r", 16: "h", 32: "r", 64: "l"}
+#: bits that addresses of shared memory may have, more than there is of it
+SHARED_MASK = (1 << 24) - 1
 
 
 def emit(fb: FunctionBuilder, text: str, kinds: str = "", arguments: Sequence[mlir.Value] = ()) -> None:
@@ -287,13 +289,20 @@ def copy_async(
     count: mlir.Value | None = None,
     evict: str | None = None,
 ) -> None:
-    """``cp.async`` of 4, 8 or 16 bytes from global to shared memory; zeros from byte ``count`` on."""
+    """``cp.async`` of 4, 8 or 16 bytes from global to shared memory; zeros from byte ``count`` on.
+
+    ptxas 13.0 takes a uniform part of the address into the instruction, where a hint has its policy in the same uniform
+    registers: LDGSTS [R+UR0], desc[UR1], which is illegal. Behind a mask no part of the address is known to be uniform.
+    """
     kind, policy = "cg" if size == 16 else "ca", cache_policy(fb, evict)
+    address = _address(fb, place)
+    if policy:
+        address = fb.and_(address, SHARED_MASK)
     hint, extra = (".L2::cache_hint", ", $2") if policy else ("", "")
     sizes, counts = ("", []) if count is None else (f", ${2 + len(policy)}", [count])
     text = f"cp.async.{kind}.shared.global{hint} [$0+{place[1]}], [$1], {size}{sizes}{extra};"
     kinds = "rl" + "l" * len(policy) + "r" * len(counts)
-    emit(fb, text, kinds, [_address(fb, place), pointer, *policy, *counts])
+    emit(fb, text, kinds, [address, pointer, *policy, *counts])
 
 
 def _address(fb: FunctionBuilder, place: Place) -> mlir.Value:
