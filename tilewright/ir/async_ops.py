@@ -26,6 +26,7 @@ from tilewright.ir.core import (
     optional,
     region,
 )
+from tilewright.ir.layout import LinearLayout
 from tilewright.ir.tile_ops import require_eviction
 from tilewright.ir.types import (
     BufferType,
@@ -110,7 +111,7 @@ class Copy(Operation):
 
     With ``multicast``, a dim of the tile, the blocks of the cluster copy the same tile at the same use of a ring: each
     fetches its part along that dim and the copy engine writes the part into the slots of all blocks. ``evict`` as of
-    tile.load.
+    tile.load. ``layout``: which thread copies what, of ``cp_async``; the backend's choice where it is absent.
     """
 
     view: Value = operand()
@@ -120,6 +121,7 @@ class Copy(Operation):
     pad: float = attribute(default=0)
     multicast: int | None = attribute(default=None)
     evict: str | None = attribute(default=None)
+    layout: LinearLayout | None = attribute(default=None)
 
     def verify(self) -> None:
         require_eviction(self, self.evict)
@@ -131,6 +133,9 @@ class Copy(Operation):
         if self.multicast is not None:
             self.require(0 <= self.multicast < slot.rank, "multicast names a dim of the tile")
             self.require(self.result.type == TokenType("tma"), "the copy engine alone multicasts")
+        if self.layout is not None:
+            self.require(self.result.type == TokenType("cp_async"), "threads alone have a layout, by cp_async")
+            self.require(self.layout.tile_shape == slot.shape, "the layout is the slot's")
 
 
 @operation("async.publish", effect=Effect.SYNC)

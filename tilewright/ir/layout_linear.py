@@ -227,6 +227,20 @@ class LinearLayout:
         """Every tile element is held by somebody."""
         return len(self._span()) == log2_exact(prod(self.shape))
 
+    @property
+    def owners(self) -> tuple[object, ...] | None:
+        """Who holds what, in whatever order of registers; None where threads share elements.
+
+        Each thread has the same elements in two layouts of a tile whose owners are equal, and nobody else has them.
+        """
+        span = F2Span()
+        for vector in self.basis("register"):
+            span.insert(pack(vector, self.shape), 0)
+        threads = self.basis("lane"), self.basis("warp")
+        if not all(span.insert(pack(vector, self.shape), 0) for basis in threads for vector in basis):
+            return None
+        return (*threads, frozenset(map(tuple, self.table("register").tolist())))
+
     def free_bits(self, dim: str) -> Vector:
         """Positions of the zero basis vectors of an in-dim: bits along which the tile is replicated."""
         return tuple(bit for bit, vector in enumerate(self.basis(dim)) if not any(vector))

@@ -39,6 +39,11 @@ def scratch_bytes(op: Operation) -> int:
 # --- reductions ---------------------------------------------------------------------------------
 
 
+def exchange_places(op: Operation) -> int:
+    """Into how many equal places, one behind the other, an operation's scratch is divided."""
+    return 2 if isinstance(op, Reduce) and op.turn is not None else 1
+
+
 @dataclass(frozen=True)
 class AxisBits:
     """The lane and warp bits that a reduction over one axis combines."""
@@ -71,8 +76,7 @@ def _reduce_bytes(op: Reduce) -> int:
     warps = len(axis_bits(type_.layout, op.axis).warp)
     left = op.result.type.size if isinstance(op.result.type, TileType) else 1
     assert isinstance(op.result.type, TileType | ScalarType)
-    places = 1 if op.turn is None else 2
-    return places * (left << warps) * accumulator(type_.dtype) if warps else 0
+    return exchange_places(op) * (left << warps) * accumulator(type_.dtype) if warps else 0
 
 
 # --- scans and atomic updates -------------------------------------------------------------------
@@ -166,6 +170,6 @@ def _reshape_bytes(op: Reshape) -> int:
 
 
 __all__ = [
-    "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_plan", "distinct_totals",
+    "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_plan", "distinct_totals", "exchange_places",
     "renames_registers", "scan_bits", "scratch_bytes",
 ]  # fmt: skip

@@ -3,7 +3,8 @@
 Operations are numbered as they appear, nested ones included. A buffer lives from its first to its last use within
 its *home*, the innermost block that holds all uses; where its content may come from an earlier run of that block
 (its first use there is not a write to a slot with a fixed count), the home is the block around the loop.
-Scratch lives for one operation. Two owners may share memory when their lifetimes do not overlap and a barrier lies
+Scratch lives for one operation, but in all of a loop where a reduction takes turns with two places and does not meet
+before it writes. Two owners may share memory when their lifetimes do not overlap and a barrier lies
 between their uses, also around loops; `separate` inserts the barriers that are missing.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from tilewright.ir.async_ops import Alloc, Barrier, Copy, LocalStore, Slot, TransposeSlot, buffer_of
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Block, Function, Operation
-from tilewright.ir.scratch import scratch_bytes
+from tilewright.ir.scratch import exchange_places, scratch_bytes
 from tilewright.ir.tile_ops import Constant, For, While
 from tilewright.passes.analysis import ancestor_in
 
@@ -61,7 +62,8 @@ class Lifetimes:
     def of(self, owner: Operation) -> Lifetime | None:
         """The lifetime of a buffer or of an operation's scratch; None for a buffer without uses."""
         if not isinstance(owner, Alloc):
-            return Lifetime(self.span[owner].first, self.span[owner].first)
+            around = _owner(owner.parent) if owner.parent is not None and exchange_places(owner) > 1 else None
+            return self.span[around or owner]
         uses = self.uses.get(owner)
         if not uses:
             return None
@@ -158,7 +160,10 @@ def separate(function: Function, areas: dict[Operation, Area]) -> int:
 
 
 class _Walk:
-    """Follows the owners used since the last barrier. Operations with scratch begin with a barrier of their own."""
+    """Follows the owners used since the last barrier.
+
+    Operations with scratch begin with a barrier of their own, but for those that take turns with two places.
+    """
 
     def __init__(self, areas: dict[Operation, Area]):
         self.areas = areas
@@ -175,6 +180,8 @@ class _Walk:
         if op.regions:
             return self.regions(op, dirty)
         if op in self.areas and not isinstance(op, Alloc):
+            if exchange_places(op) > 1 and self._collides(op, dirty):
+                self.missing[op] = None
             return frozenset({op})
         used = [alloc for alloc in buffers_used(op) if alloc in self.areas]
         if any(self._collides(alloc, dirty) for alloc in used):
@@ -193,9 +200,9 @@ class _Walk:
                 return dirty
             dirty |= after
 
-    def _collides(self, alloc: Alloc, dirty: frozenset[Operation]) -> bool:
-        area = self.areas[alloc]
-        return any(other is not alloc and area.overlaps(self.areas[other]) for other in dirty)
+    def _collides(self, owner: Operation, dirty: frozenset[Operation]) -> bool:
+        area = self.areas[owner]
+        return any(other is not owner and area.overlaps(self.areas[other]) for other in dirty)
 
 
 def scratch_users(function: Function) -> Iterator[Operation]:

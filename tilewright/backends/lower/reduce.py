@@ -33,7 +33,7 @@ from tilewright.ir import tile_ops
 from tilewright.ir.async_ops import Alloc, Barrier, buffer_of
 from tilewright.ir.core import Operation
 from tilewright.ir.layout import LinearLayout
-from tilewright.ir.scratch import AxisBits, axis_bits, scratch_bytes
+from tilewright.ir.scratch import AxisBits, axis_bits, exchange_places, scratch_bytes
 from tilewright.ir.types import BufferType, DType, SlotType, TileType, element_type, f32
 
 _COMBINE = {"sum": "add", "prod": "mul", "max": "max", "min": "min"}
@@ -122,7 +122,7 @@ def _across_warps(
         raise lw.error("warps exchange partial results, but no scratch is set: the shared-memory plan must run first")
     place: IntLike = op.scratch
     if op.turn is not None:
-        place = lw.index.add(place, lw.index.mul(lw.fb.and_(lw.scalar(op.turn), 1), scratch_bytes(op) // 2))
+        place = lw.index.add(place, lw.index.mul(lw.fb.and_(lw.scalar(op.turn), 1), scratch_bytes(op) // exchange_places(op)))
     exchange = _Exchange(reduction, sliced, bits, place)
     if op.turn is None and not _nobody_reads_scratch(lw, op):
         lw.ops.barrier(lw, "role")  # whoever used the scratch before has read it

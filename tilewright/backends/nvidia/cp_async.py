@@ -31,12 +31,12 @@ def lower_cp_async(lw: Lowering, op: Copy) -> None:
 
 
 class _Copier:
-    """One copy: every thread has runs of a blocked layout, as wide as the view's alignment allows."""
+    """One copy: every thread has runs of its layout, as wide as the view's alignment allows."""
 
     def __init__(self, lw: Lowering, op: Copy):
         self.lw, self.op, self.slot, self.view = lw, op, lw.slot(op.slot), lw.view(op.view)
         shape = self.slot.type.shape
-        self.layout = copy_layout(lw, self.view, shape)
+        self.layout = op.layout or copy_layout(lw, self.view, shape)
         self.axis = self.slot.layout.order[0]
         size = self.view.dtype.bytes
         self.width = min(vector_bytes(self.view, shape) // size, self.layout.contiguity(self.axis))

@@ -8,7 +8,7 @@ from typing import Any
 from tilewright.ir import async_ops as a
 from tilewright.ir.check_ops import Assume
 from tilewright.ir.core import Operation, Value
-from tilewright.ir.tile_ops import Dot
+from tilewright.ir.tile_ops import Dot, Reduce
 from tilewright.ir.types import ScalarType, SlotType, TileType
 from tilewright.passes.checker.model import by_engine, engine_alone, kind_of, split_axis
 from tilewright.passes.checker.program import Compiler, Step, Vocabulary, emit, result
@@ -34,6 +34,8 @@ def _arguments(op: Operation) -> list[Value]:
         return [op.count]
     if isinstance(op, Assume):
         return [op.condition]
+    if isinstance(op, Reduce):
+        return [op.turn] if op.turn is not None else []
     return [v for v in op.operands if isinstance(v.type, SlotType)]
 
 
@@ -86,7 +88,7 @@ def _release(compiler: Compiler, op: a.Release) -> list[Step]:
 
 def _copy(compiler: Compiler, op: a.Copy) -> list[Step]:
     publish = compiler.model.publishes.get(op.result)
-    slot, spread = op.slot, ("copy", id(op))
+    slot, spread = op.slot, _spread_copy(op)
     if publish is None:
         return [emit("start_copy", op, lambda run: (run.env[slot], None, spread), kind_of(op.result))]
     if not by_engine(op.result):
@@ -102,6 +104,11 @@ def _copy(compiler: Compiler, op: a.Copy) -> list[Step]:
         run.events.append(Event("bulk_copy", op, ring, run.env[count], (run.env[slot], None, None), other))
 
     return [step]
+
+
+def _spread_copy(op: a.Copy) -> tuple[str, object]:
+    owners = op.layout.owners if op.layout is not None and isinstance(op.slot.op, a.Slot) else None
+    return ("copy", id(op)) if owners is None else ("tile", owners)
 
 
 def _bytes(token: Value) -> int:
@@ -152,8 +159,9 @@ def _local(kind: str) -> Callable[[Compiler, Any], list[Step]]:
         if isinstance(tile, ScalarType):
             return [emit(kind, op, lambda run: (run.env[slot], None, ("copies", None)))]
         own = split_axis(tile, compiler.role.groups) if isinstance(slot.op, a.Slot) else None
-        spread = ("tile", tile.layout) if isinstance(slot.op, a.Slot) else ("turned", id(op))
-        if kind == "load" and (tile.layout is None or tile.layout.free_bits("lane") or tile.layout.free_bits("warp")):
+        owners = None if tile.layout is None else tile.layout.owners
+        spread = ("tile", owners or tile.layout) if isinstance(slot.op, a.Slot) else ("turned", id(op))
+        if kind == "load" and owners is None:
             spread = ("copies", tile.layout)
         return [emit(kind, op, lambda run: (run.env[slot], own, spread))]
 
@@ -166,13 +174,20 @@ def _bulk_store(compiler: Compiler, op: a.BulkStore) -> list[Step]:
 
 
 def _exchange(compiler: Compiler, op: Operation) -> list[Step]:
-    """Threads of a role pass elements through scratch memory, between two barriers of the role."""
-    region = compiler.model.scratch[op].number
+    """Threads of a role pass elements through scratch memory, between two barriers of the role.
+
+    A reduction whose turns count takes one of two places, without the first barrier.
+    """
+    places, turn = compiler.model.scratch[op], op.turn if isinstance(op, Reduce) else None
+
+    def place(run: Run) -> int:
+        return places[0 if turn is None else run.env[turn] % len(places)].number
+
     return [
+        *([emit("barrier", op, other="role")] if turn is None else []),
+        emit("store", op, lambda run: (place(run), None, ("exchange", id(op)))),
         emit("barrier", op, other="role"),
-        emit("store", op, lambda run: (region, None, ("exchange", id(op)))),
-        emit("barrier", op, other="role"),
-        emit("load", op, lambda run: (region, None, None)),
+        emit("load", op, lambda run: (place(run), None, None)),
     ]
 
 

@@ -82,7 +82,8 @@ class Memory:
                     if old.unit == new.unit == new.agent.number:
                         continue  # one thread, in program order
                     if region is own and old.spread is not None and old.spread == new.spread:
-                        continue  # different elements, or the same thread's
+                        if old.unit == old.agent.number or old.agent is not new.agent:
+                            continue  # different elements, or the same thread's, which waits for its copies alone
                 elif old.write and clock[old.unit] >= old.when > proxy[old.unit]:
                     raise _no_fence(own, old, new)
             if clock[old.unit] < old.when:

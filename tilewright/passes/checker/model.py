@@ -30,7 +30,7 @@ from tilewright.ir.async_ops import (
 )
 from tilewright.ir.comm_ops import Leave, view_root
 from tilewright.ir.core import Function, IRError, Operation, Value
-from tilewright.ir.scratch import scratch_bytes
+from tilewright.ir.scratch import exchange_places, scratch_bytes
 from tilewright.ir.target import Target
 from tilewright.ir.types import BufferType, RingType, TileType, TokenType
 
@@ -119,7 +119,8 @@ class Model:
         self.ops = list(function.walk())
         self.rings: dict[Value, RingModel] = {}
         self.buffers: dict[Value, list[Region]] = {}
-        self.scratch: dict[Operation, Region] = {}
+        #: the places that operations exchange elements through: two where reductions take turns with them
+        self.scratch: dict[Operation, list[Region]] = {}
         self.regions: list[Region] = []
         self.publishes = {token: op for op in self.ops if isinstance(op, Publish) for token in op.tokens}
         #: kinds of tokens that threads wait for by their order, not by a ring
@@ -188,11 +189,13 @@ class Model:
         start, size = op.attributes["scratch"], scratch_bytes(op)
         if size == 0:
             return
-        for other in self.scratch.values():
-            if (other.start, other.size) == (start, size):
-                self.scratch[op] = other
+        count = exchange_places(op)
+        wanted = [(start + n * size // count, size // count) for n in range(count)]
+        for others in self.scratch.values():
+            if [(other.start, other.size) for other in others] == wanted:
+                self.scratch[op] = others
                 return
-        self.scratch[op] = self._region(f"the scratch memory of '{op.name}'", start, size, op)
+        self.scratch[op] = [self._region(f"the scratch memory of '{op.name}'", *place, op) for place in wanted]
 
     def _region(self, label: str, start: int | None, size: int, op: Operation) -> Region:
         region = Region(len(self.regions), label, start, size, op)

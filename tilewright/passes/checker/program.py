@@ -12,7 +12,7 @@ from typing import Any
 
 from tilewright.ir import async_ops as a
 from tilewright.ir.core import Block, Effect, Operation, Region, Value
-from tilewright.ir.tile_ops import For, If, While, yielded
+from tilewright.ir.tile_ops import For, If, Reduce, While, yielded
 from tilewright.ir.types import ScalarType
 from tilewright.passes.checker.faults import Fault
 from tilewright.passes.checker.model import Model, RoleModel
@@ -127,9 +127,10 @@ class Compiler:
         return op.operands
 
     def _counting(self, body: Region) -> set[Operation]:
-        """Loops whose index numbers the uses of rings or slots."""
+        """Loops whose index numbers the uses of rings, slots or places of exchange."""
         counted = a.Acquire | a.Await | a.Publish | a.Release | a.Slot
         pending = [op.count for op in body.walk() if isinstance(op, counted)]
+        pending += [op.turn for op in body.walk() if isinstance(op, Reduce) and op.turn is not None]
         seen: set[Value] = set()
         found: set[Operation] = set()
         while pending:
