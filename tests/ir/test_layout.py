@@ -555,3 +555,13 @@ def test_replicated_source_reaches_fewer_copies_by_registers():
     assert everywhere.register_permutation(fewer) == [0, 2, 1, 3]
     spread = LinearLayout.make({"register": [], "lane": [[1], [2], [0], [0], [0]], "warp": []}, [4])
     assert conversion_kind(everywhere, spread) == "shuffle"
+
+
+def test_owners_are_equal_whatever_the_order_of_registers() -> None:
+    bases = {"register": [(0, 1), (1, 0)], "lane": [(0, 2), (0, 4)], "warp": [(2, 0)]}
+    layout = LinearLayout.make(bases, (4, 8))
+    assert layout.owners == LinearLayout.make({**bases, "register": [(1, 0), (0, 1)]}, (4, 8)).owners is not None
+    others = [{"register": [(0, 1), (2, 0)], "warp": [(1, 0)]}, {"lane": [(0, 4), (0, 2)]}]
+    assert all(LinearLayout.make({**bases, **other}, (4, 8)).owners not in (None, layout.owners) for other in others)
+    shared = [{"warp": [(0, 0)], "register": [(0, 1), (1, 0), (2, 0)]}, {"lane": [(0, 2), (0, 4), (1, 0)]}]
+    assert all(LinearLayout.make({**bases, **other}, (4, 8)).owners is None for other in shared)

@@ -170,6 +170,6 @@ def _reshape_bytes(op: Reshape) -> int:
 
 
 __all__ = [
-    "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_plan", "distinct_totals", "exchange_places",
-    "renames_registers", "scan_bits", "scratch_bytes",
+    "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_plan", "distinct_totals",
+    "exchange_places", "renames_registers", "scan_bits", "scratch_bytes",
 ]  # fmt: skip

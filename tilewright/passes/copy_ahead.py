@@ -10,6 +10,8 @@ outside, the copies of iteration i + stages - 1 are started when those of iterat
     %a = async.local_load %slot[i]
     %acc1 = tile.dot %a, ...
 
+Where threads turn out to read their own copies alone, `tilewright.passes.own_copies` takes the loop's barrier out.
+
 Copies run past the end of the loop: they are bounds-checked, and the wait behind the loop covers them. Every copy is
 a group of its own, so that waits count copies. The other loads are left to `tilewright.passes.prefetch`.
 """

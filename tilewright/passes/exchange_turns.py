@@ -16,7 +16,7 @@ from tilewright.ir.async_ops import Barrier, MakeRing, Role
 from tilewright.ir.builder import Builder
 from tilewright.ir.core import Function, Operation, Value
 from tilewright.ir.scratch import scratch_bytes
-from tilewright.ir.tile_ops import Binary, Constant, For, Reduce, yielded
+from tilewright.ir.tile_ops import Binary, Constant, For, Reduce, Yield, yielded
 from tilewright.ir.types import ScalarType, i32
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.prefetch import carry
@@ -43,24 +43,25 @@ class ExchangeTurns(FunctionPass):
                 continue
             reduction.turn = _count(loop)
             if exchanges != inside or loop not in function.body.block.ops:
-                _meet_before(loop)  # others may read from the places still, or this loop's last turn that was like its first
+                _meet_before(loop)
 
 
 def _count(loop: For) -> Value:
     """A value of the body that grows by one with each iteration: one that is there, or a new one."""
     following = yielded(loop.body)
     for carried, value in zip(loop.carried, following, strict=True):
-        op = value.op
-        if isinstance(op, Binary) and op.fn == "add" and op.lhs is carried and _is_one(op.rhs) and value.type == ScalarType(i32):
+        add = value.op if value.type == ScalarType(i32) else None
+        if isinstance(add, Binary) and add.fn == "add" and add.lhs is carried and _is_one(add.rhs):
             return carried
-    assert loop.parent is not None
+    terminator = loop.body.block.terminator
+    assert loop.parent is not None and isinstance(terminator, Yield)
     b = Builder(loop.parent, loop.loc)
     with b.at(loop.parent, loop.parent.ops.index(loop)):
         zero = b.index(0)
     count = carry(loop, zero, "turn")
     block = loop.body.block
     with b.at(block, len(block.ops) - 1):
-        block.terminator.values = [*following, b.add(count, b.index(1))]
+        terminator.values = [*following, b.add(count, b.index(1))]
     return count
 
 
@@ -69,6 +70,7 @@ def _is_one(value: Value) -> bool:
 
 
 def _meet_before(loop: Operation) -> None:
+    """Others may read from the places still, or threads that ran the loop before and ended with a like turn."""
     assert loop.parent is not None
     b = Builder(loop.parent, loop.loc)
     with b.at(loop.parent, loop.parent.ops.index(loop)):

@@ -73,7 +73,6 @@ def _meet_no_more(block: Block, owned: set[Value]) -> None:
     if not buffers or not buffers <= owned or any(scratch_bytes(op) and exchange_places(op) == 1 for op in ops):
         return
     for wait, barrier in zip(block.ops, block.ops[1:], strict=False):
-        if isinstance(wait, Wait) and wait.token is not None and wait.token.type == KIND:
-            if isinstance(barrier, Barrier):
-                block.ops.remove(barrier)
-                return
+        if isinstance(barrier, Barrier) and isinstance(wait, Wait) and wait.token and wait.token.type == KIND:
+            block.ops.remove(barrier)
+            return

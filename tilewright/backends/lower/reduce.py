@@ -27,7 +27,7 @@ from tilewright.backends.lower.elements import (
 )
 from tilewright.backends.lower.index import IntLike
 from tilewright.backends.lower.scalars import define_registers
-from tilewright.backends.lower.shared import shared_address, shared_pointer
+from tilewright.backends.lower.shared import shared_pointer
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.ir import tile_ops
 from tilewright.ir.async_ops import Alloc, Barrier, buffer_of
@@ -122,7 +122,9 @@ def _across_warps(
         raise lw.error("warps exchange partial results, but no scratch is set: the shared-memory plan must run first")
     place: IntLike = op.scratch
     if op.turn is not None:
-        place = lw.index.add(place, lw.index.mul(lw.fb.and_(lw.scalar(op.turn), 1), scratch_bytes(op) // exchange_places(op)))
+        place = lw.index.add(
+            place, lw.index.mul(lw.fb.and_(lw.scalar(op.turn), 1), scratch_bytes(op) // exchange_places(op))
+        )
     exchange = _Exchange(reduction, sliced, bits, place)
     if op.turn is None and not _nobody_reads_scratch(lw, op):
         lw.ops.barrier(lw, "role")  # whoever used the scratch before has read it

@@ -81,9 +81,9 @@ class Memory:
                 if generic:
                     if old.unit == new.unit == new.agent.number:
                         continue  # one thread, in program order
-                    if region is own and old.spread is not None and old.spread == new.spread:
-                        if old.unit == old.agent.number or old.agent is not new.agent:
-                            continue  # different elements, or the same thread's, which waits for its copies alone
+                    waits = old.unit != old.agent.number and old.agent is new.agent  # for a copy of its own
+                    if region is own and old.spread is not None and old.spread == new.spread and not waits:
+                        continue  # different elements, or the same thread's
                 elif old.write and clock[old.unit] >= old.when > proxy[old.unit]:
                     raise _no_fence(own, old, new)
             if clock[old.unit] < old.when:
