@@ -238,7 +238,7 @@ def test_tiles_of_gradients() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(16384, 4096), (8192, 8192)])
 def test_gradients_fit_the_registers(rows: int, columns: int) -> None:
-    """What waits at the reductions decides: five values for each of 16 elements, or rows that are read again."""
+    """What waits at the reductions decides: five values for each of 16 elements."""
     matrix, partial = amd.matrix("bf16"), ViewType((None, None, None), DTYPES["f32"], (None, None, 1), 16)
     vectors = {name: ViewType((None,), DTYPES["f32"], (1,), 16) for name in ("weight", "mean", "inverse")}
     args = {"dy": matrix, "x": matrix, "dx": matrix, "partial": partial, **vectors}

@@ -28,6 +28,8 @@ SHORT = 1024
 PAIR_ELEMENTS, PAIR_WARPS = 16, 16
 #: elements that a thread of `layernorm` holds of one row, and how many long rows a program has
 LAYER_ELEMENTS, LAYER_ROWS = 32, 2
+#: warps of a program of 1024 threads, which have 64 registers each
+MOST_WARPS = 32
 #: columns that a thread of `norm_backward` adds up: few of rows that share a program with another, else more
 GRADIENT_COLUMNS, WIDE_GRADIENT_COLUMNS, GRADIENT_ROWS = 8, 16, 2
 #: below every finite number that matters in a softmax, yet finite: differences from it are never NaN
@@ -108,15 +110,15 @@ def softmax_tiles(rows: int, columns: int) -> dict[str, Any]:
 def gradient_tiles(rows: int, columns: int, centred: bool = False) -> tuple[dict[str, Any], int]:
     """Tile sizes and number of programs of `norm_backward`; no two warps have the same columns.
 
-    ``centred``: of `layernorm`, whose wide rows have no registers left to wait in and are read again.
+    ``centred``: of `layernorm`, whose widest rows have no registers left to wait in and are read again.
     """
     width = row_tiles(rows, columns)["BN"]
     each = GRADIENT_COLUMNS if width <= SHORT else WIDE_GRADIENT_COLUMNS
-    warps = max(1, min(32, width // (32 * each)))
+    warps = max(1, min(MOST_WARPS, width // (32 * each)))
     height = GRADIENT_ROWS if width <= SHORT and rows > GRADIENT_ROWS else 1
     programs = SMS * max(1, GRADIENT_THREADS // (32 * warps))
     meta = {"BM": height, "BN": width, "num_warps": warps, **read_once(rows, columns)}
-    if centred and width > ELEMENTS:
+    if centred and warps == MOST_WARPS:
         meta |= {"AGAIN": True, "READ": "evict_first"}
     return meta, min(programs, tw.cdiv(rows, height))
 
