@@ -21,6 +21,7 @@ from tilewright.kernels import rmsnorm as rmsnorm_module
 from tilewright.kernels import softmax as softmax_module
 from tilewright.kernels import transpose as transpose_module
 from tilewright.kernels.column_sum import column_sum, column_sums, plan, workspace_shapes
+from tilewright.kernels.layernorm import layernorm
 from tilewright.kernels.rmsnorm import rmsnorm
 from tilewright.kernels.rows import (
     LONG_TILES,
@@ -32,12 +33,13 @@ from tilewright.kernels.rows import (
     pair_tiles,
     read_once,
     row_tiles,
+    softmax_gradient_tiles,
     softmax_tiles,
 )
 from tilewright.kernels.softmax import (
     softmax,
+    softmax_backward,
     softmax_backward_long,
-    softmax_backward_twice,
     softmax_long,
     softmax_rows,
     softmax_rows_backward,
@@ -108,10 +110,9 @@ def test_softmax_of_long_rows(device, dtype):
     x[1, :70] = -np.inf
     launch(device, softmax_long, (3,), x, y, BN=64)
     assert_close(y, softmax_module.reference(x), dtype)
-    for backward in (softmax_backward_long, softmax_backward_twice):
-        dx[...] = np.nan
-        launch(device, backward, (3,), dy, y, dx, BN=64)
-        assert_close(dx, softmax_module.reference_backward(dy, y), dtype)
+    dx[...] = np.nan
+    launch(device, softmax_backward_long, (3,), dy, y, dx, BN=64)
+    assert_close(dx, softmax_module.reference_backward(dy, y), dtype)
 
 
 @pytest.mark.parametrize("columns", [200, 1024, 3000, 16384, 20000, 70000])
@@ -150,15 +151,36 @@ def test_what_is_read_once_leaves_the_cache_first_where_that_holds_much_of_the_m
 
 def test_long_rows_stay_in_the_cache_until_they_are_read_again():
     matrix = amd.matrix("bf16")
-    for kernel, args in ((softmax_long, {"x": matrix}), (softmax_backward_twice, {"dy": matrix, "dx": matrix})):
+    for kernel, args in ((softmax_long, {"x": matrix}), (softmax_backward_long, {"dy": matrix, "dx": matrix})):
         ptx = hot_path(kernel, y=matrix, BN=2048, **args)
         assert "L2::evict_last" in ptx and "L2::evict_first" in ptx
 
 
 def test_short_rows_have_a_warp_of_their_own():
-    for choose in (softmax_tiles, layer_tiles):
-        assert choose(16384, 1024).items() >= {"BM": 1, "BN": 1024, "num_warps": 1}.items()
-        assert choose(16384, 200).items() >= {"BM": 4, "BN": 256, "num_warps": 1}.items()
+    assert softmax_tiles(16384, 1024).items() >= {"BM": 1, "BN": 1024, "num_warps": 1}.items()
+    assert softmax_tiles(16384, 200).items() >= {"BM": 4, "BN": 256, "num_warps": 1}.items()
+
+
+def test_threads_hold_as_much_as_their_registers():
+    """What the limits on registers are for leaves nothing in memory, in whatever type of elements."""
+    for dtype, bytes_each in (("bf16", 2), ("f32", 4)):
+        matrix, weight = amd.matrix(dtype), vector(dtype)
+        others = {"mean": vector("f32"), "inverse": vector("f32"), "eps": DTYPES["f32"]}
+        for columns in (256, 1024):
+            args = {"x": matrix, "y": matrix, "weight": weight, "bias": weight, **others}
+            compiled = within_limits(layernorm, args, layer_tiles(16384, columns, bytes_each))
+            assert bytes_each == 4 or compiled.registers <= 48
+        for columns in (2048, 4096, 8192, 16384):
+            args = {"dy": matrix, "y": matrix, "dx": matrix}
+            assert within_limits(softmax_backward, args, softmax_gradient_tiles(8192, columns)).registers <= 96
+
+
+def within_limits(kernel, args, meta):
+    options = {name: meta.pop(name) for name in ("num_warps", "maxnreg") if name in meta}
+    function = amd.scheduled(amd.module_of(kernel, **args, **meta), "sm_90a", **options)
+    resources = compile_function(function, get_target("sm_90a")).resources
+    assert resources.spill_stores == 0
+    return resources
 
 
 @pytest.mark.parametrize(("columns", "meta"), [
@@ -166,7 +188,19 @@ def test_short_rows_have_a_warp_of_their_own():
     (4096, {"BM": 1, "BN": 4096, "num_warps": 8}), (16384, {"BM": 1, "BN": 16384, "num_warps": 16}),
 ])  # fmt: skip
 def test_threads_hold_sixteen_elements_of_each_of_two_matrices(columns, meta):
-    assert pair_tiles(16384, columns) == norm_tiles(16384, columns, residual=True) == meta
+    assert pair_tiles(16384, columns) == meta
+    assert norm_tiles(64, columns, residual=True) == pair_tiles(64, columns)
+
+
+def test_rows_are_read_again_where_the_cache_has_them_but_not_the_matrix():
+    again = {"AGAIN": True, "num_warps": 4}.items()
+    for residual in (False, True):
+        assert norm_tiles(16384, 4096, residual).items() >= again
+        for rows, columns in ((16384, 1024), (4096, 4096), (8192, 8192)):
+            assert "AGAIN" not in norm_tiles(rows, columns, residual)
+    matrix, tensors = amd.matrix("bf16"), {"weight": vector("bf16"), "eps": DTYPES["f32"]}
+    ptx = hot_path(rmsnorm, x=matrix, residual=matrix, total=matrix, y=matrix, BN=4096, AGAIN=True, **tensors)
+    assert "L2::evict_last" in ptx and "L2::evict_first" in ptx
 
 
 def test_long_rows_have_tiles_of_their_length():

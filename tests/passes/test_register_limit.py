@@ -37,6 +37,12 @@ def test_amd_leaves_room_for_as_many_waves(limit: int, waves: int) -> None:
     assert artifact.resources.registers <= limit
 
 
+@pytest.mark.parametrize(("target", "least"), [("sm_90a", 24), ("gfx950", 64)])
+def test_fewer_than_threads_can_have_are_the_fewest(target: str, least: int) -> None:
+    texts = run_passes(rmsnorm.definition, target, NORM, CompileOptions(maxnreg=16))
+    assert f"maxnreg = {least}" in texts["register-limit"]
+
+
 def test_a_block_needs_its_waves_whatever_the_limit() -> None:
     assert '"amdgpu-waves-per-eu"="4"' in compiled("gfx942", num_warps=16, maxnreg=512).asm["llvm"]
 
@@ -50,9 +56,8 @@ def test_products_without_roles_take_it() -> None:
     ("kernel", "args", "target", "limit", "message"),
     [
         (gemm, MATRICES, "sm_90a", 128, r"maxnreg=128: the roles of 'gemm' divide .*\n(.|\n)*schedule=\"prefetch\""),
-        (rmsnorm, NORM, "sm_90a", 16, r"maxnreg=16: a thread of sm_90a has 24 to 255(.|\n)*use 24"),
-        (rmsnorm, NORM, "sm_90a", 256, r"maxnreg=256: a thread of sm_90a has 24 to 255(.|\n)*use 255"),
-        (rmsnorm, NORM, "gfx950", 32, r"maxnreg=32: a thread of gfx950 has 64 to 512(.|\n)*use 64"),
+        (rmsnorm, NORM, "sm_90a", 256, r"maxnreg=256: a thread of sm_90a has at most 255(.|\n)*use 255"),
+        (rmsnorm, NORM, "gfx950", 513, r"maxnreg=513: a thread of gfx950 has at most 512(.|\n)*use 512"),
     ],
 )
 def test_what_cannot_be_is_an_error(kernel: Any, args: Any, target: str, limit: int, message: str) -> None:

@@ -57,7 +57,6 @@ from tilewright.kernels.softmax import (
     softmax,
     softmax_backward,
     softmax_backward_long,
-    softmax_backward_twice,
     softmax_long,
 )
 from tilewright.kernels.transpose import transpose
@@ -250,10 +249,12 @@ def _norms() -> Iterator[Launch]:
     inverse = (1 / np.sqrt(x.astype(np.float64).var(1) + eps)).astype(np.float32)
     yield Launch("rmsnorm", rmsnorm, grid, [x, weight, poisoned(m, n), eps], tiles, exact=False)
     residual = [normal(m, n, seed=4), poisoned(m, n), bias, poisoned(m)]
+    arguments = [x, weight, poisoned(m, n), eps, *(v.copy() for v in residual)]
+    yield Launch("rmsnorm, rows read again", rmsnorm, grid, arguments, {**tiles, "AGAIN": True}, exact=False)
     arguments = [x, weight, poisoned(m, n), eps, *residual]
     yield Launch("rmsnorm, long rows", rmsnorm_long, (m,), arguments, {"BN": 512}, exact=False)
     arguments = [x, weight, poisoned(m, n), eps, None, None, bias]
-    yield Launch("layernorm", layernorm, grid, arguments, tiles, exact=False)
+    yield Launch("layernorm", layernorm, grid, arguments, {**tiles, "EARLY": True}, exact=False)
     arguments = [x, weight, poisoned(m, n), eps, *(v.copy() for v in residual), poisoned(m)]
     yield Launch("layernorm, long rows", layernorm_long, (m,), arguments, {"BN": 512}, exact=False)
     arguments = [dy, x, weight, inverse, poisoned(m, n), poisoned(8, 1, n)]
@@ -280,8 +281,6 @@ def _rows() -> Iterator[Launch]:
     yield Launch("softmax backward", softmax_backward, (m,), [dy, y, poisoned(m, n)], {"BN": 1024}, exact=False)
     arguments = [dy, y, poisoned(m, n)]
     yield Launch("softmax backward, long rows", softmax_backward_long, (m,), arguments, {"BN": 512}, exact=False)
-    arguments = [dy, y, poisoned(m, n)]
-    yield Launch("softmax backward, twice", softmax_backward_twice, (m,), arguments, {"BN": 512}, exact=False)
     yield Launch("gelu", activation, grid, [x, poisoned(m, n)], {"FN": gelu, **tiles}, exact=False)
     arguments = [dy, x, poisoned(m, n), normal(m, n, seed=2), poisoned(m, n)]
     yield Launch("silu backward, gated", activation_backward, grid, arguments, tiles, exact=False)

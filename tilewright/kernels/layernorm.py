@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, layer_tiles, long_tiles, store_weighted, sum_of
-
-#: elements whose mean stands for that of the row while its sums are taken: so few that each warp has them all
-NEAR = 8
+from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, layer_tiles, long_tiles, store_weighted, sum_of, weights
 
 
 @tw.kernel
@@ -28,32 +25,33 @@ def layernorm(
     BM: tw.constexpr = 1,
     BN: tw.constexpr = 4096,
     READ: tw.constexpr = None,
+    EARLY: tw.constexpr = False,
 ) -> None:
     """``y = (t - mean(t)) / sqrt(var(t) + eps) * weight + bias`` with ``t = x + residual``. Grid: (cdiv(M, BM),).
 
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), mean and inverse (M,) float32.
     Writes t to ``total``, the mean and 1 / sqrt(...), which `norm_backward` needs, to ``mean`` and ``inverse``;
-    all from residual on may be absent. Sums of the row and of its squares are taken of its distance from the mean of
-    the first NEAR elements, in float32: threads meet once, and rows far from zero keep their variance. Its relative
-    error is about 1e-7 times the square of that mean's distance from the row's, in standard deviations. READ: a hint to
-    the cache for x and the residual.
+    all from residual on may be absent. The variance is that of the row minus its mean, in float32. READ: a hint to the
+    cache for x and the residual. EARLY: weight and bias are read with the row, not behind its sums.
     """
     m = tw.program_id(0)
     row = sum_of(x, residual, m, 0, BM, BN, READ)
     if total is not None:
         tw.store(total, (m, 0), row.to(total.dtype))
-    near = tw.sum(sum_of(x, residual, m, 0, BM, NEAR, None), axis=1) / tw.minimum(x.shape[1], NEAR)
-    row = row - near[:, None]
+    if EARLY:
+        factors, offsets = weights(weight, bias, 0, BN)
+    middle = tw.sum(row, axis=1) / x.shape[1]
+    row = row - middle[:, None]
     if x.shape[1] < BN:
         row = tw.where((tw.arange(BN) < x.shape[1])[None, :], row, 0.0)
-    sums = tw.sum(tw.cat((row[:, :, None], (row * row)[:, :, None]), axis=2), axis=1) / x.shape[1]
-    middle = sums[:, 0]
-    scale = tw.rsqrt(tw.maximum(sums[:, 1] - middle * middle, 0.0) + eps)
+    scale = tw.rsqrt(tw.sum(row * row, axis=1) / x.shape[1] + eps)
     if mean is not None:
-        tw.store(mean, m, near + middle)
+        tw.store(mean, m, middle)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    store_weighted(y, m, 0, (row - middle[:, None]) * scale[:, None], weight, bias, BN)
+    if not EARLY:
+        factors, offsets = weights(weight, bias, 0, BN)
+    store_weighted(y, m, 0, row * scale[:, None], factors, offsets)
 
 
 @tw.kernel
@@ -96,7 +94,7 @@ def layernorm_long(
         tw.store(inverse, m, scale)
     for j in tw.range(blocks):
         row = (sum_of(x, residual, m, j, 1, BN, None) - middle) * scale
-        store_weighted(y, m, j, row, weight, bias, BN)
+        store_weighted(y, m, j, row, *weights(weight, bias, j, BN))
 
 
 def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
@@ -104,7 +102,7 @@ def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None
     if x.shape[1] > WIDEST:
         layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional, **long_tiles("layernorm", x.shape[1]))
         return
-    meta = layer_tiles(*x.shape)
+    meta = layer_tiles(*x.shape, bytes_each=x.itemsize)
     layernorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, long_tiles, norm_tiles, store_weighted, sum_of
+from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, long_tiles, norm_tiles, store_weighted, sum_of, weights
 
 
 @tw.kernel
@@ -24,21 +24,27 @@ def rmsnorm(
     BM: tw.constexpr = 1,
     BN: tw.constexpr = 4096,
     READ: tw.constexpr = None,
+    AGAIN: tw.constexpr = False,
 ) -> None:
     """``y = t / sqrt(mean(t ** 2) + eps) * weight + bias`` with ``t = x + residual``. Grid: (cdiv(M, BM),).
 
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), inverse (M,) float32. Writes t to
     ``total`` and 1 / sqrt(...), which `norm_backward` needs, to ``inverse``; each of the last four may be absent.
-    Computes in float32, reads and writes each element once. READ: a hint to the cache for x and the residual.
+    Computes in float32, reads and writes each element once. READ: a hint to the cache for x and the residual. AGAIN: rows
+    do not wait in registers for their sums but are read once more, from the cache.
     """
     m = tw.program_id(0)
-    row = sum_of(x, residual, m, 0, BM, BN, READ)
-    if total is not None:
+    row = sum_of(x, residual, m, 0, BM, BN, "evict_last" if AGAIN else READ)
+    if total is not None and not AGAIN:
         tw.store(total, (m, 0), row.to(total.dtype))
     scale = tw.rsqrt(tw.sum(row * row, axis=1) / x.shape[1] + eps)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    store_weighted(y, m, 0, row * scale[:, None], weight, bias, BN)
+    if AGAIN:
+        row = sum_of(x, residual, m, 0, BM, BN, "evict_first")
+        if total is not None:
+            tw.store(total, (m, 0), row.to(total.dtype))
+    store_weighted(y, m, 0, row * scale[:, None], *weights(weight, bias, 0, BN))
 
 
 @tw.kernel
@@ -73,10 +79,10 @@ def rmsnorm_long(
     scale = tw.rsqrt(tw.sum(squares, axis=1) / columns + eps)
     if inverse is not None:
         tw.store(inverse, m, scale)
-    store_weighted(y, m, last, row * scale[:, None], weight, bias, BN)
+    store_weighted(y, m, last, row * scale[:, None], *weights(weight, bias, last, BN))
     for k in tw.range(last):
         again = sum_of(x, residual, m, last - 1 - k, 1, BN, "evict_first")
-        store_weighted(y, m, last - 1 - k, again * scale[:, None], weight, bias, BN)
+        store_weighted(y, m, last - 1 - k, again * scale[:, None], *weights(weight, bias, last - 1 - k, BN))
 
 
 def rms_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:

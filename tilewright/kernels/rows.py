@@ -18,14 +18,18 @@ LONG_TILES = {
     "layernorm": ((8192, 8), (8192, 8)),
     "softmax": ((2048, 8), (8192, 16)), "softmax backward": ((4096, 16), (8192, 16)),
 }  # fmt: skip
-#: tiles of `softmax_backward_twice`: many small programs on an SM
-TWICE_TILES = {"BN": 2048, "num_warps": 4}
 #: elements of a matrix of which the cache holds much: there what is read once makes room for what is written
 CACHED = 2**24
 #: the widest rows of which a warp of `softmax` and `layernorm` takes whole ones; narrower ones are taken together
 SHORT = 1024
+#: warps of programs of `rmsnorm` that read their row twice
+AGAIN_WARPS = 4
 #: elements that a thread holds of the rows of each of two matrices, and the most warps for that
 PAIR_ELEMENTS, PAIR_WARPS = 16, 16
+#: the same of `softmax_backward` with rows that are not short, and the registers of a thread that leave room for others
+SOFTMAX_ELEMENTS, SOFTMAX_REGISTERS = 32, 80
+#: warps and registers of `layernorm` for short rows
+LAYER_WARPS, LAYER_REGISTERS = 2, 48
 #: elements that a thread of `layernorm` holds of one row, and how many long rows a program has
 LAYER_ELEMENTS, LAYER_ROWS = 32, 2
 #: warps of a program of 1024 threads, which have 64 registers each
@@ -70,8 +74,15 @@ def activation_tiles(rows: int, columns: int) -> dict[str, Any]:
 
 
 def norm_tiles(rows: int, columns: int, residual: bool = False) -> dict[str, Any]:
-    """Tile sizes of `rmsnorm`: a program for each row that is not narrow."""
-    return pair_tiles(rows, columns) if residual else {**row_tiles(rows, columns, SHORT), **read_once(rows, columns)}
+    """Tile sizes of `rmsnorm`: a program for each row that is not narrow.
+
+    Rows of middle length of matrices that the cache does not hold are read twice, by programs so small that the second
+    time finds them in the cache.
+    """
+    meta: dict[str, Any] = row_tiles(rows, columns, SHORT)
+    if rows * columns > CACHED and SHORT < columns <= ELEMENTS:
+        return {**meta, "num_warps": AGAIN_WARPS, "AGAIN": True}
+    return pair_tiles(rows, columns) if residual else {**meta, **read_once(rows, columns)}
 
 
 def pair_tiles(rows: int, columns: int) -> dict[str, int]:
@@ -87,18 +98,29 @@ def long_tiles(kernel: str, columns: int) -> dict[str, int]:
     return {"BN": width, "num_warps": warps}
 
 
-def layer_tiles(rows: int, columns: int) -> dict[str, Any]:
-    """Tile sizes and warps of `layernorm`: a warp alone has short rows, a program two long ones.
+def layer_tiles(rows: int, columns: int, bytes_each: int = 2) -> dict[str, Any]:
+    """Tile sizes and warps of `layernorm`: two warps have short rows, a program two long ones.
 
-    There a thread has twice the elements.
+    There a thread has twice the elements. With short rows, of elements of ``bytes_each``, weights are read early, and
+    threads keep to few registers where that is enough for both.
     """
     if columns <= SHORT:
-        return softmax_tiles(rows, columns)
+        meta = {**row_tiles(rows, columns, SHORT), "num_warps": LAYER_WARPS, "EARLY": True, **read_once(rows, columns)}
+        return {**meta, "maxnreg": LAYER_REGISTERS} if bytes_each <= 2 else meta
     meta, elements = row_tiles(rows, columns), LAYER_ELEMENTS
     if meta["BN"] >= ELEMENTS and rows > 2048:
         meta["BM"], elements = LAYER_ROWS, 2 * LAYER_ELEMENTS
     warps = max(4, min(16, meta["BM"] * meta["BN"] // (32 * elements)))
     return {**meta, "num_warps": warps, **read_once(rows, columns)}
+
+
+def softmax_gradient_tiles(rows: int, columns: int) -> dict[str, Any]:
+    """Tile sizes, warps and registers of `softmax_backward`, which holds rows of two matrices."""
+    if columns <= SHORT:
+        return {**pair_tiles(rows, columns), **read_once(rows, columns)}
+    meta = row_tiles(rows, columns, SHORT)
+    warps = max(4, meta["BN"] // (32 * SOFTMAX_ELEMENTS))
+    return {**meta, "num_warps": warps, "maxnreg": SOFTMAX_REGISTERS}
 
 
 def softmax_tiles(rows: int, columns: int) -> dict[str, Any]:
@@ -161,12 +183,21 @@ def sum_of(x, residual, m, j, BM, BN, hint):
 
 
 @tw.function
-def store_weighted(y, m, j, row, weight, bias, BN):
-    """``y = row * weight + bias`` of the tile (m, j).
+def weights(weight, bias, j, BN):
+    """Block j of the weight and of the bias, which may be None, in float32.
 
-    Weight and bias are read here, not with the row: cached rows that need not wait in registers.
+    Most kernels read them when they need them: cached rows that need not wait in registers.
     """
-    out = row * tw.load(weight, j, BN).to(tw.float32)
-    if bias is not None:
-        out = out + tw.load(bias, j, BN).to(tw.float32)
+    factors = tw.load(weight, j, BN).to(tw.float32)
+    if bias is None:
+        return factors, None
+    return factors, tw.load(bias, j, BN).to(tw.float32)
+
+
+@tw.function
+def store_weighted(y, m, j, row, factors, offsets):
+    """``y = row * factors + offsets`` of the tile (m, j); ``offsets`` may be None."""
+    out = row * factors
+    if offsets is not None:
+        out = out + offsets
     tw.store(y, (m, j), out.to(y.dtype))

@@ -11,12 +11,9 @@ from tilewright.kernels.rows import (
     LEAST,
     LOG2_E,
     LONG_COLUMNS,
-    SHORT,
-    TWICE_TILES,
     WIDEST,
     long_tiles,
-    pair_tiles,
-    read_once,
+    softmax_gradient_tiles,
     softmax_tiles,
 )
 
@@ -79,25 +76,6 @@ def softmax_long(x: tw.Tensor, y: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS)
 
 
 @tw.kernel
-def softmax_backward_twice(dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS) -> None:
-    """`softmax_backward` of rows of any length, BN elements at a time, twice. Grid: (M,).
-
-    For rows that stay in the cache between both times: nothing waits in registers, so that many programs share an SM.
-    """
-    m = tw.program_id(0)
-    blocks = tw.cdiv(y.shape[1], BN)
-    products = tw.zeros((1, BN), tw.float32)
-    for j in tw.range(blocks):
-        part = tw.load(y, (m, j), (1, BN), eviction_policy="evict_last").to(tw.float32)
-        products = products + part * tw.load(dy, (m, j), (1, BN), eviction_policy="evict_last").to(tw.float32)
-    along = tw.sum(products, axis=1)[:, None]
-    for j in tw.range(blocks):
-        part = tw.load(y, (m, j), (1, BN), eviction_policy="evict_first").to(tw.float32)
-        above = tw.load(dy, (m, j), (1, BN), eviction_policy="evict_first").to(tw.float32)
-        tw.store(dx, (m, j), (part * (above - along)).to(dx.dtype))
-
-
-@tw.kernel
 def softmax_backward_long(dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BN: tw.constexpr = LONG_COLUMNS) -> None:
     """`softmax_backward` of rows of any length, BN elements at a time. Grid: (M,).
 
@@ -135,11 +113,9 @@ def softmax_rows_backward(dy: Any, y: Any, dx: Any) -> None:
     rows, columns = y.shape
     if columns > WIDEST:
         softmax_backward_long[(rows,)](dy, y, dx, **long_tiles("softmax backward", columns))
-    elif columns > SHORT:
-        softmax_backward_twice[(rows,)](dy, y, dx, **TWICE_TILES)
     else:
-        meta = pair_tiles(rows, columns)
-        softmax_backward[(tw.cdiv(rows, meta["BM"]),)](dy, y, dx, **meta, **read_once(rows, columns))
+        meta = softmax_gradient_tiles(rows, columns)
+        softmax_backward[(tw.cdiv(rows, meta["BM"]),)](dy, y, dx, **meta)
 
 
 def reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

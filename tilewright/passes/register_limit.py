@@ -2,6 +2,7 @@
 
 A row of a matrix that waits in registers leaves few of them to other blocks, and an SM with few blocks hides little of
 memory's latency: whoever knows better than the assembler's balance says so. Backends read the attribute ``maxnreg``.
+A kernel asks for one limit on all targets: where threads cannot have so few, they have the fewest that they can.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ class RegisterLimit(FunctionPass):
         limit, target = context.options.maxnreg, context.target
         if limit is None:
             return
-        least, most = target.least_registers, target.registers_per_thread
-        if not least <= limit <= most:
-            hint = f"use {least if limit < least else most}, or leave out maxnreg"
-            raise IRError(f"maxnreg={limit}: a thread of {target.name} has {least} to {most}", function.loc, hint)
+        most = target.registers_per_thread
+        if limit > most:
+            hint = f"use {most}, or leave out maxnreg"
+            raise IRError(f"maxnreg={limit}: a thread of {target.name} has at most {most}", function.loc, hint)
         if any(isinstance(op, Role) and op.registers for op in function.walk()):
             raise IRError(
                 f"maxnreg={limit}: the roles of '{function.name}' divide a block's registers among themselves",
                 function.loc,
                 'leave out maxnreg, or use schedule="prefetch", which has no roles',
             )
-        function.attributes["maxnreg"] = limit
+        function.attributes["maxnreg"] = max(limit, target.least_registers)
