@@ -102,7 +102,7 @@ def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None
     if x.shape[1] > WIDEST:
         layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional, **long_tiles("layernorm", x.shape[1]))
         return
-    meta = layer_tiles(*x.shape, bytes_each=x.itemsize)
+    meta = layer_tiles(x.shape[0], x.shape[1], x.itemsize)
     layernorm[(tw.cdiv(x.shape[0], meta["BM"]),)](x, weight, y, eps, **optional, **meta)
 
 

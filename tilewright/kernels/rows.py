@@ -105,8 +105,8 @@ def layer_tiles(rows: int, columns: int, bytes_each: int = 2) -> dict[str, Any]:
     threads keep to few registers where that is enough for both.
     """
     if columns <= SHORT:
-        meta = {**row_tiles(rows, columns, SHORT), "num_warps": LAYER_WARPS, "EARLY": True, **read_once(rows, columns)}
-        return {**meta, "maxnreg": LAYER_REGISTERS} if bytes_each <= 2 else meta
+        short = {**row_tiles(rows, columns, SHORT), "num_warps": LAYER_WARPS, "EARLY": True, **read_once(rows, columns)}
+        return {**short, "maxnreg": LAYER_REGISTERS} if bytes_each <= 2 else short
     meta, elements = row_tiles(rows, columns), LAYER_ELEMENTS
     if meta["BN"] >= ELEMENTS and rows > 2048:
         meta["BM"], elements = LAYER_ROWS, 2 * LAYER_ELEMENTS

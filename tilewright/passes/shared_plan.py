@@ -4,10 +4,10 @@ Elastic rings start with the stages that their schedule needs and share what is 
 time in turn, up to ``max_stages``.
 
 Operations that exchange data between warps (reductions, layout conversions) begin with a barrier, unless the threads
-have met since the last use or they take turns with two places (`exchange_turns`), so those of one role, or of a program without roles, take one scratch area in turns. Where
-all warps run one program, buffers and scratch whose lifetimes do not overlap share memory (`shared_lifetimes`), with a
-barrier between their uses (`copy_ahead` waits for its copies behind the loop); the buffers of roles may be in flight at
-any time and keep theirs.
+have met since the last use or they take turns with two places (`exchange_turns`), so those of one role, or of a program
+without roles, take one scratch area in turns. Where all warps run one program, buffers and scratch whose lifetimes do
+not overlap share memory (`shared_lifetimes`), with a barrier between their uses (`copy_ahead` waits for its copies
+behind the loop); the buffers of roles may be in flight at any time and keep theirs.
 Running out of memory is an error that lists each buffer.
 """
 
