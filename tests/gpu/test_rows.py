@@ -6,6 +6,7 @@ import pytest
 
 import tilewright as tw
 from tilewright.kernels.column_sum import column_sums, workspace_shapes
+from tilewright.kernels.norm_backward import norm_backward
 from tilewright.kernels.rmsnorm import rmsnorm
 from tilewright.kernels.rows import row_tiles
 from tilewright.kernels.softmax import softmax
@@ -51,6 +52,25 @@ def test_rmsnorm(x):
     wide = x.double()
     exact = wide / (wide.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double()
     assert relative(y, exact) < DTYPES[x.dtype]
+
+
+@pytest.mark.parametrize(("rows", "tiles"), [
+    (16384, {"BM": 1, "BN": 1024, "num_warps": 4, "READ": "evict_first"}), (16384, {"BM": 2, "BN": 1024, "num_warps": 4}),
+    (4096, {"BM": 1, "BN": 8192, "num_warps": 16}),
+    (4096, {"BM": 1, "BN": 8192, "num_warps": 32, "num_stages": 2, "READ": "evict_first", "AGAIN": True}),
+])  # fmt: skip
+def test_gradients_of_rows_that_are_copied_ahead(rows, tiles):
+    """With a hint to the cache, too, where ptxas 13.0 makes illegal instructions of addresses with a uniform part."""
+    torch.manual_seed(0)
+    dy, x = (torch.randn(rows, tiles["BN"], device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weight, wide = torch.randn_like(x[0]), x.double().requires_grad_()
+    inverse = (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    (exact,) = torch.autograd.grad(wide * inverse * weight.double(), wide, dy.double())
+    dx, partial = poisoned(*x.shape, dtype=x.dtype), poisoned(132, 1, tiles["BN"], dtype=torch.float32)
+    norm_backward[(132,)](dy, x, weight, inverse.detach().float()[:, 0].contiguous(), dx, partial, **tiles)
+    assert relative(dx, exact) < 5e-3
+    columns = (dy.double() * (wide * inverse).detach()).sum(0)
+    assert relative(partial[:, 0].double().sum(0), columns) < 1e-5
 
 
 def test_transpose(x):

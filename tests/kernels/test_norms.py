@@ -111,6 +111,23 @@ def test_gradients_of_many_rows_a_program(device: str, dtype: str, again: bool) 
     check(partial[:, 1].sum(0), dbias)
 
 
+@pytest.mark.parametrize("tiles", [
+    {"BM": 2, "BN": 1024, "num_warps": 4, "READ": "evict_first"}, {"BM": 1, "BN": 1024, "num_warps": 4, "AGAIN": True},
+    {"BM": 1, "BN": 1024, "num_warps": 2, "num_stages": 2},
+])  # fmt: skip
+def test_gradients_whose_threads_meet_once_a_row_have_no_races(tiles: dict[str, Any]) -> None:
+    rows, columns = 15, 1024
+    dy, x, weight = normal(rows, columns, dtype="bf16"), normal(rows, columns, dtype="bf16", seed=1), normal(columns)
+    exact_x = x.astype(np.float64)
+    mean, inverse = exact_x.mean(1).astype(np.float32), (1 / np.sqrt(exact_x.var(1) + EPS)).astype(np.float32)
+    dx, partial = poisoned(rows, columns, dtype="bf16"), poisoned(2, 2, columns)
+    gpu = tw.emulate("sm_90a", races=True, seed=1)
+    gpu.launch(norm_backward, (2,), dy, x, weight, inverse, dx, partial, None, mean, BIAS=True, **tiles)
+    exact, dweight, _ = layer_module.reference_backward(dy, x, weight, EPS)
+    check(dx, exact, "bf16")
+    check(partial[:, 0].sum(0), dweight)
+
+
 # --- rows longer than a program's tiles ---------------------------------------------------------------
 
 #: three blocks of 64 columns and a part of one

@@ -27,4 +27,6 @@ def default_pipeline(target: Target, check: bool = True) -> str:
     middle = ROLES if target.has("setmaxnreg") else PREFETCH
     proofs = ",check-schedule,check-protocol" if check else ""
     launch = ",launch-overlap" if target.has("dependent_launch") else ""
-    return f"collectives,{middle},rank-order,register-limit,exchange-turns,own-copies,shared-plan,cse,dce{launch}{proofs}"
+    return (
+        f"collectives,{middle},rank-order,register-limit,exchange-turns,own-copies,shared-plan,cse,dce{launch}{proofs}"
+    )
