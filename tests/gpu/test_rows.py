@@ -55,7 +55,8 @@ def test_rmsnorm(x):
 
 
 @pytest.mark.parametrize(("rows", "tiles"), [
-    (16384, {"BM": 1, "BN": 1024, "num_warps": 4, "READ": "evict_first"}), (16384, {"BM": 2, "BN": 1024, "num_warps": 4}),
+    (16384, {"BM": 1, "BN": 1024, "num_warps": 4, "READ": "evict_first"}),
+    (16384, {"BM": 2, "BN": 1024, "num_warps": 4}),
     (4096, {"BM": 1, "BN": 8192, "num_warps": 16}),
     (4096, {"BM": 1, "BN": 8192, "num_warps": 32, "num_stages": 2, "READ": "evict_first", "AGAIN": True}),
 ])  # fmt: skip
