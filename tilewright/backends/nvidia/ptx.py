@@ -14,8 +14,8 @@ from tilewright.backends.mlir_builder import ir as mlir
 MEMORY = "~{memory}"
 #: constraint letters of words of so many bits; bytes lie in 32-bit registers
 KIND = {8: "r", 16: "h", 32: "r", 64: "l"}
-#: bits that addresses of shared memory may have, more than there is of it
-SHARED_MASK = (1 << 24) - 1
+#: all bits that an address of shared memory has; in a cluster the upper ones say whose
+SHARED_MASK = 0x7FFFFFFF
 
 
 def emit(fb: FunctionBuilder, text: str, kinds: str = "", arguments: Sequence[mlir.Value] = ()) -> None:
