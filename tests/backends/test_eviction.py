@@ -88,4 +88,4 @@ def test_addresses_of_hinted_copies_have_no_uniform_part() -> None:
     ptx = tw.compile(product, "sm_90a", specs, schedule="prefetch").asm["ptx"]
     addresses = re.findall(r"cp\.async\.\S*L2::cache_hint \[(%r\d+)\+", ptx)
     assert addresses
-    assert all(re.search(rf"and\.b32\s+{address}, %r\d+, 167772\d\d;", ptx) for address in addresses)
+    assert all(re.search(rf"and\.b32\s+{address}, %r\d+, 21474836\d\d;", ptx) for address in addresses)
