@@ -22,9 +22,9 @@ def poisoned(*shape: int) -> np.ndarray[Any, Any]:
     return np.full(shape, np.nan, np.float32)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
-    ("target", "seed"), [("sm_90a", None), ("sm_90a", 1), ("sm_80", 1), ("gfx942", None), ("gfx942", 1), ("gfx950", 1)]
+    ("target", "seed"), [("sm_90a", None), ("sm_90a", 1), ("sm_80", 1), ("gfx942", 1), ("gfx950", 1)]
 )
 def test_all_reduce(target: str, size: int, seed: int | None) -> None:
     rng, rows, columns = np.random.default_rng(size), 5, 16
@@ -38,9 +38,10 @@ def test_all_reduce(target: str, size: int, seed: int | None) -> None:
                 np.testing.assert_array_equal(result, sum(x))
 
 
-@pytest.mark.parametrize("seed", [None, 1])
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("target", ["sm_90a", "sm_80", "gfx942"])
+@pytest.mark.parametrize(
+    ("target", "size", "seed"),
+    [("sm_90a", 1, None), ("sm_90a", 2, None), *((target, 3, 1) for target in ("sm_90a", "sm_80", "gfx942"))],
+)
 def test_gemm_reduce_scatter(target: str, size: int, seed: int | None) -> None:
     rng, rows, columns, depth, tile = np.random.default_rng(size), 128, 64, 96, 64
     a = [normal(rng, rows * size, depth, dtype=BF16) for _ in range(size)]
@@ -57,7 +58,7 @@ def test_gemm_reduce_scatter(target: str, size: int, seed: int | None) -> None:
 
 
 @pytest.mark.parametrize("pull", [True, False])
-@pytest.mark.parametrize(("target", "seed"), [("sm_90a", None), ("sm_90a", 3), ("gfx942", 3)])
+@pytest.mark.parametrize(("target", "seed"), [("sm_90a", 3), ("gfx942", 3)])
 def test_all_gather_gemm(target: str, seed: int | None, pull: bool) -> None:
     """``pull``: products read the peers' tensors; else the shards are pushed into a local copy first."""
     rng, size, rows, columns, depth, tile = np.random.default_rng(0), 3, 64, 64, 64, 64

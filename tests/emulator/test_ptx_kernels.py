@@ -69,14 +69,14 @@ def test_gemm_configurations(meta: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("ctas", [2, 4])
-@pytest.mark.parametrize("layout", ["NN", "NT", "TN", "TT"])
 @pytest.mark.parametrize(
-    ("shape", "meta"),
+    ("shape", "meta", "layout"),
     [
-        ((192, 136, 200), {"BM": 64, "BN": 64}),  # an odd number of rows of tiles
-        ((64, 200, 136), {"BM": 64, "BN": 64}),  # one row: a block without a program of its own
-        ((300, 264, 72), {"BM": 256, "BN": 128}),
-        ((190, 101, 99), {"BM": 64, "BN": 64}),  # the entry without clusters
+        # an odd number of rows of tiles
+        *(((192, 136, 200), {"BM": 64, "BN": 64}, layout) for layout in ("NN", "NT", "TN", "TT")),
+        ((64, 200, 136), {"BM": 64, "BN": 64}, "TT"),  # one row: a block without a program of its own
+        ((300, 264, 72), {"BM": 256, "BN": 128}, "NN"),
+        ((190, 101, 99), {"BM": 64, "BN": 64}, "TN"),  # the entry without clusters
     ],
 )
 def test_gemm_in_clusters(shape: tuple[int, int, int], meta: dict[str, int], layout: str, ctas: int) -> None:

@@ -98,16 +98,21 @@ def run(
             np.testing.assert_array_equal(part, np.stack(x))
 
 
-@pytest.mark.parametrize("target", ["interpreter", "sm_90a", "sm_80", "gfx942"])
+TILES = [
+    ("f32", 1, 256, 4),
+    ("f16", 16, 2, 1),
+    ("bf16", 4, 64, 4),
+    ("bf16", 8, 256, 2),
+    ("i8", 2, 64, 4),
+    ("i32", 4, 8, 4),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "m", "n", "num_warps"),
+    ("target", "dtype", "m", "n", "num_warps"),
     [
-        ("f32", 1, 256, 4),
-        ("bf16", 4, 64, 4),
-        ("bf16", 8, 256, 2),
-        ("i8", 2, 64, 4),
-        ("f16", 16, 2, 1),
-        ("i32", 4, 8, 4),
+        *((target, *tile) for target in ("interpreter", "sm_90a") for tile in TILES),
+        *((target, *tile) for target in ("sm_80", "gfx942") for tile in TILES[:3]),
     ],
 )
 def test_tiles_arrive(target: str, dtype: str, m: int, n: int, num_warps: int) -> None:

@@ -195,11 +195,11 @@ def ulysses_sdpa(world: Any, seed: int, tiles: Tiles) -> None:
 
 def ring(world: Any, seed: int, tiles: Tiles, causal: bool = False, **options: Any) -> None:
     inputs, (rows, keys, _, length), size = Inputs(world, seed), tiles, world.size
-    chunks, batch, depth = 2 if causal else 1, 1 + seed % 2, 32
-    q, k = inputs.normal(chunks, batch, 4, length, depth), inputs.normal(chunks, batch, 2, length, depth)
-    v, do = inputs.normal(chunks, batch, 2, length, depth), inputs.normal(chunks, batch, 4, length, depth)
+    chunks, batch, depth, groups = 2 if causal else 1, 1 + seed % 2, 32, 1 if tiles is WGMMA else 2
+    many, few = (chunks, batch, 2 * groups, length, depth), (chunks, batch, groups, length, depth)
+    q, k, v, do = (inputs.normal(*shape) for shape in (many, few, few, many))
     exact, logarithms = ring_attention.reference(q, k, v, causal)
-    whole = [inputs.symmetric(batch, 2, chunks * size, length, depth) for _ in (k, v)]
+    whole = [inputs.symmetric(batch, groups, chunks * size, length, depth) for _ in (k, v)]
     for gathered, parts in zip(whole, (k, v), strict=True):
         for rank, part in enumerate(parts):
             for chunk, place in zip(part, (rank, 2 * size - 1 - rank), strict=False):
