@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 #: how copies and matrix products can be arranged (`tilewright.passes.schedule`)
 SCHEDULES = ("roles", "turns", "alternate", "prefetch")
-#: blocks of a cluster; all GPUs with clusters run 8, but few multiprocessors lie together in eights
-CLUSTERS = (1, 2, 4)
+#: blocks of a cluster; all GPUs with clusters run 8
+CLUSTERS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class CompileOptions:
     ``schedule``: "roles" (copying and computing warps side by side), "turns" or "alternate" (the same; computing
     warpgroups issue their matrix products in turn, or work on different tiles in turn), or "prefetch" (each warp copies
     ahead for itself).
-    ``num_ctas``: blocks of a cluster, whose copies of common tiles are shared; for tensors that the copy engine cannot
-    read, blocks stay alone.
+    ``num_ctas``: blocks of a cluster. Programs with matrix products share copies of common tiles in it (for tensors that
+    the copy engine cannot read, blocks stay alone); each of the others is spread over its blocks.
     ``persistent``: whether each block walks over programs, one after the other, or the hardware hands them out.
     ``maxnreg``: most registers of a thread, so that more blocks share a multiprocessor; not for roles, which divide
     registers among themselves.
@@ -53,7 +53,7 @@ class CompileOptions:
         if not isinstance(self.persistent, bool | None):
             raise ArgumentError(f"persistent must be True or False, got {self.persistent!r}")
         if self.num_ctas not in (None, *CLUSTERS):
-            raise ArgumentError(f"num_ctas={self.num_ctas}: a cluster has 1, 2 or 4 blocks")
+            raise ArgumentError(f"num_ctas={self.num_ctas}: a cluster has 1, 2, 4 or 8 blocks")
         if self.schedule not in (None, *SCHEDULES):
             known = " and ".join(map(repr, SCHEDULES))
             raise ArgumentError(f"unknown schedule {self.schedule!r}", hint=f"schedules are {known}")

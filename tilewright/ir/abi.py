@@ -127,6 +127,8 @@ class KernelABI:
     blocks_per_unit: int = 1
     #: programs of the grid, along each axis, that run in one cluster of as many blocks (persistent launches)
     cluster: tuple[int, int, int] = (1, 1, 1)
+    #: blocks of a cluster, neighbours along x, that run one program together
+    spread: int = 1
     #: the ranks of a world launch this kernel together
     communicates: bool = False
     #: every thread waits for the launch before this one ahead of its first access to global memory, so that the
@@ -138,7 +140,11 @@ class KernelABI:
     @property
     def cluster_blocks(self) -> int:
         """Blocks of a cluster."""
-        return prod(self.cluster)
+        return prod(self.cluster) * self.spread
+
+    def direct_blocks(self, counts: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The blocks of a launch that is not persistent: those of each program."""
+        return counts[0] * self.spread, counts[1], counts[2]
 
     def persistent_blocks(self, counts: tuple[int, int, int], resident_clusters: int) -> int:
         """The blocks of a persistent launch over a grid: whole clusters, at most as many as run at once."""

@@ -2,8 +2,9 @@
 
 Scalars are NumPy scalars, tiles NumPy arrays (never written to), views strided NumPy arrays. Layouts have no numeric
 meaning. Here: `run`, `run_ranks`, the rules of ``tile.*``. Elsewhere: the rules of ``async.*`` (`interpreter_async`),
-of gathers, atomic updates and checks (`interpreter_indexed`), of ``comm.*`` (`interpreter_comm`), the meaning of
-arithmetic (`interpreter_numerics`), and how operations execute (`interpreter_machine`).
+of gathers, atomic updates and checks (`interpreter_indexed`), of blocks that run one program together
+(`interpreter_cluster`), of ``comm.*`` (`interpreter_comm`), the meaning of arithmetic (`interpreter_numerics`), and how
+operations execute (`interpreter_machine`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.ir import interpreter_async, interpreter_comm, interpreter_indexed, interpreter_packets
+from tilewright.ir import (
+    interpreter_async,
+    interpreter_cluster,
+    interpreter_comm,
+    interpreter_indexed,
+    interpreter_packets,
+)
 from tilewright.ir import interpreter_numerics as numerics
 from tilewright.ir import tile_ops as t
 from tilewright.ir.core import Function, IRError, Value
@@ -52,8 +59,9 @@ def run(
 
     ``arguments``: by position, or by parameter name. The programs of the grid run one after the other, x fastest.
     A persistent kernel (function attribute ``persistent``) runs as ``blocks`` blocks instead, those of a cluster
-    (``num_ctas``) side by side. A kernel that communicates runs in a world of one rank, see `run_ranks`. Array dtypes
-    are those of NumPy and ml_dtypes and must match the parameters; nothing is converted. Raises `IRError`.
+    (``num_ctas``) side by side; so do the blocks over which each program is ``spread``. A kernel that communicates runs
+    in a world of one rank, see `run_ranks`. Array dtypes are those of NumPy and ml_dtypes and must match the
+    parameters; nothing is converted. Raises `IRError`.
     """
     if function.attributes.get("communicates"):
         run_ranks(function, [arguments], grid, blocks)
@@ -61,19 +69,20 @@ def run(
     values = _bind(function, arguments)
     full = _full_grid(grid)
     total = math.prod(full)
-    users = interpreter_async.ring_users(function)
+    users, ctas = interpreter_async.ring_users(function), int(function.attributes.get("num_ctas", 1))
     with np.errstate(all="ignore"):
         if function.attributes.get("persistent") or blocks is not None:
-            ctas = int(function.attributes.get("num_ctas", 1))
             count = max(ctas, min(total, DEFAULT_BLOCKS) // ctas * ctas) if blocks is None else blocks
             if count % ctas:
                 raise IRError(f"{count} blocks do not make clusters of {ctas}", function.loc)
             for first in range(0, count, ctas):
                 ranks = range(first, first + ctas)
-                _run_blocks([Program(function, full, None, n, count, ring_users=users) for n in ranks], values)
+                _run_blocks([Program(function, full, None, n, count) for n in ranks], values, users)
             return
+        members = ctas if function.attributes.get("spread") else 1
         for number in range(total):
-            _run_blocks([Program(function, full, _place(number, full), number, total, ring_users=users)], values)
+            ranks = range(number * members, (number + 1) * members)
+            _run_blocks([Program(function, full, _place(number, full), n, total * members) for n in ranks], values, users)
 
 
 def run_ranks(
@@ -139,12 +148,12 @@ def _place(number: int, grid: tuple[int, int, int]) -> tuple[int, int, int]:
     return number % grid[0], number // grid[0] % grid[1], number // (grid[0] * grid[1])
 
 
-def _run_blocks(programs: list[Program], arguments: dict[Value, Any]) -> None:
+def _run_blocks(programs: list[Program], arguments: dict[Value, Any], users: dict[Value, Any]) -> None:
     """Run one program, or the blocks of a cluster."""
     steps = []
     for rank, program in enumerate(programs):
         thread = Thread("the kernel" if len(programs) == 1 else f"block {rank}")
-        program.threads, program.peers = [thread], programs
+        program.threads, program.peers, program.ring_users = [thread], programs, users
         steps.append((thread, _function_body(Frame(program, thread, dict(arguments)))))
     interpreter_async.drive(steps)
     for program in programs:
@@ -420,4 +429,4 @@ def _dtype(value: Value) -> np.dtype[Any]:
     return NUMPY[element_type(value.type)]
 
 
-__all__ = ["DEFAULT_BLOCKS", "interpreter_indexed", "interpreter_packets", "run", "run_ranks"]
+__all__ = ["DEFAULT_BLOCKS", "interpreter_cluster", "interpreter_indexed", "interpreter_packets", "run", "run_ranks"]

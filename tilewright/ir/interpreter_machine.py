@@ -99,6 +99,9 @@ class Program:
     rings: dict[Value, Any] = field(default_factory=dict)
     buffers: dict[Value, Any] = field(default_factory=dict)
     cluster_barrier: Any = None
+    #: of `interpreter_cluster`: by mailbox what has come, and whether the others' are known to be there
+    mailboxes: dict[Any, Any] = field(default_factory=dict)
+    knows_mailboxes: bool = False
     ended: bool = False
     #: what the programs of all ranks share (`interpreter_comm.World`), and which rank this program runs on
     world: Any = None

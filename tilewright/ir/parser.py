@@ -18,6 +18,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedTok
 from tilewright.ir import (  # noqa: F401  (importing them fills the registry)
     async_ops,
     check_ops,
+    cluster_ops,
     collectives,
     comm_ops,
     indexed_ops,

@@ -15,6 +15,7 @@ from tilewright.ir.types import (
     DTYPES,
     BufferType,
     DType,
+    MailboxType,
     RingType,
     ScalarType,
     SlotType,
@@ -208,6 +209,11 @@ class _Syntax(Transformer):
 
     def token_type(self, kind: Token) -> Type:
         return TokenType(str(kind))
+
+    def mailbox_type(self, blocks: Token, message: Type) -> Type:
+        if not isinstance(message, ScalarType | TileType) or (isinstance(message, TileType) and message.layout):
+            raise ValueError(f"a mailbox takes scalars or tiles without a layout, not {message}")
+        return MailboxType(int(blocks), message)
 
 
 @lru_cache(maxsize=1)

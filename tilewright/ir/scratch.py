@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from tilewright.ir.cluster_ops import MakeMailbox
 from tilewright.ir.core import IRError, Operation
 from tilewright.ir.indexed_ops import Atomic
 from tilewright.ir.layout import ConversionPlan, LinearLayout, plan_conversion
 from tilewright.ir.tile_ops import Convert, Reduce, Reshape, Scan
-from tilewright.ir.types import DType, ScalarType, TileType, Type
+from tilewright.ir.types import DType, MailboxType, ScalarType, TileType, Type
 
-#: what the scratch of any operation is aligned to
-SCRATCH_ALIGNMENT = 128
+#: what the scratch of any operation is aligned to, and mailboxes
+SCRATCH_ALIGNMENT, MAILBOX_ALIGNMENT = 128, 16
+#: the barriers in front of a mailbox's slots
+MAILBOX_BARRIERS = 2 * 8
 
 _BANKS = {32: "nvidia", 64: "cdna3"}
 
@@ -34,6 +37,12 @@ def scratch_bytes(op: Operation) -> int:
     if isinstance(op, Atomic):
         return _atomic_bytes(op)
     return 0
+
+
+def mailbox_bytes(op: MakeMailbox) -> int:
+    """Bytes of a mailbox: the barriers of its two slots, then the slots."""
+    assert isinstance(op.result.type, MailboxType)
+    return MAILBOX_BARRIERS + 2 * op.result.type.slot_bytes
 
 
 # --- reductions ---------------------------------------------------------------------------------
@@ -170,6 +179,7 @@ def _reshape_bytes(op: Reshape) -> int:
 
 
 __all__ = [
-    "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits", "convert_plan", "distinct_totals",
-    "exchange_places", "renames_registers", "scan_bits", "scratch_bytes",
+    "MAILBOX_ALIGNMENT", "MAILBOX_BARRIERS", "SCRATCH_ALIGNMENT", "AxisBit", "AxisBits", "accumulator", "axis_bits",
+    "convert_plan", "distinct_totals", "exchange_places", "mailbox_bytes", "renames_registers", "scan_bits",
+    "scratch_bytes",
 ]  # fmt: skip

@@ -176,6 +176,30 @@ class RingType(Type):
 
 
 @dataclass(frozen=True)
+class MailboxType(Type):
+    """Where each block of a cluster of ``blocks`` gets the others' ``message``, a scalar or a tile without a layout.
+
+    There are two slots with a value of each block, which uses take in turns.
+    """
+
+    blocks: int
+    message: ScalarType | TileType
+
+    @property
+    def values(self) -> int:
+        """The elements of a message."""
+        return self.message.size if isinstance(self.message, TileType) else 1
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: for each element, a value of each block."""
+        return self.blocks * self.values * self.message.dtype.bytes
+
+    def __str__(self) -> str:
+        return f"mailbox<{self.blocks} x {self.message}>"
+
+
+@dataclass(frozen=True)
 class TokenType(Type):
     """A handle on asynchronous work. ``kind`` is the unit that completes it.
 

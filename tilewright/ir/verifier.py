@@ -16,7 +16,7 @@ from typing import Any
 from tilewright.ir.async_ops import Role
 from tilewright.ir.core import UNKNOWN, Block, Function, IRError, Location, Module, Operation, Region, Value
 from tilewright.ir.tile_ops import For
-from tilewright.ir.types import BufferType, SlotType, TileType, Type, ViewType
+from tilewright.ir.types import BufferType, MailboxType, SlotType, TileType, Type, ViewType
 from tilewright.ir.verifier_comm import verify_communication
 
 #: what op-specific ``verify`` methods raise when counts or kinds are so wrong that they cannot look further
@@ -209,6 +209,8 @@ def _type_fault(type_: Type) -> str:
     """What is wrong with a type, or the empty string."""
     if isinstance(type_, BufferType):
         return _type_fault(type_.slot)
+    if isinstance(type_, MailboxType):
+        return _type_fault(type_.message) if type_.blocks > 1 else "has one block only"
     if isinstance(type_, TileType | SlotType) and any(n < 1 for n in type_.shape):
         return "has an empty dimension"
     if isinstance(type_, TileType) and type_.layout is not None and type_.layout.tile_shape != type_.shape:

@@ -122,7 +122,7 @@ def guard_effects(block: Block, valid: Value) -> None:
                 op.loc,
                 "leave out num_ctas",
             )
-        _guard(block, op, valid)
+        guard(op, valid)
 
 
 def _used(block: Block, result: Value) -> bool:
@@ -131,7 +131,10 @@ def _used(block: Block, result: Value) -> bool:
     return bool(uses_of(block.parent).get(result))
 
 
-def _guard(block: Block, op: Operation, valid: Value) -> None:
+def guard(op: Operation, valid: Value) -> None:
+    """Run an operation whose results nobody uses only if ``valid``."""
+    block = op.parent
+    assert block is not None
     position = block.ops.index(op)
     block.ops.remove(op)
     b = Builder(block, op.loc)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from tilewright.ir.async_ops import Alloc, AsyncDot, Copy, LocalLoad, MakeRing, Role, Wait
 from tilewright.ir.builder import Builder
 from tilewright.ir.check_ops import Print
+from tilewright.ir.cluster_ops import ClusterReduce
 from tilewright.ir.comm_ops import Put, ReducePut
 from tilewright.ir.core import Function, Operation, Value, uses_of
 from tilewright.ir.indexed_ops import Atomic, Gather, Scatter
@@ -162,6 +163,8 @@ class _Assignment:
     def _tie(self, op: Operation) -> None:
         if isinstance(op, Unary | Binary | Compare | Select | Cast | Bitcast):
             self._union(op.result, *op.operands)
+        elif isinstance(op, ClusterReduce):
+            self._union(op.result, op.source)
         elif isinstance(op, For):
             for result, arg, init, value in zip(op.results, op.carried, op.inits, yielded(op.body), strict=True):
                 self._union(result, arg, init, value)

@@ -16,6 +16,7 @@ other programs (atomic updates, barriers) keep their order, and so do loads of t
 from __future__ import annotations
 
 from tilewright.ir.builder import Builder
+from tilewright.ir.cluster_ops import ClusterReduce
 from tilewright.ir.comm_ops import view_root
 from tilewright.ir.core import Effect, Function, Operation, Value
 from tilewright.ir.indexed_ops import Atomic
@@ -42,10 +43,15 @@ class LoadAhead(FunctionPass):
         warps = context.options.num_warps or default_warps(function, context.target)
         written = written_tensors(function)
         for op in ops:
-            if isinstance(op, For) and not any(isinstance(o, Atomic) or o.effect & Effect.SYNC for o in op.walk()):
+            if isinstance(op, For) and not any(map(_meets_others, op.walk())):
                 loads = _movable(op, written, warps * context.target.warp_size)
                 if loads:
                     _rotate(op, loads)
+
+
+def _meets_others(op: Operation) -> bool:
+    """Whether an operation keeps loads on its side; what blocks of a cluster exchange orders no memory."""
+    return isinstance(op, Atomic) or bool(op.effect & Effect.SYNC and not isinstance(op, ClusterReduce))
 
 
 def _movable(loop: For, written: set[Value], threads: int) -> list[Load]:

@@ -10,9 +10,9 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: copies by an engine or by their own warps, handed over through hardware barriers. A function that `schedule` sends
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
-    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,row-copies,pipeline,roles,alternate,"
+    f"{SIMPLIFY},spread,schedule,tile-order,communicate,canonicalize,cse,placement,row-copies,pipeline,roles,alternate,"
     f"load-ahead,copy-ahead,prefetch,{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,"
-    "late-signals,staging,barriers,hand-back,fences"
+    "mailboxes,late-signals,staging,barriers,hand-back,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tilewright.ir.async_ops import Alloc, BulkStore, MakeRing, Role
+from tilewright.ir.cluster_ops import MakeMailbox
 from tilewright.ir.comm_ops import Enter
 from tilewright.ir.core import Function, IRError, Operation, Value
-from tilewright.ir.scratch import SCRATCH_ALIGNMENT, scratch_bytes
+from tilewright.ir.scratch import MAILBOX_ALIGNMENT, SCRATCH_ALIGNMENT, mailbox_bytes, scratch_bytes
 from tilewright.ir.target import Target
 from tilewright.ir.types import BufferType, RingType
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
@@ -78,6 +79,7 @@ class _Plan:
         self.allocs = [op for op in ops if isinstance(op, Alloc)]
         self.rings = [op for op in ops if isinstance(op, MakeRing)]
         self.enters = [op for op in ops if isinstance(op, Enter)]
+        self.mailboxes = [op for op in ops if isinstance(op, MakeMailbox)]
         self.users = list(scratch_users(function))
         self.scratch = {op: scratch_bytes(op) for op in self.users}
         self.in_one_order = not any(isinstance(op, Role | MakeRing | BulkStore) for op in ops)
@@ -97,7 +99,7 @@ class _Plan:
         return buffers + sorted(scratch, key=lambda item: -item.size) + numbers
 
     def place(self, limit: int) -> tuple[dict[Operation, Area], int]:
-        """Buffers and scratch as low as they go, then the rings' barriers and the number of a launch.
+        """Buffers and scratch as low as they go, then the rings' barriers, mailboxes and the number of a launch.
 
         The number has a place of its own, so that nobody has to wait until all have read it, unless that passes the
         ``limit`` and memory can be shared.
@@ -112,6 +114,10 @@ class _Plan:
             size = 2 * _stages(ring) * BARRIER_BYTES
             areas[ring] = Area(ring, end, size)
             end += size
+        for box in self.mailboxes:  # other blocks write there at any time: memory of its own
+            end = round_up(end, MAILBOX_ALIGNMENT)
+            areas[box] = Area(box, end, mailbox_bytes(box))
+            end += areas[box].size
         for enter in self.enters if not shares else ():
             areas[enter] = Area(enter, end, NUMBER_BYTES)
             end += NUMBER_BYTES
@@ -122,6 +128,8 @@ class _Plan:
             alloc.offset = areas[alloc].first
         for ring in self.rings:
             ring.offset = areas[ring].first
+        for box in self.mailboxes:
+            box.offset = areas[box].first
         for enter in self.enters:
             enter.place = areas[enter].first
             others = [area for owner, area in areas.items() if owner is not enter]
@@ -141,6 +149,8 @@ class _Plan:
             lines.append(f"  exchange between warps: {largest} bytes")
         if self.rings:
             lines.append(f"  barriers: {sum(2 * _stages(r) * BARRIER_BYTES for r in self.rings)} bytes")
+        if self.mailboxes:
+            lines.append(f"  messages between blocks: {sum(map(mailbox_bytes, self.mailboxes))} bytes")
         return "\n".join(lines)
 
 

@@ -39,9 +39,10 @@ from tilewright.ir.tile_ops import (
 )
 from tilewright.ir.types import ScalarType, i32
 from tilewright.passes.analysis import enclosing_operations, program_axes
-from tilewright.passes.clusters import choose_axis, guard_effects
+from tilewright.passes.clusters import choose_axis, cluster_size, guard_effects
 from tilewright.passes.manager import FunctionPass, PassContext, register_pass
 from tilewright.passes.matrix import ROLES, schedule_of
+from tilewright.passes.spread import is_spread, program_blocks
 
 
 @register_pass("tile-order")
@@ -64,7 +65,7 @@ class TileOrder(FunctionPass):
         if communicates and ctas > 1:
             message = "programs that communicate with other ranks do not run in clusters"
             raise IRError(message, function.loc, "leave out num_ctas")
-        cluster = _join_clusters(function, context.target, ctas)
+        cluster = None if is_spread(function) else _join_clusters(function, context.target, ctas)
         named = context.options.persistent if self.persistent is None else self.persistent
         persistent = named
         if persistent is None:
@@ -85,6 +86,8 @@ class TileOrder(FunctionPass):
         b = Builder(body, function.loc)
         sizes = [b.num_programs(axis) for axis in range(3)]
         block = b.insert(BlockId(types=[ScalarType(i32)])).result
+        if is_spread(function):
+            block = b.binary("floordiv", block, b.index(program_blocks(function)))
         if persistent:
             _walk(b, function, ids, block, sizes, order, original, cluster)
             return
@@ -134,7 +137,9 @@ def _walk(
     total = b.mul(b.mul(sizes[0], sizes[1]), sizes[2])
     blocks = b.insert(NumBlocks(types=[ScalarType(i32)])).result
     if cluster is not None:
-        block, blocks = (b.binary("floordiv", n, b.index(cluster.ctas)) for n in (block, blocks))
+        block = b.binary("floordiv", block, b.index(cluster.ctas))
+    if cluster is not None or is_spread(function):
+        blocks = b.binary("floordiv", blocks, b.index(cluster_size(function)))
     loop = b.for_loop(block, total, blocks, [], ["tile"])
     with b.at(loop.body.block):
         programs = order.decode(b, loop.index, sizes)

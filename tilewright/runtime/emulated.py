@@ -260,7 +260,7 @@ def _start(launch: PreparedLaunch, regions: Sequence[Region], memory: GlobalMemo
     maps = launch.function.tensor_maps(abi, placed, memory)
     arguments = layout.pack(placed, scalars, counts, maps, endpoint_of(abi, placed)).image(layout.size)
     resident = max(1, launch.device.units * abi.blocks_per_unit // abi.cluster_blocks)
-    blocks = (abi.persistent_blocks(counts, resident), 1, 1) if abi.persistent else counts
+    blocks = (abi.persistent_blocks(counts, resident), 1, 1) if abi.persistent else abi.direct_blocks(counts)
     return launch.function.start(memory, blocks, abi, arguments, setting)
 
 

@@ -197,8 +197,9 @@ class Launcher(ABC):
                     f"The grid of {self.abi.name}, {counts}, has {total} programs; at most {INT32_MAX} can be counted."
                 )
             return (self.abi.persistent_blocks(counts, self.resident_clusters()), 1, 1)
-        self.check_grid(counts)
-        return counts
+        blocks = self.abi.direct_blocks(counts)
+        self.check_grid(blocks)
+        return blocks
 
     def check(self, param: TensorParam, view: TensorView) -> None:
         """ArgumentError for a tensor that the kernel was not compiled for."""

@@ -104,6 +104,7 @@ def declare_kernel(
         persistent=bool(function.attributes.get("persistent", False)),
         blocks_per_unit=int(function.attributes.get("blocks_per_unit", 1)),
         cluster=_cluster(function),
+        spread=int(function.attributes["num_ctas"]) if function.attributes.get("spread") else 1,
         communicates=bool(function.attributes.get("communicates", False)),
         awaits_grid=any(isinstance(op, AwaitGrid) for op in function.body.block.ops),
         source=function.loc.file,
@@ -132,6 +133,8 @@ def start_lowering(
 def _cluster(function: Function) -> tuple[int, int, int]:
     """How many programs along each axis of the grid run in one cluster."""
     shape = [1, 1, 1]
+    if function.attributes.get("spread"):
+        return (1, 1, 1)
     shape[int(function.attributes.get("cluster_axis", 0))] = int(function.attributes.get("num_ctas", 1))
     return (shape[0], shape[1], shape[2])
 

@@ -58,7 +58,10 @@ def lower_splat(lw: Lowering, op: tile_ops.Splat) -> None:
 
 @lowers(tile_ops.ProgramId)
 def lower_program_id(lw: Lowering, op: tile_ops.ProgramId) -> None:
-    lw.define(op.result, lw.ops.block_id(lw, op.axis))
+    block = lw.ops.block_id(lw, op.axis)
+    if op.axis == 0 and lw.function.attributes.get("spread"):  # over neighbours along x
+        block = lw.fb.udiv(block, int(lw.function.attributes["num_ctas"]))
+    lw.define(op.result, block)
 
 
 @lowers(tile_ops.NumPrograms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tilewright.backends.lower import LOWERINGS, Table
 from tilewright.backends.nvidia.fragments import FRAGMENT_LOWERINGS
 from tilewright.backends.nvidia.local import LOCAL_LOWERINGS
+from tilewright.backends.nvidia.mailboxes import MAILBOX_LOWERINGS
 from tilewright.backends.nvidia.mma_sync import MMA_LOWERINGS
 from tilewright.backends.nvidia.rings import RING_LOWERINGS
 from tilewright.backends.nvidia.roles import ROLE_LOWERINGS
@@ -19,6 +20,7 @@ NVIDIA_LOWERINGS: Table = (
     | TMA_LOWERINGS
     | WGMMA_LOWERINGS
     | LOCAL_LOWERINGS
+    | MAILBOX_LOWERINGS
     | FRAGMENT_LOWERINGS
     | MMA_LOWERINGS
 )

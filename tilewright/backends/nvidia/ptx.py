@@ -94,9 +94,11 @@ mapa.shared::cluster.u32 there, $0, $1;
     emit(fb, text, "rr" + "b" * (condition is not None), [address, block, *([] if condition is None else [condition])])
 
 
-def arrive_expect_tx(fb: FunctionBuilder, address: mlir.Value, bytes_: int) -> None:
-    """``mbarrier.arrive.expect_tx``: arrive, and let the phase also wait for ``bytes_`` bytes of bulk copies."""
-    emit(fb, f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {bytes_};", "r", [address])
+def arrive_expect_tx(
+    fb: FunctionBuilder, address: mlir.Value, bytes_: int, condition: mlir.Value | None = None
+) -> None:
+    """``mbarrier.arrive.expect_tx``: arrive, and let the phase also wait for ``bytes_`` bytes of asynchronous copies."""
+    _emit_if(fb, condition, f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {bytes_};", "r", [address])
 
 
 def expect_tx(fb: FunctionBuilder, address: mlir.Value, bytes_: int) -> None:
@@ -132,14 +134,38 @@ def cluster_barrier(fb: FunctionBuilder, release: bool = True) -> None:
 
     Without ``release`` nothing but initialised barriers (`fence_barrier_init`) need be known to the others.
     """
-    semantics = "release" if release else "relaxed"
-    emit(fb, f"barrier.cluster.arrive.{semantics};\nbarrier.cluster.wait.acquire;")
+    arrive_at_cluster(fb, release)
+    wait_for_cluster(fb)
+
+
+def arrive_at_cluster(fb: FunctionBuilder, release: bool = True) -> None:
+    """The first half of `cluster_barrier`."""
+    emit(fb, f"barrier.cluster.arrive.{'release' if release else 'relaxed'};")
+
+
+def wait_for_cluster(fb: FunctionBuilder) -> None:
+    """The second half of `cluster_barrier`."""
+    emit(fb, "barrier.cluster.wait.acquire;")
 
 
 def cluster_rank(fb: FunctionBuilder) -> mlir.Value:
     """``%cluster_ctarank``: the block's number in its cluster (i32)."""
     rank: mlir.Value = fb.inline_asm(fb.types.i32, "mov.u32 $0, %cluster_ctarank;", "=r", [], side_effects=False)
     return rank
+
+
+def map_to_block(fb: FunctionBuilder, address: mlir.Value, block: mlir.Value) -> mlir.Value:
+    """``mapa``: the shared::cluster address of the same place in a block of the cluster (i32)."""
+    text = "mapa.shared::cluster.u32 $0, $1, $2;"
+    there: mlir.Value = fb.inline_asm(fb.types.i32, text, "=r,r,r", [address, block], side_effects=False)
+    return there
+
+
+def store_async(fb: FunctionBuilder, address: mlir.Value, word: mlir.Value, bits: int, barrier: mlir.Value) -> None:
+    """``st.async``: store a word at a shared::cluster address; its bytes count at a barrier of that block, which
+    releases the store to who waits there."""
+    text = f"st.async.shared::cluster.mbarrier::complete_tx::bytes.b{bits} [$0], $1, [$2];"
+    emit(fb, text, f"r{KIND[bits]}r", [address, word, barrier])
 
 
 def sync_at_barrier(fb: FunctionBuilder, barrier: mlir.Value, threads: int) -> None:
