@@ -11,6 +11,7 @@ import numpy as np
 from tilewright.runtime.emulator.memory import ranks
 from tilewright.runtime.emulator.nvidia.decode import Instruction, Problem
 from tilewright.runtime.emulator.nvidia.discarded import used_lanes
+from tilewright.runtime.emulator.nvidia.messages import store_async
 from tilewright.runtime.emulator.nvidia.numerics import bf16_to_f32, f32_to_bf16
 from tilewright.runtime.emulator.nvidia.operands import address, dest, parts, source
 from tilewright.runtime.emulator.nvidia.ordering import SCOPES
@@ -205,7 +206,7 @@ def _load(inst: Instruction) -> Execute:
 @instruction("st")
 def _store(inst: Instruction) -> Execute:
     if inst.flag("async"):
-        raise Problem("st.async is not implemented")
+        return store_async(inst)
     how = _qualifiers(inst)
     space = how.space
     vector = inst.one_of("v2", "v4", "v8", default="")

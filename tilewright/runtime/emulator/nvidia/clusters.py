@@ -1,7 +1,7 @@
 """Clusters of blocks (PTX ISA 2.2.2 "Cluster of Cooperative Thread Arrays"): `mapa` and barrier.cluster.
 
-A cluster is a run of blocks along x, all in one batch. Only mbarriers and multicast copies reach other blocks' memory;
-loads and stores there are out of range.
+A cluster is a run of blocks along x, all in one batch. Only mbarriers, multicast copies and `messages` reach other
+blocks' memory; loads and stores there are out of range.
 """
 
 from __future__ import annotations

@@ -187,6 +187,14 @@ class Ordering:
             self._fault(state, conflict, int(warps[0]))
         return record
 
+    def message(self, state: State, warp: int, lane: int, offsets: Array, size: int) -> int:
+        """A lane's st.async, of the generic proxy, will write these bytes of shared memory: the record."""
+        site = self._site(state.instruction)
+        record, conflict = self.team.issue(self.shared, [warp], lane, offsets, size, site, writes=True)
+        if conflict is not None:
+            self._fault(state, conflict, warp)
+        return record
+
     def _fault(self, state: State, conflict: Conflict, warp: int) -> NoReturn:
         state.fault(conflict.message, warp=warp)
 

@@ -1,0 +1,149 @@
+"""Row kernels whose programs are spread over the blocks of a cluster: the scheduled IR in the interpreter, and the PTX
+on the emulator, whose race detector knows what orders blocks, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_checks import Array, check, launch, normal, poisoned, strided
+
+import tilewright as tw
+from tilewright.compiler.kernel import Kernel
+from tilewright.compiler.options import CompileOptions
+from tilewright.frontend.build import build_module
+from tilewright.ir.core import Function
+from tilewright.ir.interpreter import run
+from tilewright.ir.target import get_target
+from tilewright.ir.types import DTYPES, ViewType
+from tilewright.kernels import layernorm as layer_module
+from tilewright.kernels import rmsnorm as rms_module
+from tilewright.kernels import softmax as softmax_module
+from tilewright.kernels.layernorm import layernorm
+from tilewright.kernels.norm_backward import norm_backward
+from tilewright.kernels.rmsnorm import rmsnorm
+from tilewright.kernels.softmax import softmax, softmax_backward
+from tilewright.passes.manager import PassContext, PassManager
+from tilewright.passes.pipelines import default_pipeline
+
+EMULATED, EPS, ROWS = "emulate:sm_90a,races", 1e-3, 3
+DTYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "float16": "f16"}
+
+#: launches a kernel on (grid, arguments, constexprs)
+Runner = Callable[..., None]
+
+
+def scheduled(kernel: Kernel, args: tuple[Any, ...], num_ctas: int, num_warps: int | None, meta: Any) -> Function:
+    """The kernel's last IR for arguments like these."""
+    types: dict[str, Any] = {}
+    for parameter, value in zip(kernel.definition.parameters, args, strict=False):
+        if isinstance(value, np.ndarray):
+            dtype = DTYPES[DTYPE_NAMES[value.dtype.name]]
+            types[parameter.name] = ViewType((None,) * value.ndim, dtype, (None,) * (value.ndim - 1) + (1,), 16)
+        elif value is not None:
+            types[parameter.name] = DTYPES["f32"]
+    options = CompileOptions(num_ctas=num_ctas, num_warps=num_warps).pass_options()
+    target = get_target("sm_90a")
+    module = build_module(kernel.definition, {**types, **meta})
+    return PassManager(default_pipeline(target), PassContext(target, options)).run(module).functions[0]
+
+
+def interpreted(kernel: Kernel, grid: tuple[int, ...], *args: Any, num_ctas: int, num_warps: Any = None, **meta: Any) -> None:
+    function = scheduled(kernel, args, num_ctas, num_warps, meta)
+    assert function.attributes["spread"]
+    run(function, [a for a in args if a is not None], grid)
+
+
+def emulated(kernel: Kernel, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    launch(EMULATED, kernel, grid, *args, **meta)
+
+
+RUNNERS = [pytest.param(interpreted, id="interpreter"), pytest.param(emulated, id="emulator")]
+
+
+@pytest.mark.parametrize("run_", RUNNERS)
+@pytest.mark.parametrize(("ctas", "columns", "dtype"), [(2, 512, "bf16"), (4, 487, "bf16"), (8, 1000, "f32")])
+def test_rmsnorm(run_: Runner, ctas: int, columns: int, dtype: str) -> None:
+    """A residual, a bias; rows that end within a block, and in blocks before the last."""
+    x, residual = (normal(ROWS, columns, dtype=dtype, seed=s) for s in range(2))
+    weight, bias = (normal(columns, dtype=dtype, seed=s) for s in (2, 3))
+    y, total, inverse = poisoned(ROWS, columns, dtype=dtype), poisoned(ROWS, columns, dtype=dtype), poisoned(ROWS)
+    args = (x, weight, y, EPS, residual, total, bias, inverse)
+    run_(rmsnorm, (ROWS,), *args, BM=1, BN=1024, num_ctas=ctas, num_warps=2)
+    exact = x.astype(np.float64) + residual.astype(np.float64)
+    check(y, rms_module.reference(x, weight, EPS, residual, bias), dtype)
+    check(total, exact, dtype)
+    check(inverse, 1 / np.sqrt((exact**2).mean(1) + EPS))
+
+
+@pytest.mark.parametrize("run_", RUNNERS)
+@pytest.mark.parametrize(("ctas", "columns", "rows"), [(4, 500, 1), (2, 512, 2), (8, 77, 8)])
+def test_layernorm(run_: Runner, ctas: int, columns: int, rows: int) -> None:
+    """Two sums in one exchange; several rows a program, of which there are too few."""
+    x, weight, bias = normal(ROWS, columns), normal(columns, seed=1), normal(columns, seed=2)
+    y, mean, inverse = poisoned(ROWS, columns), poisoned(ROWS), poisoned(ROWS)
+    args = (x, weight, y, EPS, None, None, bias, mean, inverse)
+    run_(layernorm, (tw.cdiv(ROWS, rows),), *args, BM=rows, BN=512, num_ctas=ctas, num_warps=4)
+    check(y, layer_module.reference(x, weight, EPS, None, bias))
+    check(mean, x.astype(np.float64).mean(1))
+    check(inverse, 1 / np.sqrt(x.astype(np.float64).var(1) + EPS))
+
+
+@pytest.mark.parametrize("run_", RUNNERS)
+@pytest.mark.parametrize(("ctas", "rows", "warps"), [(2, 1, 4), (4, 4, 4), (8, 2, 1)])
+def test_softmax_and_its_gradient(run_: Runner, ctas: int, rows: int, warps: int) -> None:
+    """Two exchanges that follow each other; a block with nothing but minus infinity; rows of warps of their own."""
+    x, dy, y, dx = (normal(ROWS, 450, seed=s) for s in range(4))
+    x[1, 200:] = -np.inf
+    y[...], dx[...] = np.nan, np.nan
+    meta = {"BM": rows, "BN": 512, "num_ctas": ctas, "num_warps": warps}
+    run_(softmax, (tw.cdiv(ROWS, rows),), x, y, **meta)
+    check(y, softmax_module.reference(x))
+    run_(softmax_backward, (tw.cdiv(ROWS, rows),), dy, y, dx, **meta)
+    check(dx, softmax_module.reference_backward(dy, y))
+
+
+def gradients(run_: Runner, ctas: int, centred: bool, programs: int = 2, rows: int = 9, **meta: Any) -> tuple[Array, Array]:
+    """dx and partial sums of `norm_backward`, checked."""
+    columns, height = 480, meta.get("BM", 1)
+    dy, x, weight = normal(rows, columns), normal(rows, columns, seed=1), normal(columns, seed=2)
+    exact = x.astype(np.float64)
+    if centred:
+        mean, inverse = exact.mean(1), 1 / np.sqrt(exact.var(1) + EPS)
+        wanted = layer_module.reference_backward(dy, x, weight, EPS)
+    else:
+        mean, inverse = None, 1 / np.sqrt((exact**2).mean(1) + EPS)
+        wanted = rms_module.reference_backward(dy, x, weight, EPS)
+    dx, partial = poisoned(rows, columns), poisoned(programs, 1 + centred, columns)
+    mean = None if mean is None else mean.astype(np.float32)
+    args = (dy, x, weight, inverse.astype(np.float32), dx, partial, None, mean)
+    run_(norm_backward, (programs,), *args, BIAS=centred, BN=512, num_ctas=ctas, **meta)
+    assert height == 1 or tw.cdiv(rows, height) > programs
+    check(dx, wanted[0])
+    for part in range(1 + centred):
+        check(partial.astype(np.float64).sum(0)[part], wanted[1 + part])
+    return dx, partial
+
+
+@pytest.mark.parametrize("run_", RUNNERS)
+@pytest.mark.parametrize(("ctas", "centred", "meta"), [
+    (2, True, {"num_warps": 4}), (4, False, {"num_warps": 2, "BM": 2}), (8, True, {"num_warps": 2, "AGAIN": True}),
+    (4, False, {"num_warps": 1}),
+])  # fmt: skip
+def test_gradients_of_norms(run_: Runner, ctas: int, centred: bool, meta: Any) -> None:
+    """Each program walks over rows, and uses a mailbox for every one of them."""
+    gradients(run_, ctas, centred, **meta)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_bits_do_not_depend_on_who_is_first(seed: int) -> None:
+    """Messages land at any time, warps run in any order: no race, and the same bits."""
+    expected = gradients(emulated, 4, True, num_warps=2)
+
+    def shuffled(kernel: Kernel, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        launch(f"{EMULATED},seed={seed}", kernel, grid, *args, **meta)
+
+    found = gradients(shuffled, 4, True, num_warps=2)
+    assert [a.tobytes() for a in found] == [a.tobytes() for a in expected]
