@@ -92,6 +92,29 @@ def test_layernorm(run_: Runner, ctas: int, columns: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("run_", RUNNERS)
+@pytest.mark.parametrize("columns", [2048, 1999])
+def test_rows_that_wait_in_shared_memory(run_: Runner, columns: int) -> None:
+    """Read again behind each reduction; each block has 1024 bytes or more of a row, which copies bring."""
+    x, residual, weight = normal(ROWS, columns), normal(ROWS, columns, seed=1), normal(columns, seed=2)
+    x, residual = (np.pad(a, ((0, 0), (0, 2048 - columns)))[:, :columns] for a in (x, residual))  # aligned rows
+    meta = {"BM": 1, "BN": 2048, "AGAIN": True, "num_ctas": 4, "num_warps": 2}
+    y, total = poisoned(ROWS, columns), poisoned(ROWS, columns)
+    run_(rmsnorm, (ROWS,), x, weight, y, EPS, residual, total, **meta)
+    check(y, rms_module.reference(x, weight, EPS, residual))
+    check(total, x.astype(np.float64) + residual)
+    y[...] = np.nan
+    run_(layernorm, (ROWS,), x, weight, y, EPS, **meta)
+    check(y, layer_module.reference(x, weight, EPS))
+    x[2, 700:] = -np.inf
+    y[...] = np.nan
+    run_(softmax, (ROWS,), x, y, **meta)
+    check(y, softmax_module.reference(x))
+    total[...] = np.nan
+    run_(softmax_backward, (ROWS,), residual, y, total, **meta)
+    check(total, softmax_module.reference_backward(residual, y))
+
+
+@pytest.mark.parametrize("run_", RUNNERS)
 @pytest.mark.parametrize(("ctas", "rows", "warps"), [(2, 1, 4), (4, 4, 4), (8, 2, 1)])
 def test_softmax_and_its_gradient(run_: Runner, ctas: int, rows: int, warps: int) -> None:
     """Two exchanges that follow each other; a block with nothing but minus infinity; rows of warps of their own."""

@@ -39,6 +39,7 @@ from tilewright.passes import (
     staging,
     tile_order,
     turns,
+    waiting_rows,
 )
 
 __all__ = [
@@ -80,4 +81,5 @@ __all__ = [
     "staging",
     "tile_order",
     "turns",
+    "waiting_rows",
 ]

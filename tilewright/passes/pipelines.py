@@ -10,15 +10,15 @@ SIMPLIFY = "canonicalize,cse,licm,dce"
 #: copies by an engine or by their own warps, handed over through hardware barriers. A function that `schedule` sends
 #: through prefetch passes these by, as one with roles passes by prefetch.
 ROLES = (
-    f"{SIMPLIFY},spread,schedule,tile-order,communicate,canonicalize,cse,placement,row-copies,pipeline,roles,alternate,"
-    f"load-ahead,copy-ahead,prefetch,{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,issue-ahead,mma,turns,layouts,"
-    "mailboxes,late-signals,staging,barriers,hand-back,fences"
+    f"{SIMPLIFY},spread,schedule,tile-order,communicate,canonicalize,cse,placement,row-copies,pipeline,roles,"
+    f"alternate,waiting-rows,load-ahead,copy-ahead,prefetch,{SIMPLIFY},split-products,skew,peel,canonicalize,cse,dce,"
+    "issue-ahead,mma,turns,layouts,mailboxes,late-signals,staging,barriers,hand-back,fences"
 )
 
 #: copies by the computing warps themselves, ahead of their use
 PREFETCH = (
-    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,row-copies,load-ahead,copy-ahead,prefetch,"
-    f"{SIMPLIFY},layouts"
+    f"{SIMPLIFY},schedule,tile-order,communicate,canonicalize,cse,placement,row-copies,waiting-rows,load-ahead,"
+    f"copy-ahead,prefetch,{SIMPLIFY},layouts"
 )
 
 

@@ -32,7 +32,7 @@ class RowCopies(FunctionPass):
             return
         loads = row_loads(function, context.target)
         for load in loads:
-            load.shared, load.engine = _plain_layout(load), ENGINE
+            load.shared, load.engine = plain_layout(load), ENGINE
         if loads:
             function.attributes["schedule"] = PREFETCH
             function.attributes["num_warps"] = context.options.num_warps or default_warps(function, context.target)
@@ -55,7 +55,7 @@ def row_loads(function: Function, target: Target) -> list[Load]:
                 continue
             if not follows_index(load, loop):  # what stays the same stays in the cache
                 continue
-            load.shared = _plain_layout(load)
+            load.shared = plain_layout(load)
             if early_address(load, loops, written) and thread_engine(load, target) == ENGINE:
                 found.append(load)
             load.shared = None
@@ -68,8 +68,8 @@ def _reduces_rows(loop: For) -> bool:
     return any(isinstance(op.source.type, TileType) and (op.axis > 0 or op.source.type.rank == 1) for op in ops)
 
 
-def _plain_layout(load: Load) -> SharedLayout:
-    """Packed, the last axis first."""
+def plain_layout(load: Load) -> SharedLayout:
+    """The shared layout of a row's tile: packed, the last axis first."""
     tile = load.result.type
     assert isinstance(tile, TileType)
     return SharedLayout(tile.shape, tile.dtype.bits, tuple(reversed(range(tile.rank))))
