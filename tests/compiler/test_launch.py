@@ -213,7 +213,7 @@ def test_options_are_accepted_and_checked():
         ({"num_stages": "3"}, "num_stages must be a positive integer"),
         ({"num_warp": 4}, "no parameter 'num_warp'(.|\n)*did you mean 'num_warps'"),
         ({"schedule": "fast"}, "unknown schedule 'fast'"),
-        ({"num_ctas": 3}, "num_ctas=3: a cluster has 1, 2 or 4 blocks"),
+        ({"num_ctas": 3}, "num_ctas=3: a cluster has 1, 2, 4 or 8 blocks"),
         ({"maxnreg": 0}, "maxnreg must be a positive integer, got 0"),
         ({"persistent": 1}, "persistent must be True or False, got 1"),
     ]:

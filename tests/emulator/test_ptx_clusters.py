@@ -136,3 +136,67 @@ def test_remote_arrivals_and_the_barrier_order_unless_relaxed(signal: str, wait:
     assert run_cluster(body.replace("SEM", "release"), 4, blocks=2)[0] == 9
     with pytest.raises(EmulatorFault, match="race: reads 12 bytes into(?s:.*)nothing orders the two"):
         run_cluster(body.replace("SEM", "relaxed"), 4, blocks=2)
+
+
+# --- messages ----------------------------------------------------------------------------------------
+
+#: each block tells the next one 5 + its rank, in slot 0 of its shared memory; the mbarrier at 0, the slot at 16
+TALK = """
+.reg .b32 %value, %rank, %peer, %base, %bar, %slot, %bartoo, %to; .reg .pred %done;
+mov.u32 %rank, %cluster_ctarank; add.u32 %peer, %rank, 1; and.b32 %peer, %peer, 1;
+mov.u32 %base, %sm; add.u32 %slot, %base, 16;
+mapa.shared::cluster.u32 %bar, %base, %peer; mapa.shared::cluster.u32 %to, %slot, %peer;
+@%one mbarrier.init.shared::cta.b64 [%sm], 1; fence.mbarrier_init.release.cluster;
+barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;
+add.u32 %value, %rank, 5;
+@%one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%sm], BYTES;
+SEND
+WAIT
+ld.shared.b32 %value, [%slot];
+"""
+SEND = "@%one st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%to], %value, [%bar];"
+
+
+def talk(send: str = SEND, wait: str = AWAIT, size: int = 4, **options: object) -> list[int]:
+    body = FIRST + TALK.replace("SEND", send).replace("WAIT", wait).replace("BYTES", str(size)) + STORE
+    return run_cluster(body, 4, blocks=4, **options)
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_messages_arrive_with_their_barrier(seed: int | None) -> None:
+    assert talk(seed=seed) == [6, 5, 6, 5]
+
+
+def test_vectors_of_words() -> None:
+    send = ".reg .b64 %wide; cvt.u64.u32 %wide, %value; " + SEND.replace(".b32 [%to], %value", ".v2.b64 [%to], {%wide, %wide}")
+    assert talk(send, size=16) == [6, 5, 6, 5]
+
+
+@pytest.mark.parametrize(
+    ("send", "wait", "size", "message"),
+    [
+        (SEND, "", 4, "reads shared memory that a copy in flight writes|never written"),
+        (SEND, AWAIT, 8, "deadlock(?s:.*)4 bytes missing"),
+        (SEND.replace("[%bar]", "[%base]"), AWAIT, 4, "counts at a barrier of another"),
+        (SEND.replace("[%to]", "[%to+2]"), AWAIT, 4, "misaligned st.async"),
+        (SEND + SEND, AWAIT, 8, "that a copy in flight writes|race: writes"),
+        (SEND, AWAIT.replace("acquire.cluster", "relaxed.cluster"), 4, "race: reads"),
+    ],
+)
+def test_messages_that_go_wrong(send: str, wait: str, size: int, message: str) -> None:
+    with pytest.raises(EmulatorFault, match=message):
+        talk(send, wait, size)
+
+
+@pytest.mark.parametrize("order", [SEND + "ORDER", "ORDER" + SEND])
+def test_a_message_releases_what_came_before_it(order: str) -> None:
+    """Rank 0 writes to global memory and tells rank 1, which reads it."""
+    write = ".reg .pred %writes; setp.eq.and.u32 %writes, %rank, 0, %one; @%writes st.global.u32 [%ptr0+12], 9;"
+    send = order.replace("ORDER", write)
+    body = FIRST + TALK.replace("SEND", send).replace("WAIT", AWAIT).replace("BYTES", "4")
+    body += ".reg .pred %reads; setp.eq.and.u32 %reads, %rank, 1, %one; @%reads ld.global.u32 %value, [%ptr0+12];" + STORE
+    if order.startswith("ORDER"):
+        assert run_cluster(body, 4, blocks=2)[:2] == [6, 9]
+    else:
+        with pytest.raises(EmulatorFault, match="race: reads 12 bytes into"):
+            run_cluster(body, 4, blocks=2)

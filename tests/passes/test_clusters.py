@@ -21,7 +21,6 @@ from tilewright.ir.target import get_target
 from tilewright.ir.tile_ops import If, Store
 from tilewright.ir.types import DTYPES, ViewType
 from tilewright.kernels.gemm import gemm
-from tilewright.kernels.softmax import softmax
 from tilewright.passes.manager import PassContext, PassManager, PassOptions
 
 FIRST_PASSES = "canonicalize,cse,licm,dce,schedule,tile-order,canonicalize,cse,placement,pipeline,roles"
@@ -142,7 +141,6 @@ def narrow(a: tw.Tensor, b: tw.Tensor, c: tw.Tensor):
 
 MATRICES = {name: tw.spec("bf16", ("M", "N"), align=16) for name in "abc"}
 STACKS = {name: tw.spec("bf16", ("B", "M", "N"), align=16) for name in "abc"}
-VECTORS = {name: tw.spec("bf16", ("M", "N"), align=16) for name in "xy"}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +148,6 @@ VECTORS = {name: tw.spec("bf16", ("M", "N"), align=16) for name in "xy"}
     [
         (gemm, MATRICES, "sm_80", "num_ctas=2: sm_80 has no clusters"),
         (gemm, MATRICES, "gfx942", "num_ctas=2: gfx942 has no clusters"),
-        (softmax, {**VECTORS, "BN": 1024}, "sm_90a", "copies without rings"),
         (narrow, MATRICES, "sm_90a", "do not divide among 2 blocks"),
         (batched, STACKS, "sm_90a", "load no tile in common"),
         (counting, {**MATRICES, "n": tw.spec("i32", ("K",))}, "sm_90a", "gives a value that the program uses"),

@@ -134,7 +134,7 @@ def _inputs(
         else:
             inputs.scalars[leaf] = size
     if persistent:
-        inputs.grid = (tiles, 1, 1) if number % 2 else (1, tiles, 1)
+        inputs.grid, inputs.blocks = (tiles, 1, 1) if number % 2 else (1, tiles, 1), model.program_blocks
         if model.ctas > 1:
             inputs.grid, inputs.blocks = _cluster_grid(model, tiles, number), model.ctas
     else:

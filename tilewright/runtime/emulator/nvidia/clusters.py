@@ -35,6 +35,8 @@ class ClusterBarrier:
     arrived: set[int] = field(default_factory=set)
     phases: dict[int, int] = field(default_factory=dict)
     waiting: list[tuple[int, Array]] = field(default_factory=list)
+    #: by block the last phase that a warp of it has waited for
+    waited: dict[int, int] = field(default_factory=dict)
     arriving: Token = field(default_factory=Token)
     completed: Token = field(default_factory=Token)
 
@@ -96,7 +98,9 @@ def _barrier(inst: Instruction) -> Execute:
                 barrier.waiting.append((warp, state.lanes[row].copy()))
                 state.blocked[warp] |= state.lanes[row]
                 state.launch.waits[warp] = "the cluster's barrier"
-            elif ordering is not None:
+                continue
+            barrier.waited[int(state.block[warp])] = barrier.phase
+            if ordering is not None:
                 ordering.team.acquire(warp, barrier.completed, state.lanes[row])
 
     return execute
@@ -117,8 +121,9 @@ def complete(state: State, cluster: int) -> None:
         publish(state, block)
     for (owner, _), mbarrier in state.launch.barriers.items():
         if owner // size == cluster:
-            mbarrier.known_to_cluster = True
+            mbarrier.known_from = mbarrier.known_from or barrier.phase
     for waiter, lanes in barrier.waiting:
+        barrier.waited[int(state.block[waiter])] = barrier.phase
         state.wake(waiter, lanes)
         state.launch.waits.pop(waiter, None)
         if state.launch.ordering is not None:

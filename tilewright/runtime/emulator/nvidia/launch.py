@@ -205,6 +205,11 @@ class Launch:
         """The bulk stores that have not written."""
         return [s for groups in self.stores.values() for group in groups for s in group if not s.has_written]
 
+    def cluster_phase(self, block: int) -> int:
+        """The last phase of the cluster's barrier that a warp of a block has waited for; 0: it has not waited."""
+        barrier = self.cluster_barriers.get(block // self.cluster)
+        return 0 if barrier is None else barrier.waited.get(block, 0)
+
     def block_index(self, linear: int) -> str:
         """A block's index as text: ``3``, or ``(3, 1, 0)`` of a grid of several dimensions."""
         return block_name(self.grid, linear)

@@ -34,8 +34,8 @@ class Barrier:
     #: the warp that initialised it, and whether a barrier has told the others since
     owner: int = -1
     shared: bool = False
-    #: a barrier of the cluster has told the other blocks
-    known_to_cluster: bool = False
+    #: the phase of the cluster's barrier that has told the other blocks; 0: none has
+    known_from: int = 0
     #: visible to the async proxy
     published: bool = False
     waiting: list[tuple[int, Array]] = field(default_factory=list)
@@ -54,7 +54,7 @@ def find_barrier(state: State, warp: int, place: int, block: int | None = None) 
     if barrier is None:
         state.fault(f"no mbarrier has been initialised at {place}", warp=warp)
     if block != own:
-        if not barrier.known_to_cluster:
+        if not barrier.known_from or state.launch.cluster_phase(own) < barrier.known_from:
             state.fault(
                 f"the mbarrier at {place} of another block was initialised with no barrier of the cluster between",
                 warp=warp,
