@@ -168,7 +168,9 @@ def test_messages_arrive_with_their_barrier(seed: int | None) -> None:
 
 
 def test_vectors_of_words() -> None:
-    send = ".reg .b64 %wide; cvt.u64.u32 %wide, %value; " + SEND.replace(".b32 [%to], %value", ".v2.b64 [%to], {%wide, %wide}")
+    send = ".reg .b64 %wide; cvt.u64.u32 %wide, %value; " + SEND.replace(
+        ".b32 [%to], %value", ".v2.b64 [%to], {%wide, %wide}"
+    )
     assert talk(send, size=16) == [6, 5, 6, 5]
 
 
@@ -194,7 +196,9 @@ def test_a_message_releases_what_came_before_it(order: str) -> None:
     write = ".reg .pred %writes; setp.eq.and.u32 %writes, %rank, 0, %one; @%writes st.global.u32 [%ptr0+12], 9;"
     send = order.replace("ORDER", write)
     body = FIRST + TALK.replace("SEND", send).replace("WAIT", AWAIT).replace("BYTES", "4")
-    body += ".reg .pred %reads; setp.eq.and.u32 %reads, %rank, 1, %one; @%reads ld.global.u32 %value, [%ptr0+12];" + STORE
+    body += (
+        ".reg .pred %reads; setp.eq.and.u32 %reads, %rank, 1, %one; @%reads ld.global.u32 %value, [%ptr0+12];" + STORE
+    )
     if order.startswith("ORDER"):
         assert run_cluster(body, 4, blocks=2)[:2] == [6, 9]
     else:

@@ -11,8 +11,8 @@ from lowered_kernels import normal, pack_arguments
 
 import tilewright as tw
 from tilewright.backends.mlir_builder import ir as mlir
-from tilewright.backends.nvidia import mailboxes
 from tilewright.backends.nvidia import compile as nvidia
+from tilewright.backends.nvidia import mailboxes
 from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.build import build_module
 from tilewright.ir.target import get_target

@@ -74,6 +74,23 @@ def test_gradients_of_rows_that_are_copied_ahead(rows, tiles):
     assert relative(partial[:, 0].double().sum(0), columns) < 1e-5
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("ctas", [2, 4, 8])
+def test_spread_over_blocks(x, ctas, again):
+    """Programs in clusters, rows in registers or in shared memory; the same bits in every run."""
+    meta = {**row_tiles(*x.shape), "num_ctas": ctas, "AGAIN": again}
+    if meta["BN"] < 64:
+        pytest.skip("too narrow to be cut")
+    exact = torch.softmax(x.double(), dim=1)
+    first = None
+    for _ in range(5):
+        y = poisoned(*x.shape, dtype=x.dtype)
+        softmax[(tw.cdiv(x.shape[0], meta["BM"]),)](x, y, **meta)
+        assert relative(y, exact) < DTYPES[x.dtype]
+        first = y if first is None else first
+        assert torch.equal(first, y)
+
+
 def test_transpose(x):
     (m, n), meta = x.shape, tiles(x.element_size())
     y = poisoned(n, m, dtype=x.dtype)

@@ -287,6 +287,16 @@ def test_grids_of_clusters(
     assert config.gridDimX % (cluster[0] * cluster[1]) == 0
 
 
+@pytest.mark.parametrize(("persistent", "blocks"), [(False, (24, 5, 1)), (True, (120, 1, 1))])
+def test_grids_of_programs_that_are_spread(
+    device: CudaDevice, driver: FakeDriver, function: cuda.CudaFunction, persistent: bool, blocks: tuple[int, int, int]
+) -> None:
+    """Eight blocks side by side for each of 3 x 5 programs."""
+    device.launch(function, kernel(persistent=persistent, spread=8, shared_bytes=1000), (3, 5), [])
+    (launch,) = driver.named("cuLaunchKernel")
+    assert launch[1:8] == (*blocks, 128, 1, 1, 1000)
+
+
 def test_clusters_that_fit_nowhere(device: CudaDevice, driver: FakeDriver, function: cuda.CudaFunction) -> None:
     driver.values["cuOccupancyMaxActiveClusters"] = 0
     with pytest.raises(DeviceError, match="cluster of 4 blocks of 'kernel' does not fit"):

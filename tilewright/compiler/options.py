@@ -25,8 +25,8 @@ class CompileOptions:
     ``schedule``: "roles" (copying and computing warps side by side), "turns" or "alternate" (the same; computing
     warpgroups issue their matrix products in turn, or work on different tiles in turn), or "prefetch" (each warp copies
     ahead for itself).
-    ``num_ctas``: blocks of a cluster. Programs with matrix products share copies of common tiles in it (for tensors that
-    the copy engine cannot read, blocks stay alone); each of the others is spread over its blocks.
+    ``num_ctas``: blocks of a cluster. Programs with matrix products share copies of common tiles in it (for tensors
+    that the copy engine cannot read, blocks stay alone); each of the others is spread over its blocks.
     ``persistent``: whether each block walks over programs, one after the other, or the hardware hands them out.
     ``maxnreg``: most registers of a thread, so that more blocks share a multiprocessor; not for roles, which divide
     registers among themselves.

@@ -82,7 +82,9 @@ def run(
         members = ctas if function.attributes.get("spread") else 1
         for number in range(total):
             ranks = range(number * members, (number + 1) * members)
-            _run_blocks([Program(function, full, _place(number, full), n, total * members) for n in ranks], values, users)
+            _run_blocks(
+                [Program(function, full, _place(number, full), n, total * members) for n in ranks], values, users
+            )
 
 
 def run_ranks(

@@ -31,7 +31,8 @@ def rmsnorm(
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), inverse (M,) float32. Writes t to
     ``total`` and 1 / sqrt(...), which `norm_backward` needs, to ``inverse``; each of the last four may be absent.
     Computes in float32, reads and writes each element once. READ: a hint to the cache for x and the residual. AGAIN:
-    rows do not wait in registers for their sums but are read once more, from shared memory where there is such.
+    rows do not wait in registers for their sums but are read once more, from shared memory where copies can bring them
+    (`tilewright.passes.waiting_rows`).
     """
     m = tw.program_id(0)
     row = sum_of(x, residual, m, 0, BM, BN, "evict_last" if AGAIN else READ)

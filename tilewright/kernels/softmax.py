@@ -38,8 +38,8 @@ def softmax(
     """``y = softmax(x)`` along rows of up to BN elements; x and y (M, N). Grid: (cdiv(M, BM),).
 
     Computes in float32 and reads and writes each element once. READ: a hint to the cache for x. AGAIN: rows do not wait
-    in registers for their maximum and sum but are read twice more, from shared memory where there is such
-    (`waiting_rows`).
+    in registers for their maximum and sum but are read twice more, from shared memory where copies can bring them
+    (`tilewright.passes.waiting_rows`).
     """
     m = tw.program_id(0)
     if AGAIN:
@@ -73,8 +73,8 @@ def softmax_backward(
 ) -> None:
     """``dx = y * (dy - sum(y * dy))`` along rows of up to BN elements, y = softmax(x); all (M, N).
 
-    Grid: (cdiv(M, BM),). Computes in float32 and reads and writes each element once. READ: a hint to the cache. AGAIN: as
-    of `softmax`.
+    Grid: (cdiv(M, BM),). Computes in float32 and reads and writes each element once. READ: a hint to the cache.
+    AGAIN: as of `softmax`.
     """
     m = tw.program_id(0)
     row = tw.load(y, (m, 0), (BM, BN), eviction_policy=READ).to(tw.float32)

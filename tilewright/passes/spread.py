@@ -13,7 +13,7 @@ depends on such values only, so that the blocks meet at the same exchanges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tilewright.ir.builder import Builder
@@ -183,13 +183,14 @@ def _fresh(classes: _Classes, op: Operation) -> None:
 
 
 def _carried(classes: _Classes, op: For | While | If) -> None:
+    groups: Iterable[tuple[Value, ...]]
     if isinstance(op, If):
-        groups = [*zip(op.results, yielded(op.then_body), yielded(op.else_body), strict=True)]
+        groups = zip(op.results, yielded(op.then_body), yielded(op.else_body), strict=True)
     elif isinstance(op, For):
-        groups = [*zip(op.results, op.inits, op.carried, yielded(op.body), strict=True)]
+        groups = zip(op.results, op.inits, op.carried, yielded(op.body), strict=True)
     else:
         tests, arguments = op.condition.block.args, op.body.block.args
-        groups = [*zip(op.results, op.inits, tests, arguments, yielded(op.body), strict=True)]
+        groups = zip(op.results, op.inits, tests, arguments, yielded(op.body), strict=True)
     for group in groups:
         classes.tie_all(*group)
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilewright.backends.lower.context import Lowering, Registers, Table, lowers
-from tilewright.backends.lower.coordinates import TileCoordinates, sole_holder
-from tilewright.backends.lower.elements import memory_type, split_vector, to_words
+from tilewright.backends.lower.coordinates import TileCoordinates
+from tilewright.backends.lower.elements import memory_type, split_vector
 from tilewright.backends.lower.index import IntLike
 from tilewright.backends.lower.memory import run_if
 from tilewright.backends.lower.reduce import Reduction
@@ -29,12 +29,11 @@ from tilewright.backends.lower.shared import shared_address, shared_pointer
 from tilewright.backends.mlir_builder import ir as mlir
 from tilewright.backends.nvidia import ptx
 from tilewright.ir.cluster_ops import AwaitMailboxes, ClusterReduce, MakeMailbox
-from tilewright.ir.layout import LinearLayout
 from tilewright.ir.scratch import MAILBOX_BARRIERS, axis_bits
 from tilewright.ir.tile_ops import Cast, Constant, Reduce
 from tilewright.ir.types import MailboxType, TileType, element_type
 
-BARRIER_BYTES, VECTOR_BYTES = 8, 16
+BARRIER_BYTES, VECTOR_BYTES, LANE_BITS = 8, 16, 5
 
 MAILBOX_LOWERINGS: Table = {}
 
@@ -89,8 +88,9 @@ class _Use:
     """One use of a mailbox: its slot, and who holds which values."""
 
     def __init__(self, lw: Lowering, op: ClusterReduce):
+        assert op.mailbox is not None and op.count is not None
         box = lw.lowered(op.mailbox)
-        assert isinstance(box, MailboxRef) and op.count is not None
+        assert isinstance(box, MailboxRef)
         self.lw, self.op, self.box = lw, op, box
         self.dtype = element_type(op.source.type)
         self.blocks = box.type.blocks
@@ -116,6 +116,12 @@ class _Use:
             found.append(math.value(flat))
         return found
 
+    def _free_bits(self, dim: str) -> list[int]:
+        """Bits of the lane or the warp that make no difference: all of them have the same elements."""
+        if self.layout is not None:
+            return list(self.layout.free_bits(dim))
+        return [*range(LANE_BITS if dim == "lane" else self.lw.scope.num_warps.bit_length() - 1)]
+
     def _distinct(self) -> list[int]:
         """One register for each element that a thread holds."""
         if self.layout is None:
@@ -131,9 +137,8 @@ class _Use:
         """Threads that hold what another of them will send have read what the use before brought."""
         if self.single:
             return
-        shared = self.lw.scope.num_warps > 1 and (self.layout is None or bool(self.layout.free_bits("warp")))
-        if not shared:
-            self.lw.fb.inline_asm(None, "bar.warp.sync 0xffffffff;", "~{memory}")
+        if not self._free_bits("warp"):
+            ptx.meet_in_warp(self.lw.fb)
         elif not self._have_met():
             self.lw.ops.barrier(self.lw, "role")
 
@@ -151,10 +156,9 @@ class _Use:
         lw, fb = self.lw, self.lw.fb
         bytes_ = self.box.type.slot_bytes
         ptx.arrive_expect_tx(fb, self.barrier, bytes_, fb.icmp("eq", lw.scope.thread, fb.i32(0)))
-        spare = [*range(5)] if self.layout is None else self.layout.free_bits("lane")
-        spare = spare[: self.blocks.bit_length() - 1]
-        own = ptx.cluster_rank(fb)
-        peer = lw.index.value(lw.index.linear_map(lw.scope.lane, [1 << spare.index(b) if b in spare else 0 for b in range(5)]))
+        spare = self._free_bits("lane")[: self.blocks.bit_length() - 1]
+        columns = [1 << spare.index(bit) if bit in spare else 0 for bit in range(LANE_BITS)]
+        own, peer = ptx.cluster_rank(fb), lw.index.value(lw.index.linear_map(lw.scope.lane, columns))
         words = {register: lw.registers(self.op.source)[register] for register in self._distinct()}
 
         def tell() -> None:
@@ -171,13 +175,10 @@ class _Use:
     def _senders(self, spare: list[int]) -> mlir.Value | None:
         """i1: the first of the threads that hold the same elements, and those of its lanes that tell other blocks."""
         lw, fb = self.lw, self.lw.fb
-        lanes = range(5) if self.layout is None else self.layout.free_bits("lane")
-        warps = self.layout.free_bits("warp") if self.layout is not None else range(lw.scope.num_warps.bit_length() - 1)
-        mask = sum(1 << bit for bit in lanes if bit not in spare)
-        conditions = []
-        for value, bits in ((lw.scope.lane, mask), (lw.scope.warp, sum(1 << bit for bit in warps))):
-            if bits:
-                conditions.append(fb.icmp("eq", fb.and_(value, fb.i32(bits)), fb.i32(0)))
+        lanes = sum(1 << bit for bit in self._free_bits("lane") if bit not in spare)
+        warps = sum(1 << bit for bit in self._free_bits("warp"))
+        masks = [(value, mask) for value, mask in ((lw.scope.lane, lanes), (lw.scope.warp, warps)) if mask]
+        conditions = [fb.icmp("eq", fb.and_(value, fb.i32(mask)), fb.i32(0)) for value, mask in masks]
         if not conditions:
             return None
         return conditions[0] if len(conditions) == 1 else fb.and_(*conditions)

@@ -97,7 +97,7 @@ mapa.shared::cluster.u32 there, $0, $1;
 def arrive_expect_tx(
     fb: FunctionBuilder, address: mlir.Value, bytes_: int, condition: mlir.Value | None = None
 ) -> None:
-    """``mbarrier.arrive.expect_tx``: arrive, and let the phase also wait for ``bytes_`` bytes of asynchronous copies."""
+    """``mbarrier.arrive.expect_tx``: arrive, and let the phase also wait for ``bytes_`` bytes that others bring."""
     _emit_if(fb, condition, f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {bytes_};", "r", [address])
 
 
@@ -166,6 +166,11 @@ def store_async(fb: FunctionBuilder, address: mlir.Value, word: mlir.Value, bits
     releases the store to who waits there."""
     text = f"st.async.shared::cluster.mbarrier::complete_tx::bytes.b{bits} [$0], $1, [$2];"
     emit(fb, text, f"r{KIND[bits]}r", [address, word, barrier])
+
+
+def meet_in_warp(fb: FunctionBuilder) -> None:
+    """``bar.warp.sync``: the lanes of the warp meet, and know what all of them have done."""
+    emit(fb, "bar.warp.sync 0xffffffff;")
 
 
 def sync_at_barrier(fb: FunctionBuilder, barrier: mlir.Value, threads: int) -> None:

@@ -131,7 +131,7 @@ class NvidiaOps(TargetOps):
             return
         warps = 4 if scope == "warpgroup" else here.num_warps
         if warps == 1:
-            fb.inline_asm(None, "bar.warp.sync 0xffffffff;", "~{memory}")
+            ptx.meet_in_warp(fb)
             return
         number: mlir.Value = fb.i32(here.barrier_id)
         if scope == "warpgroup" and here.num_warps > 4:

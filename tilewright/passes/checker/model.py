@@ -115,8 +115,8 @@ class Model:
     def __init__(self, function: Function, target: Target):
         self.function, self.target = function, target
         ctas, spread = int(function.attributes.get("num_ctas", 1)), bool(function.attributes.get("spread"))
-        #: blocks of the cluster, which the checker follows all; but for those that run one program together, which share
-        #: no rings: of these it follows one
+        #: blocks of the cluster, all of which the checker follows; of those that run one program together, which share
+        #: no rings, it follows one
         self.ctas, self.program_blocks = (1, ctas) if spread else (ctas, 1)
         self.ops = list(function.walk())
         self.rings: dict[Value, RingModel] = {}
