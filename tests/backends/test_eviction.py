@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import pytest
 
 import tilewright as tw
 from tilewright.frontend.errors import CompileError
+from tilewright.kernels.rmsnorm import rmsnorm
 
 BF16 = ml_dtypes.bfloat16
 
@@ -81,11 +83,25 @@ def test_an_unknown_policy_is_refused() -> None:
         doubled[(1,)](x, x, POLICY="first")
 
 
-def test_addresses_of_hinted_copies_have_no_uniform_part() -> None:
-    """ptxas 13.0 puts a uniform part into the registers of the hint's policy, which ends in an illegal instruction."""
-    shapes = {"a": (64, 192), "b": (192, 64), "c": (64, 64)}
-    specs = {name: tw.spec("bf16", shape) for name, shape in shapes.items()}
-    ptx = tw.compile(product, "sm_90a", specs, schedule="prefetch").asm["ptx"]
-    addresses = re.findall(r"cp\.async\.\S*L2::cache_hint \[(%r\d+)\+", ptx)
-    assert addresses
-    assert all(re.search(rf"and\.b32\s+{address}, %r\d+, 21474836\d\d;", ptx) for address in addresses)
+def copies(cubin: bytes) -> list[int]:
+    """The forms of the LDGSTS of a cubin, the low 12 bits of the instruction: 0xdae adds a uniform register."""
+    (offset,), (size, count) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3A)
+    found = []
+    for place in range(offset, offset + size * count, size):
+        _, kind, flags, _, start, length = struct.unpack_from("<IIQQQQ", cubin, place)
+        if kind == 1 and flags & 4:  # instructions
+            words = struct.unpack_from(f"<{length // 8}Q", cubin, start)
+            found += [word & 0xFFF for word in words[::2] if word & 0xFFF in (0xFAE, 0xDAE)]
+    return found
+
+
+@pytest.mark.parametrize(("columns", "num_warps", "num_ctas"), [(8192, 16, 1), (32768, 16, 4)])
+def test_no_hinted_copy_adds_a_uniform_register_to_its_address(columns: int, num_warps: int, num_ctas: int) -> None:
+    """What ptxas makes of such a copy reads a broken descriptor: an illegal instruction."""
+    given = {"x": ("bf16", ("M", "N")), "weight": ("bf16", ("N",)), "y": ("bf16", ("M", "N"))}
+    types: dict[str, Any] = {name: tw.spec(dtype, shape, align=16) for name, (dtype, shape) in given.items()}
+    types |= {"eps": "f32", "BN": columns, "READ": "evict_first", "AGAIN": True}
+    artifact = tw.compile(rmsnorm, "sm_90a", types, num_warps=num_warps, num_ctas=num_ctas)
+    found = copies(artifact.binary)
+    assert found
+    assert set(found) == {0xFAE}
