@@ -144,13 +144,8 @@ def cases() -> dict[str, Case]:
     }  # fmt: skip
     for name, kernel in kernels.items():
         for size in (16384, 1024), (4096, 8192):
-            twice = name == "softmax backward" and size[1] > 1024
-            add(f"{name} {size[0]}x{size[1]}", f"{kernel}_twice" if twice else kernel, _norms, name, *size)
-    kernels = {
-        "layernorm": "layernorm_long", "layernorm backward": "norm_backward", "rmsnorm": "rmsnorm_long",
-        "softmax": "softmax_long", "softmax backward": "softmax_backward_long",
-    }  # fmt: skip
-    for name, kernel in kernels.items():
+            add(f"{name} {size[0]}x{size[1]}", kernel, _norms, name, *size)
+    for name, kernel in {**kernels, "layernorm": "layernorm_long", "softmax": "softmax"}.items():
         add(f"{name} 4096x32768", kernel, _norms, name, 4096, 32768)
     for name in "cross-entropy", "cross-entropy backward":
         add(f"{name} 4096x131072", name.replace("-", "_").replace(" ", "_"), _norms, name, 4096, 131072)

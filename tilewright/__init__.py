@@ -18,6 +18,7 @@ _TOOLS = {
     "kernel": "tilewright.compiler.api",
     "compile": "tilewright.compiler.api",
     "device": "tilewright.compiler.api",
+    "supports": "tilewright.compiler.api",
     "devices": "tilewright.runtime.device",
     "emulate": "tilewright.compiler.api",
     "recording": "tilewright.compiler.recording",

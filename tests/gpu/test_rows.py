@@ -7,9 +7,9 @@ import pytest
 import tilewright as tw
 from tilewright.kernels.column_sum import column_sums, workspace_shapes
 from tilewright.kernels.norm_backward import norm_backward
-from tilewright.kernels.rmsnorm import rmsnorm
+from tilewright.kernels.rmsnorm import rms_rows, rmsnorm
 from tilewright.kernels.rows import row_tiles
-from tilewright.kernels.softmax import softmax
+from tilewright.kernels.softmax import softmax, softmax_rows, softmax_rows_backward
 from tilewright.kernels.transpose import tiles, transpose
 
 torch = pytest.importorskip("torch")
@@ -89,6 +89,33 @@ def test_spread_over_blocks(x, ctas, again):
         assert relative(y, exact) < DTYPES[x.dtype]
         first = y if first is None else first
         assert torch.equal(first, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [20000, 32768, 65536, 100003, 131072])
+def test_long_rows(columns, dtype):
+    """What the library launches for them; the same bits in every run."""
+    torch.manual_seed(0)
+    x, residual, dy = (torch.randn(300, columns, device="cuda", dtype=dtype) for _ in range(3))
+    weight, (y, total, dx) = torch.randn_like(x[0]), (poisoned(*x.shape, dtype=dtype) for _ in range(3))
+    exact = x.double() + residual.double()
+    normal = exact * (exact.square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    softmax_ = torch.softmax(x.double(), 1)
+    above = softmax_.to(dtype).double()
+    gradient = above * (dy.double() - (above * dy.double()).sum(1, keepdim=True))
+    first = None
+    for _ in range(3):
+        rms_rows(x, weight, y, 1e-5, residual=residual, total=total)
+        assert relative(y, normal) < DTYPES[dtype] and relative(total, exact) < DTYPES[dtype]
+        softmax_rows(x, total)
+        assert relative(total, softmax_) < DTYPES[dtype]
+        softmax_rows_backward(dy, softmax_.to(dtype), dx)
+        assert relative(dx, gradient) < DTYPES[dtype]
+        found = [a.clone() for a in (y, total, dx)]
+        first = first or found
+        assert all(map(torch.equal, first, found))
+        for a in (y, total, dx):
+            a.fill_(float("nan"))
 
 
 def test_transpose(x):

@@ -193,14 +193,16 @@ def test_threads_hold_sixteen_elements_of_each_of_two_matrices(columns, meta):
 
 
 def test_rows_are_read_again_where_the_cache_has_them_but_not_the_matrix():
-    again = {"AGAIN": True, "num_warps": 4}.items()
+    again = {"AGAIN": True, "READ": "evict_last", "num_warps": 4}.items()
     for residual in (False, True):
         assert norm_tiles(16384, 4096, residual).items() >= again
         for rows, columns in ((16384, 1024), (4096, 4096), (8192, 8192)):
             assert "AGAIN" not in norm_tiles(rows, columns, residual)
     matrix, tensors = amd.matrix("bf16"), {"weight": vector("bf16"), "eps": DTYPES["f32"]}
-    ptx = hot_path(rmsnorm, x=matrix, residual=matrix, total=matrix, y=matrix, BN=4096, AGAIN=True, **tensors)
+    tensors |= {"x": matrix, "residual": matrix, "total": matrix, "y": matrix, "BN": 4096, "AGAIN": True}
+    ptx = hot_path(rmsnorm, READ="evict_last", **tensors)
     assert "L2::evict_last" in ptx and "L2::evict_first" in ptx
+    assert "cp.async" not in ptx and "cp.async" in hot_path(rmsnorm, **tensors)
 
 
 def test_long_rows_have_tiles_of_their_length():

@@ -19,12 +19,21 @@ from tilewright.ir.interpreter import run
 from tilewright.ir.target import get_target
 from tilewright.ir.types import DTYPES, ViewType
 from tilewright.kernels import layernorm as layer_module
+from tilewright.kernels import norm_backward as gradient_module
 from tilewright.kernels import rmsnorm as rms_module
 from tilewright.kernels import softmax as softmax_module
 from tilewright.kernels.layernorm import layernorm
-from tilewright.kernels.norm_backward import norm_backward
-from tilewright.kernels.rmsnorm import rmsnorm
-from tilewright.kernels.softmax import softmax, softmax_backward
+from tilewright.kernels.norm_backward import gradient_programs, norm_backward, norm_gradients
+from tilewright.kernels.rmsnorm import rms_rows, rmsnorm
+from tilewright.kernels.rows import (
+    SPREAD_GRADIENTS,
+    WIDEST,
+    WIDEST_SPREAD,
+    spread_gradient_tiles,
+    spread_norm_tiles,
+    spread_tiles,
+)
+from tilewright.kernels.softmax import softmax, softmax_backward, softmax_rows, softmax_rows_backward
 from tilewright.passes.manager import PassContext, PassManager
 from tilewright.passes.pipelines import default_pipeline
 
@@ -81,7 +90,7 @@ def test_rmsnorm(run_: Runner, ctas: int, columns: int, dtype: str) -> None:
 @pytest.mark.parametrize("run_", RUNNERS)
 @pytest.mark.parametrize(("ctas", "columns", "rows"), [(4, 500, 1), (2, 512, 2), (8, 77, 8)])
 def test_layernorm(run_: Runner, ctas: int, columns: int, rows: int) -> None:
-    """Two sums in one exchange; several rows a program, of which there are too few."""
+    """Two exchanges, the second of the row minus its mean; several rows a program, of which there are too few."""
     x, weight, bias = normal(ROWS, columns), normal(columns, seed=1), normal(columns, seed=2)
     y, mean, inverse = poisoned(ROWS, columns), poisoned(ROWS), poisoned(ROWS)
     args = (x, weight, y, EPS, None, None, bias, mean, inverse)
@@ -102,9 +111,6 @@ def test_rows_that_wait_in_shared_memory(run_: Runner, columns: int) -> None:
     run_(rmsnorm, (ROWS,), x, weight, y, EPS, residual, total, **meta)
     check(y, rms_module.reference(x, weight, EPS, residual))
     check(total, x.astype(np.float64) + residual)
-    y[...] = np.nan
-    run_(layernorm, (ROWS,), x, weight, y, EPS, **meta)
-    check(y, layer_module.reference(x, weight, EPS))
     x[2, 700:] = -np.inf
     y[...] = np.nan
     run_(softmax, (ROWS,), x, y, **meta)
@@ -169,3 +175,119 @@ def test_bits_do_not_depend_on_who_is_first(seed: int) -> None:
 
     found = gradients(shuffled, 4, True, num_warps=2)
     assert [a.tobytes() for a in found] == [a.tobytes() for a in expected]
+
+
+# --- what the library chooses -------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands for a kernel: keeps the tiles of its launches, and runs them."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel, self.launches = kernel, list[dict[str, Any]]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run_(*args: Any, **named: Any) -> None:
+            self.launches.append(named)
+            self.kernel[grid](*args, **named)
+
+        return run_
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, clusters: bool) -> dict[str, Recorder]:
+    """The kernels over rows by name, on hardware with clusters or without."""
+    monkeypatch.setattr(tw, "supports", lambda array, feature: clusters and feature == "clusters", raising=False)
+    found = {}
+    for module in (rms_module, softmax_module, gradient_module):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Kernel):
+                found[name] = Recorder(value)
+                monkeypatch.setattr(module, name, found[name])
+    return found
+
+
+def used(kernels: dict[str, Recorder]) -> dict[str, int]:
+    """The kernels that were launched, and over how many blocks, the last time."""
+    launched = {name: k.launches[-1].get("num_ctas", 1) for name, k in kernels.items() if k.launches}
+    for kernel in kernels.values():
+        kernel.launches.clear()
+    return launched
+
+
+@pytest.mark.parametrize(("clusters", "columns"), [(True, WIDEST + 8), (False, WIDEST + 8), (True, WIDEST)])
+def test_long_rows_are_spread_where_there_are_clusters(
+    monkeypatch: pytest.MonkeyPatch, clusters: bool, columns: int
+) -> None:
+    kernels = recorded(monkeypatch, clusters)
+    spread, suffix = (8, "") if clusters and columns > WIDEST else (1, "_long" if columns > WIDEST else "")
+    x, dy, weight = normal(2, columns), normal(2, columns, seed=1), normal(columns, seed=2)
+    y, dx, total = (poisoned(2, columns) for _ in range(3))
+    rms_rows(x, weight, y, EPS)
+    check(y, rms_module.reference(x, weight, EPS))
+    assert used(kernels) == {f"rmsnorm{suffix}": spread}
+    rms_rows(x, weight, y, EPS, residual=dy, total=total)
+    check(y, rms_module.reference(x, weight, EPS, dy))
+    check(total, x.astype(np.float64) + dy)
+    assert used(kernels) == {f"rmsnorm{suffix}": spread}
+    softmax_rows(x, y)
+    check(y, softmax_module.reference(x))
+    assert used(kernels) == {f"softmax{suffix}": spread}
+    softmax_rows_backward(dy, y, dx)
+    check(dx, softmax_module.reference_backward(dy, y))
+    assert used(kernels) == {f"softmax_backward{suffix}": spread}
+
+
+@pytest.mark.parametrize(("columns", "centred"), [
+    (SPREAD_GRADIENTS[0], False), (SPREAD_GRADIENTS[0] - 1, False), (SPREAD_GRADIENTS[0], True),
+])  # fmt: skip
+def test_gradients_of_rmsnorm_are_spread_where_all_blocks_have_columns(
+    monkeypatch: pytest.MonkeyPatch, columns: int, centred: bool
+) -> None:
+    kernels, module = recorded(monkeypatch, True), layer_module if centred else rms_module
+    dy, x, weight = normal(3, columns), normal(3, columns, seed=1), normal(columns, seed=2)
+    exact = x.astype(np.float64)
+    mean = exact.mean(1).astype(np.float32) if centred else None
+    inverse = (1 / np.sqrt((exact.var(1) if centred else (exact**2).mean(1)) + EPS)).astype(np.float32)
+    dx, partial = poisoned(3, columns), poisoned(gradient_programs(3, columns), 1, columns)
+    norm_gradients(dy, x, weight, inverse, dx, partial, mean=mean)
+    wanted = module.reference_backward(dy, x, weight, EPS)
+    check(dx, wanted[0])
+    check(partial[:, 0].sum(0), wanted[1])
+    spread = columns in SPREAD_GRADIENTS and not centred
+    assert used(kernels) == ({"norm_backward": 8} if spread else {"norm_backward": 1, "norm_backward_sums": 1})
+
+
+def test_arrays_of_the_interpreter_have_no_clusters() -> None:
+    assert not tw.supports(np.zeros((2, 2)), "clusters")
+    with pytest.raises(tw.ArgumentError, match="no target has a feature 'cluster'"):
+        tw.supports(np.zeros((2, 2)), "cluster")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_the_widest_rows_fit_into_eight_blocks(dtype: str) -> None:
+    """Those of two matrices wait in shared memory; threads spill next to nothing."""
+    matrix, vector = (tw.spec(dtype, shape, align=16) for shape in (("M", "N"), ("N",)))
+    norm: dict[str, Any] = {
+        "x": matrix,
+        "weight": vector,
+        "y": matrix,
+        "eps": "f32",
+        "residual": matrix,
+        "total": matrix,
+    }
+    cases: list[tuple[Kernel, dict[str, Any], dict[str, Any], int]] = [
+        (rmsnorm, norm, spread_norm_tiles(WIDEST_SPREAD, True), 2),
+        (softmax, {"x": matrix, "y": matrix}, spread_tiles(WIDEST_SPREAD), 0),
+        (norm_backward, {"dy": matrix, "x": matrix, "weight": vector, "inverse": tw.spec("f32", ("M",)), "dx": matrix,
+                         "partial": tw.spec("f32", ("P", 1, "N"), align=16)},
+         spread_gradient_tiles(4096, SPREAD_GRADIENTS[-1])[0], 2),
+    ]  # fmt: skip
+    for kernel, types, tiles, waiting in cases:
+        options = {name: value for name, value in tiles.items() if name in CompileOptions.names()}
+        meta = {name: value for name, value in tiles.items() if name not in options}
+        artifact = tw.compile(kernel, "sm_90a", types | meta, **options)
+        assert artifact.resources.spill_stores <= 64
+        row_bytes = tiles["BN"] // 8 * DTYPES[dtype].bytes
+        assert artifact.entries[0].abi.shared_bytes // row_bytes >= waiting
+        if not waiting:
+            assert artifact.entries[0].abi.shared_bytes < row_bytes

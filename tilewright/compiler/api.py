@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, overload
 
+from tilewright.compiler.arrays import where
 from tilewright.compiler.artifact import Artifact
+from tilewright.compiler.environment import INTERPRET
 from tilewright.compiler.kernel import Kernel
 from tilewright.compiler.launch import Grid
 from tilewright.compiler.lookup import obtain
 from tilewright.compiler.options import CompileOptions
 from tilewright.frontend.errors import ArgumentError, suggestion
-from tilewright.ir.target import get_target
+from tilewright.ir.target import TARGETS, get_target
+from tilewright.runtime.device import open_device
 
 if TYPE_CHECKING:
     from tilewright.runtime.emulated_group import EmulatedGroup
@@ -65,8 +68,6 @@ class BoundDevice:
     def synchronize(self) -> None:
         """Wait for everything launched on this device."""
         if self.name != "cpu":
-            from tilewright.runtime.device import open_device
-
             open_device(self.name).synchronize()
 
     def __repr__(self) -> str:
@@ -76,10 +77,20 @@ class BoundDevice:
 def device(name: str) -> BoundDevice:
     """The device called ``name``: "cpu", "cuda:0", "hip:0", "emulate:gfx942". DeviceError when it does not exist."""
     if name != "cpu":
-        from tilewright.runtime.device import open_device
-
         open_device(name)
     return BoundDevice(name)
+
+
+def supports(array: Any, feature: str) -> bool:
+    """Whether launches on an array run on hardware with a feature, by which a caller chooses among kernels.
+
+    ``array``: of NumPy or torch; ``feature``: a name of `tilewright.ir.target.Target.has`, such as "clusters". False
+    where the interpreter runs. Raises ArgumentError for a feature that no target has.
+    """
+    if not any(target.has(feature) for target in TARGETS.values()):
+        raise ArgumentError(f"no target has a feature {feature!r}")
+    place = where({"array": array})
+    return place != "cpu" and not INTERPRET.get() and get_target(open_device(place).target).has(feature)
 
 
 class BoundGroup:

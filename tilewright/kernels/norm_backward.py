@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_WARPS, WIDEST, gradient_tiles, long_gradient_tiles
+from tilewright.kernels.rows import (
+    LONG_WARPS,
+    SPREAD_GRADIENTS,
+    WIDEST,
+    gradient_tiles,
+    is_spread,
+    long_gradient_tiles,
+    spread_gradient_tiles,
+)
 from tilewright.kernels.workspace import Workspace
 
 _workspace = Workspace()
@@ -134,6 +142,10 @@ def norm_gradients(
     if columns <= WIDEST:
         meta, programs = gradient_tiles(rows, columns, mean is not None)
         norm_backward[(programs,)](dy, x, weight, inverse, dx, partial, dtotal, mean, BIAS=bias, **meta)
+        return
+    if mean is None and columns in SPREAD_GRADIENTS and is_spread(x):
+        meta, programs = spread_gradient_tiles(rows, columns)
+        norm_backward[(programs,)](dy, x, weight, inverse, dx, partial, dtotal, BIAS=bias, **meta)
         return
     sums = _workspace.take(x, (2, rows))
     norm_backward_sums[(rows,)](dy, x, weight, inverse, sums, mean, num_warps=LONG_WARPS)

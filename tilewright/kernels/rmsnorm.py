@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, long_tiles, norm_tiles, store_weighted, sum_of, weights
+from tilewright.kernels.rows import (
+    LONG_COLUMNS,
+    WIDEST,
+    is_spread,
+    long_tiles,
+    norm_tiles,
+    spread_norm_tiles,
+    store_weighted,
+    sum_of,
+    weights,
+)
 
 
 @tw.kernel
@@ -31,11 +41,11 @@ def rmsnorm(
     x, residual, total and y (M, N) of rows up to BN elements, weight and bias (N,), inverse (M,) float32. Writes t to
     ``total`` and 1 / sqrt(...), which `norm_backward` needs, to ``inverse``; each of the last four may be absent.
     Computes in float32, reads and writes each element once. READ: a hint to the cache for x and the residual. AGAIN:
-    rows do not wait in registers for their sums but are read once more, from shared memory where copies can bring them
-    (`tilewright.passes.waiting_rows`).
+    rows do not wait in registers for their sums but are read once more: from the cache with "evict_last", else from
+    shared memory where copies can bring them (`tilewright.passes.waiting_rows`).
     """
     m = tw.program_id(0)
-    row = sum_of(x, residual, m, 0, BM, BN, "evict_last" if AGAIN else READ)
+    row = sum_of(x, residual, m, 0, BM, BN, READ)
     if total is not None and not AGAIN:
         tw.store(total, (m, 0), row.to(total.dtype))
     scale = tw.rsqrt(tw.sum(row * row, axis=1) / x.shape[1] + eps)
@@ -89,6 +99,9 @@ def rmsnorm_long(
 def rms_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
     """`rmsnorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name."""
     (rows, columns), residual = x.shape, optional.get("residual") is not None
+    if is_spread(x):
+        rmsnorm[(rows,)](x, weight, y, eps, **optional, **spread_norm_tiles(columns, residual))
+        return
     if columns > WIDEST:
         meta = long_tiles("rmsnorm with a residual" if residual else "rmsnorm", columns)
         rmsnorm_long[(rows,)](x, weight, y, eps, **optional, **meta)

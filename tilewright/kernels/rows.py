@@ -18,6 +18,11 @@ LONG_TILES = {
     "layernorm": ((8192, 8), (8192, 8)),
     "softmax": ((2048, 8), (8192, 16)), "softmax backward": ((4096, 16), (8192, 16)),
 }  # fmt: skip
+#: blocks of a cluster that long rows are spread over, the elements of a row that a warp of theirs has, and the widest
+#: rows for which they do better than kernels for long rows
+BLOCKS, SPREAD_ELEMENTS, WIDEST_SPREAD = 8, 1024, 131072
+#: registers of a thread of such programs where rows wait in shared memory
+SPREAD_REGISTERS = 64
 #: elements of a matrix of which the cache holds much: there what is read once makes room for what is written
 CACHED = 2**24
 #: the widest rows of which a warp of `softmax` and `layernorm` takes whole ones; narrower ones are taken together
@@ -42,8 +47,10 @@ LEAST = -1e30
 LOG2_E = math.log2(math.e)
 #: threads of the programs that share the rows of a gradient, on each SM of an H100
 GRADIENT_THREADS, SMS = 512, 132
-#: programs that share the rows of a gradient in each block of columns
+#: programs that share the rows of a gradient in each block of columns, or with a cluster each
 LONG_GRADIENT_PROGRAMS = 33
+#: columns for which the rows of rmsnorm's gradients are spread: so many that the last block has some, yet not too many
+SPREAD_GRADIENTS = range(2 * WIDEST - 2 * WIDEST // BLOCKS + 1, 2 * WIDEST + 1)
 
 
 def row_tiles(rows: int, columns: int, least: int = ELEMENTS) -> dict[str, int]:
@@ -81,7 +88,7 @@ def norm_tiles(rows: int, columns: int, residual: bool = False) -> dict[str, Any
     """
     meta: dict[str, Any] = row_tiles(rows, columns, SHORT)
     if rows * columns > CACHED and SHORT < columns <= ELEMENTS:
-        return {**meta, "num_warps": AGAIN_WARPS, "AGAIN": True}
+        return {**meta, "num_warps": AGAIN_WARPS, "AGAIN": True, "READ": "evict_last"}
     return pair_tiles(rows, columns) if residual else {**meta, **read_once(rows, columns)}
 
 
@@ -96,6 +103,27 @@ def long_tiles(kernel: str, columns: int) -> dict[str, int]:
     """``BN`` and warps of a kernel of `LONG_TILES` for rows that are wider than `WIDEST`."""
     width, warps = LONG_TILES[kernel][columns > MIDDLE]
     return {"BN": width, "num_warps": warps}
+
+
+def is_spread(x: Any) -> bool:
+    """Whether kernels that hold whole rows take those of ``x``, too wide for one block, with the blocks of clusters."""
+    return WIDEST < x.shape[1] <= WIDEST_SPREAD and bool(tw.supports(x, "clusters"))
+
+
+def spread_tiles(columns: int) -> dict[str, Any]:
+    """Tile sizes, warps and blocks of kernels over rows that are wider than `WIDEST`, where `is_spread` says so."""
+    width = 2 * WIDEST
+    while width < columns:
+        width *= 2
+    return {"BM": 1, "BN": width, "num_ctas": BLOCKS, "num_warps": width // (BLOCKS * SPREAD_ELEMENTS)}
+
+
+def spread_norm_tiles(columns: int, residual: bool) -> dict[str, Any]:
+    """The same of `rmsnorm`: rows of two matrices, and of one with many threads, do not wait in registers."""
+    meta = spread_tiles(columns)
+    if residual or meta["BN"] > MIDDLE:
+        meta |= {"AGAIN": True, "maxnreg": SPREAD_REGISTERS}
+    return meta
 
 
 def layer_tiles(rows: int, columns: int, bytes_each: int = 2) -> dict[str, Any]:
@@ -148,6 +176,11 @@ def gradient_tiles(rows: int, columns: int, centred: bool = False) -> tuple[dict
 def long_gradient_tiles(rows: int) -> tuple[dict[str, int], int]:
     """The same for blocks of `LONG_COLUMNS` columns, each with programs of its own."""
     return {"BM": 1, "BN": LONG_COLUMNS, "num_warps": 2 * LONG_WARPS}, min(LONG_GRADIENT_PROGRAMS, rows)
+
+
+def spread_gradient_tiles(rows: int, columns: int) -> tuple[dict[str, Any], int]:
+    """The same of rmsnorm's for columns of `SPREAD_GRADIENTS`: clusters that walk over rows, two blocks on an SM."""
+    return {**spread_tiles(columns), "num_warps": LONG_WARPS, "AGAIN": True}, long_gradient_tiles(rows)[1]
 
 
 @tw.function

@@ -12,9 +12,11 @@ from tilewright.kernels.rows import (
     LOG2_E,
     LONG_COLUMNS,
     WIDEST,
+    is_spread,
     long_tiles,
     softmax_gradient_tiles,
     softmax_tiles,
+    spread_tiles,
 )
 
 
@@ -134,6 +136,9 @@ def softmax_backward_long(dy: tw.Tensor, y: tw.Tensor, dx: tw.Tensor, *, BN: tw.
 
 def softmax_rows(x: Any, y: Any) -> None:
     """`softmax` of rows of any length. Arrays of NumPy or torch."""
+    if is_spread(x):
+        softmax[(x.shape[0],)](x, y, **spread_tiles(x.shape[1]))
+        return
     if x.shape[1] > WIDEST:
         softmax_long[(x.shape[0],)](x, y, **long_tiles("softmax", x.shape[1]))
         return
@@ -144,7 +149,9 @@ def softmax_rows(x: Any, y: Any) -> None:
 def softmax_rows_backward(dy: Any, y: Any, dx: Any) -> None:
     """`softmax_backward` of rows of any length. Arrays of NumPy or torch."""
     rows, columns = y.shape
-    if columns > WIDEST:
+    if is_spread(y):
+        softmax_backward[(rows,)](dy, y, dx, **spread_tiles(columns), AGAIN=True)
+    elif columns > WIDEST:
         softmax_backward_long[(rows,)](dy, y, dx, **long_tiles("softmax backward", columns))
     else:
         meta = softmax_gradient_tiles(rows, columns)

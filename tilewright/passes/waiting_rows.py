@@ -10,7 +10,8 @@ of them lies in registers meanwhile. Both loads become reads of one slot, which 
     ... tile.reduce ...
     %again = async.local_load %slot
 
-For straight code without products; in loops, where copies run ahead, `tilewright.passes.row_copies` does it.
+A row that the cache is asked to keep (``evict_last``) waits there instead. For straight code without products; in
+loops, where copies run ahead, `tilewright.passes.row_copies` does it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _repeated(function: Function, target: Target) -> dict[Load, list[Load]]:
     """Loads of the function's own block, and those that repeat them; nobody writes to their tensors."""
     written, found = written_tensors(function), dict[Any, list[Load]]()
     for op in function.body.block.ops:
-        if not isinstance(op, Load) or op.after or view_root(op.view) in written:
+        if not isinstance(op, Load) or op.after or op.evict == "evict_last" or view_root(op.view) in written:
             continue
         tile = tile_of(op.result)
         if tile.size * tile.dtype.bytes < LEAST_ROW_BYTES:
