@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from kernel_checks import Array, check, launch, normal, poisoned
@@ -22,12 +23,12 @@ from tilewright.kernels import layernorm as layer_module
 from tilewright.kernels import norm_backward as gradient_module
 from tilewright.kernels import rmsnorm as rms_module
 from tilewright.kernels import softmax as softmax_module
-from tilewright.kernels.layernorm import layernorm
+from tilewright.kernels.layernorm import layer_rows, layernorm
 from tilewright.kernels.norm_backward import gradient_programs, norm_backward, norm_gradients
 from tilewright.kernels.rmsnorm import rms_rows, rmsnorm
 from tilewright.kernels.rows import (
-    SPREAD_GRADIENTS,
     WIDEST,
+    WIDEST_GRADIENTS,
     WIDEST_SPREAD,
     spread_gradient_tiles,
     spread_norm_tiles,
@@ -198,7 +199,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, clusters: bool) -> dict[str, Recor
     """The kernels over rows by name, on hardware with clusters or without."""
     monkeypatch.setattr(tw, "supports", lambda array, feature: clusters and feature == "clusters", raising=False)
     found = {}
-    for module in (rms_module, softmax_module, gradient_module):
+    for module in (rms_module, layer_module, softmax_module, gradient_module):
         for name, value in list(vars(module).items()):
             if isinstance(value, Kernel):
                 found[name] = Recorder(value)
@@ -214,12 +215,24 @@ def used(kernels: dict[str, Recorder]) -> dict[str, int]:
     return launched
 
 
-@pytest.mark.parametrize(("clusters", "columns"), [(True, WIDEST + 8), (False, WIDEST + 8), (True, WIDEST)])
+#: the fewest columns that all eight blocks have some of
+LEAST_SPREAD = 2 * WIDEST - 2 * WIDEST // 8 + 8
+
+
+@pytest.mark.parametrize(
+    ("clusters", "columns", "spread", "suffix"),
+    [
+        (True, LEAST_SPREAD, 8, ""),
+        (True, LEAST_SPREAD - 8, 1, "_long"),
+        (True, LEAST_SPREAD + 1, 1, "_long"),  # no multiple of 16 bytes
+        (False, LEAST_SPREAD, 1, "_long"),
+        (True, WIDEST, 1, ""),
+    ],
+)
 def test_long_rows_are_spread_where_there_are_clusters(
-    monkeypatch: pytest.MonkeyPatch, clusters: bool, columns: int
+    monkeypatch: pytest.MonkeyPatch, clusters: bool, columns: int, spread: int, suffix: str
 ) -> None:
     kernels = recorded(monkeypatch, clusters)
-    spread, suffix = (8, "") if clusters and columns > WIDEST else (1, "_long" if columns > WIDEST else "")
     x, dy, weight = normal(2, columns), normal(2, columns, seed=1), normal(columns, seed=2)
     y, dx, total = (poisoned(2, columns) for _ in range(3))
     rms_rows(x, weight, y, EPS)
@@ -229,6 +242,13 @@ def test_long_rows_are_spread_where_there_are_clusters(
     check(y, rms_module.reference(x, weight, EPS, dy))
     check(total, x.astype(np.float64) + dy)
     assert used(kernels) == {f"rmsnorm{suffix}": spread}
+    layer_rows(x, weight, y, EPS)
+    check(y, layer_module.reference(x, weight, EPS))
+    assert used(kernels) == {f"layernorm{suffix}": spread}
+    halves = x.astype(ml_dtypes.bfloat16)
+    layer_rows(halves, weight, y, EPS)
+    check(y, layer_module.reference(halves, weight, EPS))
+    assert used(kernels) == {"layernorm" if columns == WIDEST else "layernorm_long": 1}
     softmax_rows(x, y)
     check(y, softmax_module.reference(x))
     assert used(kernels) == {f"softmax{suffix}": spread}
@@ -238,7 +258,7 @@ def test_long_rows_are_spread_where_there_are_clusters(
 
 
 @pytest.mark.parametrize(("columns", "centred"), [
-    (SPREAD_GRADIENTS[0], False), (SPREAD_GRADIENTS[0] - 1, False), (SPREAD_GRADIENTS[0], True),
+    (LEAST_SPREAD, False), (LEAST_SPREAD - 8, False), (LEAST_SPREAD, True),
 ])  # fmt: skip
 def test_gradients_of_rmsnorm_are_spread_where_all_blocks_have_columns(
     monkeypatch: pytest.MonkeyPatch, columns: int, centred: bool
@@ -253,7 +273,7 @@ def test_gradients_of_rmsnorm_are_spread_where_all_blocks_have_columns(
     wanted = module.reference_backward(dy, x, weight, EPS)
     check(dx, wanted[0])
     check(partial[:, 0].sum(0), wanted[1])
-    spread = columns in SPREAD_GRADIENTS and not centred
+    spread = columns >= LEAST_SPREAD and not centred
     assert used(kernels) == ({"norm_backward": 8} if spread else {"norm_backward": 1, "norm_backward_sums": 1})
 
 
@@ -280,8 +300,11 @@ def test_the_widest_rows_fit_into_eight_blocks(dtype: str) -> None:
         (softmax, {"x": matrix, "y": matrix}, spread_tiles(WIDEST_SPREAD), 0),
         (norm_backward, {"dy": matrix, "x": matrix, "weight": vector, "inverse": tw.spec("f32", ("M",)), "dx": matrix,
                          "partial": tw.spec("f32", ("P", 1, "N"), align=16)},
-         spread_gradient_tiles(4096, SPREAD_GRADIENTS[-1])[0], 2),
+         spread_gradient_tiles(4096, WIDEST_GRADIENTS)[0], 2),
     ]  # fmt: skip
+    if dtype == "f32":
+        types = {name: given for name, given in norm.items() if name not in ("residual", "total")}
+        cases.append((layernorm, types | {"bias": vector}, spread_tiles(WIDEST_SPREAD), 0))
     for kernel, types, tiles, waiting in cases:
         options = {name: value for name, value in tiles.items() if name in CompileOptions.names()}
         meta = {name: value for name, value in tiles.items() if name not in options}

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 import tilewright as tw
-from tilewright.kernels.rows import LONG_COLUMNS, WIDEST, layer_tiles, long_tiles, store_weighted, sum_of, weights
+from tilewright.kernels.rows import (
+    LONG_COLUMNS,
+    WIDEST,
+    is_spread,
+    layer_tiles,
+    long_tiles,
+    spread_tiles,
+    store_weighted,
+    sum_of,
+    weights,
+)
 
 
 @tw.kernel
@@ -98,7 +108,13 @@ def layernorm_long(
 
 
 def layer_rows(x: Any, weight: Any, y: Any, eps: float, **optional: Any) -> None:
-    """`layernorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name."""
+    """`layernorm` of rows of any length on arrays of NumPy or torch; ``optional``: what it may be given by name.
+
+    Long rows of 16 bits are faster read twice than spread (docs/performance.md), with a residual all are.
+    """
+    if x.itemsize == 4 and optional.get("residual") is None and is_spread(x):
+        layernorm[(x.shape[0],)](x, weight, y, eps, **optional, **spread_tiles(x.shape[1]))
+        return
     if x.shape[1] > WIDEST:
         layernorm_long[(x.shape[0],)](x, weight, y, eps, **optional, **long_tiles("layernorm", x.shape[1]))
         return

@@ -7,8 +7,8 @@ from typing import Any
 import tilewright as tw
 from tilewright.kernels.rows import (
     LONG_WARPS,
-    SPREAD_GRADIENTS,
     WIDEST,
+    WIDEST_GRADIENTS,
     gradient_tiles,
     is_spread,
     long_gradient_tiles,
@@ -143,7 +143,7 @@ def norm_gradients(
         meta, programs = gradient_tiles(rows, columns, mean is not None)
         norm_backward[(programs,)](dy, x, weight, inverse, dx, partial, dtotal, mean, BIAS=bias, **meta)
         return
-    if mean is None and columns in SPREAD_GRADIENTS and is_spread(x):
+    if mean is None and columns <= WIDEST_GRADIENTS and is_spread(x):
         meta, programs = spread_gradient_tiles(rows, columns)
         norm_backward[(programs,)](dy, x, weight, inverse, dx, partial, dtotal, BIAS=bias, **meta)
         return

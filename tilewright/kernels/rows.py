@@ -49,8 +49,10 @@ LOG2_E = math.log2(math.e)
 GRADIENT_THREADS, SMS = 512, 132
 #: programs that share the rows of a gradient in each block of columns, or with a cluster each
 LONG_GRADIENT_PROGRAMS = 33
-#: columns for which the rows of rmsnorm's gradients are spread: so many that the last block has some, yet not too many
-SPREAD_GRADIENTS = range(2 * WIDEST - 2 * WIDEST // BLOCKS + 1, 2 * WIDEST + 1)
+#: the most columns for which the rows of rmsnorm's gradients are spread
+WIDEST_GRADIENTS = 2 * WIDEST
+#: bytes that rows have to be multiples of, for copies and vectors to take whole ones
+ALIGNED = 16
 
 
 def row_tiles(rows: int, columns: int, least: int = ELEMENTS) -> dict[str, int]:
@@ -106,15 +108,27 @@ def long_tiles(kernel: str, columns: int) -> dict[str, int]:
 
 
 def is_spread(x: Any) -> bool:
-    """Whether kernels that hold whole rows take those of ``x``, too wide for one block, with the blocks of clusters."""
-    return WIDEST < x.shape[1] <= WIDEST_SPREAD and bool(tw.supports(x, "clusters"))
+    """Whether kernels that hold whole rows take those of ``x``, too wide for one block, with the blocks of clusters.
+
+    Not where a block would have no columns, or threads have to copy single elements: there `x` is faster read twice.
+    """
+    columns = x.shape[1]
+    if not WIDEST < columns <= WIDEST_SPREAD or columns * x.itemsize % ALIGNED:
+        return False
+    width = _spread_width(columns)
+    return columns > width - width // BLOCKS and bool(tw.supports(x, "clusters"))
+
+
+def _spread_width(columns: int) -> int:
+    width = 2 * WIDEST
+    while width < columns:
+        width *= 2
+    return width
 
 
 def spread_tiles(columns: int) -> dict[str, Any]:
     """Tile sizes, warps and blocks of kernels over rows that are wider than `WIDEST`, where `is_spread` says so."""
-    width = 2 * WIDEST
-    while width < columns:
-        width *= 2
+    width = _spread_width(columns)
     return {"BM": 1, "BN": width, "num_ctas": BLOCKS, "num_warps": width // (BLOCKS * SPREAD_ELEMENTS)}
 
 
@@ -122,7 +136,9 @@ def spread_norm_tiles(columns: int, residual: bool) -> dict[str, Any]:
     """The same of `rmsnorm`: rows of two matrices, and of one with many threads, do not wait in registers."""
     meta = spread_tiles(columns)
     if residual or meta["BN"] > MIDDLE:
-        meta |= {"AGAIN": True, "maxnreg": SPREAD_REGISTERS}
+        meta["AGAIN"] = True
+        if meta["BN"] >= MIDDLE:
+            meta["maxnreg"] = SPREAD_REGISTERS
     return meta
 
 
@@ -179,7 +195,7 @@ def long_gradient_tiles(rows: int) -> tuple[dict[str, int], int]:
 
 
 def spread_gradient_tiles(rows: int, columns: int) -> tuple[dict[str, Any], int]:
-    """The same of rmsnorm's for columns of `SPREAD_GRADIENTS`: clusters that walk over rows, two blocks on an SM."""
+    """The same of rmsnorm's for up to `WIDEST_GRADIENTS` columns: clusters that walk over rows, two blocks on an SM."""
     return {**spread_tiles(columns), "num_warps": LONG_WARPS, "AGAIN": True}, long_gradient_tiles(rows)[1]
 
 
