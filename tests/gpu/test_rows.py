@@ -9,7 +9,7 @@ from tilewright.kernels.column_sum import column_sums, workspace_shapes
 from tilewright.kernels.norm_backward import norm_backward
 from tilewright.kernels.rmsnorm import rms_rows, rmsnorm
 from tilewright.kernels.rows import row_tiles
-from tilewright.kernels.softmax import softmax, softmax_rows, softmax_rows_backward
+from tilewright.kernels.softmax import softmax, softmax_backward, softmax_rows, softmax_rows_backward
 from tilewright.kernels.transpose import tiles, transpose
 
 torch = pytest.importorskip("torch")
@@ -74,21 +74,23 @@ def test_gradients_of_rows_that_are_copied_ahead(rows, tiles):
     assert relative(partial[:, 0].double().sum(0), columns) < 1e-5
 
 
-@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("ctas", [2, 4, 8])
-def test_spread_over_blocks(x, ctas, again):
-    """Programs in clusters, rows in registers or in shared memory; the same bits in every run."""
-    meta = {**row_tiles(*x.shape), "num_ctas": ctas, "AGAIN": again}
+def test_spread_over_blocks(x, ctas):
+    """Programs in clusters, rows in registers, those of the gradient in shared memory; the same bits in every run."""
+    meta = {**row_tiles(*x.shape), "num_ctas": ctas}
     if meta["BN"] < 64:
         pytest.skip("too narrow to be cut")
-    exact = torch.softmax(x.double(), dim=1)
-    first = None
+    exact, grid, first = torch.softmax(x.double(), dim=1), (tw.cdiv(x.shape[0], meta["BM"]),), None
+    weights = exact.to(x.dtype)
+    gradient = weights.double() * (x.double() - (weights.double() * x.double()).sum(1, keepdim=True))
     for _ in range(5):
-        y = poisoned(*x.shape, dtype=x.dtype)
-        softmax[(tw.cdiv(x.shape[0], meta["BM"]),)](x, y, **meta)
+        y, dx = (poisoned(*x.shape, dtype=x.dtype) for _ in range(2))
+        softmax[grid](x, y, **meta)
         assert relative(y, exact) < DTYPES[x.dtype]
-        first = y if first is None else first
-        assert torch.equal(first, y)
+        softmax_backward[grid](x, weights, dx, **meta, AGAIN=True)
+        assert relative(dx, gradient) < DTYPES[x.dtype]
+        first = first or (y, dx)
+        assert torch.equal(first[0], y) and torch.equal(first[1], dx)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

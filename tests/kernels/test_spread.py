@@ -112,13 +112,9 @@ def test_rows_that_wait_in_shared_memory(run_: Runner, columns: int) -> None:
     run_(rmsnorm, (ROWS,), x, weight, y, EPS, residual, total, **meta)
     check(y, rms_module.reference(x, weight, EPS, residual))
     check(total, x.astype(np.float64) + residual)
-    x[2, 700:] = -np.inf
-    y[...] = np.nan
-    run_(softmax, (ROWS,), x, y, **meta)
-    check(y, softmax_module.reference(x))
     total[...] = np.nan
-    run_(softmax_backward, (ROWS,), residual, y, total, **meta)
-    check(total, softmax_module.reference_backward(residual, y))
+    run_(softmax_backward, (ROWS,), residual, x, total, **meta)
+    check(total, softmax_module.reference_backward(residual, x))
 
 
 @pytest.mark.parametrize("run_", RUNNERS)

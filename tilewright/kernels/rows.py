@@ -110,7 +110,7 @@ def long_tiles(kernel: str, columns: int) -> dict[str, int]:
 def is_spread(x: Any) -> bool:
     """Whether kernels that hold whole rows take those of ``x``, too wide for one block, with the blocks of clusters.
 
-    Not where a block would have no columns, or threads have to copy single elements: there `x` is faster read twice.
+    Not where a block would have no columns, or threads have to copy single elements: there rows are faster read twice.
     """
     columns = x.shape[1]
     if not WIDEST < columns <= WIDEST_SPREAD or columns * x.itemsize % ALIGNED:

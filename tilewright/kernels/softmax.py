@@ -20,46 +20,18 @@ from tilewright.kernels.rows import (
 )
 
 
-@tw.function
-def powers(x, m, top, BM, BN, READ):
-    """``exp(x - top)`` of rows that are read again; they have no padding of their own."""
-    row = tw.load(x, (m, 0), (BM, BN), eviction_policy=READ).to(tw.float32)
-    return tw.exp2((row - top[:, None]) * LOG2_E)
-
-
 @tw.kernel
 def softmax(
-    x: tw.Tensor,
-    y: tw.Tensor,
-    *,
-    BM: tw.constexpr = 1,
-    BN: tw.constexpr = 4096,
-    READ: tw.constexpr = None,
-    AGAIN: tw.constexpr = False,
+    x: tw.Tensor, y: tw.Tensor, *, BM: tw.constexpr = 1, BN: tw.constexpr = 4096, READ: tw.constexpr = None
 ) -> None:
     """``y = softmax(x)`` along rows of up to BN elements; x and y (M, N). Grid: (cdiv(M, BM),).
 
-    Computes in float32 and reads and writes each element once. READ: a hint to the cache for x. AGAIN: rows do not wait
-    in registers for their maximum and sum but are read twice more, from shared memory where copies can bring them
-    (`tilewright.passes.waiting_rows`).
+    Computes in float32 and reads and writes each element once. READ: a hint to the cache for x.
     """
     m = tw.program_id(0)
-    if AGAIN:
-        inside = (tw.arange(BN) < x.shape[1])[None, :]
-        row = tw.load(x, (m, 0), (BM, BN), eviction_policy=READ).to(tw.float32)
-        if x.shape[1] < BN:
-            row = tw.where(inside, row, float("-inf"))
-        top = tw.max(row, axis=1)
-        e = powers(x, m, top, BM, BN, READ)
-        if x.shape[1] < BN:
-            e = tw.where(inside, e, 0.0)
-        total = tw.sum(e, axis=1)
-        e = powers(x, m, top, BM, BN, READ)
-    else:
-        row = tw.load(x, (m, 0), (BM, BN), pad=float("-inf"), eviction_policy=READ).to(tw.float32)
-        e = tw.exp2((row - tw.max(row, axis=1)[:, None]) * LOG2_E)
-        total = tw.sum(e, axis=1)
-    tw.store(y, (m, 0), (e * (1.0 / total)[:, None]).to(y.dtype))
+    row = tw.load(x, (m, 0), (BM, BN), pad=float("-inf"), eviction_policy=READ).to(tw.float32)
+    e = tw.exp2((row - tw.max(row, axis=1)[:, None]) * LOG2_E)
+    tw.store(y, (m, 0), (e * (1.0 / tw.sum(e, axis=1))[:, None]).to(y.dtype))
 
 
 @tw.kernel
@@ -76,7 +48,8 @@ def softmax_backward(
     """``dx = y * (dy - sum(y * dy))`` along rows of up to BN elements, y = softmax(x); all (M, N).
 
     Grid: (cdiv(M, BM),). Computes in float32 and reads and writes each element once. READ: a hint to the cache.
-    AGAIN: as of `softmax`.
+    AGAIN: rows do not wait in registers for their sum but are read twice, from shared memory where copies can bring
+    them (`tilewright.passes.waiting_rows`).
     """
     m = tw.program_id(0)
     row = tw.load(y, (m, 0), (BM, BN), eviction_policy=READ).to(tw.float32)
