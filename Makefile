@@ -1,5 +1,6 @@
 # make demo   a first kernel, compiled and run on what this machine has
 # make test   lint and tests (what CI runs)
+# make test-all   the same with all cases, about half as long again
 # make lint   style, formatting, layering, types
 # Each makes .venv on its first call; PYTHON=... chooses the interpreter (3.11 or newer).
 
@@ -16,7 +17,7 @@ KEY := $(shell cat pyproject.toml setup.py tilewright/runtime/extension/* | cksu
 STAMP := $(VENV)/.installed-$(KEY)
 TESTED := $(VENV)/.tested-$(KEY)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-all lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -56,6 +57,9 @@ lint: $(STAMP)
 
 test: lint $(TESTED)
 	@$(BIN)/python -m pytest -q -n 2 --durations=20
+
+test-all: lint $(TESTED)
+	@$(BIN)/python -m pytest -q -n 2 -m ""
 
 format: $(STAMP)
 	@$(BIN)/ruff check --quiet --fix .

@@ -44,7 +44,7 @@ def assert_same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray], messa
 
 
 @pytest.mark.parametrize("target", ["sm_90a", "gfx942"])
-@settings(max_examples=70, **SETTINGS)
+@settings(max_examples=50, **SETTINGS)
 @given(text=tile_programs())
 def test_every_pass_keeps_the_bits(target: str, text: str):
     built = module(text)

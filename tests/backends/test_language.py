@@ -40,7 +40,13 @@ def test_emulated(case: Case):
     case.check(arrays)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.exhaustive if number % 3 else ())
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_compiles_for_hopper(case: Case):
     built, options = module(case, case.arrays())
     result = compile_nvidia(scheduled(built, "sm_90a", **options), get_target("sm_90a"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import tilewright as tw
 from benchmarks import limiters
 from benchmarks.limiters import COLUMNS, METRICS, STALLED
 
@@ -179,6 +180,7 @@ def test_cases_launch_the_kernels_that_they_name(monkeypatch: pytest.MonkeyPatch
     events: list[str] = []
     launch = lambda kernel, grid: lambda *arguments, **options: events.append(kernel.__name__)  # noqa: E731
     monkeypatch.setattr(Kernel, "__getitem__", launch)
+    monkeypatch.setattr(tw, "supports", lambda array, feature: True)  # what Hopper launches
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: events.append("start"))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: events.append("stop"))

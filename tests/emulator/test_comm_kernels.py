@@ -24,7 +24,14 @@ def poisoned(*shape: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
-    ("target", "seed"), [("sm_90a", None), ("sm_90a", 1), ("sm_80", 1), ("gfx942", 1), ("gfx950", 1)]
+    ("target", "seed"),
+    [
+        ("sm_90a", None),
+        ("sm_90a", 1),
+        ("sm_80", 1),
+        ("gfx942", 1),
+        pytest.param("gfx950", 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_all_reduce(target: str, size: int, seed: int | None) -> None:
     rng, rows, columns = np.random.default_rng(size), 5, 16
@@ -57,8 +64,14 @@ def test_gemm_reduce_scatter(target: str, size: int, seed: int | None) -> None:
         np.testing.assert_allclose(result, total[number * rows : (number + 1) * rows], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("pull", [True, False])
-@pytest.mark.parametrize(("target", "seed"), [("sm_90a", 3), ("gfx942", 3)])
+@pytest.mark.parametrize(
+    ("target", "seed", "pull"),
+    [
+        *(("sm_90a", 3, pull) for pull in (True, False)),
+        ("gfx942", 3, False),
+        pytest.param("gfx942", 3, True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_all_gather_gemm(target: str, seed: int | None, pull: bool) -> None:
     """``pull``: products read the peers' tensors; else the shards are pushed into a local copy first."""
     rng, size, rows, columns, depth, tile = np.random.default_rng(0), 3, 64, 64, 64, 64

@@ -185,7 +185,7 @@ def run_text(artifact: Artifact, ptx: str, seed: int | None, aligned: bool = Tru
     ("aligned", "schedule", "ctas"),
     [(aligned, schedule, 1) for aligned in (True, False) for schedule in ("roles", "alternate")] + [(True, "roles", 2)],
 )
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("seed", [None, 1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_random_interleavings(aligned: bool, schedule: str, ctas: int, seed: int | None) -> None:
     artifact = compiled(aligned, schedule, ctas)
     assert run_text(artifact, artifact.asm["ptx"], seed, aligned) < 2e-3
@@ -227,7 +227,9 @@ def verdict(artifact: Artifact, ptx: str, aligned: bool, seeds: Sequence[int | N
 REDUNDANT = re.compile(r"^(fence\.(mbarrier_init|proxy)|wgmma\.fence|wgmma\.wait_group\S* 1)")
 
 
-@pytest.mark.parametrize(("aligned", "ctas"), [(True, 1), (False, 1), (True, 2)])
+@pytest.mark.parametrize(
+    ("aligned", "ctas"), [(True, 1), pytest.param(False, 1, marks=pytest.mark.exhaustive), (True, 2)]
+)
 def test_removing_synchronisation_shows(aligned: bool, ctas: int) -> None:
     artifact = compiled(aligned, ctas=ctas)
     entry = artifact.entries[0 if aligned else -1].abi.name

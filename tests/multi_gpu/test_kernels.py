@@ -11,7 +11,7 @@ import tilewright as tw
 from tests.support.multi_gpu_cases import CASES, SMALL, WGMMA
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.exhaustive), 8])
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(case: str, ranks: int) -> None:
     """Blocks go on in any order and puts land at any time; the second launch meets what the first has left.
@@ -23,7 +23,9 @@ def test_interpreted(case: str, ranks: int) -> None:
             CASES[case](world, seed, SMALL)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.exhaustive if case == "ring_full" else ()) for case in CASES]
+)
 def test_hopper(case: str) -> None:
     with tw.World.emulated("sm_90a", 2, races=True, seed=2) as world:
         CASES[case](world, 2, WGMMA)

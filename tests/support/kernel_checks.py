@@ -6,12 +6,16 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import tilewright as tw
 
 Array = np.ndarray[Any, Any]
 #: the interpreter, and the emulated GPUs that execute the emitted assembly
-DEVICES = ("cpu", "emulate:sm_90a,races", "emulate:gfx942", "emulate:gfx950")
+DEVICES = [
+    *("cpu", "emulate:sm_90a,races", "emulate:gfx942"),
+    pytest.param("emulate:gfx950", marks=pytest.mark.exhaustive),
+]
 NUMPY: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 #: most error of a result against float64 from the rounded inputs, over the result's root mean square: its root mean
 #: square, and its largest beside the rounding of the element itself, which is relative to that

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.exhaustive)])
 def test_what_is_rewritten_with_gradients(dtype):
     ops = [op for op in entries() if op.name in REWRITTEN]
     assert len(ops) >= len(REWRITTEN) - 1
