@@ -1,6 +1,6 @@
 # make demo   a first kernel, compiled and run on what this machine has
 # make test   lint and tests (what CI runs)
-# make test-all   the same with all cases, about half as long again
+# make test-all   the same with all cases
 # make lint   style, formatting, layering, types
 # Each makes .venv on its first call; PYTHON=... chooses the interpreter (3.11 or newer).
 
